@@ -1,0 +1,30 @@
+"""Ensembles of MAP fits, variational fits, chains and functions for NumPyro."""
+
+from numpyro_ensemble.density import log_joint
+from numpyro_ensemble.handlers import reweight
+from numpyro_ensemble.map import EnsembleMAP, ensemble_map
+from numpyro_ensemble.primitives import (
+    EnsembleState,
+    ensemble_init,
+    ensemble_loss,
+    ensemble_predict,
+    ensemble_step,
+)
+from numpyro_ensemble.results import EnsembleResult
+from numpyro_ensemble.training import EarlyStopping
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "EarlyStopping",
+    "EnsembleMAP",
+    "EnsembleResult",
+    "EnsembleState",
+    "ensemble_init",
+    "ensemble_loss",
+    "ensemble_map",
+    "ensemble_predict",
+    "ensemble_step",
+    "log_joint",
+    "reweight",
+]

@@ -1,0 +1,216 @@
+"""Model arguments: which stay concrete, which are traced, and when two sets of them are equal."""
+
+from __future__ import annotations
+
+import enum
+import functools
+import hashlib
+import inspect
+import types
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+FIXED, TRACED, BATCH, MEMBER = "fixed", "traced", "batch", "member"
+
+
+class Arguments(NamedTuple):
+    """The flattened arguments of a model; each leaf is fixed, traced, batched or per member."""
+
+    treedef: Any
+    kinds: tuple[str, ...]
+    labels: tuple[str, ...]
+    leaves: tuple[Any, ...]
+
+    def select(self, kind: str) -> list[Any]:
+        """Return the leaves of one kind."""
+        return [leaf for leaf, k in zip(self.leaves, self.kinds, strict=True) if k == kind]
+
+    def label(self, kind: str) -> list[str]:
+        """Return the names of the leaves of one kind."""
+        return [label for label, k in zip(self.labels, self.kinds, strict=True) if k == kind]
+
+    @property
+    def dynamic(self) -> dict[str, list[Any]]:
+        """Return the leaves that a compiled program takes as its inputs."""
+        return {kind: self.select(kind) for kind in (TRACED, BATCH, MEMBER)}
+
+    def rebuild(self, dynamic: dict[str, Sequence[Any]]) -> tuple[tuple, dict]:
+        """Put `(args, kwargs)` together again, with the given values of the dynamic leaves."""
+        streams = {kind: iter(leaves) for kind, leaves in dynamic.items()}
+        leaves = [
+            leaf if kind == FIXED else next(streams[kind])
+            for leaf, kind in zip(self.leaves, self.kinds, strict=True)
+        ]
+        return jax.tree.unflatten(self.treedef, leaves)
+
+    @property
+    def has_tracers(self) -> bool:
+        """Say whether any leaf is a tracer, so that nothing about its value is known."""
+        return any(isinstance(leaf, jax.core.Tracer) for leaf in self.leaves)
+
+    def key(self) -> tuple:
+        """Return a hashable that is equal for arguments that one compiled program can serve."""
+        return (self.treedef, self.kinds, tuple(fingerprint(leaf) for leaf in self.select(FIXED)))
+
+
+def arrange(
+    model: Callable,
+    args: tuple,
+    kwargs: dict,
+    *,
+    batched: bool = False,
+    batch_args: Iterable[str | int] | None = None,
+    member_args: Iterable[str | int] = (),
+    jit_model_args: bool = False,
+) -> Arguments:
+    """Sort the leaves of `(args, kwargs)` by how a compiled program sees them.
+
+    Raises:
+        ValueError: if `batch_args` or `member_args` name what is no argument, or no array.
+    """
+    paths, treedef = jax.tree_util.tree_flatten_with_path((args, kwargs))
+    names = _positional_names(model)
+    owners = [_owner(path, names) for path, _ in paths]
+    leaves = tuple(leaf for _, leaf in paths)
+    member = _named("member_args", member_args, owners, leaves)
+    batch: set[int] = set()
+    if batched and batch_args is not None:
+        batch = _named("batch_args", batch_args, owners, leaves) - member
+    elif batched:
+        batch = {i for i, leaf in enumerate(leaves) if is_array(leaf) and np.ndim(leaf)} - member
+    kinds = tuple(
+        MEMBER if i in member else BATCH if i in batch
+        else TRACED if jit_model_args and is_array(leaf) else FIXED
+        for i, leaf in enumerate(leaves)
+    )  # fmt: skip
+    labels = tuple(
+        name + jax.tree_util.keystr(path[2:])
+        for (path, _), (name, _) in zip(paths, owners, strict=True)
+    )
+    return Arguments(treedef, kinds, labels, leaves)
+
+
+def is_array(leaf: Any) -> bool:
+    """Say whether a leaf is an array that a program could take as an input."""
+    return isinstance(leaf, np.ndarray | jax.Array)
+
+
+def _positional_names(model: Callable) -> list[str]:
+    try:
+        parameters = inspect.signature(model).parameters.values()
+    except (TypeError, ValueError):
+        return []
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return [p.name for p in parameters if p.kind in positional]
+
+
+def _owner(path: tuple, names: list[str]) -> tuple[str, int | None]:
+    """Return the name and the position (None for a keyword) of the argument that owns a leaf."""
+    entry = path[1]
+    if isinstance(entry, jax.tree_util.DictKey):
+        return str(entry.key), None
+    return (names[entry.idx] if entry.idx < len(names) else f"argument {entry.idx}"), entry.idx
+
+
+def _named(
+    option: str, wanted: Iterable[str | int], owners: list[tuple[str, int | None]], leaves: tuple
+) -> set[int]:
+    wanted = [wanted] if isinstance(wanted, str | int) else list(wanted)
+    found: set[int] = set()
+    for item in wanted:
+        mine = [i for i, owner in enumerate(owners) if item in owner]
+        arrays = [i for i in mine if is_array(leaves[i]) and np.ndim(leaves[i])]
+        if not mine:
+            known = sorted({name for name, _ in owners})
+            raise ValueError(f"{option} names {item!r}; the model was called with {known}.")
+        if not arrays:
+            raise ValueError(f"{option} names {item!r}, which holds no array with a leading axis.")
+        found.update(arrays)
+    return found
+
+
+# Fingerprints -----------------------------------------------------------------------------------
+
+_BY_VALUE = (type(None), bool, int, float, complex, str, bytes, enum.Enum, np.dtype, type)
+_BY_IDENTITY = (types.FunctionType, types.BuiltinFunctionType, types.ModuleType)
+
+
+def fingerprint(leaf: Any) -> Any:
+    """Return a hashable that is equal for leaves of equal contents.
+
+    Arrays are hashed by their contents, never by identity: one that was changed in place is
+    another. What cannot be compared by contents equals nothing, itself included.
+    """
+    if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        return ("key", str(leaf.dtype), fingerprint(jax.random.key_data(leaf)))
+    if isinstance(leaf, np.ndarray | np.generic | jax.Array) and leaf.dtype != object:
+        contents = np.ascontiguousarray(leaf)
+        kind = "jax" if isinstance(leaf, jax.Array) else "numpy"
+        digest = hashlib.blake2b(contents.reshape(-1).view(np.uint8).data).hexdigest()
+        return (kind, str(contents.dtype), np.shape(leaf), getattr(leaf, "weak_type", False), digest)
+    if isinstance(leaf, _BY_VALUE):
+        return (type(leaf), repr(leaf) if isinstance(leaf, float) else leaf)
+    if isinstance(leaf, _BY_IDENTITY):
+        return ("function", leaf, *(captured(leaf)))
+    return object()
+
+
+def captured(fn: Any, depth: int = 4) -> tuple:
+    """Fingerprint the arrays and numbers that a function takes from its surroundings.
+
+    A model often reads its data from the enclosing scope. Rebinding or changing such data must not
+    leave a stale program behind, so what a function closes over, its defaults, the globals that
+    its code names and the functions among these are part of what a program is keyed by.
+    """
+    marks: list[Any] = []
+    _collect(fn, marks, set(), depth)
+    return tuple(marks)
+
+
+def _collect(value: Any, marks: list, met: set[int], depth: int) -> None:
+    if depth < 0 or id(value) in met:
+        return
+    if isinstance(value, np.ndarray | jax.Array | bool | int | float | complex | str):
+        if not isinstance(value, jax.core.Tracer):
+            marks.append(fingerprint(value))
+        return
+    met.add(id(value))
+    for part in _parts(value):
+        _collect(part, marks, met, depth - 1)
+
+
+def _parts(value: Any) -> list[Any]:
+    """List what may hold data inside a function, a wrapper or a container."""
+    if isinstance(value, list | tuple | set | frozenset):
+        return list(value)[:1000]
+    if isinstance(value, dict):
+        return list(value.values())[:1000]
+    if isinstance(value, functools.partial):
+        return [value.func, *value.args, *value.keywords.values()]
+    if isinstance(value, types.MethodType):
+        return [value.__func__, *vars(value.__self__).values()] if hasattr(value.__self__, "__dict__") else []
+    if isinstance(value, types.FunctionType):
+        if (value.__module__ or "").partition(".")[0] in ("jax", "numpyro", "numpy", "optax"):
+            return []
+        code = value.__code__
+        cells = [c.cell_contents for c in value.__closure__ or () if _filled(c)]
+        names = [value.__globals__[n] for n in sorted(_names(code)) if n in value.__globals__]
+        return [*cells, *names, *(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
+    wrapped = getattr(value, "fn", None)  # a NumPyro handler around a model
+    return [*vars(value).values()] if callable(wrapped) and hasattr(value, "__dict__") else []
+
+
+def _filled(cell: types.CellType) -> bool:
+    try:
+        return cell.cell_contents is not None
+    except ValueError:
+        return False
+
+
+def _names(code: types.CodeType) -> set[str]:
+    inner = [_names(const) for const in code.co_consts if isinstance(const, types.CodeType)]
+    return set(code.co_names).union(*inner)

@@ -1,0 +1,143 @@
+"""Batches of the data: whole epochs without replacement, drawn on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from numpyro_ensemble.density import Site
+
+_STREAM = 0x62617463  # folds a key into one that no split of it yields: "batc" in ASCII
+
+
+class Batches(NamedTuple):
+    """How an epoch is cut: `size` rows of `total` a step, the last batch with what is left."""
+
+    size: int
+    total: int
+    shared: bool = True
+
+    @property
+    def per_epoch(self) -> int:
+        """Number of batches in an epoch, a ragged last one included."""
+        return -(-self.total // self.size)
+
+    @property
+    def ragged(self) -> int:
+        """Number of rows in the last batch of an epoch, 0 where all are full."""
+        return self.total % self.size
+
+
+class Order(NamedTuple):
+    """The shuffled rows of the epoch under way."""
+
+    epoch: jax.Array
+    rows: jax.Array  # (N,), or (E, N) where each member has its own
+
+
+def batch_keys(keys: jax.Array, rng_key: jax.Array, shared: bool) -> jax.Array:
+    """Derive the key, or the keys of the members, that the shuffles come from."""
+    if shared:
+        return jax.random.fold_in(rng_key, _STREAM)
+    return jax.vmap(lambda key: jax.random.fold_in(key, _STREAM))(keys)
+
+
+def first_order(batches: Batches, ensemble_size: int) -> Order:
+    """Return an order of no epoch, which the first step replaces."""
+    shape = (batches.total,) if batches.shared else (ensemble_size, batches.total)
+    return Order(jnp.asarray(-1, jnp.int32), jnp.zeros(shape, jnp.int32))
+
+
+def draw(
+    batches: Batches, order: Order, step: jax.Array, keys: jax.Array, update: Callable
+) -> tuple[Order, Any]:
+    """Make one step on the batch of a step, reshuffling where an epoch begins.
+
+    Args:
+        batches: how an epoch is cut.
+        order: the rows of the epoch under way.
+        step: the optimiser's step, which alone decides epoch and batch.
+        keys: what `batch_keys` returned.
+        update: takes the rows of the batch, `(B,)` or `(E, B)`; called once for each batch size.
+    """
+    epoch, position = step // batches.per_epoch, step % batches.per_epoch
+    order = lax.cond(epoch == order.epoch, lambda: order, lambda: _shuffle(batches, epoch, keys))
+
+    def full() -> Any:
+        start = position * batches.size
+        return update(lax.dynamic_slice_in_dim(order.rows, start, batches.size, axis=-1))
+
+    def rest() -> Any:
+        return update(order.rows[..., -batches.ragged :])
+
+    if not batches.ragged:
+        return order, full()
+    return order, lax.cond(position == batches.per_epoch - 1, rest, full)
+
+
+def _shuffle(batches: Batches, epoch: jax.Array, keys: jax.Array) -> Order:
+    def rows(key: jax.Array) -> jax.Array:
+        shuffled = jax.random.permutation(jax.random.fold_in(key, epoch), batches.total)
+        return shuffled.astype(jnp.int32)
+
+    return Order(epoch.astype(jnp.int32), rows(keys) if batches.shared else jax.vmap(rows)(keys))
+
+
+_REMEDY = (
+    "Leave batch_size out and write the model with numpyro.plate(..., subsample_size=...) instead."
+)
+
+
+def check_follows(
+    full: dict[str, Site], part: dict[str, Site], batches: Batches, declared: Collection[str]
+) -> None:
+    """Check that a model traced with a batch is the same model on fewer observations.
+
+    Args:
+        full: the sites with all the data.
+        part: the sites with one batch.
+        batches: how an epoch is cut.
+        declared: factors that were said to be likelihood.
+
+    Raises:
+        ValueError: if a latent or parameter changes shape, an observed site or the plate around it
+            stays as it was, or a factor was not said to be prior or likelihood.
+    """
+    if full.keys() != part.keys():
+        names = sorted(full.keys() ^ part.keys())
+        raise ValueError(f"batch_size={batches.size} changes which sites exist: {names}. {_REMEDY}")
+    for name, whole in full.items():
+        piece = part[name]
+        if whole.kind in ("latent", "discrete", "param") and whole.shape != piece.shape:
+            raise ValueError(
+                f"batch_size={batches.size} changes the shape of {whole.kind} site {name!r} from "
+                f"{whole.shape} to {piece.shape}; it belongs to single rows. {_REMEDY}"
+            )
+        if whole.kind == "factor" and whole.role == "likelihood" and name not in declared:
+            raise ValueError(
+                f"batch_size={batches.size} rescales the likelihood, and factor {name!r} was not "
+                f"said to be prior or likelihood: name it in prior_sites= or likelihood_sites=."
+            )
+        if whole.kind == "observed":
+            _check_observed(whole, piece, batches)
+
+
+def _check_observed(whole: Site, piece: Site, batches: Batches) -> None:
+    for (plate, before), (_, after) in zip(whole.plates, piece.plates, strict=True):
+        if before == after == batches.total:
+            raise ValueError(
+                f"plate {plate!r} around observed site {whole.name!r} keeps its size {before} when "
+                f"batch_size={batches.size}: it does not follow the batch, and its terms would be "
+                f"broadcast. Give it the batch's own length, len(y) say. {_REMEDY}"
+            )
+    if whole.shape == piece.shape:
+        raise ValueError(
+            f"observed site {whole.name!r} keeps its shape {whole.shape} when "
+            f"batch_size={batches.size}: it does not follow the batch, and rescaling the likelihood "
+            f"would count it {batches.total / batches.size:g} times. Name its data in batch_args=. "
+            f"{_REMEDY}"
+        )

@@ -1,0 +1,412 @@
+"""The engine under every ensemble: NumPyro's `SVI`, one for each member, in one program."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Iterable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro.optim
+from jax.typing import ArrayLike
+from numpyro.infer import SVI
+from numpyro.infer.svi import SVIState
+from numpyro.util import is_prng_key
+
+from numpyro_ensemble.arguments import Arguments, arrange, captured
+from numpyro_ensemble.batching import Batches, batch_keys, first_order
+from numpyro_ensemble.bound import Bound
+from numpyro_ensemble.handlers import check_weight, reweight
+from numpyro_ensemble.primitives import check_count, member_keys
+from numpyro_ensemble.results import EnsembleResult, name_members
+from numpyro_ensemble.training import (
+    Carry,
+    EarlyStopping,
+    capacity_for,
+    copy_buffers,
+    first_stop,
+    train,
+)
+
+_KEPT_PROGRAMS = 8  # sets of arguments whose compiled programs a runner keeps
+
+
+class RunOptions(NamedTuple):
+    """The keyword options of `run`, with their defaults."""
+
+    progress_bar: bool = True
+    stable_update: bool = False
+    forward_mode_differentiation: bool = False
+    init_state: SVIState | None = None
+    init_params: Any = None
+    batch_size: int | None = None
+    batch_args: Iterable[str | int] | None = None
+    shared_batches: bool = True
+    early_stopping: EarlyStopping | None = None
+    callback: Callable | None = None
+    jit_model_args: bool = False
+    member_args: Iterable[str | int] | None = None
+    chunk_size: int | None = None
+
+
+class Ensemble:
+    """What `EnsembleMAP` and `EnsembleVI` share: `SVI`'s methods over a leading member axis.
+
+    Attributes:
+        model, guide, optim, loss, static_kwargs: as in `numpyro.infer.SVI`.
+        ensemble_size: number of members E.
+    """
+
+    def __init__(
+        self,
+        model: Callable,
+        guide: Callable,
+        optim: Any,
+        loss: Any,
+        *,
+        ensemble_size: int = 16,
+        prior_weight: ArrayLike = 1.0,
+        prior_sites: Collection[str] = (),
+        likelihood_sites: Collection[str] = (),
+        **static_kwargs: Any,
+    ) -> None:
+        check_count("ensemble_size", ensemble_size)
+        for name, fn in (("model", model), ("guide", guide)):
+            if not callable(fn):
+                raise TypeError(f"{name} takes a callable with NumPyro primitives, got {fn!r}.")
+        taken = sorted(static_kwargs.keys() & RunOptions._fields)
+        if taken:
+            raise ValueError(
+                f"static keywords {taken} are options of run; bind them to the model and the guide "
+                f"with functools.partial instead."
+            )
+        if isinstance(optim, numpyro.optim.Minimize):
+            raise TypeError(
+                "optim takes an optimiser that makes one gradient step at a time; "
+                "numpyro.optim.Minimize makes a whole search in one. Use numpyro.optim.Adam, say."
+            )
+        plain = SVI(model, guide, optim, loss, **static_kwargs)  # checks the optimiser
+        self.model, self.guide, self.loss = model, guide, loss
+        self.optim, self.static_kwargs = plain.optim, static_kwargs
+        self.ensemble_size = int(ensemble_size)
+        self.prior_weight = check_weight("prior_weight", prior_weight)
+        self.prior_sites = tuple(prior_sites)
+        self.likelihood_sites = tuple(likelihood_sites)
+        self._kept: OrderedDict[tuple, Bound] = OrderedDict()
+        self._last: Bound | None = None
+
+    # One member, in the terms of a plain SVI --------------------------------------------------
+
+    def weighted_model(self, likelihood: float = 1.0) -> Callable:
+        """Return the model with its prior and likelihood weighted."""
+        return reweight(
+            self.model,
+            prior=self.prior_weight,
+            likelihood=likelihood,
+            prior_sites=self.prior_sites,
+        )
+
+    def fresh_guide(self, init_params: dict | None, sites: dict) -> tuple[Callable, dict | None]:
+        """Return a guide that was not set up, and the start values that `SVI.init` is to take."""
+        return self.guide, init_params
+
+    def distilled_guide(self, guide: Callable) -> Callable:
+        """Return what a guide is after its set-up, without anything that was traced."""
+        return guide
+
+    def member_params(self, guide: Callable, params: dict, args: tuple, kwargs: dict) -> dict:
+        """Turn one member's `SVI` parameters into those that users see."""
+        return params
+
+    def check_model(self, sites: dict) -> None:
+        """Raise an error where the model cannot be fitted."""
+
+    # SVI's methods ------------------------------------------------------------------------------
+
+    def init(
+        self, rng_key: jax.Array, *args: Any, init_params: Any = None, **kwargs: Any
+    ) -> SVIState:
+        """Return the initial state, an `SVIState` whose leaves have a leading `(E,)`.
+
+        Args:
+            rng_key: one key, split into E, or E keys; member e is what `SVI.init` makes of key e.
+            *args: arguments of the model.
+            init_params: start values by the names of `get_params`, or a callable that makes them
+                from one member's key. A leaf of the single fit's shape is shared, one with a
+                leading E is per member.
+            **kwargs: keyword arguments of the model.
+        """
+        bound = self._bind(args, kwargs)
+        keys = member_keys(rng_key, self.ensemble_size)
+        state, _ = bound.start(keys, init_params)
+        return state
+
+    def get_params(self, state: SVIState) -> dict[str, Any]:
+        """Return the constrained parameters of a state, each leaf with a leading `(E,)`.
+
+        Raises:
+            RuntimeError: if this runner has seen no model arguments yet.
+        """
+        if self._last is None:
+            raise RuntimeError("get_params needs init, update or run to be called first.")
+        return self._last.params(state)
+
+    def update(
+        self,
+        state: SVIState,
+        *args: Any,
+        forward_mode_differentiation: bool = False,
+        **kwargs: Any,
+    ) -> tuple[SVIState, jax.Array]:
+        """Take one step with every member and return the new state and the losses `(E,)`."""
+        return self._bind(args, kwargs).step(state, False, forward_mode_differentiation)
+
+    def stable_update(
+        self,
+        state: SVIState,
+        *args: Any,
+        forward_mode_differentiation: bool = False,
+        **kwargs: Any,
+    ) -> tuple[SVIState, jax.Array]:
+        """Take one step, in which a member whose loss or state fails keeps its last good state."""
+        return self._bind(args, kwargs).step(state, True, forward_mode_differentiation)
+
+    def evaluate(self, state: SVIState, *args: Any, **kwargs: Any) -> jax.Array:
+        """Return the members' losses `(E,)`, with the randomness that `update` would use."""
+        return self._bind(args, kwargs).evaluate(state)
+
+    def run(
+        self,
+        rng_key: jax.Array,
+        num_steps: int,
+        *args: Any,
+        progress_bar: bool = True,
+        stable_update: bool = False,
+        forward_mode_differentiation: bool = False,
+        init_state: SVIState | None = None,
+        init_params: Any = None,
+        batch_size: int | None = None,
+        batch_args: Iterable[str | int] | None = None,
+        shared_batches: bool = True,
+        early_stopping: EarlyStopping | None = None,
+        callback: Callable | None = None,
+        jit_model_args: bool = False,
+        member_args: Iterable[str | int] | None = None,
+        chunk_size: int | None = None,
+        **kwargs: Any,
+    ) -> EnsembleResult:
+        """Fit all members and return their parameters, state and losses.
+
+        Args:
+            rng_key: one key, split into E, or E keys; member e is the single run made with key e.
+            num_steps: number of optimisation steps.
+            *args: arguments of the model (and guide).
+            progress_bar: show a bar with the mean, best and worst loss.
+            stable_update: a member whose loss or state turns non-finite keeps its last good state.
+            forward_mode_differentiation: as in `SVI.run`.
+            init_state: go on from the state of an earlier run; the key then only orders batches.
+            init_params: start values, see `init`.
+            batch_size: rows in a batch; epochs are whole and without replacement, and the
+                likelihood is rescaled by N / |B|. Batch order depends on `rng_key` and the
+                optimiser's step alone.
+            batch_args: names or positions of the batched arguments (default: every array).
+            shared_batches: all members see the same batches, or each its own.
+            early_stopping: when a member stops, an `EarlyStopping`.
+            callback: `callback(step, state, losses)` after each chunk; a true value ends the run.
+            jit_model_args: trace the arguments, so that new values of equal shapes reuse the
+                program; by default the model sees concrete values.
+            member_args: names or positions of arguments with a leading `(E,)`, one per member.
+            chunk_size: steps between two looks at the losses (default: a twentieth of the run).
+            **kwargs: keyword arguments of the model (and guide).
+
+        Returns:
+            An `EnsembleResult`; its `losses` are `(E, num_steps)`.
+
+        Raises:
+            ValueError: for options out of range, a model that cannot follow its batches, starts of
+                the wrong shape, or if all members start where the loss is not finite.
+        """
+        options = RunOptions(
+            progress_bar, stable_update, forward_mode_differentiation, init_state, init_params,
+            batch_size, batch_args, shared_batches, early_stopping, callback, jit_model_args,
+            member_args, chunk_size,
+        )  # fmt: skip
+        self._check_options(num_steps, options)
+        keys = member_keys(rng_key, self.ensemble_size)
+        bound = self._bind(args, kwargs, options)
+        constraints = None
+        if init_state is None:
+            state, constraints = bound.start(keys, init_params, warn=True)
+            step: Any = 0
+        else:
+            bound.check_state(init_state)
+            state, step = init_state, jnp.max(init_state.optim_state[0])
+        batches = bound.batches
+        single = rng_key if is_prng_key(rng_key) else keys[0]
+        shuffles = None if batches is None else batch_keys(keys, single, batches.shared)
+        carry = Carry(
+            state,
+            None if early_stopping is None else first_stop(self.ensemble_size),
+            None if batches is None else first_order(batches, self.ensemble_size),
+        )
+        carry, losses = self._loop(bound, carry, num_steps, options, step, constraints, shuffles)
+        params, finite = bound.outcome(carry.state, constraints)
+        result = EnsembleResult(params, carry.state, jnp.asarray(losses))
+        if not isinstance(finite, jax.core.Tracer):
+            _warn_failed(np.asarray(finite) & np.asarray(result.finite))
+        return result
+
+    def _loop(
+        self,
+        bound: Bound,
+        carry: Carry,
+        num_steps: int,
+        options: RunOptions,
+        step: Any,
+        constraints: Any,
+        shuffles: Any,
+    ) -> tuple[Carry, Any]:
+        """Run the compiled loop; under an outer transformation as one chunk without a host."""
+        inputs = (carry, step, constraints, shuffles, bound.arguments.dynamic)
+        if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(inputs)):
+            if options.callback is not None:
+                raise ValueError("callback cannot be called from inside jit, vmap or grad.")
+            chunk = bound.chunk(num_steps, options)
+            dynamic = bound.arguments.dynamic
+            carry, losses = chunk(carry, num_steps, 0, step, constraints, dynamic, shuffles)
+            return carry, losses.T
+        size, capacity = capacity_for(num_steps, options.chunk_size)
+        compiled = bound.chunk(capacity, options)
+        step = int(step)
+        if options.init_state is not None:
+            carry = copy_buffers(carry)
+
+        def chunk(carry: Carry, number: int, done: int) -> tuple[Carry, jax.Array]:
+            dynamic = bound.arguments.dynamic
+            return compiled(carry, number, done, step + done, constraints, dynamic, shuffles)
+
+        return train(
+            chunk,
+            carry,
+            num_steps,
+            size,
+            progress_bar=options.progress_bar,
+            callback=options.callback,
+            stable=options.stable_update,
+        )
+
+    # What a call is bound to --------------------------------------------------------------------
+
+    def _bind(self, args: tuple, kwargs: dict, options: RunOptions = RunOptions()) -> Bound:
+        """Return the programs for these arguments: kept ones where the contents are equal."""
+        kwargs = {**kwargs, **self.static_kwargs}
+        arguments = arrange(
+            self.model,
+            args,
+            kwargs,
+            batched=options.batch_size is not None,
+            batch_args=options.batch_args,
+            member_args=options.member_args or (),
+            jit_model_args=options.jit_model_args,
+        )
+        batches = self._batches(arguments, options)
+        if arguments.has_tracers:
+            bound = Bound(self, arguments, batches)
+            self._last = self._last or bound.without_tracers()
+            return bound
+        key = (arguments.key(), batches, captured(self.model), captured(self.guide))
+        bound = self._kept.pop(key, None) or Bound(self, arguments, batches)
+        bound.arguments = arguments
+        self._kept[key] = self._last = bound
+        if len(self._kept) > _KEPT_PROGRAMS:
+            self._kept.popitem(last=False)
+        return bound
+
+    def _batches(self, arguments: Arguments, options: RunOptions) -> Batches | None:
+        _check_leading("member_args", arguments, "member", self.ensemble_size)
+        if options.batch_size is None:
+            return None
+        lengths = {np.shape(leaf)[0] for leaf in arguments.select("batch")}
+        if len(lengths) != 1:
+            found = {
+                label: np.shape(leaf)[0]
+                for label, leaf in zip(
+                    arguments.label("batch"), arguments.select("batch"), strict=True
+                )
+            }
+            raise ValueError(
+                f"batch_size needs arguments of one leading length, got {found or 'no array'}; "
+                f"name what is batched in batch_args=."
+            )
+        (total,) = lengths
+        if options.batch_size > total:
+            warnings.warn(
+                f"batch_size={options.batch_size} is more than the {total} rows there are; every "
+                f"step takes all of them.",
+                stacklevel=4,
+            )
+        return Batches(min(options.batch_size, total), total, options.shared_batches)
+
+    def _check_options(self, num_steps: int, options: RunOptions) -> None:
+        check_count("num_steps", num_steps)
+        for name in ("batch_size", "chunk_size"):
+            if getattr(options, name) is not None:
+                check_count(name, getattr(options, name))
+        if options.early_stopping is not None:
+            if not isinstance(options.early_stopping, EarlyStopping):
+                raise TypeError(
+                    f"early_stopping takes an EarlyStopping, got {options.early_stopping!r}."
+                )
+            options.early_stopping.check()
+        if options.callback is not None and not callable(options.callback):
+            raise TypeError(f"callback takes a callable, got {options.callback!r}.")
+        if options.batch_args is not None and options.batch_size is None:
+            raise ValueError("batch_args was given without batch_size.")
+        given = {
+            name
+            for name, value in zip(RunOptions._fields, options, strict=True)
+            if value is not RunOptions._field_defaults[name]
+        }
+        for kind, fn in (("model", self.model), ("guide", self.guide)):
+            clash = sorted(given & _free_keywords(fn))
+            if clash:
+                raise ValueError(
+                    f"{clash[0]!r} is both an option of run and a keyword of the {kind}: pass the "
+                    f"{kind}'s own by position, or bind it with functools.partial."
+                )
+
+
+def _check_leading(option: str, arguments: Arguments, kind: str, size: int) -> None:
+    for label, leaf in zip(arguments.label(kind), arguments.select(kind), strict=True):
+        if np.shape(leaf)[0] != size:
+            raise ValueError(
+                f"{option} names {label!r} of shape {np.shape(leaf)}; its leading length must be "
+                f"ensemble_size={size}."
+            )
+
+
+def _free_keywords(fn: Callable) -> set[str]:
+    """Name the parameters of a callable that functools.partial has not bound."""
+    held: set[str] = set()
+    while isinstance(fn, functools.partial):
+        held |= fn.keywords.keys()
+        fn = fn.func
+    try:
+        return set(inspect.signature(fn).parameters) - held
+    except (TypeError, ValueError):
+        return set()
+
+
+def _warn_failed(finite: np.ndarray) -> None:
+    if not finite.all():
+        warnings.warn(
+            f"{(~finite).sum()} of {finite.size} members ended with values that are not finite: "
+            f"{name_members(~finite)}. See result.finite; stable_update=True keeps a member's last "
+            f"good state.",
+            stacklevel=3,
+        )

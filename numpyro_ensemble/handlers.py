@@ -1,0 +1,127 @@
+"""Weighting the prior and the likelihood of a model: the one place that tells them apart."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, Literal
+
+import jax
+import numpyro.distributions as dist
+from jax.typing import ArrayLike
+from numpyro import handlers
+from numpyro.primitives import Messenger
+
+Role = Literal["prior", "likelihood", "jacobian"]
+
+
+def is_factor(site: Mapping[str, Any]) -> bool:
+    """Say whether a trace site was made by `numpyro.factor`."""
+    return site["type"] == "sample" and isinstance(_base(site["fn"]), dist.Unit)
+
+
+def _base(fn: Any) -> Any:
+    while isinstance(fn, dist.MaskedDistribution | dist.ExpandedDistribution):
+        fn = fn.base_dist
+    return fn
+
+
+def site_role(
+    site: Mapping[str, Any], seen: Collection[str] = (), prior_sites: Collection[str] = ()
+) -> Role:
+    """Tell whether a sample site belongs to the prior, the likelihood or a change of variables.
+
+    Args:
+        site: a sample message or trace site.
+        seen: names of the sites met so far; they tell a reparameterisation's factor from a user's.
+        prior_sites: names of factors the user declared to be prior.
+    """
+    name = site["name"]
+    if not site["is_observed"] or name in prior_sites:
+        return "prior"
+    if not is_factor(site):
+        return "likelihood"
+    if name.startswith("_") and name.endswith("_log_det"):
+        return "jacobian"  # numpyro.infer.util._unconstrain_reparam
+    circular = name.endswith("_factor") and f"{name.removesuffix('_factor')}_unwrapped" in seen
+    neutra = name.endswith("_log_prob") and any(s.endswith("_shared_latent") for s in seen)
+    return "prior" if circular or (neutra and name.startswith("_")) else "likelihood"
+
+
+class reweight(Messenger):
+    """Multiply the log density of prior sites by one weight and of observed sites by another.
+
+    It composes with `plate` subsampling, `scale`, `mask`, reparameterisations and `scope`.
+    Condition a model before it is reweighted: a site counts as observed when it is observed below
+    this handler. NumPyro's Jacobian factors (`_{site}_log_det`) are never weighted; any other
+    `factor` is likelihood, unless it is named in `prior_sites` or stems from `CircularReparam` or
+    `NeuTraReparam`.
+
+    Args:
+        fn: the model.
+        prior: weight of the unobserved sites. A Python `0` drops the term, exactly, in value and
+            gradient; a traced weight only multiplies, so schedules should stay positive.
+        likelihood: weight of the observed sites, likewise.
+        prior_sites: names of `factor` sites that belong to the prior.
+
+    Raises:
+        ValueError: if a weight that is known now is negative or not finite.
+
+    Example:
+        >>> import numpyro, numpyro.distributions as dist
+        >>> from numpyro.infer.util import log_density
+        >>> from numpyro_ensemble import reweight
+        >>> def model(y=1.0):
+        ...     mu = numpyro.sample("mu", dist.Normal(0.0, 1.0))
+        ...     numpyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+        >>> without_prior = reweight(model, prior=0)
+        >>> print(log_density(without_prior, (), {}, {"mu": 1.0})[0].round(3))
+        -0.919
+    """
+
+    def __init__(
+        self,
+        fn: Callable | None = None,
+        *,
+        prior: ArrayLike = 1.0,
+        likelihood: ArrayLike = 1.0,
+        prior_sites: Collection[str] = (),
+    ) -> None:
+        if isinstance(prior_sites, str):
+            raise TypeError(f"prior_sites takes a collection of names, got the string {prior_sites!r}.")
+        self.prior = check_weight("prior", prior)
+        self.likelihood = check_weight("likelihood", likelihood)
+        self.prior_sites = tuple(prior_sites)
+        self._seen: set[str] = set()
+        super().__init__(fn)
+
+    def __enter__(self) -> None:
+        self._seen = set()
+        super().__enter__()
+
+    def process_message(self, msg: Any) -> None:
+        if msg["type"] != "sample":
+            return
+        role = site_role(msg, self._seen, self.prior_sites)
+        self._seen.add(msg["name"])
+        if role == "jacobian":
+            return
+        weight = self.prior if role == "prior" else self.likelihood
+        if isinstance(weight, jax.core.Tracer) or weight > 0:
+            if isinstance(weight, jax.core.Tracer) or weight != 1:
+                handlers.scale(scale=weight).process_message(msg)
+        else:
+            msg["fn"] = msg["fn"].mask(False)
+
+
+def check_weight(name: str, weight: ArrayLike) -> ArrayLike:
+    """Return a scalar weight; one that is known now must be finite and not negative."""
+    if isinstance(weight, jax.core.Tracer):
+        return weight
+    try:
+        value = float(weight)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} takes one number, got {weight!r}.") from None
+    if not math.isfinite(value) or value < 0:
+        raise ValueError(f"{name} takes a finite weight of at least 0, got {weight}.")
+    return value

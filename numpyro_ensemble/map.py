@@ -1,0 +1,386 @@
+"""Ensembles of MAP estimates: the engine with a point guide."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from contextlib import ExitStack
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpyro
+import numpyro.distributions as dist
+import optax
+from jax.typing import ArrayLike
+from numpyro import handlers
+from numpyro.distributions import biject_to
+from numpyro.distributions.util import periodic_repeat, sum_rightmost
+from numpyro.infer import Trace_ELBO, init_to_uniform
+from numpyro.infer.autoguide import AutoGuide
+
+from numpyro_ensemble.engine import Ensemble
+from numpyro_ensemble.primitives import combine, partition, stack_members
+from numpyro_ensemble.results import EnsembleResult
+
+
+class Point(NamedTuple):
+    """What the point guide knows of one latent site."""
+
+    frames: tuple[Any, ...]
+    event_dim: int
+    free_event_dim: int  # of the unconstrained value
+    transform: Any  # None if the support depends on other sites
+
+
+class PointGuide(AutoGuide):
+    """A guide of point masses at unconstrained parameters `{site}_auto_loc`.
+
+    It starts where `AutoDelta` starts with the same key, and walks the same way. Unlike it, a
+    support that depends on other latents is the one at their present values, not at the first.
+
+    Args:
+        model: the model, unweighted.
+        init_loc_fn: a NumPyro initialisation strategy.
+        jacobian: add the log Jacobian of the constraining transforms to the objective.
+        init_values: constrained start values by site name.
+    """
+
+    def __init__(
+        self,
+        model: Callable,
+        *,
+        init_loc_fn: Callable = init_to_uniform,
+        jacobian: bool = False,
+        init_values: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__(model, init_loc_fn=init_loc_fn)
+        self.jacobian = jacobian
+        self.init_values = init_values or {}
+        self.points: dict[str, Point] = {}
+
+    def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
+        super()._setup_prototype(*args, **kwargs)
+        for name, site in self.prototype_trace.items():
+            if site["type"] == "sample" and not site["is_observed"]:
+                self.points[name] = self._point(site)
+        if self.init_values:
+            plates = self._create_plates(*args, **kwargs)
+            walked = self._walk(self._init_locs, plates, args, kwargs)
+            for name, value in self.init_values.items():
+                self._init_locs[name] = walked[name][1].inv(value)
+
+    def _point(self, site: dict[str, Any]) -> Point:
+        name, event_dim = site["name"], site["fn"].event_dim
+        transform = biject_to(site["fn"].support)
+        depends = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(transform))
+        loc = self._init_locs[name]
+        free_event_dim = event_dim + jnp.ndim(loc) - jnp.ndim(site["value"])
+        for frame in site["cond_indep_stack"]:
+            full_size = self._prototype_frame_full_sizes[frame.name]
+            if full_size != frame.size:
+                if depends:
+                    raise ValueError(
+                        f"latent site {name!r} in subsampled plate {frame.name!r} has a support "
+                        f"that depends on other sites: write it with a fixed support, by "
+                        f"numpyro.infer.reparam.TransformReparam for example."
+                    )
+                loc = periodic_repeat(loc, full_size, frame.dim - free_event_dim)
+        self._init_locs[name] = loc
+        frames = tuple(site["cond_indep_stack"])
+        return Point(frames, event_dim, free_event_dim, None if depends else transform)
+
+    def distilled(self) -> PointGuide:
+        """Return a guide that is set up, with nothing in it that was traced."""
+        guide = PointGuide(self.model, init_loc_fn=self.init_loc_fn, jacobian=self.jacobian)
+        guide.points = self.points
+        guide._prototype_frames = self._prototype_frames
+        guide._prototype_frame_full_sizes = self._prototype_frame_full_sizes
+        guide._init_locs = dict.fromkeys(self.points)
+        guide.prototype_trace = {}
+        return guide
+
+    def __call__(self, *args: Any, **kwargs: Any) -> dict[str, jax.Array]:
+        if self.prototype_trace is None:
+            self._setup_prototype(*args, **kwargs)
+        plates = self._create_plates(*args, **kwargs)
+        locs = {}
+        for name, point in self.points.items():
+            with ExitStack() as stack:
+                for frame in point.frames:
+                    stack.enter_context(plates[frame.name])
+                loc = self._init_locs[name]
+                locs[name] = numpyro.param(
+                    f"{name}_{self.prefix}_loc", loc, event_dim=point.free_event_dim
+                )
+        values = {}
+        for name, (value, transform) in self._walk(locs, plates, args, kwargs).items():
+            point = self.points[name]
+            log_density = 0.0
+            if self.jacobian:
+                log_det = transform.log_abs_det_jacobian(locs[name], value)
+                extra = jnp.ndim(log_det) - jnp.ndim(value) + point.event_dim
+                log_density = -sum_rightmost(log_det, extra)
+            with ExitStack() as stack:
+                for frame in point.frames:
+                    stack.enter_context(plates[frame.name])
+                mass = dist.Delta(value, log_density, event_dim=point.event_dim)
+                values[name] = numpyro.sample(name, mass)
+        return values
+
+    def _walk(
+        self, locs: dict[str, Any], plates: dict, args: tuple, kwargs: dict
+    ) -> dict[str, tuple[jax.Array, Any]]:
+        """Return each site's constrained value and transform at unconstrained values."""
+        if all(point.transform is not None for point in self.points.values()):
+            return {k: (p.transform(locs[k]), p.transform) for k, p in self.points.items()}
+        walked: dict[str, tuple[jax.Array, Any]] = {}
+
+        def constrain(site: dict[str, Any]) -> Any:
+            if site["type"] == "plate" and site["name"] in plates:
+                return plates[site["name"]]._indices
+            if site["type"] != "sample" or site["name"] not in locs:
+                return None
+            transform = biject_to(site["fn"].support)
+            value = transform(locs[site["name"]])
+            walked[site["name"]] = (value, transform)
+            return value
+
+        # the model's parameters are shown to SVI, everything else in this walk is hidden from it
+        with handlers.block(hide_fn=lambda site: site["type"] != "param"):
+            seeded = handlers.seed(self.model, jax.random.key(0))
+            handlers.substitute(seeded, substitute_fn=constrain)(*args, **kwargs)
+        return walked
+
+    def constrained(self, params: dict[str, Any], args: tuple, kwargs: dict) -> dict[str, Any]:
+        """Return values by site name, and the model's parameters, for unconstrained `params`."""
+        params = dict(params)
+        locs = {name: params.pop(f"{name}_{self.prefix}_loc") for name in self.points}
+
+        def walk() -> dict[str, tuple[jax.Array, Any]]:
+            return self._walk(locs, {}, args, kwargs)
+
+        values = handlers.substitute(walk, data=params)()
+        return {**{name: value for name, (value, _) in values.items()}, **params}
+
+    def sample_posterior(
+        self, rng_key: Any, params: Any, *args: Any, sample_shape: tuple = (), **kwargs: Any
+    ) -> dict[str, Any]:
+        """Return the point itself, as often as asked for."""
+        values = self.constrained(params, args, kwargs)
+        return {k: jnp.broadcast_to(values[k], sample_shape + values[k].shape) for k in self.points}
+
+
+class EnsembleMAP(Ensemble):
+    """An ensemble of MAP estimates of one NumPyro model, each for about the price of one fit.
+
+    Finds modes of the density of the model over constrained latents, walked in unconstrained
+    space, as `SVI` with an `AutoDelta` guide does: member e is that fit made with key e. Parameters
+    (`numpyro.param`), neural network modules and mutable state of the model train too.
+    `result.params` holds the constrained values by site name.
+
+    Args:
+        model: a NumPyro model whose latents are continuous.
+        optim: a `numpyro.optim` or optax optimiser.
+        ensemble_size: number of members E.
+        prior_weight: weight of the prior; 1 is MAP, a Python 0 is maximum likelihood.
+        init_loc_fn: a NumPyro initialisation strategy, `init_to_uniform(radius=0.5)` say.
+        jacobian: find modes of the density over unconstrained latents instead.
+        prior_sites: names of `numpyro.factor` sites that belong to the prior.
+        likelihood_sites: names of `factor` sites that may be rescaled with the batches.
+
+    Raises:
+        TypeError: if an argument is of the wrong kind, the optimiser for example.
+        ValueError: if `ensemble_size` or `prior_weight` is out of range.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, numpyro, numpyro.distributions as dist
+        >>> from numpyro_ensemble import EnsembleMAP
+        >>> def model(y):
+        ...     mu = numpyro.sample("mu", dist.Normal(0.0, 1.0))
+        ...     with numpyro.plate("data", len(y)):
+        ...         numpyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+        >>> runner = EnsembleMAP(model, numpyro.optim.Adam(0.1), ensemble_size=3)
+        >>> result = runner.run(jax.random.key(0), 300, jnp.ones(3), progress_bar=False)
+        >>> print(result.params["mu"].round(2))
+        [0.75 0.75 0.75]
+    """
+
+    def __init__(
+        self,
+        model: Callable,
+        optim: Any,
+        *,
+        ensemble_size: int = 16,
+        prior_weight: ArrayLike = 1.0,
+        init_loc_fn: Callable = init_to_uniform,
+        jacobian: bool = False,
+        prior_sites: Collection[str] = (),
+        likelihood_sites: Collection[str] = (),
+    ) -> None:
+        super().__init__(
+            model,
+            PointGuide(model, init_loc_fn=init_loc_fn, jacobian=jacobian),
+            optim,
+            Trace_ELBO(),
+            ensemble_size=ensemble_size,
+            prior_weight=prior_weight,
+            prior_sites=prior_sites,
+            likelihood_sites=likelihood_sites,
+        )
+        self.init_loc_fn = init_loc_fn
+        self.jacobian = jacobian
+
+    @classmethod
+    def from_log_joint(
+        cls, log_joint: Callable, init_fn: Callable, optim: Any, **options: Any
+    ) -> EnsembleMAP:
+        """Fit a raw density instead of a model.
+
+        Args:
+            log_joint: `(params, *args, **kwargs) -> (log_likelihood, log_prior)`.
+            init_fn: makes one member's parameters, any pytree, from its key.
+            optim: a `numpyro.optim` or optax optimiser.
+            **options: as for the class.
+
+        Returns:
+            A runner whose `run` takes the density's data; its `result.params` and `init_params`
+            are members stacked. Member e starts at `init_fn(keys[e])`. Leaves that are no real
+            arrays are shared and left alone.
+
+        Example:
+            >>> import jax, numpyro
+            >>> from numpyro_ensemble import EnsembleMAP
+            >>> runner = EnsembleMAP.from_log_joint(
+            ...     lambda w, y: (-((y - w) ** 2).sum(), -(w**2)),
+            ...     lambda key: jax.random.normal(key), numpyro.optim.Adam(0.1), ensemble_size=2)
+            >>> result = runner.run(jax.random.key(0), 200, jax.numpy.ones(3), progress_bar=False)
+            >>> print(result.params.round(2))
+            [0.75 0.75]
+        """
+        return _RawMAP(log_joint, init_fn, optim, **options)
+
+    def fresh_guide(self, init_params: dict | None, sites: dict) -> tuple[Callable, dict | None]:
+        """Return a new point guide, which takes the latents' start values; `SVI.init` the rest."""
+        given = dict(init_params or {})
+        latents = {k: given.pop(k) for k in list(given) if sites[k].kind == "latent"}
+        guide = PointGuide(
+            self.model, init_loc_fn=self.init_loc_fn, jacobian=self.jacobian, init_values=latents
+        )
+        return guide, given or None
+
+    def distilled_guide(self, guide: Callable) -> Callable:
+        """Return the structure of the point guide alone."""
+        return guide.distilled()  # type: ignore[attr-defined]
+
+    def member_params(self, guide: Any, params: dict, args: tuple, kwargs: dict) -> dict:
+        """Return constrained values by site name."""
+        return guide.constrained(params, args, kwargs)
+
+    def check_model(self, sites: dict) -> None:
+        """Raise a ValueError for a discrete latent."""
+        for site in sites.values():
+            if site.kind == "discrete":
+                raise ValueError(
+                    f"latent site {site.name!r} is discrete ({site.distribution}); EnsembleMAP "
+                    f"climbs continuous latents only. Sum it out of the model (MixtureSameFamily, "
+                    f"for example), observe it, or use SVI with TraceEnum_ELBO."
+                )
+
+
+class _RawMAP(EnsembleMAP):
+    """The engine on a raw density, written as a model of one parameter and two factors."""
+
+    def __init__(self, log_joint: Callable, init_fn: Callable, optim: Any, **options: Any) -> None:
+        self._init_fn = init_fn
+        # one member is enough for what all share; its arrays are only shapes to come
+        self._shared = partition(stack_members(init_fn, jax.random.key(0)[None]))[1]
+
+        def model(*args: Any, **kwargs: Any) -> None:
+            arrays = numpyro.param("params", lambda key: partition(init_fn(key))[0])
+            log_likelihood, log_prior = log_joint(combine(arrays, self._shared), *args, **kwargs)
+            numpyro.factor("log_likelihood", log_likelihood)
+            numpyro.factor("log_prior", log_prior)
+
+        options.setdefault("likelihood_sites", ("log_likelihood",))
+        options.setdefault("prior_sites", ("log_prior",))
+        super().__init__(model, optim, **options)
+
+    def _starts(self, init_params: Any) -> Any:
+        if init_params is None or callable(init_params):
+            make = init_params or self._init_fn
+            return lambda key: {"params": partition(make(key))[0]}
+        return {"params": partition(init_params)[0]}
+
+    def _whole(self, params: dict[str, Any]) -> Any:
+        return combine(params["params"], self._shared)
+
+    def init(self, rng_key: jax.Array, *args: Any, init_params: Any = None, **kwargs: Any) -> Any:
+        return super().init(rng_key, *args, init_params=self._starts(init_params), **kwargs)
+
+    def get_params(self, state: Any) -> Any:
+        return self._whole(super().get_params(state))
+
+    def run(
+        self, rng_key: jax.Array, num_steps: int, *args: Any, init_params: Any = None, **kwargs: Any
+    ) -> EnsembleResult:
+        starts = self._starts(init_params)
+        result = super().run(rng_key, num_steps, *args, init_params=starts, **kwargs)
+        return result._replace(params=self._whole(result.params))
+
+
+def ensemble_map(
+    log_joint: Callable,
+    init_fn: Callable,
+    *,
+    ensemble_size: int,
+    num_steps: int,
+    data: Any,
+    rng_key: jax.Array,
+    batch_size: int | None = None,
+    learning_rate: float | None = None,
+    prior_weight: ArrayLike = 1.0,
+    optimizer: Any = None,
+) -> tuple[Any, jax.Array]:
+    """Fit an ensemble of MAP estimates of a raw density in one call.
+
+    Args:
+        log_joint: `(params, *data) -> (log_likelihood, log_prior)`.
+        init_fn: makes one member, any pytree, from a key.
+        ensemble_size: number of members E.
+        num_steps: number of optimisation steps.
+        data: a tuple of arrays, passed on to `log_joint`; a single array counts as one.
+        rng_key: one key, split into E, or E keys: member e starts at `init_fn(keys[e])`.
+        batch_size: rows in a batch; the likelihood is rescaled by N / |B|.
+        learning_rate: of Adam, 5e-3 if neither this nor `optimizer` is given.
+        prior_weight: weight of the prior; a Python 0 drops it exactly.
+        optimizer: a `numpyro.optim` or optax optimiser.
+
+    Returns:
+        The stacked members and the losses `(E, num_steps)`.
+
+    Raises:
+        ValueError: if both `learning_rate` and `optimizer` are given.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from numpyro_ensemble import ensemble_map
+        >>> params, losses = ensemble_map(
+        ...     lambda w, y: (-((y - w) ** 2).sum(), -(w**2)), jax.random.normal,
+        ...     ensemble_size=2, num_steps=200, data=(jnp.ones(3),), rng_key=jax.random.key(0),
+        ...     learning_rate=0.1)
+        >>> print(params.round(2), losses.shape)
+        [0.75 0.75] (2, 200)
+    """
+    if optimizer is not None and learning_rate is not None:
+        raise ValueError(
+            f"give either optimizer or learning_rate, not both: got learning_rate={learning_rate} "
+            f"and an optimizer, which has a rate of its own."
+        )
+    if optimizer is None:
+        optimizer = optax.adam(5e-3 if learning_rate is None else learning_rate)
+    data = data if isinstance(data, tuple | list) else (data,)
+    runner = EnsembleMAP.from_log_joint(
+        log_joint, init_fn, optimizer, ensemble_size=ensemble_size, prior_weight=prior_weight
+    )
+    result = runner.run(rng_key, num_steps, *data, batch_size=batch_size, progress_bar=False)
+    return result.params, result.losses

@@ -1,0 +1,255 @@
+"""Ensembles as pure functions: any pytree, any log joint density, any optax transformation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.typing import ArrayLike
+from numpyro.util import is_prng_key
+
+from numpyro_ensemble.handlers import check_weight
+
+
+@jax.tree_util.register_pytree_node_class
+@dataclass(frozen=True)
+class EnsembleState:
+    """Stacked members and the states of their optimisers.
+
+    It is a pytree of arrays: functions, strings and numbers inside `params` (the activations of an
+    Equinox module, say) count as its structure, so that it passes through `jax.jit`.
+
+    Attributes:
+        params: the members; real arrays have a leading `(E,)`, everything else is shared.
+        opt_state: the optimiser's state, each leaf with a leading `(E,)`.
+    """
+
+    params: Any
+    opt_state: Any
+
+    def tree_flatten(self) -> tuple[tuple, tuple]:
+        """Split into arrays and structure."""
+        leaves, treedef = jax.tree.flatten(self.params)
+        arrays = [leaf for leaf in leaves if _is_array(leaf)]
+        shared = tuple(_ARRAY if _is_array(leaf) else leaf for leaf in leaves)
+        return (arrays, self.opt_state), (treedef, shared)
+
+    @classmethod
+    def tree_unflatten(cls, aux: tuple, children: tuple) -> EnsembleState:
+        """Put arrays and structure together again."""
+        treedef, shared = aux
+        arrays = iter(children[0])
+        leaves = [next(arrays) if leaf is _ARRAY else leaf for leaf in shared]
+        return cls(jax.tree.unflatten(treedef, leaves), children[1])
+
+
+_ARRAY = type("Array", (), {"__repr__": lambda self: "array"})()
+
+
+def _is_array(leaf: Any) -> bool:
+    return not isinstance(leaf, bool | int | float | complex | str | bytes) and not callable(leaf)
+
+
+def is_inexact(leaf: Any) -> bool:
+    """Say whether a leaf is an array of real or complex numbers: what a fit can train."""
+    return isinstance(leaf, np.ndarray | jax.Array) and jnp.issubdtype(leaf.dtype, jnp.inexact)
+
+
+def partition(tree: Any) -> tuple[Any, Any]:
+    """Split a pytree into its trainable arrays and the rest, with None in the gaps of each."""
+    arrays = jax.tree.map(lambda leaf: leaf if is_inexact(leaf) else None, tree)
+    rest = jax.tree.map(lambda leaf: None if is_inexact(leaf) else leaf, tree)
+    return arrays, rest
+
+
+def combine(arrays: Any, rest: Any) -> Any:
+    """Undo `partition`."""
+    return jax.tree.map(
+        lambda a, b: b if a is None else a, arrays, rest, is_leaf=lambda leaf: leaf is None
+    )
+
+
+def member_keys(rng_key: Any, ensemble_size: int) -> jax.Array:
+    """Return the keys of the members: one key is split, E keys are taken as they are.
+
+    Raises:
+        ValueError: if it is neither.
+    """
+    if is_prng_key(rng_key):
+        return jax.random.split(rng_key, ensemble_size)
+    typed = jnp.issubdtype(getattr(rng_key, "dtype", np.dtype(object)), jax.dtypes.prng_key)
+    shape = np.shape(rng_key)
+    if shape != ((ensemble_size,) if typed else (ensemble_size, 2)):
+        raise ValueError(
+            f"rng_key takes one key or ensemble_size={ensemble_size} keys, got an object of type "
+            f"{type(rng_key).__name__} and shape {shape}."
+        )
+    return rng_key
+
+
+def check_count(name: str, value: Any) -> None:
+    """Raise where an option is not an integer of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise TypeError(f"{name} takes an integer, got {value!r}.")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}.")
+
+
+def stack_members(init_fn: Callable, keys: jax.Array) -> Any:
+    """Make one member with each key and stack them; what cannot be trained is the first one's."""
+    first: list[Any] = []
+
+    def one(key: jax.Array) -> list[jax.Array]:
+        leaves, treedef = jax.tree.flatten(init_fn(key))
+        arrays = [isinstance(leaf, np.ndarray | jax.Array) for leaf in leaves]
+        first[:] = [treedef, [_ARRAY if a else x for x, a in zip(leaves, arrays, strict=True)]]
+        return [jnp.asarray(x) for x, a in zip(leaves, arrays, strict=True) if a]
+
+    stacked = iter(jax.jit(jax.vmap(one))(keys))
+    treedef, shared = first
+    leaves = [next(stacked) if leaf is _ARRAY else leaf for leaf in shared]
+    leaves = [
+        leaf if is_inexact(leaf) or mark is not _ARRAY else leaf[0]
+        for leaf, mark in zip(leaves, shared, strict=True)
+    ]
+    return jax.tree.unflatten(treedef, leaves)
+
+
+def ensemble_init(
+    init_fn: Callable,
+    optimizer: optax.GradientTransformation,
+    *,
+    ensemble_size: int,
+    seed: int | jax.Array,
+) -> EnsembleState:
+    """Make the members of an ensemble and the states of their optimisers.
+
+    Args:
+        init_fn: makes one member, any pytree, from a key.
+        optimizer: an optax transformation.
+        ensemble_size: number of members E.
+        seed: an integer, one key (split into E) or E keys.
+
+    Raises:
+        ValueError: if `ensemble_size` is below 1, or the keys are of another number.
+
+    Example:
+        >>> import jax, optax
+        >>> from numpyro_ensemble import ensemble_init
+        >>> state = ensemble_init(
+        ...     lambda key: {"w": jax.random.normal(key, (3,))}, optax.adam(0.1),
+        ...     ensemble_size=4, seed=0)
+        >>> state.params["w"].shape
+        (4, 3)
+    """
+    check_count("ensemble_size", ensemble_size)
+    rng_key = jax.random.key(seed) if isinstance(seed, int | np.integer) else seed
+    params = stack_members(init_fn, member_keys(rng_key, ensemble_size))
+    return EnsembleState(params, jax.vmap(optimizer.init)(partition(params)[0]))
+
+
+def ensemble_loss(
+    log_joint: Callable, *, prior_weight: ArrayLike = 1.0, scale: ArrayLike = 1.0
+) -> Callable[..., jax.Array]:
+    """Return one member's loss, `-(scale * log_likelihood + prior_weight * log_prior)`.
+
+    Args:
+        log_joint: `(params, *batch) -> (log_likelihood, log_prior)`.
+        prior_weight: weight of the prior; a Python 0 drops it exactly.
+        scale: weight of the likelihood, N / |B| for batches.
+
+    Raises:
+        ValueError: if a weight is negative.
+
+    Example:
+        >>> from numpyro_ensemble import ensemble_loss
+        >>> loss = ensemble_loss(lambda w, y: (-(y - w) ** 2, -w**2), prior_weight=0)
+        >>> loss(1.0, 3.0)
+        4.0
+    """
+    prior_weight = check_weight("prior_weight", prior_weight)
+    scale = check_weight("scale", scale)
+
+    def loss(params: Any, *batch: Any) -> jax.Array:
+        log_likelihood, log_prior = log_joint(params, *batch)
+        if not isinstance(prior_weight, jax.core.Tracer) and prior_weight == 0:
+            return -(scale * log_likelihood)
+        return -(scale * log_likelihood + prior_weight * log_prior)
+
+    return loss
+
+
+def ensemble_step(
+    state: EnsembleState,
+    *batch: Any,
+    log_joint: Callable,
+    optimizer: optax.GradientTransformation,
+    prior_weight: ArrayLike = 1.0,
+    scale: ArrayLike = 1.0,
+) -> tuple[EnsembleState, jax.Array]:
+    """Take one gradient step with every member.
+
+    Args:
+        state: the members and their optimisers' states.
+        *batch: passed on to `log_joint`, the same for all members.
+        log_joint: `(params, *batch) -> (log_likelihood, log_prior)`.
+        optimizer: the transformation that `state` was made with.
+        prior_weight: see `ensemble_loss`.
+        scale: see `ensemble_loss`.
+
+    Returns:
+        The new state and the losses `(E,)` at the old one.
+
+    Example:
+        >>> import functools, jax, optax
+        >>> from numpyro_ensemble import ensemble_init, ensemble_step
+        >>> adam = optax.adam(0.1)
+        >>> step = jax.jit(functools.partial(
+        ...     ensemble_step, log_joint=lambda w, y: (-((y - w) ** 2), -(w**2)), optimizer=adam))
+        >>> state = ensemble_init(jax.random.normal, adam, ensemble_size=2, seed=0)
+        >>> for _ in range(200):
+        ...     state, losses = step(state, 1.0)
+        >>> print(state.params.round(2))
+        [0.5 0.5]
+    """
+    arrays, shared = partition(state.params)
+    loss = ensemble_loss(log_joint, prior_weight=prior_weight, scale=scale)
+    update = optax.with_extra_args_support(optimizer).update
+
+    def one(arrays: Any, opt_state: Any) -> tuple[Any, Any, jax.Array]:
+        def objective(arrays: Any) -> jax.Array:
+            return loss(combine(arrays, shared), *batch)
+
+        value, grad = jax.value_and_grad(objective)(arrays)
+        extra = {"value": value, "grad": grad, "value_fn": objective}  # for line searches
+        updates, opt_state = update(grad, opt_state, arrays, **extra)
+        return optax.apply_updates(arrays, updates), opt_state, value
+
+    arrays, opt_state, losses = jax.vmap(one)(arrays, state.opt_state)
+    return EnsembleState(combine(arrays, shared), opt_state), losses
+
+
+def ensemble_predict(params: Any, predict_fn: Callable, *inputs: Any) -> Any:
+    """Apply a function to every member and stack what it returns.
+
+    Args:
+        params: stacked members.
+        predict_fn: `(member, *inputs) -> prediction`.
+        *inputs: shared by all members.
+
+    Returns:
+        The predictions, each leaf with a leading `(E,)`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from numpyro_ensemble import ensemble_predict
+        >>> ensemble_predict(jnp.array([1.0, 2.0]), lambda w, x: w * x, jnp.ones(3)).shape
+        (2, 3)
+    """
+    arrays, shared = partition(params)
+    return jax.vmap(lambda member: predict_fn(combine(member, shared), *inputs))(arrays)

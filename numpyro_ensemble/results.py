@@ -1,0 +1,96 @@
+"""What a fit returns: an ensemble of single fits, stacked."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from numpyro.infer.svi import SVIRunResult, SVIState
+
+from numpyro_ensemble.primitives import is_inexact
+
+_RANKED_LOSSES = 100
+
+
+class EnsembleResult(NamedTuple):
+    """The outcome of a fit: `SVIRunResult`'s three fields, with a leading member axis on each.
+
+    Attributes:
+        params: fitted values by name, each leaf `(E,) + shape`.
+        state: the last `SVIState`, to go on from with `init_state=`.
+        losses: `(E, num_steps)`; NaN after a member's early stop.
+    """
+
+    params: dict[str, Any]
+    state: SVIState
+    losses: jax.Array
+
+    @property
+    def ensemble_size(self) -> int:
+        """Number of members E."""
+        return self.losses.shape[0]
+
+    @property
+    def finite(self) -> jax.Array:
+        """Which members `(E,)` ended well: parameters, mutable state and last loss are finite.
+
+        The NaN losses that follow an early stop do not count.
+        """
+        xp = jnp if isinstance(self.losses, jax.core.Tracer) else np
+        leaves = jax.tree.leaves((self.params, self.state.mutable_state))
+        flags = [xp.isfinite(a).reshape(self.ensemble_size, -1).all(1) for a in _inexact(leaves)]
+        reached = ~xp.isnan(self.losses)
+        last = self.losses.shape[1] - 1 - xp.argmax(reached[:, ::-1], axis=1)
+        final = xp.take_along_axis(xp.asarray(self.losses), last[:, None], axis=1)[:, 0]
+        flags.append(xp.isfinite(final))
+        return jnp.asarray(xp.stack(flags).all(0))
+
+    def ranking(self) -> np.ndarray:
+        """Return the finite members, best first, by the mean of their last 100 losses."""
+        losses = np.asarray(self.losses)
+        score = np.full(self.ensemble_size, np.inf)
+        for e in np.flatnonzero(np.asarray(self.finite)):
+            row = losses[e][~np.isnan(losses[e])]
+            score[e] = row[-_RANKED_LOSSES:].mean()
+        order = np.argsort(score, kind="stable")
+        return order[np.isfinite(score[order])]
+
+    def best(self, rank: int = 0) -> SVIRunResult:
+        """Return the best member (or the one of the given rank) as a single NumPyro fit.
+
+        Raises:
+            ValueError: if fewer finite members exist.
+        """
+        ranking = self.ranking()
+        if not 0 <= rank < len(ranking):
+            raise ValueError(
+                f"rank takes 0 to the number of finite members less 1, got {rank}; "
+                f"{len(ranking)} of {self.ensemble_size} members are finite."
+            )
+        return self.member(int(ranking[rank]))
+
+    def member(self, index: int) -> SVIRunResult:
+        """Return one member in the form of a single NumPyro fit.
+
+        Raises:
+            IndexError: if there is no such member.
+        """
+        size = self.ensemble_size
+        if not -size <= index < size:
+            raise IndexError(f"index takes {-size} to {size - 1}, got {index}.")
+        params = jax.tree.map(lambda leaf: leaf[index] if is_inexact(leaf) else leaf, self.params)
+        state = jax.tree.map(lambda leaf: leaf[index], self.state)
+        return SVIRunResult(params, state, self.losses[index])
+
+
+def _inexact(leaves: list[Any]) -> list[Any]:
+    return [leaf for leaf in leaves if is_inexact(leaf)]
+
+
+def name_members(flags: Any, limit: int = 10) -> str:
+    """Write the indices of the flagged members as a short list."""
+    indices = np.flatnonzero(np.asarray(flags))
+    shown = ", ".join(str(i) for i in indices[:limit])
+    return shown + (f" and {len(indices) - limit} more" if len(indices) > limit else "")

@@ -1,0 +1,273 @@
+"""The one compiled training loop: chunks of steps, batches, stopping, progress."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tqdm
+from jax import lax
+
+from numpyro_ensemble.batching import Batches, Order, draw
+from numpyro_ensemble.primitives import is_inexact
+from numpyro_ensemble.results import name_members
+
+_CHUNKS = 20  # a run is cut into about so many chunks, as SVI.run updates its bar
+_CAPACITY = 128  # losses that a compiled chunk has room for, at least
+
+
+class EarlyStopping(NamedTuple):
+    """Stop a member when the mean loss of a window has not improved for a while.
+
+    Losses are averaged over windows of steps, since one stochastic loss is mostly noise. A member
+    that has stopped is frozen; the run ends at the next chunk after all have.
+
+    Attributes:
+        patience: number of windows without improvement after which a member stops.
+        min_delta: what a window's mean must fall below the best one by, to count as better.
+        window: number of steps in a window.
+        min_steps: number of steps before which no member stops.
+
+    Example:
+        >>> from numpyro_ensemble import EarlyStopping
+        >>> EarlyStopping(patience=3, window=50)
+        EarlyStopping(patience=3, min_delta=0.0, window=50, min_steps=0)
+    """
+
+    patience: int = 5
+    min_delta: float = 0.0
+    window: int = 100
+    min_steps: int = 0
+
+    def check(self) -> None:
+        """Raise a ValueError where a field is out of range."""
+        for name, least in (("patience", 1), ("window", 1), ("min_steps", 0), ("min_delta", 0)):
+            value = getattr(self, name)
+            if not (isinstance(value, int | float | np.number) and math.isfinite(value)):
+                raise TypeError(f"EarlyStopping's {name} takes a number, got {value!r}.")
+            if value < least:
+                raise ValueError(f"EarlyStopping's {name} must be at least {least}, got {value}.")
+
+
+class Stop(NamedTuple):
+    """Counters of early stopping, each `(E,)`."""
+
+    total: jax.Array  # sum of the finite losses in the window under way
+    count: jax.Array  # their number
+    best: jax.Array  # lowest mean of a window so far
+    stale: jax.Array  # windows since then
+    stopped: jax.Array
+
+
+class Carry(NamedTuple):
+    """What a chunk hands on to the next."""
+
+    state: Any
+    stop: Stop | None
+    order: Order | None
+
+
+def first_stop(ensemble_size: int) -> Stop:
+    """Return fresh counters."""
+    zeros = jnp.zeros(ensemble_size)
+    none = jnp.zeros(ensemble_size, jnp.int32)
+    return Stop(zeros, none, zeros + jnp.inf, none + 0, jnp.zeros(ensemble_size, bool))
+
+
+def count(stop: Stop, losses: jax.Array, done: jax.Array, rule: EarlyStopping) -> Stop:
+    """Take the losses of step number `done` (from 1) into account."""
+    good = jnp.isfinite(losses)
+    total = stop.total + jnp.where(good, losses, 0.0)
+    number = stop.count + good
+    mean = total / number  # NaN where the whole window failed: that is no improvement
+    better = mean < stop.best - rule.min_delta
+    stale = jnp.where(better, 0, stop.stale + 1)
+    closes = done % rule.window == 0
+    stopped = stop.stopped | ((stale >= rule.patience) & (done >= rule.min_steps))
+    after = Stop(
+        total * 0, number * 0, jnp.where(better, mean, stop.best), stale.astype(jnp.int32), stopped
+    )
+    before = Stop(total, number, stop.best, stop.stale, stop.stopped)
+    return jax.tree.map(lambda a, b: jnp.where(closes, a, b), after, before)
+
+
+def where_members(flags: jax.Array, chosen: Any, other: Any) -> Any:
+    """Take the flagged members' leaves from one tree and the others' from another."""
+
+    def pick(a: jax.Array, b: jax.Array) -> jax.Array:
+        return jnp.where(flags.reshape(flags.shape + (1,) * (jnp.ndim(a) - 1)), a, b)
+
+    return jax.tree.map(pick, chosen, other)
+
+
+def keep_good(old: Any, new: Any, loss: jax.Array, rng_key: jax.Array) -> tuple[Any, jax.Array]:
+    """Keep one member's old state, but for its key, where the new one or the loss is not finite."""
+    leaves = [leaf for leaf in jax.tree.leaves((new, loss)) if is_inexact(leaf)]
+    good = jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves]).all()
+    state = jax.tree.map(lambda a, b: jnp.where(good, a, b), new, old._replace(rng_key=rng_key))
+    return state, jnp.where(good, loss, jnp.nan)
+
+
+def make_chunk(
+    update: Callable,
+    ensemble_size: int,
+    capacity: int,
+    batches: Batches | None,
+    rule: EarlyStopping | None,
+) -> Callable:
+    """Build the function that a chunk of steps compiles to.
+
+    Args:
+        update: `(state, constraints, dynamic, rows) -> (state, losses)`, for all members at once.
+        ensemble_size: number of members E.
+        capacity: number of losses a chunk has room for.
+        batches: how the data is cut, or None.
+        rule: when members stop, or None.
+
+    Returns:
+        `chunk(carry, number, done, step, constraints, dynamic, keys) -> (carry, losses)`: takes
+        `number` steps, of which `done` precede in this run and `step` in the optimiser's life.
+    """
+
+    def chunk(
+        carry: Carry, number: Any, done: Any, step: Any, constraints: Any, dynamic: Any, keys: Any
+    ) -> tuple[Carry, jax.Array]:
+        def body(i: jax.Array, loop: tuple[Carry, jax.Array]) -> tuple[Carry, jax.Array]:
+            (state, stop, order), buffer = loop
+            if batches is None:
+                new, losses = update(state, constraints, dynamic, None)
+            else:
+                order, (new, losses) = draw(
+                    batches,
+                    order,
+                    step + i,
+                    keys,
+                    lambda rows: update(state, constraints, dynamic, rows),
+                )
+            if rule is not None:
+                new = where_members(stop.stopped, state, new)
+                losses = jnp.where(stop.stopped, jnp.nan, losses)
+                stop = count(stop, losses, done + i + 1, rule)
+            buffer = lax.dynamic_update_index_in_dim(buffer, losses.astype(buffer.dtype), i, 0)
+            return Carry(new, stop, order), buffer
+
+        buffer = jnp.full((capacity, ensemble_size), jnp.nan)
+        return lax.fori_loop(0, number, body, (carry, buffer))
+
+    return chunk
+
+
+def capacity_for(num_steps: int, chunk_size: int | None) -> tuple[int, int]:
+    """Return the number of steps in a chunk, and the room that its program is compiled with.
+
+    Room comes in powers of two and no less than 128, so that runs of other lengths use the same
+    program.
+    """
+    size = chunk_size or -(-num_steps // _CHUNKS)
+    return size, max(_CAPACITY, 1 << (size - 1).bit_length())
+
+
+def train(
+    chunk: Callable,
+    carry: Carry,
+    num_steps: int,
+    chunk_size: int,
+    *,
+    progress_bar: bool,
+    callback: Callable | None,
+    stable: bool,
+) -> tuple[Carry, np.ndarray]:
+    """Run chunks until the steps are done, all members have stopped, or the callback says stop.
+
+    Args:
+        chunk: `(carry, number, done) -> (carry, losses)`, compiled; it consumes the carry.
+        carry: where to begin.
+        num_steps: number of steps.
+        chunk_size: number of steps between two looks at the losses.
+        progress_bar: show mean, best and worst loss.
+        callback: `callback(step, state, losses)`; a true value returned ends the run.
+        stable: failed steps are left out by design, so that a first bad one is no failed start.
+
+    Returns:
+        The last carry and the losses `(E, num_steps)`.
+    """
+    parts: list[np.ndarray] = []
+    done = 0
+    with tqdm.tqdm(total=num_steps, disable=not progress_bar) as bar:
+        for carry, number, losses in _dispatched(chunk, carry, num_steps, chunk_size, callback):
+            part = np.asarray(losses)[:number]
+            if not parts:
+                _check_start(part, stable)
+            parts.append(part)
+            done += number
+            if progress_bar:
+                bar.update(number)
+                bar.set_postfix_str(_summary(part), refresh=False)
+            if carry.stop is not None and np.isnan(part[-1]).all() and _all_stopped(carry):
+                break
+            if callback is not None and callback(done, _copy(carry.state), part.T):
+                break
+    losses = np.concatenate(parts)
+    missing = np.full((num_steps - len(losses), losses.shape[1]), np.nan, losses.dtype)
+    return carry, np.concatenate([losses, missing]).T
+
+
+def _dispatched(
+    chunk: Callable, carry: Carry, num_steps: int, chunk_size: int, callback: Callable | None
+) -> Iterator[tuple[Carry, int, jax.Array]]:
+    """Yield each chunk's outcome, with the next chunk under way where nobody can object to it."""
+    ahead = None
+    for done in range(0, num_steps, chunk_size):
+        number = min(chunk_size, num_steps - done)
+        carry, losses = chunk(carry, number, done)
+        if callback is not None:
+            yield carry, number, losses
+            continue
+        if ahead is not None:
+            yield carry, *ahead
+        ahead = (number, losses)
+    if ahead is not None:
+        yield carry, *ahead
+
+
+def _all_stopped(carry: Carry) -> bool:
+    return carry.stop is not None and bool(np.asarray(carry.stop.stopped).all())
+
+
+def _check_start(losses: np.ndarray, stable: bool) -> None:
+    """Name the members that have had no finite loss since their start; `losses` is (steps, E)."""
+    failed = ~np.isfinite(losses).any(axis=0)
+    size = losses.shape[1]
+    remedy = "Give other starts by init_params= or the guide's init_loc_fn=, or check the data."
+    if failed.all():
+        raise ValueError(f"All {size} members start where the loss is not finite. {remedy}")
+    if failed.any() and not stable:
+        warnings.warn(
+            f"{failed.sum()} of {size} members start where the loss is not finite: "
+            f"{name_members(failed)}. {remedy}",
+            stacklevel=4,
+        )
+
+
+def _summary(losses: np.ndarray) -> str:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # the mean of a member without any loss
+        means = np.nanmean(losses, axis=0)
+    good = means[np.isfinite(means)]
+    if not good.size:
+        return "no member left: all have stopped or failed"
+    failed = f", {means.size - good.size} not finite or stopped" if good.size < means.size else ""
+    return f"loss: mean {good.mean():.4f}, best {good.min():.4f}, worst {good.max():.4f}{failed}"
+
+
+_copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))
+
+
+def copy_buffers(tree: Any) -> Any:
+    """Copy the arrays of a tree, so that the loop may consume them."""
+    return _copy(tree)
