@@ -122,9 +122,7 @@ class Bound:
 
     # Starts -------------------------------------------------------------------------------------
 
-    def start(
-        self, keys: jax.Array, init_params: Any, *, warn: bool = False
-    ) -> tuple[SVIState, list[jax.Array]]:
+    def start(self, keys: jax.Array, init_params: Any) -> tuple[SVIState, list[jax.Array]]:
         """Return the members' initial state and the leaves of transforms that stem from it."""
         _ = self.anatomy
         axes = maker = None
@@ -216,12 +214,12 @@ class Bound:
 
     def step(self, state: SVIState, stable: bool, forward: bool) -> tuple[SVIState, jax.Array]:
         """Take one step with every member."""
-        constraints = self._known_constraints()
+        constraints = self.known_constraints()
         program = self._program(("step", stable, forward), lambda: self._updates(stable, forward))
         return program(state, constraints, self.arguments.dynamic, None)
 
-    def chunk(self, capacity: int, options: RunOptions) -> Callable:
-        """Return the compiled loop of `training.make_chunk` for these options."""
+    def chunk(self, capacity: int, options: RunOptions, *, consume: bool = True) -> Callable:
+        """Return the compiled loop of `training.make_chunk`, which may consume its carry."""
         stable, forward = options.stable_update, options.forward_mode_differentiation
         rule = options.early_stopping
         _ = self.anatomy
@@ -230,7 +228,8 @@ class Bound:
             update = self._updates(stable, forward)
             return make_chunk(update, self._size, capacity, self.batches, rule)
 
-        return self._program(("chunk", capacity, stable, forward, rule), build, donate=(0,))
+        key = ("chunk", capacity, stable, forward, rule, consume)
+        return self._program(key, build, donate=(0,) if consume else ())
 
     def _updates(self, stable: bool, forward: bool) -> Callable:
         def one(state: SVIState, constraints: list, dynamic: dict, rows: Any) -> tuple:
@@ -261,7 +260,7 @@ class Bound:
             params = {**svi.get_params(state), **(state.mutable_state or {})}
             return svi.loss.loss(key, params, svi.model, svi.guide, *args, **kwargs)
 
-        constraints = self._known_constraints()
+        constraints = self.known_constraints()
         program = self._program("evaluate", lambda: jax.vmap(one, in_axes=(0, 0, _AXES)))
         return program(state, constraints, self.arguments.dynamic)
 
@@ -269,9 +268,11 @@ class Bound:
 
     def params(self, state: SVIState) -> dict[str, Any]:
         """Return the members' parameters."""
-        return self.outcome(state, None)[0]
+        return self.outcome(state, self.known_constraints())[0]
 
-    def outcome(self, state: SVIState, constraints: Any) -> tuple[dict[str, Any], jax.Array]:
+    def outcome(
+        self, state: SVIState, constraints: list[jax.Array]
+    ) -> tuple[dict[str, Any], jax.Array]:
         """Return the members' parameters, and which members have nothing but finite values."""
 
         def final(state: SVIState, constraints: list, dynamic: dict) -> tuple:
@@ -280,7 +281,6 @@ class Bound:
             flags = [jnp.isfinite(x).reshape(self._size, -1).all(axis=1) for x in leaves]
             return params, jnp.stack([*flags, jnp.ones(self._size, bool)]).all(axis=0)
 
-        constraints = self._known_constraints() if constraints is None else constraints
         return self._program("outcome", lambda: final)(state, constraints, self.arguments.dynamic)
 
     def _params_of(self, state: SVIState, constraints: list, dynamic: dict) -> dict[str, Any]:
@@ -306,7 +306,8 @@ class Bound:
             svi.constrain_fn = partial(transform_fn, transforms)
         return svi
 
-    def _known_constraints(self) -> list[jax.Array]:
+    def known_constraints(self) -> list[jax.Array]:
+        """Return the leaves of transforms that stem from the last start."""
         if None not in self.anatomy.leaves:
             return []
         if self._constraints is None:
@@ -330,8 +331,14 @@ def _alike(params: dict[str, Any]) -> jax.Array:
         leaves = [leaf for leaf in jax.tree.leaves(tree) if is_inexact(leaf)]
         return jnp.stack([(leaf == leaf[:1]).all() for leaf in leaves]).all()
 
+    def is_module(name: str) -> bool:
+        # the parameters of a random module serve as shapes only: latents stand in for them
+        stem = name.removesuffix("$params")
+        latents = any(other.startswith(stem) and other != name for other in params)
+        return not isinstance(params[name], jax.Array) and not latents
+
     filled = {k: v for k, v in params.items() if any(map(is_inexact, jax.tree.leaves(v)))}
     if not filled:
         return jnp.asarray(False)
-    modules = [same(v) for v in filled.values() if not isinstance(v, jax.Array)]
+    modules = [same(v) for k, v in filled.items() if is_module(k)]
     return jnp.stack([same(filled), *modules]).any()

@@ -8,7 +8,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from numpyro import handlers
+from numpyro.infer import init_to_uniform
 from numpyro.infer.util import compute_log_probs
+
 from numpyro_ensemble.handlers import Role, is_factor, site_role
 
 
@@ -72,7 +74,9 @@ def anatomy(
     found: dict[str, Site] = {}
 
     def look(key: jax.Array) -> None:
-        trace = handlers.trace(handlers.seed(model, key)).get_trace(*args, **kwargs)
+        # an improper prior cannot be sampled, so the latents' values come from an initialisation
+        filled = handlers.substitute(handlers.seed(model, key), substitute_fn=init_to_uniform())
+        trace = handlers.trace(filled).get_trace(*args, **kwargs)
         for name, site in trace.items():
             if site["type"] in ("sample", "param", "mutable", "plate"):
                 found[name] = _describe(site, found, prior_sites)

@@ -239,13 +239,13 @@ class Ensemble:
         self._check_options(num_steps, options)
         keys = member_keys(rng_key, self.ensemble_size)
         bound = self._bind(args, kwargs, options)
-        constraints = None
         if init_state is None:
-            state, constraints = bound.start(keys, init_params, warn=True)
+            state, constraints = bound.start(keys, init_params)
             step: Any = 0
         else:
             bound.check_state(init_state)
-            state, step = init_state, jnp.max(init_state.optim_state[0])
+            state, constraints = init_state, bound.known_constraints()
+            step = jnp.max(init_state.optim_state[0])
         batches = bound.batches
         single = rng_key if is_prng_key(rng_key) else keys[0]
         shuffles = None if batches is None else batch_keys(keys, single, batches.shared)
@@ -256,7 +256,7 @@ class Ensemble:
         )
         carry, losses = self._loop(bound, carry, num_steps, options, step, constraints, shuffles)
         params, finite = bound.outcome(carry.state, constraints)
-        result = EnsembleResult(params, carry.state, jnp.asarray(losses))
+        result = EnsembleResult(params, carry.state, jax.device_put(losses))
         if not isinstance(finite, jax.core.Tracer):
             _warn_failed(np.asarray(finite) & np.asarray(result.finite))
         return result
@@ -276,7 +276,7 @@ class Ensemble:
         if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(inputs)):
             if options.callback is not None:
                 raise ValueError("callback cannot be called from inside jit, vmap or grad.")
-            chunk = bound.chunk(num_steps, options)
+            chunk = bound.chunk(num_steps, options, consume=False)
             dynamic = bound.arguments.dynamic
             carry, losses = chunk(carry, num_steps, 0, step, constraints, dynamic, shuffles)
             return carry, losses.T

@@ -45,7 +45,7 @@ class EnsembleResult(NamedTuple):
         last = self.losses.shape[1] - 1 - xp.argmax(reached[:, ::-1], axis=1)
         final = xp.take_along_axis(xp.asarray(self.losses), last[:, None], axis=1)[:, 0]
         flags.append(xp.isfinite(final))
-        return jnp.asarray(xp.stack(flags).all(0))
+        return jax.device_put(xp.stack(flags).all(0))
 
     def ranking(self) -> np.ndarray:
         """Return the finite members, best first, by the mean of their last 100 losses."""

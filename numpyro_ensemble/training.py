@@ -214,7 +214,7 @@ def train(
                 break
     losses = np.concatenate(parts)
     missing = np.full((num_steps - len(losses), losses.shape[1]), np.nan, losses.dtype)
-    return carry, np.concatenate([losses, missing]).T
+    return carry, np.ascontiguousarray(np.concatenate([losses, missing]).T)
 
 
 def _dispatched(

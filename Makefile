@@ -1,0 +1,88 @@
+# `make demo` and `make test` need only make, and Python >= 3.11 with pip and venv.
+
+PYTHON ?= python3
+VENV ?= .venv
+JOBS ?= 2
+
+BIN := $(VENV)/bin
+
+# JAX keys what it caches by its own version and flags, so one folder serves every run.
+CACHE := $(CURDIR)/.cache
+export JAX_COMPILATION_CACHE_DIR ?= $(CACHE)/jax
+export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0
+export JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES ?= -1
+export UV_PYTHON_DOWNLOADS := never
+
+show_version := import sys; print("%d.%d.%d" % sys.version_info[:3])
+VERSION := $(shell $(PYTHON) -c '$(show_version)' 2>/dev/null)
+SOURCES := $(wildcard numpyro_ensemble tests docs/conf.py examples benchmarks)
+PYTEST := $(BIN)/pytest -q -n $(JOBS)
+
+.PHONY: help demo test docs format clean
+.DEFAULT_GOAL := help
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
+	@echo "PYTHON=... chooses the interpreter ($(PYTHON)), VENV=... the environment's folder ($(VENV))"
+
+# One stamp for each interpreter version and extra: a second call installs nothing again.
+ready = $(VENV)/.ready-$(VERSION)-$(1)
+
+$(call ready,%): pyproject.toml
+	@if ! "$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+	    echo "numpyro_ensemble needs Python 3.11 or newer, and '$(PYTHON)' is $(or $(VERSION),not there)." >&2; \
+	    echo "Choose another: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11" >&2; \
+	    exit 1; \
+	fi
+	@if [ -e "$(VENV)" ] && [ ! -e "$(VENV)/pyvenv.cfg" ]; then \
+	    echo "'$(VENV)' is not a virtual environment: remove it, or choose another VENV." >&2; \
+	    exit 1; \
+	fi
+	@if [ "$$("$(BIN)/python" -c 'import pip; $(show_version)' 2>/dev/null)" != "$(VERSION)" ]; then \
+	    "$(PYTHON)" -m venv --clear "$(VENV)"; \
+	fi
+	@echo "Installing numpyro_ensemble[$*] into $(VENV): a minute or two the first time."
+	@if uv=$$(command -v uv || command -v "$(BIN)/uv") && "$$uv" --version >/dev/null 2>&1; then \
+	    "$$uv" pip install --quiet --python "$(BIN)/python" --editable '.[$*]'; \
+	else \
+	    "$(BIN)/python" -m pip install -qq --disable-pip-version-check --editable '.[$*]'; \
+	fi
+	@touch "$@"
+
+# The demo needs less than the tests: an environment made for them will do.
+demo: $(or $(wildcard $(call ready,test)),$(call ready,plots)) ## run the quickstart
+	$(BIN)/python examples/quickstart.py
+
+test: $(call ready,test) ## check format, lint, types and doctests, and run all tests
+	@rm -rf "$(CACHE)/reports"
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/mypy
+	$(PYTEST) --junitxml=$(CACHE)/reports/doctests.xml --doctest-modules numpyro_ensemble
+	$(PYTEST) --junitxml=$(CACHE)/reports/float64.xml
+	JAX_ENABLE_X64=0 $(PYTEST) --junitxml=$(CACHE)/reports/float32.xml -m core
+	JAX_CHECK_TRACER_LEAKS=1 $(PYTEST) --junitxml=$(CACHE)/reports/leaks.xml -m leaks
+	@$(BIN)/python -c "$$count_tests" $(CACHE)/reports/*.xml
+
+define count_tests
+import sys
+import xml.etree.ElementTree as tree
+
+suites = [suite for path in sys.argv[1:] for suite in tree.parse(path).iter("testsuite")]
+count = {k: sum(int(s.get(k)) for s in suites) for k in ("tests", "failures", "errors", "skipped")}
+failed = count["failures"] + count["errors"]
+print(f"{count['tests'] - failed - count['skipped']} passed, {failed} failed, {count['skipped']} skipped")
+endef
+export count_tests
+
+docs: $(call ready,docs) ## build the documentation, running its code, to docs/_build/html
+	IPYTHONDIR=$(CACHE)/ipython $(BIN)/sphinx-build -q -W --keep-going docs docs/_build/html
+	@echo "Open docs/_build/html/index.html"
+
+format: $(call ready,test) ## format the code and fix what ruff can
+	$(BIN)/ruff check --fix $(SOURCES)
+	$(BIN)/ruff format $(SOURCES)
+
+clean: ## remove the environments, caches and built files
+	rm -rf .venv .venv-* .cache docs/_build dist
+	find $(SOURCES) -name __pycache__ -prune -exec rm -rf {} +

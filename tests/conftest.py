@@ -1,0 +1,68 @@
+"""Strict JAX for every test.
+
+Tests run in float64 unless `JAX_ENABLE_X64=0` is set, and promoting ranks is an error unless a
+test is marked `promotes_ranks` (NumPyro's own `Normal(loc, scale).sample(key, (5,))` does).
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+
+import jax
+import pytest
+
+if "JAX_ENABLE_X64" not in os.environ:
+    jax.config.update("jax_enable_x64", True)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(autouse=True)
+def _rank_promotion(request: pytest.FixtureRequest) -> Iterator[None]:
+    allowed = request.node.get_closest_marker("promotes_ranks")
+    with jax.numpy_rank_promotion("allow" if allowed else "raise"):
+        yield
+
+
+@pytest.fixture
+def key() -> jax.Array:
+    """Give the one key that tests start from."""
+    return jax.random.key(0)
+
+
+class Compilations:
+    """The XLA programs compiled (or read from the persistent cache) in a `compile_count` block."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+
+    @property
+    def count(self) -> int:
+        return len(self.names)
+
+
+_counting: list[Compilations] = []
+
+
+def _on_duration(event: str, duration: float, **details: str | int) -> None:
+    if event == "/jax/core/compile/backend_compile_duration":
+        for compilations in _counting:
+            compilations.names.append(str(details.get("fun_name")))
+
+
+jax.monitoring.register_event_duration_secs_listener(_on_duration)
+
+
+@contextmanager
+def _count_compilations() -> Iterator[Compilations]:
+    compilations = Compilations()
+    _counting.append(compilations)
+    try:
+        yield compilations
+    finally:
+        _counting.remove(compilations)
+
+
+@pytest.fixture
+def compile_count() -> Callable[[], AbstractContextManager[Compilations]]:
+    """Count compilations: `with compile_count() as c: ...; assert c.count == 0, c.names`."""
+    return _count_compilations

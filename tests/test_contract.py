@@ -1,0 +1,307 @@
+"""The invariants that every runner keeps."""
+
+import os
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import optax
+import pytest
+from numpy.testing import assert_allclose, assert_array_equal
+from zoo import CASES, NNX, X, Y, hierarchy, ridge
+
+from numpyro_ensemble import EnsembleMAP
+
+ADAM = numpyro.optim.Adam(0.05)
+
+
+def map_runner(model, optim=ADAM, **options):
+    return EnsembleMAP(model, optim, **{"ensemble_size": 3, **options})
+
+
+RUNNERS = {"map": map_runner}
+
+
+@pytest.fixture(params=sorted(RUNNERS))
+def make(request):
+    return RUNNERS[request.param]
+
+
+def quiet(runner, key, num_steps, *args, **kwargs):
+    return runner.run(key, num_steps, *args, progress_bar=False, **kwargs)
+
+
+def same(ours, theirs, **tolerance):
+    """Compare trees: bit for bit, or to a tolerance."""
+
+    def check(a, b):
+        if jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
+            a, b = jax.random.key_data(a), jax.random.key_data(b)
+        assert_allclose(a, b, **tolerance) if tolerance else assert_array_equal(a, b)
+
+    jax.tree.map(check, ours, theirs)
+
+
+@pytest.mark.core
+@pytest.mark.leaks
+def test_a_loop_of_update_equals_run_equals_two_halves(make, key):
+    runner = make(ridge)
+    whole = quiet(runner, key, 6, X, Y)
+    assert whole.losses.shape == (3, 6)
+    first = quiet(runner, key, 4, X, Y)
+    second = quiet(runner, key, 2, X, Y, init_state=first.state)
+    state, losses = runner.init(key, X, Y), []
+    for _ in range(6):
+        state, loss = runner.update(state, X, Y)
+        losses.append(loss)
+    close = {"rtol": 1e-10} if jax.config.jax_enable_x64 else {"rtol": 1e-4, "atol": 1e-6}
+    same(jnp.concatenate([first.losses, second.losses], 1), whole.losses, **close)
+    same(second.params, whole.params, **close)
+    same(jnp.stack(losses, 1), whole.losses, **close)
+    same(runner.get_params(state), whole.params, **close)
+    same(runner.evaluate(first.state, X, Y), whole.losses[:, 4], **close)
+
+
+@pytest.mark.core
+@pytest.mark.leaks
+def test_every_method_works_under_jit_and_vmap_and_twice(make, key):
+    runner = make(ridge)
+    plain = quiet(runner, key, 3, X, Y)
+    close = {"rtol": 1e-9} if jax.config.jax_enable_x64 else {"rtol": 1e-4, "atol": 1e-6}
+
+    def everything(rng_key, x, y):
+        state = runner.init(rng_key, x, y)
+        state, losses = runner.update(state, x, y)
+        state, _ = runner.stable_update(state, x, y)
+        value = runner.evaluate(state, x, y)
+        result = runner.run(rng_key, 3, x, y)
+        return losses, value, runner.get_params(state), result.params, result.losses
+
+    once = jax.jit(everything)(key, X, Y)
+    again = jax.jit(everything)(key, X, Y)
+    same(once, again)
+    same(once[3:], (plain.params, plain.losses), **close)
+    mapped = jax.vmap(everything, in_axes=(0, None, None))(jax.random.split(key, 2), X, Y)
+    assert mapped[0].shape == (2, 3)
+    assert np.abs(mapped[4][0] - mapped[4][1]).min() > 0
+    fixed = jax.jit(lambda k: runner.run(k, 3, X, Y).losses)(key)
+    same(fixed, plain.losses, **close)
+    same(quiet(runner, key, 3, X, Y), plain)
+
+
+@pytest.mark.core
+def test_a_second_run_compiles_nothing(make, key, compile_count):
+    runner = make(ridge)
+    x, y = X.copy(), Y.copy()
+    with compile_count() as first:
+        quiet(runner, key, 6, x, y)
+    assert first.count > 0
+    with compile_count() as second:
+        quiet(runner, key, 6, x.copy(), y.copy())
+        quiet(runner, jax.random.key(1), 30, x, y)  # another key, another length
+        runner.run(key, 6, x, y)
+    assert second.count == 0, second.names
+
+
+def test_equal_shapes_suffice_where_arguments_are_traced(make, key, compile_count):
+    runner = make(ridge)
+    options = {"jit_model_args": True}
+    first = quiet(runner, key, 6, X, Y, **options)
+    with compile_count() as count:
+        second = quiet(runner, key, 6, X, Y + 1.0, **options)
+    assert count.count == 0, count.names
+    assert np.abs(second.losses - first.losses).min() > 0.1
+    same(second.losses, quiet(runner, key, 6, X, Y + 1.0).losses, rtol=1e-9)
+
+
+def test_an_argument_changed_in_place_is_another(make, key):
+    runner = make(ridge)
+    y = Y.copy()
+    before = quiet(runner, key, 4, X, y).losses
+    y += 1.0
+    after = quiet(runner, key, 4, X, y).losses
+    assert_allclose(after, quiet(make(ridge), key, 4, X, y).losses, rtol=1e-12)
+    assert np.abs(after - before).min() > 0.1
+
+
+def test_data_that_a_model_takes_from_its_surroundings_is_never_stale(make, key):
+    shift = np.zeros(8)
+
+    def model(x, y):
+        ridge(x, y + shift)
+
+    runner = make(model)
+    before = quiet(runner, key, 4, X, Y).losses
+    shift += 1.0
+    after = quiet(runner, key, 4, X, Y).losses
+    assert_allclose(after, quiet(make(ridge), key, 4, X, Y + 1.0).losses, rtol=1e-12)
+    assert np.abs(after - before).min() > 0.1
+
+
+def test_model_arguments_stay_concrete(make, key):
+    seen = []
+
+    def model(group, y, flag=True):
+        seen.append((group, y, flag))
+        assert flag  # a tracer would raise
+        hierarchy(group, y)
+
+    runner = make(model)
+    args = CASES["hierarchy"].args
+    state = runner.init(key, *args)
+    state, _ = runner.update(state, *args)
+    runner.evaluate(state, *args)
+    quiet(runner, key, 2, *args)
+    assert seen
+    assert not any(isinstance(v, jax.core.Tracer) for call in seen for v in call)
+
+
+def poisoned(member, size=3):
+    starts = np.linspace(-1.0, 1.0, 2 * size).reshape(size, 2)
+    starts[member] = np.nan
+    return {"w": starts}
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("stable", [False, True])
+def test_one_bad_member_never_touches_another(make, key, stable):
+    runner = make(ridge, optim=optax.chain(optax.clip_by_global_norm(1.0), optax.adam(0.1)))
+    good = np.linspace(-1.0, 1.0, 6).reshape(3, 2)
+    clean = quiet(runner, key, 8, X, Y, init_params={"w": good}, stable_update=stable)
+    with pytest.warns(UserWarning, match="members .* not finite: 1"):
+        ill = quiet(runner, key, 8, X, Y, init_params=poisoned(1), stable_update=stable)
+    assert list(ill.finite) == [True, False, True]
+    others = np.array([0, 2])
+    same(ill.losses[others], clean.losses[others])
+    same(ill.params["w"][others], clean.params["w"][others])
+
+
+def test_chunks_do_not_change_a_run(make, key):
+    runner = make(ridge)
+    plain = quiet(runner, key, 7, X, Y)
+    for chunk_size in (1, 3, 100):
+        same(quiet(runner, key, 7, X, Y, chunk_size=chunk_size), plain)
+
+
+SHARDED = """
+import jax, numpy as np, numpyro
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+from zoo import X, Y, ridge
+from numpyro_ensemble import EnsembleMAP
+jax.config.update("jax_enable_x64", True)
+assert jax.device_count() == 2
+runner = EnsembleMAP(ridge, numpyro.optim.Adam(0.05), ensemble_size=4)
+keys = jax.random.split(jax.random.key(0), 4)
+plain = runner.run(keys, 10, X, Y, progress_bar=False)
+mesh = Mesh(np.array(jax.devices()), ("member",))
+spread = jax.device_put(keys, NamedSharding(mesh, P("member")))
+sharded = runner.run(spread, 10, X, Y, progress_bar=False)
+assert len(sharded.params["w"].sharding.device_set) == 2, sharded.params["w"].sharding
+np.testing.assert_allclose(sharded.losses, plain.losses, rtol=1e-12)
+np.testing.assert_allclose(sharded.params["w"], plain.params["w"], rtol=1e-12)
+"""
+
+
+def test_a_sharded_run_agrees():
+    here = Path(__file__).parent
+    environment = {
+        **os.environ,
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+        "PYTHONPATH": os.pathsep.join([str(here), str(here.parent)]),
+    }
+    subprocess.run([sys.executable, "-c", SHARDED], env=environment, check=True)
+
+
+@pytest.mark.core
+def test_both_key_styles_and_given_keys_agree(make):
+    runner = make(ridge)
+    typed = quiet(runner, jax.random.key(3), 3, X, Y)
+    raw = quiet(runner, jax.random.PRNGKey(3), 3, X, Y)
+    same(raw.params, typed.params)
+    same(quiet(runner, jax.random.split(jax.random.key(3), 3), 3, X, Y), typed)
+    same(quiet(runner, jax.random.split(jax.random.PRNGKey(3), 3), 3, X, Y), raw)
+    with pytest.raises(ValueError, match="rng_key takes one key or ensemble_size=3 keys"):
+        quiet(runner, jax.random.split(jax.random.key(3), 2), 3, X, Y)
+    with pytest.raises(ValueError, match="rng_key takes one key"):
+        quiet(runner, 3, 3, X, Y)
+
+
+def test_keys_are_not_reused(make, key):
+    """Members, and the batches of a run, draw from streams of their own."""
+    seen = []
+
+    def model(y):
+        noise = numpyro.prng_key()
+        if noise is not None:
+            jax.debug.callback(lambda k: seen.append(tuple(np.ravel(k))), jax.random.key_data(noise))
+        w = numpyro.sample("w", dist.Normal(0, 1))
+        with numpyro.plate("data", len(y)):
+            numpyro.sample("y", dist.Normal(w, 1.0), obs=y)
+
+    runner = make(model)
+    state = runner.init(key, Y)
+    seen.clear()
+    for _ in range(3):
+        state, _ = runner.update(state, Y)
+    jax.effects_barrier()
+    assert len(seen) == 9
+    assert len(set(seen)) == 9
+
+
+def leaves_of(value):
+    return [
+        leaf
+        for leaf in jax.tree.leaves(vars(value), is_leaf=lambda x: isinstance(x, jax.core.Tracer))
+    ]
+
+
+@pytest.mark.leaks
+def test_the_users_objects_stay_the_users(make, key):
+    before = jax.tree.map(np.asarray, jax.tree.leaves(NNX))
+    case = CASES["nnx_net"]
+    runner = make(case.model, ensemble_size=1)
+    given = quiet(runner, key, 2, *case.args)
+    quiet(runner, key, 2, *case.args)
+    after = jax.tree.leaves(NNX)
+    assert not any(isinstance(leaf, jax.core.Tracer) for leaf in after)
+    same([np.asarray(leaf) for leaf in after], before)
+    held = quiet(runner, key, 2, *case.args, init_state=given.state, init_params=None)
+    assert all(not leaf.is_deleted() for leaf in jax.tree.leaves(given))
+    kept = quiet(make(ridge), key, 2, X, Y, init_params={"w": jnp.ones((3, 2)) * jnp.eye(3)[:, :2]})
+    assert np.isfinite(held.losses).all() and kept.finite.all()
+
+
+def test_given_buffers_are_never_donated(make, key):
+    runner = make(ridge)
+    starts = {"w": jnp.arange(6.0).reshape(3, 2)}
+    states = []
+
+    def keep(step, state, losses):
+        states.append(state)
+
+    first = quiet(runner, key, 6, X, Y, init_params=starts, callback=keep, chunk_size=2)
+    second = quiet(runner, key, 6, X, Y, init_state=first.state, callback=keep, chunk_size=2)
+    held = jax.tree.leaves((starts, states, first, second, key))
+    assert len(states) == 6
+    assert not any(leaf.is_deleted() for leaf in held)
+
+
+@pytest.mark.core
+def test_dtypes_follow_jax(make, key):
+    result = quiet(make(ridge), key, 2, X, Y)
+    wanted = jnp.result_type(float)
+    assert result.params["w"].dtype == wanted
+    assert result.losses.dtype == wanted
+    assert jax.config.jax_enable_x64 == (wanted == jnp.float64)
+
+
+def test_a_partial_model_and_keywords_run(make, key):
+    plain = quiet(make(ridge), key, 3, X, Y)
+    same(quiet(make(partial(ridge, X)), key, 3, Y), plain)
+    same(quiet(make(ridge), key, 3, y=Y, x=X), plain)
