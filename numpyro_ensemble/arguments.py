@@ -29,9 +29,10 @@ class Arguments(NamedTuple):
         """Return the leaves of one kind."""
         return [leaf for leaf, k in zip(self.leaves, self.kinds, strict=True) if k == kind]
 
-    def label(self, kind: str) -> list[str]:
-        """Return the names of the leaves of one kind."""
-        return [label for label, k in zip(self.labels, self.kinds, strict=True) if k == kind]
+    def labelled(self, kind: str) -> list[tuple[str, Any]]:
+        """Return names and values of the leaves of one kind."""
+        triples = zip(self.labels, self.leaves, self.kinds, strict=True)
+        return [(label, leaf) for label, leaf, k in triples if k == kind]
 
     @property
     def dynamic(self) -> dict[str, list[Any]]:
@@ -47,14 +48,25 @@ class Arguments(NamedTuple):
         ]
         return jax.tree.unflatten(self.treedef, leaves)
 
-    @property
-    def has_tracers(self) -> bool:
-        """Say whether any leaf is a tracer, so that nothing about its value is known."""
-        return any(isinstance(leaf, jax.core.Tracer) for leaf in self.leaves)
-
     def key(self) -> tuple:
         """Return a hashable that is equal for arguments that one compiled program can serve."""
         return (self.treedef, self.kinds, tuple(fingerprint(leaf) for leaf in self.select(FIXED)))
+
+    def form(self) -> tuple:
+        """Return a hashable that is equal for arguments of equal structure, shapes and dtypes."""
+        marks = [
+            (np.shape(leaf), str(leaf.dtype)) if is_array(leaf) else fingerprint(leaf)
+            for leaf in self.leaves
+        ]
+        return (self.treedef, self.kinds, tuple(marks))
+
+
+NO_ARGUMENTS = Arguments(jax.tree.structure(((), {})), (), (), ())
+
+
+def has_tracers(tree: Any) -> bool:
+    """Say whether any leaf is a tracer, so that nothing about its value is known."""
+    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
 
 
 def arrange(
@@ -90,6 +102,10 @@ def arrange(
     labels = tuple(
         name + jax.tree_util.keystr(path[2:])
         for (path, _), (name, _) in zip(paths, owners, strict=True)
+    )
+    leaves = tuple(
+        jax.device_put(leaf) if kind != FIXED and isinstance(leaf, np.ndarray) else leaf
+        for leaf, kind in zip(leaves, kinds, strict=True)
     )
     return Arguments(treedef, kinds, labels, leaves)
 
@@ -151,7 +167,13 @@ def fingerprint(leaf: Any) -> Any:
         contents = np.ascontiguousarray(leaf)
         kind = "jax" if isinstance(leaf, jax.Array) else "numpy"
         digest = hashlib.blake2b(contents.reshape(-1).view(np.uint8).data).hexdigest()
-        return (kind, str(contents.dtype), np.shape(leaf), getattr(leaf, "weak_type", False), digest)
+        return (
+            kind,
+            str(contents.dtype),
+            np.shape(leaf),
+            getattr(leaf, "weak_type", False),
+            digest,
+        )
     if isinstance(leaf, _BY_VALUE):
         return (type(leaf), repr(leaf) if isinstance(leaf, float) else leaf)
     if isinstance(leaf, _BY_IDENTITY):
@@ -192,7 +214,11 @@ def _parts(value: Any) -> list[Any]:
     if isinstance(value, functools.partial):
         return [value.func, *value.args, *value.keywords.values()]
     if isinstance(value, types.MethodType):
-        return [value.__func__, *vars(value.__self__).values()] if hasattr(value.__self__, "__dict__") else []
+        return (
+            [value.__func__, *vars(value.__self__).values()]
+            if hasattr(value.__self__, "__dict__")
+            else []
+        )
     if isinstance(value, types.FunctionType):
         if (value.__module__ or "").partition(".")[0] in ("jax", "numpyro", "numpy", "optax"):
             return []

@@ -2,41 +2,31 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Callable
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-import optax
 from numpyro.infer import SVI
 from numpyro.infer.svi import SVIState
 from numpyro.infer.util import transform_fn
 
-from numpyro_ensemble.arguments import BATCH, MEMBER, TRACED, Arguments
-from numpyro_ensemble.batching import Batches, check_follows
-from numpyro_ensemble.density import Site, anatomy
+from numpyro_ensemble.arguments import BATCH, MEMBER, NO_ARGUMENTS, TRACED, Arguments, has_tracers
+from numpyro_ensemble.batching import Batches
+from numpyro_ensemble.density import Site
+from numpyro_ensemble.preflight import Anatomy, model_sites, refuse_line_searches
 from numpyro_ensemble.primitives import is_inexact
 from numpyro_ensemble.starts import check_starts
 from numpyro_ensemble.training import keep_good, make_chunk
 
 if TYPE_CHECKING:
-    from numpyro_ensemble.engine import Ensemble, RunOptions
+    from numpyro_ensemble.engine import Ensemble
+    from numpyro_ensemble.options import RunOptions
 
+_QUICK = {"xla_backend_optimization_level": "0"}  # halves the time that starts take to compile
 _AXES = {TRACED: None, BATCH: None, MEMBER: 0}
-_LINE_SEARCHES = (optax.ScaleByBacktrackingLinesearchState, optax.ScaleByZoomLinesearchState)
-
-
-class Anatomy(NamedTuple):
-    """What tracing the start of a fit tells of its later steps; it holds nothing traced."""
-
-    guide: Callable
-    transforms: Any  # tree of the transforms of the parameters
-    leaves: tuple[Any, ...]  # its leaves, None for those that stem from the start itself
-    state: SVIState  # shapes and dtypes, with the member axis
 
 
 class Bound:
@@ -51,11 +41,10 @@ class Bound:
         self._constraints: list[jax.Array] | None = None
         self._seen: tuple[Any, ...] = ()
 
-    def without_tracers(self) -> Bound:
-        """Return a copy that knows its anatomy, but no arguments."""
-        known = copy.copy(self)
-        known.__dict__["anatomy"] = self.anatomy
-        known.arguments, known._programs = Arguments(None, (), (), ()), {}
+    def without_arguments(self) -> Bound:
+        """Return a copy that knows its anatomy alone, for use after a transformation has ended."""
+        known = Bound(self.engine, NO_ARGUMENTS, None)
+        known.anatomy = self.anatomy
         return known
 
     # What is known before anything runs ---------------------------------------------------------
@@ -63,42 +52,7 @@ class Bound:
     @cached_property
     def sites(self) -> dict[str, Site]:
         """The sites of the model, checked."""
-        engine = self.engine
-        full = self._sites(None)
-        engine.check_model(full)
-        fits_data = any(s.role == "likelihood" for s in full.values())
-        if not isinstance(engine.prior_weight, jax.core.Tracer) and engine.prior_weight == 0:
-            if not fits_data:
-                raise ValueError(
-                    "prior_weight=0 leaves nothing to fit: the model has no observed site. "
-                    "Pass the data, or give a positive prior_weight."
-                )
-        if self.batches is not None:
-            size = self.batches.size
-            try:
-                part = self._sites(size)
-            except (TypeError, ValueError) as error:
-                raise ValueError(
-                    f"the model fails on a batch of batch_size={size} rows: {error}. Give its "
-                    f"plates the length of the batch, or leave batch_size out and use "
-                    f"numpyro.plate(..., subsample_size=...)."
-                ) from error
-            check_follows(full, part, self.batches, engine.likelihood_sites)
-        return full
-
-    def _sites(self, rows: int | None) -> dict[str, Site]:
-        found: dict[str, Site] = {}
-
-        def look(dynamic: dict) -> None:
-            dynamic = {**dynamic, BATCH: [leaf[:rows] for leaf in dynamic[BATCH]]}
-            dynamic[MEMBER] = [leaf[0] for leaf in dynamic[MEMBER]]
-            args, kwargs = self.arguments.rebuild(dynamic)
-            found.update(
-                anatomy(self.engine.model, args, kwargs, prior_sites=self.engine.prior_sites)
-            )
-
-        jax.eval_shape(look, self.arguments.dynamic)
-        return found
+        return model_sites(self.engine, self.arguments, self.batches)
 
     @cached_property
     def anatomy(self) -> Anatomy:
@@ -106,15 +60,10 @@ class Bound:
         _ = self.sites
         keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), self._size))
         traced = self._start(None, None).trace(keys, None, self.arguments.dynamic)
-        state = traced.out_info[0]
+        state, constraints, _ = traced.out_info
         guide, transforms, leaves = self._seen
-        for leaf in jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, _LINE_SEARCHES)):
-            if isinstance(leaf, _LINE_SEARCHES):
-                raise TypeError(
-                    "optim takes an optimiser that needs gradients alone; an optax line search "
-                    "(optax.lbfgs, say) calls the loss itself, which SVI's interface cannot do."
-                )
-        return Anatomy(guide, transforms, leaves, state)
+        refuse_line_searches(state)
+        return Anatomy(guide, transforms, leaves, state, constraints)
 
     @property
     def _size(self) -> int:
@@ -132,9 +81,9 @@ class Bound:
             init_params = None
         elif init_params is not None:
             init_params, axes = check_starts(init_params, self._form, self._size)
-        state, constraints, alike = self._start(maker, axes)(
-            keys, init_params, self.arguments.dynamic
-        )
+        dynamic = self.arguments.dynamic
+        once = not has_tracers((keys, init_params, self.arguments.leaves))
+        state, constraints, alike = self._start(maker, axes, once)(keys, init_params, dynamic)
         if not isinstance(alike, jax.core.Tracer):
             self._constraints = constraints
             if self._size > 1 and bool(alike):
@@ -148,18 +97,16 @@ class Bound:
     @cached_property
     def _form(self) -> dict[str, Any]:
         """The shapes and dtypes of one member's parameters, as users see them."""
-
-        def form(keys: jax.Array, dynamic: dict) -> dict:
-            state, constraints, _ = self._start(None, None)(keys, None, dynamic)
-            return self._params_of(state, constraints, dynamic)
-
-        keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), self._size))
-        stacked = jax.eval_shape(form, keys, self.arguments.dynamic)
+        anatomy = self.anatomy
+        stacked = jax.eval_shape(
+            self._params_of, anatomy.state, anatomy.constraints, self.arguments.dynamic
+        )
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), stacked)
 
-    def _start(self, maker: Callable | None, axes: Any) -> Callable:
+    def _start(self, maker: Callable | None, axes: Any, once: bool = True) -> Any:
         leaves, treedef = jax.tree.flatten(axes, is_leaf=lambda x: x is None)
-        return self._program(("start", maker, treedef, tuple(leaves)), lambda: self._start_all(maker, axes))
+        key = ("start", maker, treedef, tuple(leaves), once)
+        return self._program(key, lambda: self._start_all(maker, axes), once=once)
 
     def _start_all(self, maker: Callable | None, axes: Any) -> Callable:
         def one(key: jax.Array, init_params: Any, dynamic: dict) -> tuple:
@@ -183,32 +130,6 @@ class Bound:
             return state, leaves, _alike(self.engine.optim.get_params(state.optim_state))
 
         return every
-
-    def check_state(self, state: SVIState) -> None:
-        """Raise a ValueError where a state is of another ensemble size or another model."""
-        wanted = self.anatomy.state
-        ours, theirs = (
-            jax.tree.structure((s.optim_state, s.mutable_state)) for s in (wanted, state)
-        )
-        sizes = {np.shape(leaf)[:1] for leaf in jax.tree.leaves(state.optim_state)}
-        if ours != theirs:
-            raise ValueError(
-                "init_state is of another model, guide or optimiser: its parameters or optimiser "
-                f"fields differ.\nexpected: {ours}\ngot: {theirs}"
-            )
-        if sizes != {(self._size,)}:
-            raise ValueError(
-                f"init_state is of another ensemble size: its leaves lead with {sorted(sizes)}, "
-                f"ensemble_size={self._size}."
-            )
-        for expected, leaf in zip(
-            jax.tree.leaves(wanted.optim_state), jax.tree.leaves(state.optim_state), strict=True
-        ):
-            if expected.shape != np.shape(leaf):
-                raise ValueError(
-                    f"init_state is of another model: a leaf has shape {np.shape(leaf)} where "
-                    f"{expected.shape} is expected."
-                )
 
     # Steps --------------------------------------------------------------------------------------
 
@@ -234,7 +155,7 @@ class Bound:
     def _updates(self, stable: bool, forward: bool) -> Callable:
         def one(state: SVIState, constraints: list, dynamic: dict, rows: Any) -> tuple:
             scale = 1.0
-            if rows is not None:
+            if rows is not None and self.batches is not None:
                 scale = self.batches.total / rows.shape[-1]
                 taken = [leaf.at[rows].get(mode="promise_in_bounds") for leaf in dynamic[BATCH]]
                 dynamic = {**dynamic, BATCH: taken}
@@ -281,14 +202,16 @@ class Bound:
             flags = [jnp.isfinite(x).reshape(self._size, -1).all(axis=1) for x in leaves]
             return params, jnp.stack([*flags, jnp.ones(self._size, bool)]).all(axis=0)
 
-        return self._program("outcome", lambda: final)(state, constraints, self.arguments.dynamic)
+        dynamic = self.arguments.dynamic
+        once = not has_tracers((state, constraints, self.arguments.leaves))
+        return self._program(("outcome", once), lambda: final, once=once)(
+            state, constraints, dynamic
+        )
 
     def _params_of(self, state: SVIState, constraints: list, dynamic: dict) -> dict[str, Any]:
         def one(state: SVIState, constraints: list, dynamic: dict) -> dict:
             svi = self._svi(self.anatomy.guide, 1.0, constraints)
-            args, kwargs = ((), {})
-            if self.arguments.treedef is not None:
-                args, kwargs = self.arguments.rebuild(dynamic)
+            args, kwargs = self.arguments.rebuild(dynamic)
             return self.engine.member_params(svi.guide, svi.get_params(state), args, kwargs)
 
         return jax.vmap(one, in_axes=(0, 0, _AXES))(state, constraints, dynamic)
@@ -317,10 +240,23 @@ class Bound:
             )
         return self._constraints
 
-    def _program(self, key: Any, build: Callable, donate: tuple[int, ...] = ()) -> Callable:
+    def _program(
+        self, key: Any, build: Callable, *, donate: tuple[int, ...] = (), once: bool = False
+    ) -> Any:
+        """Return a compiled function, made when first asked for.
+
+        Args:
+            key: what tells it from the others.
+            build: makes the function.
+            donate: positions of the arguments that it consumes.
+            once: it runs once in a fit, so that a fast compilation counts for more than fast code.
+        """
         if key not in self._programs:
             fn = build()
-            self._programs[key] = jax.jit(fn, donate_argnums=donate) if self.compiles else fn
+            options = _QUICK if once and jax.default_backend() == "cpu" else None
+            if self.compiles:
+                fn = jax.jit(fn, donate_argnums=donate, compiler_options=options)
+            self._programs[key] = fn
         return self._programs[key]
 
 

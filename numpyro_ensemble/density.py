@@ -86,7 +86,9 @@ def anatomy(
 
 
 def _describe(site: dict[str, Any], seen: Collection[str], prior_sites: Collection[str]) -> Site:
-    kind, role, plates, distribution = site["type"], None, (), ""
+    kind, distribution = site["type"], ""
+    role: Role | None = None
+    plates: tuple[tuple[str, int], ...] = ()
     if kind == "sample":
         role = site_role(site, seen, prior_sites)
         plates = tuple((frame.name, frame.size) for frame in site["cond_indep_stack"])
@@ -95,10 +97,5 @@ def _describe(site: dict[str, Any], seen: Collection[str], prior_sites: Collecti
             kind = "factor" if is_factor(site) else "observed"
         else:
             kind = "discrete" if site["fn"].support.is_discrete else "latent"
-    shape = jnp.shape(site["fn"].log_prob(site["value"])) if kind == "factor" else shapes(site["value"])
+    shape = jax.tree.map(jnp.shape, site["value"])
     return Site(site["name"], kind, role, shape, plates, distribution)
-
-
-def shapes(tree: Any) -> Any:
-    """Return the tree of the shapes of a tree's arrays; one array gives one tuple."""
-    return jax.tree.map(jnp.shape, tree)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,10 +16,12 @@ from numpyro.infer import SVI
 from numpyro.infer.svi import SVIState
 from numpyro.util import is_prng_key
 
-from numpyro_ensemble.arguments import Arguments, arrange, captured
-from numpyro_ensemble.batching import Batches, batch_keys, first_order
+from numpyro_ensemble.arguments import arrange, captured, has_tracers
+from numpyro_ensemble.batching import batch_keys, first_order
 from numpyro_ensemble.bound import Bound
 from numpyro_ensemble.handlers import check_weight, reweight
+from numpyro_ensemble.options import RunOptions
+from numpyro_ensemble.preflight import Anatomy, check_state
 from numpyro_ensemble.primitives import check_count, member_keys
 from numpyro_ensemble.results import EnsembleResult, name_members
 from numpyro_ensemble.training import (
@@ -33,25 +33,8 @@ from numpyro_ensemble.training import (
     train,
 )
 
-_KEPT_PROGRAMS = 8  # sets of arguments whose compiled programs a runner keeps
-
-
-class RunOptions(NamedTuple):
-    """The keyword options of `run`, with their defaults."""
-
-    progress_bar: bool = True
-    stable_update: bool = False
-    forward_mode_differentiation: bool = False
-    init_state: SVIState | None = None
-    init_params: Any = None
-    batch_size: int | None = None
-    batch_args: Iterable[str | int] | None = None
-    shared_batches: bool = True
-    early_stopping: EarlyStopping | None = None
-    callback: Callable | None = None
-    jit_model_args: bool = False
-    member_args: Iterable[str | int] | None = None
-    chunk_size: int | None = None
+_KEPT = 8  # sets of arguments whose compiled programs a runner keeps
+_MISSES = 4  # calls of update in a row with other arguments, after which none is compiled
 
 
 class Ensemble:
@@ -98,6 +81,8 @@ class Ensemble:
         self.prior_sites = tuple(prior_sites)
         self.likelihood_sites = tuple(likelihood_sites)
         self._kept: OrderedDict[tuple, Bound] = OrderedDict()
+        self._traced: dict[Any, Anatomy] = {}
+        self._misses = 0
         self._last: Bound | None = None
 
     # One member, in the terms of a plain SVI --------------------------------------------------
@@ -164,7 +149,9 @@ class Ensemble:
         **kwargs: Any,
     ) -> tuple[SVIState, jax.Array]:
         """Take one step with every member and return the new state and the losses `(E,)`."""
-        return self._bind(args, kwargs).step(state, False, forward_mode_differentiation)
+        return self._bind(args, kwargs, one_step=True).step(
+            state, False, forward_mode_differentiation
+        )
 
     def stable_update(
         self,
@@ -174,11 +161,13 @@ class Ensemble:
         **kwargs: Any,
     ) -> tuple[SVIState, jax.Array]:
         """Take one step, in which a member whose loss or state fails keeps its last good state."""
-        return self._bind(args, kwargs).step(state, True, forward_mode_differentiation)
+        return self._bind(args, kwargs, one_step=True).step(
+            state, True, forward_mode_differentiation
+        )
 
     def evaluate(self, state: SVIState, *args: Any, **kwargs: Any) -> jax.Array:
         """Return the members' losses `(E,)`, with the randomness that `update` would use."""
-        return self._bind(args, kwargs).evaluate(state)
+        return self._bind(args, kwargs, one_step=True).evaluate(state)
 
     def run(
         self,
@@ -212,7 +201,7 @@ class Ensemble:
             init_state: go on from the state of an earlier run; the key then only orders batches.
             init_params: start values, see `init`.
             batch_size: rows in a batch; epochs are whole and without replacement, and the
-                likelihood is rescaled by N / |B|. Batch order depends on `rng_key` and the
+                likelihood is rescaled by `N / |B|`. Batch order depends on `rng_key` and the
                 optimiser's step alone.
             batch_args: names or positions of the batched arguments (default: every array).
             shared_batches: all members see the same batches, or each its own.
@@ -236,14 +225,14 @@ class Ensemble:
             batch_size, batch_args, shared_batches, early_stopping, callback, jit_model_args,
             member_args, chunk_size,
         )  # fmt: skip
-        self._check_options(num_steps, options)
+        options.check(num_steps, {"model": self.model, "guide": self.guide})
         keys = member_keys(rng_key, self.ensemble_size)
         bound = self._bind(args, kwargs, options)
         if init_state is None:
             state, constraints = bound.start(keys, init_params)
             step: Any = 0
         else:
-            bound.check_state(init_state)
+            check_state(init_state, bound.anatomy.state, self.ensemble_size)
             state, constraints = init_state, bound.known_constraints()
             step = jnp.max(init_state.optim_state[0])
         batches = bound.batches
@@ -272,22 +261,20 @@ class Ensemble:
         shuffles: Any,
     ) -> tuple[Carry, Any]:
         """Run the compiled loop; under an outer transformation as one chunk without a host."""
-        inputs = (carry, step, constraints, shuffles, bound.arguments.dynamic)
-        if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(inputs)):
+        dynamic = bound.arguments.dynamic
+        if has_tracers((carry, step, constraints, shuffles, dynamic)):
             if options.callback is not None:
                 raise ValueError("callback cannot be called from inside jit, vmap or grad.")
-            chunk = bound.chunk(num_steps, options, consume=False)
-            dynamic = bound.arguments.dynamic
-            carry, losses = chunk(carry, num_steps, 0, step, constraints, dynamic, shuffles)
+            whole = bound.chunk(num_steps, options, consume=False)
+            carry, losses = whole(carry, num_steps, 0, step, constraints, dynamic, shuffles)
             return carry, losses.T
         size, capacity = capacity_for(num_steps, options.chunk_size)
         compiled = bound.chunk(capacity, options)
         step = int(step)
-        if options.init_state is not None:
-            carry = copy_buffers(carry)
+        if options.init_state is not None or options.init_params is not None:
+            carry = copy_buffers(carry)  # its arrays may be the user's own
 
         def chunk(carry: Carry, number: int, done: int) -> tuple[Carry, jax.Array]:
-            dynamic = bound.arguments.dynamic
             return compiled(carry, number, done, step + done, constraints, dynamic, shuffles)
 
         return train(
@@ -302,104 +289,61 @@ class Ensemble:
 
     # What a call is bound to --------------------------------------------------------------------
 
-    def _bind(self, args: tuple, kwargs: dict, options: RunOptions = RunOptions()) -> Bound:
+    def _bind(
+        self,
+        args: tuple,
+        kwargs: dict,
+        options: RunOptions | None = None,
+        *,
+        one_step: bool = False,
+    ) -> Bound:
         """Return the programs for these arguments: kept ones where the contents are equal."""
-        kwargs = {**kwargs, **self.static_kwargs}
+        options = RunOptions() if options is None else options
         arguments = arrange(
             self.model,
             args,
-            kwargs,
+            {**kwargs, **self.static_kwargs},
             batched=options.batch_size is not None,
             batch_args=options.batch_args,
             member_args=options.member_args or (),
             jit_model_args=options.jit_model_args,
         )
-        batches = self._batches(arguments, options)
-        if arguments.has_tracers:
-            bound = Bound(self, arguments, batches)
-            self._last = self._last or bound.without_tracers()
-            return bound
+        batches = options.batches(arguments, self.ensemble_size)
+        if has_tracers(arguments.leaves):
+            return self._bind_traced(Bound(self, arguments, batches))
         key = (arguments.key(), batches, captured(self.model), captured(self.guide))
-        bound = self._kept.pop(key, None) or Bound(self, arguments, batches)
+        bound = self._kept.pop(key, None)
+        self._misses = self._misses + 1 if one_step and bound is None else 0
+        if self._misses > _MISSES and self._last is not None:
+            return self._bind_eagerly(Bound(self, arguments, batches))
+        bound = bound or Bound(self, arguments, batches)
         bound.arguments = arguments
         self._kept[key] = self._last = bound
-        if len(self._kept) > _KEPT_PROGRAMS:
+        if len(self._kept) > _KEPT:
             self._kept.popitem(last=False)
         return bound
 
-    def _batches(self, arguments: Arguments, options: RunOptions) -> Batches | None:
-        _check_leading("member_args", arguments, "member", self.ensemble_size)
-        if options.batch_size is None:
-            return None
-        lengths = {np.shape(leaf)[0] for leaf in arguments.select("batch")}
-        if len(lengths) != 1:
-            found = {
-                label: np.shape(leaf)[0]
-                for label, leaf in zip(
-                    arguments.label("batch"), arguments.select("batch"), strict=True
-                )
-            }
-            raise ValueError(
-                f"batch_size needs arguments of one leading length, got {found or 'no array'}; "
-                f"name what is batched in batch_args=."
-            )
-        (total,) = lengths
-        if options.batch_size > total:
+    def _bind_traced(self, bound: Bound) -> Bound:
+        """Remember what a traced call tells of the model, and nothing that was traced."""
+        form = bound.arguments.form()
+        if form in self._traced:
+            bound.anatomy = self._traced[form]
+        self._traced[form] = bound.anatomy
+        self._last = self._last or bound.without_arguments()
+        return bound
+
+    def _bind_eagerly(self, bound: Bound) -> Bound:
+        """Step without compiling, since the arguments are others at every call."""
+        if self._misses == _MISSES + 1:
             warnings.warn(
-                f"batch_size={options.batch_size} is more than the {total} rows there are; every "
-                f"step takes all of them.",
-                stacklevel=4,
+                "update is called with other data at every step, and a program for each would have "
+                "to be compiled; it now runs without one, and slowly. Wrap it, as SVI.update: "
+                "update = jax.jit(runner.update).",
+                stacklevel=5,
             )
-        return Batches(min(options.batch_size, total), total, options.shared_batches)
-
-    def _check_options(self, num_steps: int, options: RunOptions) -> None:
-        check_count("num_steps", num_steps)
-        for name in ("batch_size", "chunk_size"):
-            if getattr(options, name) is not None:
-                check_count(name, getattr(options, name))
-        if options.early_stopping is not None:
-            if not isinstance(options.early_stopping, EarlyStopping):
-                raise TypeError(
-                    f"early_stopping takes an EarlyStopping, got {options.early_stopping!r}."
-                )
-            options.early_stopping.check()
-        if options.callback is not None and not callable(options.callback):
-            raise TypeError(f"callback takes a callable, got {options.callback!r}.")
-        if options.batch_args is not None and options.batch_size is None:
-            raise ValueError("batch_args was given without batch_size.")
-        given = {
-            name
-            for name, value in zip(RunOptions._fields, options, strict=True)
-            if value is not RunOptions._field_defaults[name]
-        }
-        for kind, fn in (("model", self.model), ("guide", self.guide)):
-            clash = sorted(given & _free_keywords(fn))
-            if clash:
-                raise ValueError(
-                    f"{clash[0]!r} is both an option of run and a keyword of the {kind}: pass the "
-                    f"{kind}'s own by position, or bind it with functools.partial."
-                )
-
-
-def _check_leading(option: str, arguments: Arguments, kind: str, size: int) -> None:
-    for label, leaf in zip(arguments.label(kind), arguments.select(kind), strict=True):
-        if np.shape(leaf)[0] != size:
-            raise ValueError(
-                f"{option} names {label!r} of shape {np.shape(leaf)}; its leading length must be "
-                f"ensemble_size={size}."
-            )
-
-
-def _free_keywords(fn: Callable) -> set[str]:
-    """Name the parameters of a callable that functools.partial has not bound."""
-    held: set[str] = set()
-    while isinstance(fn, functools.partial):
-        held |= fn.keywords.keys()
-        fn = fn.func
-    try:
-        return set(inspect.signature(fn).parameters) - held
-    except (TypeError, ValueError):
-        return set()
+        bound.anatomy = self._last.anatomy  # type: ignore[union-attr]
+        bound.compiles = False
+        return bound
 
 
 def _warn_failed(finite: np.ndarray) -> None:

@@ -88,7 +88,9 @@ class reweight(Messenger):
         prior_sites: Collection[str] = (),
     ) -> None:
         if isinstance(prior_sites, str):
-            raise TypeError(f"prior_sites takes a collection of names, got the string {prior_sites!r}.")
+            raise TypeError(
+                f"prior_sites takes a collection of names, got the string {prior_sites!r}."
+            )
         self.prior = check_weight("prior", prior)
         self.likelihood = check_weight("likelihood", likelihood)
         self.prior_sites = tuple(prior_sites)
@@ -100,6 +102,7 @@ class reweight(Messenger):
         super().__enter__()
 
     def process_message(self, msg: Any) -> None:
+        """Scale the log density of a sample site by the weight of its role, or mask it."""
         if msg["type"] != "sample":
             return
         role = site_role(msg, self._seen, self.prior_sites)
@@ -107,11 +110,15 @@ class reweight(Messenger):
         if role == "jacobian":
             return
         weight = self.prior if role == "prior" else self.likelihood
-        if isinstance(weight, jax.core.Tracer) or weight > 0:
-            if isinstance(weight, jax.core.Tracer) or weight != 1:
-                handlers.scale(scale=weight).process_message(msg)
-        else:
+        if is_zero(weight):
             msg["fn"] = msg["fn"].mask(False)
+        elif isinstance(weight, jax.core.Tracer) or weight != 1:
+            handlers.scale(scale=weight).process_message(msg)
+
+
+def is_zero(weight: ArrayLike) -> bool:
+    """Say whether a weight is known now to be 0, so that its term is dropped altogether."""
+    return not isinstance(weight, jax.core.Tracer) and bool(weight == 0)
 
 
 def check_weight(name: str, weight: ArrayLike) -> ArrayLike:

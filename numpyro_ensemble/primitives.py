@@ -13,7 +13,7 @@ import optax
 from jax.typing import ArrayLike
 from numpyro.util import is_prng_key
 
-from numpyro_ensemble.handlers import check_weight
+from numpyro_ensemble.handlers import check_weight, is_zero
 
 
 @jax.tree_util.register_pytree_node_class
@@ -161,7 +161,7 @@ def ensemble_loss(
     Args:
         log_joint: `(params, *batch) -> (log_likelihood, log_prior)`.
         prior_weight: weight of the prior; a Python 0 drops it exactly.
-        scale: weight of the likelihood, N / |B| for batches.
+        scale: weight of the likelihood, `N / |B|` for batches.
 
     Raises:
         ValueError: if a weight is negative.
@@ -177,7 +177,7 @@ def ensemble_loss(
 
     def loss(params: Any, *batch: Any) -> jax.Array:
         log_likelihood, log_prior = log_joint(params, *batch)
-        if not isinstance(prior_weight, jax.core.Tracer) and prior_weight == 0:
+        if is_zero(prior_weight):
             return -(scale * log_likelihood)
         return -(scale * log_likelihood + prior_weight * log_prior)
 

@@ -39,6 +39,8 @@ def check_starts(given: Any, form: dict[str, Any], ensemble_size: int | None) ->
 
 
 def _check_one(name: str, value: Any, form: Any, size: int | None) -> tuple[Any, Any]:
+    if isinstance(form, jax.ShapeDtypeStruct) and isinstance(value, list | tuple):
+        value = np.asarray(value)
     leaves, treedef = jax.tree.flatten(value)
     wanted, expected = jax.tree.flatten(form)
     if treedef != expected:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -58,7 +59,7 @@ class Stop(NamedTuple):
     """Counters of early stopping, each `(E,)`."""
 
     total: jax.Array  # sum of the finite losses in the window under way
-    count: jax.Array  # their number
+    number: jax.Array  # how many these are
     best: jax.Array  # lowest mean of a window so far
     stale: jax.Array  # windows since then
     stopped: jax.Array
@@ -83,7 +84,7 @@ def count(stop: Stop, losses: jax.Array, done: jax.Array, rule: EarlyStopping) -
     """Take the losses of step number `done` (from 1) into account."""
     good = jnp.isfinite(losses)
     total = stop.total + jnp.where(good, losses, 0.0)
-    number = stop.count + good
+    number = stop.number + good
     mean = total / number  # NaN where the whole window failed: that is no improvement
     better = mean < stop.best - rule.min_delta
     stale = jnp.where(better, 0, stop.stale + 1)
@@ -139,17 +140,12 @@ def make_chunk(
     ) -> tuple[Carry, jax.Array]:
         def body(i: jax.Array, loop: tuple[Carry, jax.Array]) -> tuple[Carry, jax.Array]:
             (state, stop, order), buffer = loop
-            if batches is None:
-                new, losses = update(state, constraints, dynamic, None)
+            step_on = partial(update, state, constraints, dynamic)
+            if batches is None or order is None:
+                new, losses = step_on(None)
             else:
-                order, (new, losses) = draw(
-                    batches,
-                    order,
-                    step + i,
-                    keys,
-                    lambda rows: update(state, constraints, dynamic, rows),
-                )
-            if rule is not None:
+                order, (new, losses) = draw(batches, order, step + i, keys, step_on)
+            if rule is not None and stop is not None:
                 new = where_members(stop.stopped, state, new)
                 losses = jnp.where(stop.stopped, jnp.nan, losses)
                 stop = count(stop, losses, done + i + 1, rule)
@@ -199,8 +195,9 @@ def train(
     parts: list[np.ndarray] = []
     done = 0
     with tqdm.tqdm(total=num_steps, disable=not progress_bar) as bar:
-        for carry, number, losses in _dispatched(chunk, carry, num_steps, chunk_size, callback):
-            part = np.asarray(losses)[:number]
+        chunks = _dispatched(chunk, carry, num_steps, chunk_size, callback)
+        for carry, number, buffer in chunks:  # noqa: B020 (each chunk hands on the carry)
+            part = np.asarray(buffer)[:number]
             if not parts:
                 _check_start(part, stable)
             parts.append(part)

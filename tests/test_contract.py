@@ -239,7 +239,9 @@ def test_keys_are_not_reused(make, key):
     def model(y):
         noise = numpyro.prng_key()
         if noise is not None:
-            jax.debug.callback(lambda k: seen.append(tuple(np.ravel(k))), jax.random.key_data(noise))
+            jax.debug.callback(
+                lambda k: seen.append(tuple(np.ravel(k))), jax.random.key_data(noise)
+            )
         w = numpyro.sample("w", dist.Normal(0, 1))
         with numpyro.plate("data", len(y)):
             numpyro.sample("y", dist.Normal(w, 1.0), obs=y)

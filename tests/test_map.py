@@ -129,9 +129,12 @@ def test_result_params_feed_predictive(key):
 
 def test_best_ranks_finite_members_by_their_last_losses(key):
     def model():
-        numpyro.sample("x", dist.MixtureSameFamily(
-            dist.Categorical(jnp.array([0.2, 0.8])), dist.Normal(jnp.array([-3.0, 3.0]), 0.5)
-        ))
+        numpyro.sample(
+            "x",
+            dist.MixtureSameFamily(
+                dist.Categorical(jnp.array([0.2, 0.8])), dist.Normal(jnp.array([-3.0, 3.0]), 0.5)
+            ),
+        )
 
     starts = {"x": np.array([-2.5, 2.0, np.nan, -3.5])}
     runner = EnsembleMAP(model, numpyro.optim.Adam(0.05), ensemble_size=4)

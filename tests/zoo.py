@@ -58,9 +58,7 @@ def simplex(y):
 
 def ordered(y):
     base = dist.Normal(0, 1).expand([3]).to_event(1)
-    cut = numpyro.sample(
-        "cut", dist.TransformedDistribution(base, transforms.OrderedTransform())
-    )
+    cut = numpyro.sample("cut", dist.TransformedDistribution(base, transforms.OrderedTransform()))
     with numpyro.plate("data", len(y)):
         numpyro.sample("y", dist.OrderedLogistic(0.3, cut), obs=y)
 
@@ -92,7 +90,9 @@ def hierarchy(group, y):
         a = numpyro.sample("a", dist.Normal(mu, tau))
         b = numpyro.sample(
             "b",
-            dist.TransformedDistribution(dist.Normal(0.0, 1.0), transforms.AffineTransform(mu, 2.0)),
+            dist.TransformedDistribution(
+                dist.Normal(0.0, 1.0), transforms.AffineTransform(mu, 2.0)
+            ),
         )
     with numpyro.plate("data", len(y)):
         numpyro.sample("y", dist.Normal((a + b)[group], 0.5), obs=y)

@@ -1,0 +1,106 @@
+"""The options of `run`, and what is wrong with them."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpyro.infer.svi import SVIState
+
+from numpyro_ensemble.arguments import BATCH, MEMBER, Arguments
+from numpyro_ensemble.batching import Batches
+from numpyro_ensemble.primitives import check_count
+from numpyro_ensemble.training import EarlyStopping
+
+
+class RunOptions(NamedTuple):
+    """The keyword options of `run`, with their defaults."""
+
+    progress_bar: bool = True
+    stable_update: bool = False
+    forward_mode_differentiation: bool = False
+    init_state: SVIState | None = None
+    init_params: Any = None
+    batch_size: int | None = None
+    batch_args: Iterable[str | int] | None = None
+    shared_batches: bool = True
+    early_stopping: EarlyStopping | None = None
+    callback: Callable | None = None
+    jit_model_args: bool = False
+    member_args: Iterable[str | int] | None = None
+    chunk_size: int | None = None
+
+    def check(self, num_steps: int, functions: dict[str, Callable]) -> None:
+        """Raise where an option is out of range, or is a keyword of the model or guide as well."""
+        check_count("num_steps", num_steps)
+        for name in ("batch_size", "chunk_size"):
+            if getattr(self, name) is not None:
+                check_count(name, getattr(self, name))
+        if self.early_stopping is not None:
+            if not isinstance(self.early_stopping, EarlyStopping):
+                raise TypeError(
+                    f"early_stopping takes an EarlyStopping, got {self.early_stopping!r}."
+                )
+            self.early_stopping.check()
+        if self.callback is not None and not callable(self.callback):
+            raise TypeError(f"callback takes a callable, got {self.callback!r}.")
+        if self.batch_args is not None and self.batch_size is None:
+            raise ValueError("batch_args was given without batch_size.")
+        if self.init_state is not None and self.init_params is not None:
+            raise ValueError(
+                "give either init_state, to go on, or init_params, to begin; not both."
+            )
+        defaults = RunOptions()
+        given = {k for k in self._fields if getattr(self, k) is not getattr(defaults, k)}
+        for kind, fn in functions.items():
+            clash = sorted(given & _free_keywords(fn))
+            if clash:
+                raise ValueError(
+                    f"{clash[0]!r} is both an option of run and a keyword of the {kind}: pass the "
+                    f"{kind}'s own by position, or bind it with functools.partial."
+                )
+
+    def batches(self, arguments: Arguments, ensemble_size: int) -> Batches | None:
+        """Return how the data is cut, None for all of it at each step.
+
+        Raises:
+            ValueError: if leading lengths differ, or are not the ensemble size for member_args.
+        """
+        for label, leaf in arguments.labelled(MEMBER):
+            if np.shape(leaf)[0] != ensemble_size:
+                raise ValueError(
+                    f"member_args names {label!r} of shape {np.shape(leaf)}; its leading length "
+                    f"must be ensemble_size={ensemble_size}."
+                )
+        if self.batch_size is None:
+            return None
+        lengths = {label: np.shape(leaf)[0] for label, leaf in arguments.labelled(BATCH)}
+        if len(set(lengths.values())) != 1:
+            raise ValueError(
+                f"batch_size needs arguments of one leading length, got {lengths or 'no array'}; "
+                f"name what is batched in batch_args=."
+            )
+        (total,) = set(lengths.values())
+        if self.batch_size > total:
+            warnings.warn(
+                f"batch_size={self.batch_size} is more than the {total} rows there are; every "
+                f"step takes all of them.",
+                stacklevel=5,
+            )
+        return Batches(min(self.batch_size, total), total, self.shared_batches)
+
+
+def _free_keywords(fn: Callable) -> set[str]:
+    """Name the parameters of a callable that functools.partial has not bound."""
+    held: set[str] = set()
+    while isinstance(fn, functools.partial):
+        held |= fn.keywords.keys()
+        fn = fn.func
+    try:
+        return set(inspect.signature(fn).parameters) - held
+    except (TypeError, ValueError):
+        return set()

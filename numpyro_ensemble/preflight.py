@@ -1,0 +1,110 @@
+"""What is known, and what is refused, before anything is compiled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import numpy as np
+import optax
+from numpyro.infer.svi import SVIState
+
+from numpyro_ensemble.arguments import BATCH, MEMBER, Arguments
+from numpyro_ensemble.batching import Batches, check_follows
+from numpyro_ensemble.density import Site, anatomy
+from numpyro_ensemble.handlers import is_zero
+
+if TYPE_CHECKING:
+    from numpyro_ensemble.engine import Ensemble
+
+_LINE_SEARCHES = (optax.ScaleByBacktrackingLinesearchState, optax.ScaleByZoomLinesearchState)
+
+
+class Anatomy(NamedTuple):
+    """What tracing the start of a fit tells of its later steps; it holds nothing traced."""
+
+    guide: Callable
+    transforms: Any  # tree of the transforms of the parameters
+    leaves: tuple[Any, ...]  # its leaves, None for those that stem from the start itself
+    state: SVIState  # shapes and dtypes, with the member axis
+    constraints: list[Any]  # of the leaves that stem from the start, likewise
+
+
+def model_sites(engine: Ensemble, arguments: Arguments, batches: Batches | None) -> dict[str, Site]:
+    """Return the sites of a runner's model, traced abstractly, and check them.
+
+    Raises:
+        ValueError: if the model cannot be fitted, or does not follow its batches.
+    """
+    full = _trace(engine, arguments, None)
+    engine.check_model(full)
+    if is_zero(engine.prior_weight) and not any(s.role == "likelihood" for s in full.values()):
+        raise ValueError(
+            "prior_weight=0 leaves nothing to fit: the model has no observed site. Pass the data, "
+            "or give a positive prior_weight."
+        )
+    if batches is not None:
+        try:
+            part = _trace(engine, arguments, batches.size)
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"the model fails on a batch of batch_size={batches.size} rows: {error}. Give its "
+                f"plates the length of the batch, or leave batch_size out and use "
+                f"numpyro.plate(..., subsample_size=...)."
+            ) from error
+        check_follows(full, part, batches, engine.likelihood_sites)
+    return full
+
+
+def _trace(engine: Ensemble, arguments: Arguments, rows: int | None) -> dict[str, Site]:
+    found: dict[str, Site] = {}
+
+    def look(dynamic: dict) -> None:
+        dynamic = {**dynamic, BATCH: [leaf[:rows] for leaf in dynamic[BATCH]]}
+        dynamic[MEMBER] = [leaf[0] for leaf in dynamic[MEMBER]]
+        args, kwargs = arguments.rebuild(dynamic)
+        found.update(anatomy(engine.model, args, kwargs, prior_sites=engine.prior_sites))
+
+    jax.eval_shape(look, arguments.dynamic)
+    return found
+
+
+def refuse_line_searches(state: SVIState) -> None:
+    """Raise a TypeError where the optimiser's state is that of an optax line search."""
+    for leaf in jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, _LINE_SEARCHES)):
+        if isinstance(leaf, _LINE_SEARCHES):
+            raise TypeError(
+                "optim takes an optimiser that needs gradients alone; an optax line search "
+                "(optax.lbfgs, say) calls the loss itself, which SVI's interface cannot do."
+            )
+
+
+def check_state(state: Any, wanted: SVIState, ensemble_size: int) -> None:
+    """Raise where a state to go on from is of another ensemble size or another model."""
+    if not isinstance(state, SVIState):
+        raise TypeError(
+            f"init_state takes the state of an earlier run, result.state; got "
+            f"{type(state).__name__}."
+        )
+    expected, given = ((s.optim_state, s.mutable_state) for s in (wanted, state))
+    if jax.tree.structure(expected) != jax.tree.structure(given):
+        raise ValueError(
+            "init_state is of another model, guide or optimiser: its parameters or the fields of "
+            f"its optimiser differ.\nexpected: {jax.tree.structure(expected)}\n"
+            f"got: {jax.tree.structure(given)}"
+        )
+    pairs = list(zip(jax.tree.leaves(expected), jax.tree.leaves(given), strict=True))
+    leading = {np.shape(leaf)[:1] for _, leaf in pairs}
+    if leading != {(ensemble_size,)}:
+        sizes = sorted(size for lead in leading for size in lead) or "no axis"
+        raise ValueError(
+            f"init_state is of another ensemble size: its leaves lead with {sizes}, and "
+            f"ensemble_size={ensemble_size}."
+        )
+    for want, leaf in pairs:
+        if want.shape != np.shape(leaf):
+            raise ValueError(
+                f"init_state is of another model: a leaf has shape {np.shape(leaf)} where "
+                f"{want.shape} is expected."
+            )
