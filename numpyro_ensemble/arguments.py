@@ -152,7 +152,14 @@ def _named(
 # Fingerprints -----------------------------------------------------------------------------------
 
 _BY_VALUE = (type(None), bool, int, float, complex, str, bytes, enum.Enum, np.dtype, type)
-_BY_IDENTITY = (types.FunctionType, types.BuiltinFunctionType, types.ModuleType)
+_BY_IDENTITY = (
+    types.FunctionType,
+    types.BuiltinFunctionType,
+    types.MethodType,
+    types.ModuleType,
+    functools.partial,
+)
+_LIBRARIES = ("jax", "jaxlib", "numpy", "numpyro", "numpyro_ensemble", "optax")
 
 
 def fingerprint(leaf: Any) -> Any:
@@ -163,7 +170,7 @@ def fingerprint(leaf: Any) -> Any:
     """
     if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         return ("key", str(leaf.dtype), fingerprint(jax.random.key_data(leaf)))
-    if isinstance(leaf, np.ndarray | np.generic | jax.Array) and leaf.dtype != object:
+    if _has_contents(leaf):
         contents = np.ascontiguousarray(leaf)
         kind = "jax" if isinstance(leaf, jax.Array) else "numpy"
         digest = hashlib.blake2b(contents.reshape(-1).view(np.uint8).data).hexdigest()
@@ -175,18 +182,37 @@ def fingerprint(leaf: Any) -> Any:
             digest,
         )
     if isinstance(leaf, _BY_VALUE):
-        return (type(leaf), repr(leaf) if isinstance(leaf, float) else leaf)
-    if isinstance(leaf, _BY_IDENTITY):
-        return ("function", leaf, *(captured(leaf)))
+        return (type(leaf), repr(leaf) if isinstance(leaf, float | complex) else leaf)
+    if _is_function(leaf):
+        return ("function", *captured(leaf))
     return object()
 
 
-def captured(fn: Any, depth: int = 4) -> tuple:
-    """Fingerprint the arrays and numbers that a function takes from its surroundings.
+def _has_contents(leaf: Any) -> bool:
+    """Say whether a leaf is an array whose bytes are all there is to it."""
+    if not isinstance(leaf, np.ndarray | np.generic | jax.Array):
+        return False
+    return not leaf.dtype.hasobject and not isinstance(leaf, np.ma.MaskedArray)
+
+
+def _is_function(value: Any) -> bool:
+    """Say whether a value is a function, or one that JAX has wrapped (jit, custom_jvp, ...)."""
+    wraps = _library(type(value)) in ("jax", "jaxlib") and hasattr(value, "__wrapped__")
+    return isinstance(value, _BY_IDENTITY) or wraps
+
+
+def _library(value: Any) -> str:
+    return (getattr(value, "__module__", None) or "").partition(".")[0]
+
+
+def captured(fn: Any, depth: int = 5) -> tuple:
+    """Fingerprint what a function takes from its surroundings.
 
     A model often reads its data from the enclosing scope. Rebinding or changing such data must not
     leave a stale program behind, so what a function closes over, its defaults, the globals that
-    its code names and the functions among these are part of what a program is keyed by.
+    its code names and the functions among these are part of what a program is keyed by: arrays
+    and numbers by their contents, functions and classes by identity. The attributes of modules
+    and of the user's objects are followed only where such an object is the function itself.
     """
     marks: list[Any] = []
     _collect(fn, marks, set(), depth)
@@ -194,40 +220,44 @@ def captured(fn: Any, depth: int = 4) -> tuple:
 
 
 def _collect(value: Any, marks: list, met: set[int], depth: int) -> None:
-    if depth < 0 or id(value) in met:
+    if depth < 0 or id(value) in met or isinstance(value, jax.core.Tracer):
         return
-    if isinstance(value, np.ndarray | jax.Array | bool | int | float | complex | str):
-        if not isinstance(value, jax.core.Tracer):
-            marks.append(fingerprint(value))
+    if isinstance(value, (*_BY_VALUE, np.ndarray, np.generic, jax.Array)):
+        marks.append(fingerprint(value))
         return
     met.add(id(value))
-    for part in _parts(value):
+    parts = _parts(value)
+    # a bound method is a new object wherever it is looked up; its function and object are parts
+    named = _is_function(value) and not isinstance(value, types.MethodType | functools.partial)
+    marks.append(value if named else (type(value), len(parts)))
+    for part in parts:
         _collect(part, marks, met, depth - 1)
 
 
 def _parts(value: Any) -> list[Any]:
     """List what may hold data inside a function, a wrapper or a container."""
-    if isinstance(value, list | tuple | set | frozenset):
+    if isinstance(value, list | tuple | set | frozenset | range):
         return list(value)[:1000]
     if isinstance(value, dict):
-        return list(value.values())[:1000]
+        return [*list(value)[:1000], *list(value.values())[:1000]]
     if isinstance(value, functools.partial):
-        return [value.func, *value.args, *value.keywords.values()]
+        return [value.func, *value.args, *value.keywords, *value.keywords.values()]
     if isinstance(value, types.MethodType):
-        return (
-            [value.__func__, *vars(value.__self__).values()]
-            if hasattr(value.__self__, "__dict__")
-            else []
-        )
+        return [value.__func__, *getattr(value.__self__, "__dict__", {}).values()]
     if isinstance(value, types.FunctionType):
-        if (value.__module__ or "").partition(".")[0] in ("jax", "numpyro", "numpy", "optax"):
-            return []
-        code = value.__code__
-        cells = [c.cell_contents for c in value.__closure__ or () if _filled(c)]
-        names = [value.__globals__[n] for n in sorted(_names(code)) if n in value.__globals__]
-        return [*cells, *names, *(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
-    wrapped = getattr(value, "fn", None)  # a NumPyro handler around a model
-    return [*vars(value).values()] if callable(wrapped) and hasattr(value, "__dict__") else []
+        return [] if _library(value) in _LIBRARIES else _surroundings(value)
+    if not jax.tree_util.all_leaves([value]):  # a distribution, an Equinox or NNX module
+        return jax.tree.leaves(value)
+    if callable(getattr(value, "fn", None)):  # a NumPyro handler around a model
+        return list(getattr(value, "__dict__", {}).values())
+    return [value.__wrapped__] if _is_function(value) and hasattr(value, "__wrapped__") else []
+
+
+def _surroundings(fn: types.FunctionType) -> list[Any]:
+    """List what a function closes over, the globals it names and its defaults."""
+    cells = [c.cell_contents for c in fn.__closure__ or () if _filled(c)]
+    names = [fn.__globals__[n] for n in sorted(_names(fn.__code__)) if n in fn.__globals__]
+    return [*cells, *names, *(fn.__defaults__ or ()), *(fn.__kwdefaults__ or {}).values()]
 
 
 def _filled(cell: types.CellType) -> bool:

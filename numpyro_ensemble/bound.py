@@ -77,7 +77,7 @@ class Bound:
         axes = maker = None
         if callable(init_params):
             maker = init_params
-            check_starts(jax.eval_shape(maker, keys[0]), self._form, None)
+            check_starts(jax.eval_shape(lambda k: maker(k[0]), keys), self._form, None)
             init_params = None
         elif init_params is not None:
             init_params, axes = check_starts(init_params, self._form, self._size)

@@ -11,7 +11,7 @@ from numpyro import handlers
 from numpyro.infer import init_to_uniform
 from numpyro.infer.util import compute_log_probs
 
-from numpyro_ensemble.handlers import Role, is_factor, site_role
+from numpyro_ensemble.handlers import Role, is_factor, site_role, unwrapped
 
 
 def log_joint(
@@ -73,15 +73,16 @@ def anatomy(
     """Trace a model abstractly, with nothing computed or compiled, and describe its sites."""
     found: dict[str, Site] = {}
 
-    def look(key: jax.Array) -> None:
+    def look() -> None:
         # an improper prior cannot be sampled, so the latents' values come from an initialisation
-        filled = handlers.substitute(handlers.seed(model, key), substitute_fn=init_to_uniform())
+        seeded = handlers.seed(model, jax.random.key(0))
+        filled = handlers.substitute(seeded, substitute_fn=init_to_uniform())
         trace = handlers.trace(filled).get_trace(*args, **kwargs)
         for name, site in trace.items():
             if site["type"] in ("sample", "param", "mutable", "plate"):
                 found[name] = _describe(site, found, prior_sites)
 
-    jax.eval_shape(look, jax.random.key(0))
+    jax.eval_shape(look)
     return found
 
 
@@ -92,7 +93,7 @@ def _describe(site: dict[str, Any], seen: Collection[str], prior_sites: Collecti
     if kind == "sample":
         role = site_role(site, seen, prior_sites)
         plates = tuple((frame.name, frame.size) for frame in site["cond_indep_stack"])
-        distribution = type(site["fn"]).__name__
+        distribution = type(unwrapped(site["fn"])).__name__
         if site["is_observed"]:
             kind = "factor" if is_factor(site) else "observed"
         else:

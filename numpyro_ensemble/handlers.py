@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any, Literal
 
 import jax
+import numpy as np
 import numpyro.distributions as dist
 from jax.typing import ArrayLike
 from numpyro import handlers
@@ -17,11 +18,12 @@ Role = Literal["prior", "likelihood", "jacobian"]
 
 def is_factor(site: Mapping[str, Any]) -> bool:
     """Say whether a trace site was made by `numpyro.factor`."""
-    return site["type"] == "sample" and isinstance(_base(site["fn"]), dist.Unit)
+    return site["type"] == "sample" and isinstance(unwrapped(site["fn"]), dist.Unit)
 
 
-def _base(fn: Any) -> Any:
-    while isinstance(fn, dist.MaskedDistribution | dist.ExpandedDistribution):
+def unwrapped(fn: Any) -> Any:
+    """Return the distribution inside masks, expansions and `to_event`."""
+    while isinstance(fn, dist.MaskedDistribution | dist.ExpandedDistribution | dist.Independent):
         fn = fn.base_dist
     return fn
 
@@ -41,11 +43,21 @@ def site_role(
         return "prior"
     if not is_factor(site):
         return "likelihood"
-    if name.startswith("_") and name.endswith("_log_det"):
+    if _made_by_numpyro(name, "_log_det"):
         return "jacobian"  # numpyro.infer.util._unconstrain_reparam
     circular = name.endswith("_factor") and f"{name.removesuffix('_factor')}_unwrapped" in seen
-    neutra = name.endswith("_log_prob") and any(s.endswith("_shared_latent") for s in seen)
-    return "prior" if circular or (neutra and name.startswith("_")) else "likelihood"
+    neutra = _made_by_numpyro(name, "_log_prob") and any(s.endswith("_shared_latent") for s in seen)
+    return "prior" if circular or neutra else "likelihood"
+
+
+def _made_by_numpyro(name: str, suffix: str) -> bool:
+    """Say whether a factor has a name that NumPyro makes of a site's, `_{site}{suffix}`.
+
+    A scope in the model puts its prefix before a site's name, and before the factor's once more:
+    `a/x` has the factor `a/_a/x_log_det`.
+    """
+    starts = (i for i, c in enumerate(name) if c == "_" and name.startswith(name[:i], i + 1))
+    return name.endswith(suffix) and any(i == 0 or not name[i - 1].isalnum() for i in starts)
 
 
 class reweight(Messenger):
@@ -65,6 +77,7 @@ class reweight(Messenger):
         prior_sites: names of `factor` sites that belong to the prior.
 
     Raises:
+        TypeError: if a weight is no single number, or `prior_sites` is a string.
         ValueError: if a weight that is known now is negative or not finite.
 
     Example:
@@ -97,9 +110,9 @@ class reweight(Messenger):
         self._seen: set[str] = set()
         super().__init__(fn)
 
-    def __enter__(self) -> None:
-        self._seen = set()
-        super().__enter__()
+    def __exit__(self, *exc_info: Any) -> None:
+        self._seen = set()  # a call leaves the handler as it was
+        super().__exit__(*exc_info)
 
     def process_message(self, msg: Any) -> None:
         """Scale the log density of a sample site by the weight of its role, or mask it."""
@@ -123,6 +136,8 @@ def is_zero(weight: ArrayLike) -> bool:
 
 def check_weight(name: str, weight: ArrayLike) -> ArrayLike:
     """Return a scalar weight; one that is known now must be finite and not negative."""
+    if isinstance(weight, str) or np.shape(weight) != ():
+        raise TypeError(f"{name} takes one number, got {weight!r}.")
     if isinstance(weight, jax.core.Tracer):
         return weight
     try:

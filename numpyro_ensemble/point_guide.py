@@ -112,15 +112,16 @@ class PointGuide(AutoGuide):
         values = {}
         for name, (value, transform) in self._walk(locs, plates, args, kwargs).items():
             point = self.points[name]
-            log_density = 0.0
             if self.jacobian:
                 log_det = transform.log_abs_det_jacobian(locs[name], value)
                 extra = jnp.ndim(log_det) - jnp.ndim(value) + point.event_dim
                 log_density = -sum_rightmost(log_det, extra)
+                mass = dist.Delta(value, log_density, event_dim=point.event_dim)
+            else:  # its density is known to be 0 where it is sampled, so none is computed
+                mass = dist.Delta(value, event_dim=point.event_dim).mask(False)
             with ExitStack() as stack:
                 for frame in point.frames:
                     stack.enter_context(plates[frame.name])
-                mass = dist.Delta(value, log_density, event_dim=point.event_dim)
                 values[name] = numpyro.sample(name, mass)
         return values
 

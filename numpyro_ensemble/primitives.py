@@ -74,7 +74,7 @@ def combine(arrays: Any, rest: Any) -> Any:
     )
 
 
-def member_keys(rng_key: Any, ensemble_size: int) -> jax.Array:
+def member_keys(rng_key: Any, ensemble_size: int, *, name: str = "rng_key") -> jax.Array:
     """Return the keys of the members: one key is split, E keys are taken as they are.
 
     Raises:
@@ -86,7 +86,7 @@ def member_keys(rng_key: Any, ensemble_size: int) -> jax.Array:
     shape = np.shape(rng_key)
     if shape != ((ensemble_size,) if typed else (ensemble_size, 2)):
         raise ValueError(
-            f"rng_key takes one key or ensemble_size={ensemble_size} keys, got an object of type "
+            f"{name} takes one key or ensemble_size={ensemble_size} keys, got an object of type "
             f"{type(rng_key).__name__} and shape {shape}."
         )
     return rng_key
@@ -149,7 +149,8 @@ def ensemble_init(
     """
     check_count("ensemble_size", ensemble_size)
     rng_key = jax.random.key(seed) if isinstance(seed, int | np.integer) else seed
-    params = stack_members(init_fn, member_keys(rng_key, ensemble_size))
+    keys = member_keys(rng_key, ensemble_size, name="seed")
+    params = stack_members(init_fn, keys)
     return EnsembleState(params, jax.vmap(optimizer.init)(partition(params)[0]))
 
 

@@ -48,11 +48,11 @@ class EnsembleResult(NamedTuple):
         return jax.device_put(xp.stack(flags).all(0))
 
     def ranking(self) -> np.ndarray:
-        """Return the finite members, best first, by the mean of their last 100 losses."""
+        """Return the finite members, best first, by the mean of their last 100 finite losses."""
         losses = np.asarray(self.losses)
         score = np.full(self.ensemble_size, np.inf)
         for e in np.flatnonzero(np.asarray(self.finite)):
-            row = losses[e][~np.isnan(losses[e])]
+            row = losses[e][np.isfinite(losses[e])]
             score[e] = row[-_RANKED_LOSSES:].mean()
         order = np.argsort(score, kind="stable")
         return order[np.isfinite(score[order])]

@@ -1,0 +1,164 @@
+"""Speed of EnsembleMAP on the sinc problem, as ratios measured in one process, in turns.
+
+Run `python benchmarks/map_sinc.py` (a few minutes); `JAX_ENABLE_X64=1` for double precision. The
+competitors do the same work: 16 members, 1,500 steps of Adam at 5e-3 from Uniform(-2, 2).
+"""
+
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpyro
+import optax
+from numpyro.infer import SVI, Trace_ELBO, init_to_uniform
+from numpyro.infer.autoguide import AutoDelta
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+from quickstart import NOISE, STEPS, WIDTHS, make_data, model, network
+
+from numpyro_ensemble import EnsembleMAP
+
+X, Y, *_ = (jnp.asarray(part) for part in make_data())
+
+
+def hand_written(members, steps):
+    """Return a jitted fit of all members in plain JAX: `vmap` of a `scan`."""
+    adam = optax.adam(5e-3)
+
+    def start(key):
+        weights = {}
+        for layer, (fan_in, fan_out) in enumerate(zip(WIDTHS[:-1], WIDTHS[1:], strict=True)):
+            key, key_w, key_b = jax.random.split(key, 3)
+            weights[f"w{layer}"] = jax.random.uniform(key_w, (fan_in, fan_out), minval=-2, maxval=2)
+            weights[f"b{layer}"] = jax.random.uniform(key_b, (fan_out,), minval=-2, maxval=2)
+        return weights
+
+    def loss(weights):
+        residual = (Y - network(weights, X)) / NOISE
+        penalty = sum((w**2).sum() for w in weights.values())
+        count = sum(w.size for w in weights.values())
+        constant = 0.5 * (Y.size + count) * jnp.log(2 * jnp.pi) + Y.size * jnp.log(NOISE)
+        return 0.5 * (residual**2).sum() + 0.5 * penalty + constant
+
+    def fit(key):
+        def step(carry, _):
+            weights, state = carry
+            value, gradient = jax.value_and_grad(loss)(weights)
+            updates, state = adam.update(gradient, state, weights)
+            return (optax.apply_updates(weights, updates), state), value
+
+        weights = start(key)
+        (weights, _), losses = jax.lax.scan(step, (weights, adam.init(weights)), length=steps)
+        return weights, losses
+
+    compiled = jax.jit(jax.vmap(fit))
+    return lambda key: compiled(jax.random.split(key, members))
+
+
+def runner(members=16):
+    """Return a fresh runner."""
+    return EnsembleMAP(model, numpyro.optim.Adam(5e-3), ensemble_size=members)
+
+
+def run(ensemble, key, **options):
+    """Fit with our runner."""
+    return ensemble.run(key, STEPS, X, Y, **{"progress_bar": False, **options})
+
+
+def timed(function, *args, **options):
+    """Return the seconds that a call takes until its arrays are there."""
+    begin = time.perf_counter()
+    jax.block_until_ready(jax.tree.leaves(function(*args, **options)))
+    return time.perf_counter() - begin
+
+
+def in_turns(ours, theirs, repeats):
+    """Time two functions of a key in turns, and return the pairs of seconds."""
+    pairs = []
+    for i in range(repeats):
+        key = jax.random.key(i)
+        pair = [(ours, 0), (theirs, 1)]
+        times = [0.0, 0.0]
+        for function, place in pair if i % 2 else reversed(pair):
+            times[place] = timed(function, key)
+        pairs.append(times)
+    return pairs
+
+
+def report(name, pairs, target=None):
+    """Print the medians and the ratios, pair by pair."""
+    ratios = sorted(a / b for a, b in pairs)
+    ours, theirs = (statistics.median(column) for column in zip(*pairs, strict=True))
+    goal = f" (target {target})" if target else ""
+    print(
+        f"{name:44} {ours:8.3f} s / {theirs:8.3f} s, ratio {statistics.median(ratios):.3f} "
+        f"[{ratios[0]:.3f}, {ratios[-1]:.3f}]{goal}",
+        flush=True,
+    )
+
+
+def cold(fit):
+    """Wrap a fit so that everything it needs is compiled again."""
+
+    def fresh(key):
+        return timed_cold(fit, key)
+
+    def timed_cold(fit, key):
+        jax.clear_caches()
+        return fit(key)
+
+    return fresh
+
+
+def ours_cold(key):
+    """Make one cold run of the ensemble."""
+    return run(runner(), key).params
+
+
+def svi_cold(key):
+    """Make one cold run of a single SVI with AutoDelta."""
+    guide = AutoDelta(model, init_loc_fn=init_to_uniform)
+    svi = SVI(model, guide, numpyro.optim.Adam(5e-3), Trace_ELBO())
+    return svi.run(key, STEPS, X, Y, progress_bar=False).params
+
+
+def memory(members):
+    """Print time and peak memory of one run with many members, in a process of its own."""
+    begin = time.perf_counter()
+    result = run(runner(members), jax.random.key(0))
+    first = time.perf_counter() - begin
+    again = timed(run, runner(members), jax.random.key(1))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    print(
+        f"{members} members: cold {first:.1f} s, again (compiled anew) {again:.1f} s, "
+        f"peak memory {peak:.2f} GiB, {int(result.finite.sum())} finite"
+    )
+
+
+def main():
+    """Measure everything."""
+    precision = "float64" if jax.config.jax_enable_x64 else "float32"
+    print(f"sinc problem, {STEPS} steps, {precision}, JAX {jax.__version__}")
+    many, sixteen = runner(256), runner()
+    by_hand = hand_written(16, STEPS)
+    for fit in (by_hand, lambda key: run(sixteen, key), lambda key: run(many, key)):
+        timed(fit, jax.random.key(99))
+    report("warm run / hand-written vmap + scan",
+           in_turns(lambda key: run(sixteen, key), by_hand, 15), "<= 1.05")  # fmt: skip
+    report("with progress bar / without",
+           in_turns(lambda key: run(sixteen, key, progress_bar=True),
+                    lambda key: run(sixteen, key), 15), "<= 1.02")  # fmt: skip
+    report("256 members / 16 members, warm",
+           in_turns(lambda key: run(many, key), lambda key: run(sixteen, key), 3))  # fmt: skip
+    report("cold run of 16 / cold run of ONE SVI",
+           in_turns(cold(ours_cold), cold(svi_cold), 5), "<= 0.6")  # fmt: skip
+    subprocess.run([sys.executable, __file__, "1000"], check=True)
+
+
+if __name__ == "__main__":
+    memory(int(sys.argv[1])) if len(sys.argv) > 1 else main()

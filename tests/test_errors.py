@@ -1,0 +1,183 @@
+"""What is wrong is said before anything is compiled, with the name, the value and the remedy."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import optax
+import pytest
+from numpy.testing import assert_allclose
+from zoo import X, Y, positive, ridge
+
+from numpyro_ensemble import EnsembleMAP
+
+ADAM = numpyro.optim.Adam(0.1)
+
+
+def quiet(runner, key, num_steps, *args, **kwargs):
+    return runner.run(key, num_steps, *args, progress_bar=False, **kwargs)
+
+
+def mixture(y):
+    z = numpyro.sample("z", dist.Bernoulli(0.5))
+    numpyro.sample("y", dist.Normal(z, 1.0), obs=y)
+
+
+def unobserved():
+    numpyro.sample("mu", dist.Normal(0, 1))
+
+
+@pytest.mark.parametrize(
+    ("build", "error", "message"),
+    [
+        (lambda: EnsembleMAP(ridge, ADAM, ensemble_size=0), ValueError, "ensemble_size must be at"),
+        (lambda: EnsembleMAP(ridge, ADAM, ensemble_size=2.5), TypeError, "ensemble_size takes an"),
+        (lambda: EnsembleMAP(ridge, ADAM, ensemble_size=True), TypeError, "ensemble_size takes an"),
+        (lambda: EnsembleMAP(ridge, ADAM, prior_weight=-1), ValueError, "prior_weight.*got -1"),
+        (
+            lambda: EnsembleMAP(ridge, ADAM, prior_weight=np.nan),
+            ValueError,
+            "prior_weight.*got nan",
+        ),
+        (lambda: EnsembleMAP(ridge, ADAM, prior_weight="x"), TypeError, "prior_weight takes one"),
+        (lambda: EnsembleMAP(ridge, "adam"), TypeError, "Got <class 'str'>"),
+        (lambda: EnsembleMAP(ridge, numpyro.optim.Minimize()), TypeError, "Minimize.*Adam"),
+        (lambda: EnsembleMAP(3, ADAM), TypeError, "model takes a callable.*got 3"),
+    ],
+)
+def test_constructor(build, error, message):
+    with pytest.raises(error, match=message):
+        build()
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"num_steps": 0}, ValueError, "num_steps must be at least 1, got 0"),
+        ({"num_steps": 2.0}, TypeError, "num_steps takes an integer, got 2.0"),
+        ({"batch_size": 0}, ValueError, "batch_size must be at least 1"),
+        ({"chunk_size": 0}, ValueError, "chunk_size must be at least 1"),
+        ({"batch_size": 2.0}, TypeError, "batch_size takes an integer"),
+        ({"member_args": ["q"]}, ValueError, "member_args names 'q'.*'x', 'y'"),
+        ({"init_params": 3}, TypeError, "init_params takes a dict"),
+        (
+            {"init_params": {"v": 1.0}},
+            ValueError,
+            r"init_params names \['v'\]; the fit has \['w'\]",
+        ),
+        (
+            {"init_params": {"w": np.ones(3)}},
+            ValueError,
+            r"init_params\['w'\] has shape \(3,\); it takes \(2,\) or, per member, \(2, 2\)",
+        ),
+        ({"init_params": lambda key: {"w": jnp.ones((2, 2))}}, ValueError, r"shape \(2, 2\)"),
+        ({"init_params": {"w": {"a": np.ones(2)}}}, ValueError, "has structure"),
+        ({"init_state": 3}, TypeError, "init_state takes the state of an earlier run"),
+    ],
+)
+def test_options_of_run(options, error, message, key, compile_count):
+    runner = EnsembleMAP(ridge, ADAM, ensemble_size=2)
+    jax.random.split(key, 2)  # so that this program is not counted
+    with compile_count() as count, pytest.raises(error, match=message):
+        quiet(runner, key, options.pop("num_steps", 3), X, Y, **options)
+    assert count.count == 0, count.names
+
+
+def test_arrays_of_different_lengths_are_named(key):
+    runner = EnsembleMAP(ridge, ADAM, ensemble_size=2)
+    with pytest.raises(ValueError, match=r"one leading length, got \{'x': 8, 'y': 7\}.*batch_args"):
+        quiet(runner, key, 3, X, Y[:7], batch_size=4)
+
+
+def test_a_discrete_latent_is_refused(key, compile_count):
+    runner = EnsembleMAP(mixture, ADAM, ensemble_size=2)
+    jax.random.split(key, 2)
+    with compile_count() as count:
+        for call in (
+            lambda: quiet(runner, key, 3, 1.0),
+            lambda: runner.init(key, 1.0),
+        ):
+            with pytest.raises(ValueError, match=r"'z' is discrete \(Bernoulli.*TraceEnum_ELBO"):
+                call()
+    assert count.count == 0, count.names
+
+
+def test_without_prior_there_must_be_data(key):
+    runner = EnsembleMAP(unobserved, ADAM, ensemble_size=2, prior_weight=0)
+    with pytest.raises(ValueError, match="prior_weight=0 leaves nothing to fit"):
+        quiet(runner, key, 3)
+
+
+def test_a_state_of_another_fit_is_refused(key):
+    runner = EnsembleMAP(ridge, ADAM, ensemble_size=2)
+    state = runner.init(key, X, Y)
+    for other, message in (
+        (EnsembleMAP(ridge, ADAM, ensemble_size=3), r"another ensemble size.*\[2\].*=3"),
+        (EnsembleMAP(positive, ADAM, ensemble_size=2), "another model, guide or optimiser"),
+        (EnsembleMAP(ridge, optax.adam(0.1), ensemble_size=2), "another model, guide or optimiser"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            quiet(other, key, 3, X, Y, init_state=state)
+    with pytest.raises(ValueError, match=r"another model: a leaf has shape \(2, 2\)"):
+        quiet(runner, key, 3, np.ones((8, 3)), Y, init_state=state)
+    with pytest.raises(ValueError, match="either init_state.*or init_params"):
+        quiet(runner, key, 3, X, Y, init_state=state, init_params={"w": np.ones(2)})
+
+
+def test_a_keyword_of_the_model_named_like_an_option(key):
+    def model(x, y, batch_size=None):
+        w = numpyro.sample("w", dist.Normal(0, 1).expand([2]).to_event(1))
+        with numpyro.plate("data", len(y), subsample_size=batch_size) as rows:
+            numpyro.sample("y", dist.Normal(x[rows] @ w, 0.5), obs=y[rows])
+
+    x, y = jnp.asarray(X), jnp.asarray(Y)
+    runner = EnsembleMAP(model, ADAM, ensemble_size=2)
+    with pytest.raises(ValueError, match="'batch_size' is both.*by position.*functools.partial"):
+        quiet(runner, key, 3, x, y, batch_size=4)
+    by_position = quiet(runner, key, 3, x, y, 4)
+    bound = quiet(EnsembleMAP(partial(model, batch_size=4), ADAM, ensemble_size=2), key, 3, x, y)
+    assert_allclose(by_position.losses, bound.losses)
+    both = EnsembleMAP(partial(model, batch_size=None), ADAM, ensemble_size=2)
+    assert quiet(both, key, 3, x, y, batch_size=4).finite.all()
+
+
+def test_line_searches_are_refused(key):
+    runner = EnsembleMAP(ridge, optax.lbfgs(), ensemble_size=2)
+    with pytest.raises(TypeError, match="optax line search.*lbfgs"):
+        quiet(runner, key, 3, X, Y)
+
+
+def test_params_need_a_fit(key):
+    with pytest.raises(RuntimeError, match="get_params needs init, update or run"):
+        EnsembleMAP(ridge, ADAM).get_params(None)
+
+
+def test_data_that_changes_at_every_step_is_not_compiled_for(key, compile_count):
+    runner = EnsembleMAP(ridge, ADAM, ensemble_size=2)
+    state = runner.init(key, X, Y)
+    expected = state
+    batches = [(X + i, Y) for i in range(1, 10)]
+    step = jax.jit(runner.update)
+    for batch in batches:
+        expected, _ = step(expected, *batch)
+    for batch in batches[:4]:
+        state, _ = runner.update(state, *batch)
+    with pytest.warns(UserWarning, match="other data at every step.*jax.jit"):
+        state, _ = runner.update(state, *batches[4])
+    with compile_count() as count:
+        for batch in batches[5:]:
+            state, _ = runner.update(state, *batch)
+    assert count.count < 4, count.names
+    assert_allclose(runner.get_params(state)["w"], runner.get_params(expected)["w"], rtol=1e-9)
+
+
+def test_a_failed_call_loses_nothing(key):
+    runner = EnsembleMAP(ridge, ADAM, ensemble_size=2)
+    first = quiet(runner, key, 3, X, Y)
+    with pytest.raises(ValueError, match="init_params"):
+        quiet(runner, key, 3, X, Y, init_params={"v": 1.0})
+    again = quiet(runner, key, 3, X, Y)
+    assert_allclose(again.losses, first.losses, rtol=0)
