@@ -138,6 +138,6 @@ def _check_observed(whole: Site, piece: Site, batches: Batches) -> None:
         raise ValueError(
             f"observed site {whole.name!r} keeps its shape {whole.shape} when "
             f"batch_size={batches.size}: it does not follow the batch, and rescaling the "
-            f"likelihood would count it {batches.total / batches.size:g} times. Name its data in batch_args=. "
-            f"{_REMEDY}"
+            f"likelihood would count it {batches.total / batches.size:g} times. Name its data in "
+            f"batch_args=. {_REMEDY}"
         )

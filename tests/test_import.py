@@ -21,6 +21,7 @@ LAYERS = [
     {"primitives"},
     {"results", "arguments", "batching", "starts"},
     {"training"},
+    {"options", "preflight", "point_guide"},
     {"bound"},
     {"engine"},
     {"map", "vi"},

@@ -1,0 +1,28 @@
+"""The quickstart reaches what it promises: scores on the sinc problem."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+import quickstart
+
+
+def test_the_quickstart_scores_as_promised(capsys):
+    x, y, x_test, y_test = quickstart.make_data()
+    assert (x.shape, x_test.shape) == ((80,), (200,))
+    oracle = quickstart.scores(quickstart.truth(x_test)[None], x_test, y_test)
+    assert abs(oracle["NLL"] + 0.884) < 0.1  # the oracle on these 200 points
+    table = quickstart.fit_rows()
+    constant = table["MAP, starts 0.5 * normal"]
+    cosine = table["MAP, the same, cosine from 2e-2"]
+    assert constant["NLL"] <= -0.75
+    assert cosine["NLL"] <= -0.82
+    assert 0.90 <= cosine["coverage"] <= 0.98
+    for name in ("MAP, starts Uniform(-2, 2)", "MAP, starts from the prior"):
+        assert table[name]["NLL"] > constant["NLL"] + 0.03  # starts decide
+    assert np.isclose(table["oracle"]["NLL"], -0.884)
+    quickstart.show(table)
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in table)
