@@ -12,6 +12,7 @@ from numpyro_ensemble.primitives import (
 )
 from numpyro_ensemble.results import EnsembleResult
 from numpyro_ensemble.training import EarlyStopping
+from numpyro_ensemble.vi import EnsembleVI, ensemble_vi
 
 __version__ = "0.1.0"
 
@@ -20,11 +21,13 @@ __all__ = [
     "EnsembleMAP",
     "EnsembleResult",
     "EnsembleState",
+    "EnsembleVI",
     "ensemble_init",
     "ensemble_loss",
     "ensemble_map",
     "ensemble_predict",
     "ensemble_step",
+    "ensemble_vi",
     "log_joint",
     "reweight",
 ]

@@ -16,7 +16,14 @@ from numpyro.infer.util import transform_fn
 from numpyro_ensemble.arguments import BATCH, MEMBER, NO_ARGUMENTS, TRACED, Arguments, has_tracers
 from numpyro_ensemble.batching import Batches
 from numpyro_ensemble.density import Site
-from numpyro_ensemble.preflight import Anatomy, model_sites, refuse_line_searches
+from numpyro_ensemble.guides import Filling, fill, is_set_up, set_up
+from numpyro_ensemble.preflight import (
+    STEM_AXES,
+    Anatomy,
+    Stems,
+    model_sites,
+    refuse_line_searches,
+)
 from numpyro_ensemble.primitives import is_inexact
 from numpyro_ensemble.starts import check_starts
 from numpyro_ensemble.training import keep_good, make_chunk
@@ -38,7 +45,7 @@ class Bound:
         self.batches = batches if batches is None or batches.size < batches.total else None
         self.compiles = True
         self._programs: dict[Any, Callable] = {}
-        self._constraints: list[jax.Array] | None = None
+        self.stems: Stems | None = None
         self._seen: tuple[Any, ...] = ()
 
     def without_arguments(self) -> Bound:
@@ -60,10 +67,10 @@ class Bound:
         _ = self.sites
         keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), self._size))
         traced = self._start(None, None).trace(keys, None, self.arguments.dynamic)
-        state, constraints, _ = traced.out_info
-        guide, transforms, leaves = self._seen
+        state, stems, _ = traced.out_info
         refuse_line_searches(state)
-        return Anatomy(guide, transforms, leaves, state, constraints)
+        guide, transforms, leaves = self._seen
+        return Anatomy(guide, transforms, leaves, state, stems)
 
     @property
     def _size(self) -> int:
@@ -71,8 +78,8 @@ class Bound:
 
     # Starts -------------------------------------------------------------------------------------
 
-    def start(self, keys: jax.Array, init_params: Any) -> tuple[SVIState, list[jax.Array]]:
-        """Return the members' initial state and the leaves of transforms that stem from it."""
+    def start(self, keys: jax.Array, init_params: Any) -> tuple[SVIState, Stems]:
+        """Return the members' initial state, and what else stems from the start."""
         _ = self.anatomy
         axes = maker = None
         if callable(init_params):
@@ -83,23 +90,33 @@ class Bound:
             init_params, axes = check_starts(init_params, self._form, self._size)
         dynamic = self.arguments.dynamic
         once = not has_tracers((keys, init_params, self.arguments.leaves))
-        state, constraints, alike = self._start(maker, axes, once)(keys, init_params, dynamic)
-        if not isinstance(alike, jax.core.Tracer):
-            self._constraints = constraints
+        state, stems, alike = self._start(maker, axes, once)(keys, init_params, dynamic)
+        if not has_tracers((state, stems)):
+            self.stems = stems
+            if not is_set_up(self.engine.guide):
+                set_up(self.engine.guide, self._first_guide(stems))
             if self._size > 1 and bool(alike):
                 warnings.warn(
                     f"All {self._size} members start at the same values: pass init_params= with a "
                     f"leading axis of {self._size}, or a callable of a member's key.",
                     stacklevel=4,
                 )
-        return state, constraints
+        return state, stems
+
+    def _first_guide(self, stems: Stems) -> Callable:
+        """Return the guide as the first member's start has set it up, with concrete values."""
+        dynamic = self._cut(self.arguments.dynamic)
+        dynamic = {**dynamic, MEMBER: [leaf[0] for leaf in dynamic[MEMBER]]}
+        supports, own, first = stems.guide
+        filling = Filling([leaf[0] for leaf in supports], [leaf[0] for leaf in own], first)
+        return fill(self.anatomy.guide, filling, dynamic)
 
     @cached_property
     def _form(self) -> dict[str, Any]:
         """The shapes and dtypes of one member's parameters, as users see them."""
         anatomy = self.anatomy
         stacked = jax.eval_shape(
-            self._params_of, anatomy.state, anatomy.constraints, self.arguments.dynamic
+            self._params_of, anatomy.state, anatomy.stems, self.arguments.dynamic
         )
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), stacked)
 
@@ -112,32 +129,72 @@ class Bound:
         def one(key: jax.Array, init_params: Any, dynamic: dict) -> tuple:
             if maker is not None:
                 init_params, _ = check_starts(maker(key), self._form, None)
-            if self.batches is not None:
-                rows = self.batches.size
-                dynamic = {**dynamic, BATCH: [leaf[:rows] for leaf in dynamic[BATCH]]}
+            dynamic = self._cut(dynamic)
             args, kwargs = self.arguments.rebuild(dynamic)
             guide, given = self.engine.fresh_guide(init_params, self.sites)
-            svi = self._svi(guide)
+            svi = SVI(self.engine.model, guide, self.engine.optim, self.engine.loss)
             state = svi.init(key, *args, init_params=given, **kwargs)
+            self.engine.check_guide(guide, args, kwargs)
+            guide, filling = self.engine.distilled_guide(guide, dynamic)
             leaves, tree = jax.tree.flatten(svi.constrain_fn.args[0])
-            stems = [isinstance(leaf, jax.core.Tracer) for leaf in leaves]
-            known = tuple(None if s else leaf for leaf, s in zip(leaves, stems, strict=True))
-            self._seen = (self.engine.distilled_guide(guide), tree, known)
-            return state, [leaf for leaf, s in zip(leaves, stems, strict=True) if s]
+            stem = [isinstance(leaf, jax.core.Tracer) for leaf in leaves]
+            known = tuple(None if s else leaf for leaf, s in zip(leaves, stem, strict=True))
+            self._seen = (guide, tree, known)
+            constraints = [leaf for leaf, s in zip(leaves, stem, strict=True) if s]
+            return state, Stems(constraints, filling)
 
         def every(keys: jax.Array, init_params: Any, dynamic: dict) -> tuple:
-            state, leaves = jax.vmap(one, in_axes=(0, axes, _AXES))(keys, init_params, dynamic)
-            return state, leaves, _alike(self.engine.optim.get_params(state.optim_state))
+            state, stems = jax.vmap(one, in_axes=(0, axes, _AXES))(keys, init_params, dynamic)
+            filling = stems.guide._replace(first=[leaf[0] for leaf in stems.guide.first])
+            return (
+                state,
+                Stems(stems.constraints, filling),
+                _alike(self.engine.optim.get_params(state.optim_state)),
+            )
 
         return every
+
+    def _cut(self, dynamic: dict) -> dict:
+        """Return the arguments that a start sees: the first rows where there are batches."""
+        if self.batches is None:
+            return dynamic
+        return {**dynamic, BATCH: [leaf[: self.batches.size] for leaf in dynamic[BATCH]]}
+
+    def known_stems(self, state: SVIState) -> Stems:
+        """Return what stems from the last start with these arguments.
+
+        Where there was none, a start with the state's keys stands in, which has the same form.
+        """
+        if self.stems is None:
+            wanted = self.anatomy.stems
+            if wanted.constraints or wanted.guide.supports:
+                raise RuntimeError(
+                    "some constraints depend on the start of the fit: call init or run with these "
+                    "arguments, outside of jit, before going on from a state."
+                )
+            if not jax.tree.leaves(wanted):
+                return wanted
+            return self._start(None, None, False)(state.rng_key, None, self.arguments.dynamic)[1]
+        return self.stems
+
+    def adopt(self, other: Bound | None) -> None:
+        """Take what stems from the start of another bound, if it is of the same form."""
+        if other is None or other.stems is None:
+            return
+        forms = [
+            jax.tree.map(lambda x: (x.shape, str(x.dtype)), stems)
+            for stems in (self.anatomy.stems, other.stems)
+        ]
+        if forms[0] == forms[1]:
+            self.stems = other.stems
 
     # Steps --------------------------------------------------------------------------------------
 
     def step(self, state: SVIState, stable: bool, forward: bool) -> tuple[SVIState, jax.Array]:
         """Take one step with every member."""
-        constraints = self.known_constraints()
+        stems = self.known_stems(state)
         program = self._program(("step", stable, forward), lambda: self._updates(stable, forward))
-        return program(state, constraints, self.arguments.dynamic, None)
+        return program(state, stems, self.arguments.dynamic, None)
 
     def chunk(self, capacity: int, options: RunOptions, *, consume: bool = True) -> Callable:
         """Return the compiled loop of `training.make_chunk`, which may consume its carry."""
@@ -153,14 +210,14 @@ class Bound:
         return self._program(key, build, donate=(0,) if consume else ())
 
     def _updates(self, stable: bool, forward: bool) -> Callable:
-        def one(state: SVIState, constraints: list, dynamic: dict, rows: Any) -> tuple:
+        def one(state: SVIState, stems: Stems, dynamic: dict, rows: Any) -> tuple:
             scale = 1.0
             if rows is not None and self.batches is not None:
                 scale = self.batches.total / rows.shape[-1]
                 taken = [leaf.at[rows].get(mode="promise_in_bounds") for leaf in dynamic[BATCH]]
                 dynamic = {**dynamic, BATCH: taken}
             args, kwargs = self.arguments.rebuild(dynamic)
-            svi = self._svi(self.anatomy.guide, scale, constraints)
+            svi = self._svi(state, stems, dynamic, scale)
             if not stable:
                 return svi.update(state, *args, forward_mode_differentiation=forward, **kwargs)
             new, loss = svi.stable_update(
@@ -169,76 +226,65 @@ class Bound:
             return keep_good(state, new, loss, new.rng_key)
 
         shared = self.batches is None or self.batches.shared
-        return jax.vmap(one, in_axes=(0, 0, _AXES, None if shared else 0))
+        return jax.vmap(one, in_axes=(0, STEM_AXES, _AXES, None if shared else 0))
 
     def evaluate(self, state: SVIState) -> jax.Array:
         """Return the members' losses."""
 
-        def one(state: SVIState, constraints: list, dynamic: dict) -> jax.Array:
+        def one(state: SVIState, stems: Stems, dynamic: dict) -> jax.Array:
             args, kwargs = self.arguments.rebuild(dynamic)
-            svi = self._svi(self.anatomy.guide, 1.0, constraints)
+            svi = self._svi(state, stems, dynamic)
             key = jax.random.split(state.rng_key)[1]  # as SVI.evaluate
             params = {**svi.get_params(state), **(state.mutable_state or {})}
             return svi.loss.loss(key, params, svi.model, svi.guide, *args, **kwargs)
 
-        constraints = self.known_constraints()
-        program = self._program("evaluate", lambda: jax.vmap(one, in_axes=(0, 0, _AXES)))
-        return program(state, constraints, self.arguments.dynamic)
+        stems = self.known_stems(state)
+        program = self._program("evaluate", lambda: jax.vmap(one, in_axes=(0, STEM_AXES, _AXES)))
+        return program(state, stems, self.arguments.dynamic)
 
     # Outcomes -----------------------------------------------------------------------------------
 
     def params(self, state: SVIState) -> dict[str, Any]:
         """Return the members' parameters."""
-        return self.outcome(state, self.known_constraints())[0]
+        return self.outcome(state, self.known_stems(state))[0]
 
-    def outcome(
-        self, state: SVIState, constraints: list[jax.Array]
-    ) -> tuple[dict[str, Any], jax.Array]:
+    def outcome(self, state: SVIState, stems: Stems) -> tuple[dict[str, Any], jax.Array]:
         """Return the members' parameters, and which members have nothing but finite values."""
 
-        def final(state: SVIState, constraints: list, dynamic: dict) -> tuple:
-            params = self._params_of(state, constraints, dynamic)
+        def final(state: SVIState, stems: Stems, dynamic: dict) -> tuple:
+            params = self._params_of(state, stems, dynamic)
             leaves = [x for x in jax.tree.leaves((params, state.mutable_state)) if is_inexact(x)]
             flags = [jnp.isfinite(x).reshape(self._size, -1).all(axis=1) for x in leaves]
             return params, jnp.stack([*flags, jnp.ones(self._size, bool)]).all(axis=0)
 
         dynamic = self.arguments.dynamic
-        once = not has_tracers((state, constraints, self.arguments.leaves))
-        return self._program(("outcome", once), lambda: final, once=once)(
-            state, constraints, dynamic
-        )
+        once = not has_tracers((state, stems, self.arguments.leaves))
+        return self._program(("outcome", once), lambda: final, once=once)(state, stems, dynamic)
 
-    def _params_of(self, state: SVIState, constraints: list, dynamic: dict) -> dict[str, Any]:
-        def one(state: SVIState, constraints: list, dynamic: dict) -> dict:
-            svi = self._svi(self.anatomy.guide, 1.0, constraints)
+    def _params_of(self, state: SVIState, stems: Stems, dynamic: dict) -> dict[str, Any]:
+        def one(state: SVIState, stems: Stems, dynamic: dict) -> dict:
             args, kwargs = self.arguments.rebuild(dynamic)
-            return self.engine.member_params(svi.guide, svi.get_params(state), args, kwargs)
+            params = self._svi(state, stems, dynamic).get_params(state)
+            return self.engine.member_params(self.anatomy.guide, params, args, kwargs)
 
-        return jax.vmap(one, in_axes=(0, 0, _AXES))(state, constraints, dynamic)
+        return jax.vmap(one, in_axes=(0, STEM_AXES, _AXES))(state, stems, dynamic)
 
     # Parts --------------------------------------------------------------------------------------
 
-    def _svi(self, guide: Callable, scale: float = 1.0, constraints: list | None = None) -> SVI:
-        """Return one member's plain SVI; with constraints given it is past its `init`."""
-        engine = self.engine
-        svi = SVI(engine.weighted_model(scale), guide, engine.optim, engine.loss)
-        if constraints is not None:
-            stems = iter(constraints)
-            leaves = [next(stems) if leaf is None else leaf for leaf in self.anatomy.leaves]
-            transforms = jax.tree.unflatten(self.anatomy.transforms, leaves)
-            svi.constrain_fn = partial(transform_fn, transforms)
-        return svi
+    def member_guide(self, stems: Stems, dynamic: dict) -> Callable:
+        """Return one member's guide, with the values of its own start in it."""
+        return fill(self.anatomy.guide, stems.guide, dynamic)
 
-    def known_constraints(self) -> list[jax.Array]:
-        """Return the leaves of transforms that stem from the last start."""
-        if None not in self.anatomy.leaves:
-            return []
-        if self._constraints is None:
-            raise RuntimeError(
-                "the constraints of some parameters depend on the start of the fit: call init or "
-                "run with these arguments, outside of jit, before going on from a state."
-            )
-        return self._constraints
+    def _svi(self, state: SVIState, stems: Stems, dynamic: dict, scale: float = 1.0) -> SVI:
+        """Return one member's plain SVI, past its `init`."""
+        guide = self.member_guide(stems, dynamic)
+        model, guide = self.engine.weighted(guide, scale, state.optim_state[0])
+        svi = SVI(model, guide, self.engine.optim, self.engine.loss)
+        stem = iter(stems.constraints)
+        leaves = [next(stem) if leaf is None else leaf for leaf in self.anatomy.leaves]
+        transforms = jax.tree.unflatten(self.anatomy.transforms, leaves)
+        svi.constrain_fn = partial(transform_fn, transforms)
+        return svi
 
     def _program(
         self, key: Any, build: Callable, *, donate: tuple[int, ...] = (), once: bool = False

@@ -19,7 +19,9 @@ from numpyro.util import is_prng_key
 from numpyro_ensemble.arguments import arrange, captured, has_tracers
 from numpyro_ensemble.batching import batch_keys, first_order
 from numpyro_ensemble.bound import Bound
+from numpyro_ensemble.guides import Filling, fresh, take_out
 from numpyro_ensemble.handlers import check_weight, reweight
+from numpyro_ensemble.optimisers import loopable
 from numpyro_ensemble.options import RunOptions
 from numpyro_ensemble.preflight import Anatomy, check_state
 from numpyro_ensemble.primitives import check_count, member_keys
@@ -75,7 +77,7 @@ class Ensemble:
             )
         plain = SVI(model, guide, optim, loss, **static_kwargs)  # checks the optimiser
         self.model, self.guide, self.loss = model, guide, loss
-        self.optim, self.static_kwargs = plain.optim, static_kwargs
+        self.optim, self.static_kwargs = loopable(plain.optim), static_kwargs
         self.ensemble_size = int(ensemble_size)
         self.prior_weight = check_weight("prior_weight", prior_weight)
         self.prior_sites = tuple(prior_sites)
@@ -87,22 +89,34 @@ class Ensemble:
 
     # One member, in the terms of a plain SVI --------------------------------------------------
 
-    def weighted_model(self, likelihood: float = 1.0) -> Callable:
+    def weighted(self, guide: Callable, scale: float, step: Any) -> tuple[Callable, Callable]:
+        """Return the model and the guide, weighted for one step of one member.
+
+        Args:
+            guide: the member's guide.
+            scale: weight of the likelihood, which is `N / |B|` for batches.
+            step: the optimiser's step.
+        """
+        return self.reweighted(self.prior_weight, scale), guide
+
+    def reweighted(self, prior: ArrayLike, likelihood: ArrayLike) -> Callable:
         """Return the model with its prior and likelihood weighted."""
-        return reweight(
-            self.model,
-            prior=self.prior_weight,
-            likelihood=likelihood,
-            prior_sites=self.prior_sites,
-        )
+        sites = self.prior_sites
+        return reweight(self.model, prior=prior, likelihood=likelihood, prior_sites=sites)
 
     def fresh_guide(self, init_params: dict | None, sites: dict) -> tuple[Callable, dict | None]:
         """Return a guide that was not set up, and the start values that `SVI.init` is to take."""
-        return self.guide, init_params
+        return fresh(self.guide), init_params
 
-    def distilled_guide(self, guide: Callable) -> Callable:
-        """Return what a guide is after its set-up, without anything that was traced."""
-        return guide
+    def distilled_guide(self, guide: Callable, dynamic: dict) -> tuple[Callable, Filling]:
+        """Return what a guide is after its set-up, with what was traced apart."""
+        return take_out(guide, dynamic)
+
+    def check_run(self, first: int, num_steps: int) -> None:
+        """Raise an error where the steps to come cannot be taken."""
+
+    def check_guide(self, guide: Callable, args: tuple, kwargs: dict) -> None:
+        """Raise an error where the guide does not go with the options."""
 
     def member_params(self, guide: Callable, params: dict, args: tuple, kwargs: dict) -> dict:
         """Turn one member's `SVI` parameters into those that users see."""
@@ -229,11 +243,11 @@ class Ensemble:
         keys = member_keys(rng_key, self.ensemble_size)
         bound = self._bind(args, kwargs, options)
         if init_state is None:
-            state, constraints = bound.start(keys, init_params)
+            state, stems = bound.start(keys, init_params)
             step: Any = 0
         else:
             check_state(init_state, bound.anatomy.state, self.ensemble_size)
-            state, constraints = init_state, bound.known_constraints()
+            state, stems = init_state, bound.known_stems(init_state)
             step = jnp.max(init_state.optim_state[0])
         batches = bound.batches
         single = rng_key if is_prng_key(rng_key) else keys[0]
@@ -243,8 +257,8 @@ class Ensemble:
             None if early_stopping is None else first_stop(self.ensemble_size),
             None if batches is None else first_order(batches, self.ensemble_size),
         )
-        carry, losses = self._loop(bound, carry, num_steps, options, step, constraints, shuffles)
-        params, finite = bound.outcome(carry.state, constraints)
+        carry, losses = self._loop(bound, carry, num_steps, options, step, stems, shuffles)
+        params, finite = bound.outcome(carry.state, stems)
         result = EnsembleResult(params, carry.state, jax.device_put(losses))
         if not isinstance(finite, jax.core.Tracer):
             _warn_failed(np.asarray(finite) & np.asarray(result.finite))
@@ -257,25 +271,26 @@ class Ensemble:
         num_steps: int,
         options: RunOptions,
         step: Any,
-        constraints: Any,
+        stems: Any,
         shuffles: Any,
     ) -> tuple[Carry, Any]:
         """Run the compiled loop; under an outer transformation as one chunk without a host."""
         dynamic = bound.arguments.dynamic
-        if has_tracers((carry, step, constraints, shuffles, dynamic)):
+        if has_tracers((carry, step, stems, shuffles, dynamic)):
             if options.callback is not None:
                 raise ValueError("callback cannot be called from inside jit, vmap or grad.")
             whole = bound.chunk(num_steps, options, consume=False)
-            carry, losses = whole(carry, num_steps, 0, step, constraints, dynamic, shuffles)
+            carry, losses = whole(carry, num_steps, 0, step, stems, dynamic, shuffles)
             return carry, losses.T
+        step = int(step)
+        self.check_run(step, num_steps)
         size, capacity = capacity_for(num_steps, options.chunk_size)
         compiled = bound.chunk(capacity, options)
-        step = int(step)
         if options.init_state is not None or options.init_params is not None:
             carry = copy_buffers(carry)  # its arrays may be the user's own
 
         def chunk(carry: Carry, number: int, done: int) -> tuple[Carry, jax.Array]:
-            return compiled(carry, number, done, step + done, constraints, dynamic, shuffles)
+            return compiled(carry, number, done, step + done, stems, dynamic, shuffles)
 
         return train(
             chunk,
@@ -329,6 +344,7 @@ class Ensemble:
         if form in self._traced:
             bound.anatomy = self._traced[form]
         self._traced[form] = bound.anatomy
+        bound.adopt(self._last)
         self._last = self._last or bound.without_arguments()
         return bound
 
@@ -343,6 +359,7 @@ class Ensemble:
             )
         bound.anatomy = self._last.anatomy  # type: ignore[union-attr]
         bound.compiles = False
+        bound.adopt(self._last)
         return bound
 
 

@@ -7,11 +7,12 @@ from typing import Any
 
 import jax
 import numpyro
-import optax
 from jax.typing import ArrayLike
 from numpyro.infer import Trace_ELBO, init_to_uniform
 
 from numpyro_ensemble.engine import Ensemble
+from numpyro_ensemble.guides import Filling
+from numpyro_ensemble.optimisers import choose_optimizer
 from numpyro_ensemble.point_guide import PointGuide
 from numpyro_ensemble.primitives import combine, partition, stack_members
 from numpyro_ensemble.results import EnsembleResult
@@ -115,9 +116,9 @@ class EnsembleMAP(Ensemble):
         )
         return guide, given or None
 
-    def distilled_guide(self, guide: Callable) -> Callable:
+    def distilled_guide(self, guide: Callable, dynamic: dict) -> tuple[Callable, Filling]:
         """Return the structure of the point guide alone."""
-        return guide.distilled()  # type: ignore[attr-defined]
+        return guide.distilled(), Filling([], [], [])  # type: ignore[attr-defined]
 
     def member_params(self, guide: Any, params: dict, args: tuple, kwargs: dict) -> dict:
         """Return constrained values by site name."""
@@ -218,13 +219,7 @@ def ensemble_map(
         >>> print(params.round(2), losses.shape)
         [0.75 0.75] (2, 200)
     """
-    if optimizer is not None and learning_rate is not None:
-        raise ValueError(
-            f"give either optimizer or learning_rate, not both: got learning_rate={learning_rate} "
-            f"and an optimizer, which has a rate of its own."
-        )
-    if optimizer is None:
-        optimizer = optax.adam(5e-3 if learning_rate is None else learning_rate)
+    optimizer = choose_optimizer(optimizer, learning_rate)
     data = data if isinstance(data, tuple | list) else (data,)
     runner = EnsembleMAP.from_log_joint(
         log_joint, init_fn, optimizer, ensemble_size=ensemble_size, prior_weight=prior_weight

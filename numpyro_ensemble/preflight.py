@@ -13,6 +13,7 @@ from numpyro.infer.svi import SVIState
 from numpyro_ensemble.arguments import BATCH, MEMBER, Arguments
 from numpyro_ensemble.batching import Batches, check_follows
 from numpyro_ensemble.density import Site, anatomy
+from numpyro_ensemble.guides import Filling
 from numpyro_ensemble.handlers import is_zero
 
 if TYPE_CHECKING:
@@ -21,14 +22,24 @@ if TYPE_CHECKING:
 _LINE_SEARCHES = (optax.ScaleByBacktrackingLinesearchState, optax.ScaleByZoomLinesearchState)
 
 
+class Stems(NamedTuple):
+    """What stems from the start of a fit and is needed at its later steps."""
+
+    constraints: list[Any]  # leaves of the parameters' transforms, with the member axis
+    guide: Filling  # what the guide's set-up keeps; all but `first` with the member axis
+
+
+STEM_AXES = Stems(0, Filling(0, 0, None))  # type: ignore[arg-type]
+
+
 class Anatomy(NamedTuple):
     """What tracing the start of a fit tells of its later steps; it holds nothing traced."""
 
-    guide: Callable
+    guide: Callable  # set up, with slots for the values
     transforms: Any  # tree of the transforms of the parameters
     leaves: tuple[Any, ...]  # its leaves, None for those that stem from the start itself
     state: SVIState  # shapes and dtypes, with the member axis
-    constraints: list[Any]  # of the leaves that stem from the start, likewise
+    stems: Stems  # shapes and dtypes
 
 
 def model_sites(engine: Ensemble, arguments: Arguments, batches: Batches | None) -> dict[str, Site]:

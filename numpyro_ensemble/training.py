@@ -124,23 +124,23 @@ def make_chunk(
     """Build the function that a chunk of steps compiles to.
 
     Args:
-        update: `(state, constraints, dynamic, rows) -> (state, losses)`, for all members at once.
+        update: `(state, stems, dynamic, rows) -> (state, losses)`, for all members at once.
         ensemble_size: number of members E.
         capacity: number of losses a chunk has room for.
         batches: how the data is cut, or None.
         rule: when members stop, or None.
 
     Returns:
-        `chunk(carry, number, done, step, constraints, dynamic, keys) -> (carry, losses)`: takes
+        `chunk(carry, number, done, step, stems, dynamic, keys) -> (carry, losses)`: takes
         `number` steps, of which `done` precede in this run and `step` in the optimiser's life.
     """
 
     def chunk(
-        carry: Carry, number: Any, done: Any, step: Any, constraints: Any, dynamic: Any, keys: Any
+        carry: Carry, number: Any, done: Any, step: Any, stems: Any, dynamic: Any, keys: Any
     ) -> tuple[Carry, jax.Array]:
         def body(i: jax.Array, loop: tuple[Carry, jax.Array]) -> tuple[Carry, jax.Array]:
             (state, stop, order), buffer = loop
-            step_on = partial(update, state, constraints, dynamic)
+            step_on = partial(update, state, stems, dynamic)
             if batches is None or order is None:
                 new, losses = step_on(None)
             else:

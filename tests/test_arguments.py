@@ -71,7 +71,7 @@ DIFFERENT = {
     "functions": (jnp.exp, jnp.tanh),
     "keys": (KEY, jax.random.key(1)),
     "a key and its data": (KEY, jax.random.key_data(KEY)),
-    "kinds of keys": (KEY, jax.random.key(0, impl="rbg")),
+    "kinds of keys": (jax.random.key(0, impl="rbg"), jax.random.key(0, impl="unsafe_rbg")),
     "masks": (np.ma.array([1, 2], mask=[0, 1]), np.ma.array([1, 2], mask=[1, 1])),
 }
 
@@ -154,7 +154,7 @@ REBOUND = {
     "list": ([np.zeros(2)], [np.ones(2)]),
     "keys of a dict": ({"a": 1.0}, {"b": 1.0}),
     "values of a dict": ({"a": 1.0}, {"a": 2.0}),
-    "nesting": ([[1], [2]], [[1, 2], []]),
+    "nesting": ([[1], 2], [[1, 2]]),
     "range": (range(2), range(3)),
 }
 

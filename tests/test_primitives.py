@@ -57,7 +57,7 @@ def loop(step, state, num_steps, *batch):
     for _ in range(num_steps):
         state, loss = step(state, *batch)
         losses.append(loss)
-    return state, jnp.stack(losses, axis=1)
+    return state, np.stack(losses, axis=1)
 
 
 def start(init_fn=init_w, optimizer=ADAM, *, ensemble_size=3, seed=0):
@@ -69,6 +69,7 @@ def stepper(log_joint=joint, optimizer=ADAM, **weights):
 
 
 adam_step = stepper()
+SGD = optax.sgd(0.035)  # the curvatures of the ridge regression are about 8 and 47
 
 
 def member(tree, index):
@@ -87,12 +88,12 @@ def assert_same(ours, theirs):
 @pytest.mark.core
 @pytest.mark.parametrize(("prior_weight", "wrong"), [(1.0, 0.0), (0, 1.0), (7.0, 1.0)])
 def test_ridge_regression_is_the_solved_system(prior_weight, wrong):
-    step = adam_step if prior_weight == 1.0 else stepper(prior_weight=prior_weight)
-    state, losses = loop(step, start(), 1000, X, Y)
-    atol = 1e-6 if jax.config.jax_enable_x64 else 1e-3
+    step = stepper(optimizer=SGD, prior_weight=prior_weight)
+    state, losses = loop(step, start(optimizer=SGD), 100, X, Y)
+    atol = 1e-10 if jax.config.jax_enable_x64 else 1e-5
     for fitted in state.params["w"]:
         assert_allclose(fitted, solution(prior_weight), atol=atol)
-        assert np.abs(fitted - solution(wrong)).max() > 10 * atol
+        assert np.abs(fitted - solution(wrong)).max() > 100 * atol
     log_likelihood, log_prior = joint({"w": solution(prior_weight)}, X, Y)
     assert_allclose(losses[:, -1], -(log_likelihood + prior_weight * log_prior), rtol=1e-5)
     assert np.ptp(losses[:, 0]) > 0.1  # the members started apart
@@ -101,12 +102,12 @@ def test_ridge_regression_is_the_solved_system(prior_weight, wrong):
 @pytest.mark.parametrize("through", ["log_joint", "log_density"])
 def test_a_numpyro_model_is_a_log_joint(through):
     if through == "log_joint":
-        step = stepper(log_joint(ridge))
+        step = stepper(log_joint(ridge), SGD)
     else:  # a density in one piece counts as likelihood
         whole = lambda params, x, y: (log_density(ridge, (x, y), {}, params)[0], jnp.nan)  # noqa: E731
-        step = stepper(whole, prior_weight=0)
-    state, losses = loop(step, start(), 1000, X, Y)
-    assert_allclose(state.params["w"], np.stack([solution()] * 3), atol=1e-6)
+        step = stepper(whole, SGD, prior_weight=0)
+    state, losses = loop(step, start(optimizer=SGD), 100, X, Y)
+    assert_allclose(state.params["w"], np.stack([solution()] * 3), atol=1e-10)
     assert_allclose(losses[:, -1], -log_density(ridge, (X, Y), {}, {"w": solution()})[0])
     assert np.abs(solution() - solution(0.0)).max() > 1e-3
 
@@ -130,7 +131,7 @@ def test_a_model_with_a_constrained_latent():
 
 
 def test_line_searches_work():
-    lbfgs = optax.lbfgs()
+    lbfgs = optax.lbfgs(memory_size=2)
     state, losses = loop(stepper(optimizer=lbfgs), start(optimizer=lbfgs), 12, X, Y)
     assert_allclose(state.params["w"], np.stack([solution()] * 3), atol=1e-8)
     _, by_adam = loop(adam_step, start(), 12, X, Y)
@@ -164,7 +165,7 @@ def test_a_chain_of_transformations_is_each_members_own(key):
         single = start(optimizer=optimizer, ensemble_size=1, seed=keys[e : e + 1])
         alone, its_losses = loop(step, single, 30, X, Y)
         assert_allclose(losses[e : e + 1], its_losses, **close())
-        jax.tree.map(partial(assert_allclose, **close(1e-3)), member(together, e), alone)
+        assert_allclose(together.params["w"][e : e + 1], alone.params["w"], **close(1e-3))
 
     @jax.jit
     def naive(params, opt_state):
@@ -305,40 +306,37 @@ def net_joint(net, x, y):
     return -0.5 * jnp.square(y - jax.vmap(net)(x)).sum(), prior
 
 
-def leaf_kinds(net):
-    return {
-        "act": net.act is jax.nn.softplus,
-        "activation": net.mlp.activation,
-        "order": (type(net.order), net.order.shape),
-        "table": (net.table.shape, net.table.dtype == bool),
-        "rest": (net.repeats, net.rate, net.name),
-    }
-
-
 @pytest.mark.leaks
 def test_an_equinox_module_is_a_member():
-    state = start(Net)
-    step = stepper(net_joint)
-    plain, plain_losses = loop(
-        partial(ensemble_step, log_joint=net_joint, optimizer=ADAM), state, 2, X, Y
-    )
+    momentum = optax.sgd(0.05, momentum=0.9)
+    state, step = start(Net, momentum), stepper(net_joint, momentum)
+    one_step = partial(ensemble_step, log_joint=net_joint, optimizer=momentum)
+    plain, plain_losses = loop(one_step, state, 2, X, Y)
     jitted, losses = loop(step, state, 6, X, Y)
     assert_allclose(losses[:, :2], plain_losses, rtol=1e-5)
     assert step._cache_size() == 1
     assert (losses[:, -1] < losses[:, 0]).all()
-    for made in (state, plain, jitted):
-        net = made.params
-        assert leaf_kinds(net) == leaf_kinds(Net(jax.random.key(0)))
+    for net in (state.params, plain.params, jitted.params):
+        assert net.act is jax.nn.softplus and net.mlp.activation is state.params.mlp.activation
+        assert (net.repeats, net.rate, net.name) == (2, 0.5, "net")
+        assert (net.order.shape, net.table.shape, net.table.dtype) == ((2,), (2,), bool)
         assert net.mlp.layers[0].weight.shape == (3, 3, 2)
-        assert np.abs(net.mlp.layers[0].weight[0] - net.mlp.layers[0].weight[1]).max() > 0.1
-    moments = jitted.opt_state[0].mu
+    weights = np.asarray(state.params.mlp.layers[0].weight)
+    assert np.abs(weights[0] - weights[1]).max() > 0.1
+    moments = jitted.opt_state[0].trace
     assert {leaf.shape[0] for leaf in jax.tree.leaves(moments)} == {3}
     assert moments.order is moments.table is moments.act is moments.name is None
-    predicted = ensemble_predict(jitted.params, lambda net, x: jax.vmap(net)(x), X)
-    arrays, shared = eqx.partition(jitted.params, eqx.is_inexact_array)
-    second = eqx.combine(jax.tree.map(lambda leaf: leaf[1], arrays), shared)
-    assert_allclose(predicted[1], jax.vmap(second)(X), rtol=1e-6)
+
+    @jax.jit
+    def predict(state):
+        arrays, shared = eqx.partition(state.params, eqx.is_inexact_array)
+        second = eqx.combine(jax.tree.map(lambda leaf: leaf[1], arrays), shared)
+        predicted = ensemble_predict(state.params, lambda net, x: jax.vmap(net)(x), X)
+        return predicted, jax.vmap(second)(X)
+
+    predicted, alone = predict(jitted)
     assert predicted.shape == (3, 8)
+    assert_allclose(predicted[1], alone, **close())
 
 
 class NNXNet(nnx.Module):
@@ -389,15 +387,18 @@ def test_an_nnx_module_is_a_member(key):
 
 @pytest.mark.core
 def test_seeds_of_every_kind_agree():
-    expected = jax.vmap(init_w)(jax.random.split(jax.random.key(5), 3))
+    def starting(seed):
+        return start(optimizer=SGD, seed=seed).params["w"]
+
     raw = jax.random.PRNGKey(5)
-    seeds = [5, np.int32(5), jax.random.key(5), jax.random.split(jax.random.key(5), 3)]
-    for seed in [*seeds, raw, jax.random.split(raw, 3)]:
-        assert_array_equal(start(seed=seed).params["w"], expected["w"])
-    assert np.abs(start(seed=6).params["w"] - expected["w"]).min() > 0
-    assert len(np.unique(expected["w"])) == 6
+    expected = jax.vmap(init_w)(jax.random.split(raw, 3))["w"]
+    typed = jax.random.key(5)
+    for seed in (5, np.int32(5), typed, jax.random.split(typed, 3), raw, jax.random.split(raw, 3)):
+        assert_array_equal(starting(seed), expected)
+    assert np.abs(starting(6) - expected).min() > 0
+    assert len(np.unique(expected)) == 6
     one = start(seed=jax.random.split(raw, 3)[1:2], ensemble_size=1)
-    assert_array_equal(one.params["w"], expected["w"][1:2])
+    assert_array_equal(one.params["w"], expected[1:2])
 
 
 def test_an_optimiser_state_is_each_members_own():
@@ -428,9 +429,9 @@ def test_a_step_compiles_once(compile_count):
     state, step = start(), stepper()
     state, _ = step(state, X, Y)
     with compile_count() as count:
-        loop(lambda *args: (step(*args)[0], 0.0), state, 3, X, Y)
-    assert not any("step" in name for name in count.names), count.names
-    assert step._cache_size() == 1
+        for shift in range(3):
+            state, _ = step(state, X + shift, Y)
+    assert count.count == 0, count.names
 
 
 # Predictions ------------------------------------------------------------------------------------
@@ -513,12 +514,13 @@ def test_a_state_is_copied_and_pickled_and_stays_as_it_is():
 
 
 def test_other_shared_leaves_are_another_structure():
-    def made(**shared):
-        return start(lambda key: {**init_w(key), **shared})
+    def structure(**shared):
+        return jax.tree.structure(EnsembleState({"w": np.ones((3, 2)), **shared}, ()))
 
-    assert jax.tree.structure(made(size=3)) == jax.tree.structure(made(size=3))
-    assert jax.tree.structure(made(size=3)) != jax.tree.structure(made(size=4))
-    assert jax.tree.structure(made(act=jnp.tanh)) != jax.tree.structure(made(act=jnp.exp))
+    assert structure(size=3) == structure(size=3)
+    assert structure(size=3) != structure(size=4)
+    assert structure(act=jnp.tanh) != structure(act=jnp.exp)
+    assert structure(n=np.array(3)) == structure(n=np.array(4))  # an array is no structure
 
 
 def test_a_case_of_the_zoo_trains_through_its_log_joint():

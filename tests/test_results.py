@@ -54,7 +54,7 @@ def test_finite_members_have_finite_parameters_and_state():
 
 
 def test_what_is_shared_says_nothing_of_a_member():
-    shared = {"size": jnp.asarray(3), "table": jnp.arange(12).reshape(4, 3), "act": jnp.tanh}
+    shared = {"size": jnp.asarray(3), "table": jnp.arange(15).reshape(5, 3), "act": jnp.tanh}
     ours = result([[2.0], [NAN], [1.0], [3.0]], shared)
     assert list(ours.finite) == [True, False, True, True]
     assert list(ours.ranking()) == [2, 0, 3]

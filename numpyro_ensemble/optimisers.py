@@ -1,0 +1,59 @@
+"""Choosing an optimiser, and making those that fit `SVI`'s interface fit a compiled loop too."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import numpyro.optim
+import optax
+
+
+def choose_optimizer(optimizer: Any, learning_rate: float | None) -> Any:
+    """Return the optimiser given, or Adam at the rate given, 5e-3 by default.
+
+    Raises:
+        ValueError: if both are given.
+    """
+    if optimizer is not None and learning_rate is not None:
+        raise ValueError(
+            f"give either optimizer or learning_rate, not both: got learning_rate={learning_rate} "
+            f"and an optimizer, which has a rate of its own."
+        )
+    if optimizer is not None:
+        return optimizer
+    return optax.adam(5e-3 if learning_rate is None else learning_rate)
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=[], meta_fields=["value"])
+@dataclass(frozen=True)
+class _Held:
+    """A number that belongs to the structure of a state, not to its values."""
+
+    value: int
+
+
+def loopable(optim: Any) -> Any:
+    """Return an optimiser whose state holds arrays alone.
+
+    SM3 keeps the shape of each parameter in its state as plain numbers, which a compiled loop would
+    turn into arrays and then not accept as a shape.
+    """
+    if not isinstance(optim, numpyro.optim.SM3):
+        return optim
+
+    def hold(state: Any) -> Any:
+        return jax.tree.map(lambda x: _Held(x) if isinstance(x, int) else x, state)
+
+    def release(state: Any) -> Any:
+        held = lambda x: isinstance(x, _Held)  # noqa: E731
+        return jax.tree.map(lambda x: x.value if held(x) else x, state, is_leaf=held)
+
+    new = copy.copy(optim)
+    new.init_fn = lambda params: hold(optim.init_fn(params))
+    new.update_fn = lambda i, grads, state: hold(optim.update_fn(i, grads, release(state)))
+    new.get_params_fn = lambda state: optim.get_params_fn(release(state))
+    return new

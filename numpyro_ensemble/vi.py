@@ -1,0 +1,259 @@
+"""Ensembles of variational fits: what `numpyro.infer.SVI` does, for many members."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from typing import Any
+
+import jax
+import numpy as np
+from jax.typing import ArrayLike
+from numpyro import handlers
+from numpyro.infer import Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO
+from numpyro.infer.autoguide import AutoGuide, AutoLaplaceApproximation
+
+from numpyro_ensemble.engine import Ensemble
+from numpyro_ensemble.handlers import check_weight, reweight
+from numpyro_ensemble.optimisers import choose_optimizer
+from numpyro_ensemble.preflight import STEM_AXES
+from numpyro_ensemble.results import EnsembleResult
+
+
+class EnsembleVI(Ensemble):
+    """An ensemble of variational fits, in the place of `numpyro.infer.SVI`.
+
+    Positional order, methods and keywords are those of `SVI`; every leaf of what comes back has a
+    leading member axis, and member e is the single run made with key e. An autoguide that was not
+    set up yet is set up by the first call, as by `SVI.init`, with the first member's values; one
+    that was is left as it is, and no result depends on which it was.
+
+    Args:
+        model: a NumPyro model.
+        guide: an autoguide or a hand-written one.
+        optim: a `numpyro.optim`, `jax.example_libraries` or optax optimiser, line searches apart.
+        loss: any ELBO of NumPyro.
+        ensemble_size: number of members E.
+        kl_weight: weight of the divergence from the prior, a number or a schedule of the step; 1
+            is the plain ELBO. It weighs the prior in the model and everything in the guide.
+        prior_sites: names of `numpyro.factor` sites that belong to the prior.
+        likelihood_sites: names of `factor` sites that may be rescaled with the batches.
+        **static_kwargs: passed on to the model and the guide in every call.
+
+    Raises:
+        TypeError: if an argument is of the wrong kind, the optimiser for example.
+        ValueError: if a number is out of range, or where NumPyro's estimator would be wrong under
+            a `kl_weight` other than 1.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, numpyro, numpyro.distributions as dist
+        >>> from numpyro.infer import Trace_ELBO
+        >>> from numpyro.infer.autoguide import AutoNormal
+        >>> from numpyro_ensemble import EnsembleVI
+        >>> def model(y):
+        ...     mu = numpyro.sample("mu", dist.Normal(0.0, 1.0))
+        ...     with numpyro.plate("data", len(y)):
+        ...         numpyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+        >>> vi = EnsembleVI(
+        ...     model, AutoNormal(model), numpyro.optim.Adam(0.05), Trace_ELBO(), ensemble_size=3)
+        >>> result = vi.run(jax.random.key(0), 500, jnp.ones(3), progress_bar=False)
+        >>> result.params["mu_auto_loc"].shape
+        (3,)
+    """
+
+    def __init__(
+        self,
+        model: Callable,
+        guide: Callable,
+        optim: Any,
+        loss: Any,
+        *,
+        ensemble_size: int = 16,
+        kl_weight: ArrayLike | Callable = 1.0,
+        prior_sites: Collection[str] = (),
+        likelihood_sites: Collection[str] = (),
+        **static_kwargs: Any,
+    ) -> None:
+        super().__init__(
+            model,
+            guide,
+            optim,
+            loss,
+            ensemble_size=ensemble_size,
+            prior_weight=1.0 if callable(kl_weight) else check_weight("kl_weight", kl_weight),
+            prior_sites=prior_sites,
+            likelihood_sites=likelihood_sites,
+            **static_kwargs,
+        )
+        self.kl_weight = kl_weight if callable(kl_weight) else self.prior_weight
+        if self.tempered and isinstance(guide, AutoLaplaceApproximation):
+            raise ValueError(
+                f"kl_weight={kl_weight} does not go with AutoLaplaceApproximation: it takes its "
+                f"Hessian from the untempered model. Give both the guide "
+                f"and EnsembleVI reweight(model, prior={kl_weight}) instead."
+            )
+
+    @property
+    def tempered(self) -> bool:
+        """Whether the divergence has another weight than 1."""
+        return callable(self.kl_weight) or bool(self.kl_weight != 1.0)
+
+    def weighted(self, guide: Callable, scale: float, step: Any) -> tuple[Callable, Callable]:
+        """Return the model and the guide, weighted for one step of one member."""
+        weight = self.kl_weight(step) if callable(self.kl_weight) else self.kl_weight
+        if self.tempered:
+            guide = reweight(guide, prior=weight, likelihood=weight)
+        return self.reweighted(weight, scale), guide
+
+    def check_model(self, sites: dict) -> None:
+        """Raise a ValueError where a site is enumerated and the divergence is weighed."""
+        if self.tempered and isinstance(self.loss, TraceEnum_ELBO):
+            discrete = [site.name for site in sites.values() if site.kind == "discrete"]
+            if discrete:
+                raise ValueError(
+                    f"kl_weight={self.kl_weight} does not go with TraceEnum_ELBO, which sums over "
+                    f"{discrete} and needs one scale for all sites that depend on them. Sum them "
+                    f"out in the model (MixtureSameFamily), or leave kl_weight at 1."
+                )
+
+    def check_guide(self, guide: Callable, args: tuple, kwargs: dict) -> None:
+        """Raise a ValueError where a score term would be weighed as well."""
+        if not (self.tempered and isinstance(self.loss, TraceGraph_ELBO)):
+            return
+        seeded = handlers.seed(guide, jax.random.key(0))
+        for site in handlers.trace(seeded).get_trace(*args, **kwargs).values():
+            if site["type"] == "sample" and not site["is_observed"] and not site["fn"].has_rsample:
+                raise ValueError(
+                    f"kl_weight={self.kl_weight} does not go with TraceGraph_ELBO and guide site "
+                    f"{site['name']!r} ({type(site['fn']).__name__}), which has no reparameterised "
+                    f"gradient: its score term would be scaled too. Leave kl_weight at 1, or use a "
+                    f"reparameterised distribution."
+                )
+
+    def check_run(self, first: int, num_steps: int) -> None:
+        """Raise a ValueError where a schedule turns negative in the steps of a run."""
+        if callable(self.kl_weight):
+            steps = np.arange(first, first + num_steps)
+            values = np.asarray(jax.vmap(self.kl_weight)(steps))
+            wrong = np.flatnonzero(~(np.isfinite(values) & (values >= 0)))
+            if wrong.size:
+                raise ValueError(
+                    f"kl_weight's schedule must be finite and not negative; at step "
+                    f"{steps[wrong[0]]} it is {values[wrong[0]]}."
+                )
+
+    def sample_posterior(
+        self,
+        rng_key: jax.Array,
+        result: EnsembleResult,
+        *args: Any,
+        num_samples: int = 1,
+        group_by_member: bool = False,
+        **kwargs: Any,
+    ) -> dict[str, jax.Array]:
+        """Draw from all members' guides at once, with the model's deterministic sites.
+
+        Args:
+            rng_key: one key.
+            result: what `run` returned; this runner must have made it, or another fit before.
+            *args: arguments of the model and guide.
+            num_samples: number of draws from each member.
+            group_by_member: return `(E, num_samples, ...)` instead of `(E * num_samples, ...)`.
+            **kwargs: keyword arguments of the model and guide.
+
+        Returns:
+            Draws by site name. What the model computes from sites outside the guide comes from the
+            same draw of these, which are returned as well.
+        """
+        if not isinstance(result, EnsembleResult):
+            raise TypeError(f"result takes what run returned, got {type(result).__name__}.")
+        if self._last is None:
+            raise RuntimeError("sample_posterior needs run or init to be called first.")
+        bound, kwargs = self._last, {**kwargs, **self.static_kwargs}
+
+        def draw(key: jax.Array, params: dict, stems: Any) -> dict[str, jax.Array]:
+            guide = bound.member_guide(stems, bound.arguments.dynamic)
+            return _draw(self.model, guide, key, params, args, kwargs)
+
+        size = self.ensemble_size
+        keys = jax.random.split(rng_key, (size, num_samples))
+        many = jax.vmap(jax.vmap(draw, in_axes=(0, None, None)), in_axes=(0, 0, STEM_AXES))
+        params = result.params
+        if result.state.mutable_state:
+            params = {**params, **result.state.mutable_state}
+        samples = jax.jit(many)(keys, params, bound.known_stems(result.state))
+        if group_by_member:
+            return samples
+        return jax.tree.map(lambda x: x.reshape(size * num_samples, *x.shape[2:]), samples)
+
+
+def _draw(
+    model: Callable, guide: Callable, key: jax.Array, params: dict, args: tuple, kwargs: dict
+) -> dict[str, jax.Array]:
+    """Draw once from one member's guide, then run the model on the draw."""
+    guide_key, model_key = jax.random.split(key)
+    if isinstance(guide, AutoGuide):
+        latents = guide.sample_posterior(guide_key, params, *args, **kwargs)
+    else:
+        seeded = handlers.substitute(handlers.seed(guide, guide_key), data=params)
+        trace = handlers.trace(seeded).get_trace(*args, **kwargs)
+        latents = {
+            name: site["value"]
+            for name, site in trace.items()
+            if site["type"] == "plate" or (site["type"] == "sample" and not site["is_observed"])
+        }
+
+    def value(site: dict[str, Any]) -> Any:
+        # a deterministic site of the guide's is computed anew, from the draw of all other sites
+        return None if site["type"] == "deterministic" else known.get(site["name"])
+
+    known = {**params, **latents}
+    filled = handlers.substitute(handlers.seed(model, model_key), substitute_fn=value)
+    trace = handlers.trace(filled).get_trace(*args, **kwargs)
+    return {
+        name: site["value"]
+        for name, site in trace.items()
+        if site["type"] == "deterministic" or (site["type"] == "sample" and not site["is_observed"])
+    }
+
+
+def ensemble_vi(
+    model: Callable,
+    guide: Callable,
+    *,
+    ensemble_size: int,
+    num_steps: int,
+    data: Any,
+    rng_key: jax.Array,
+    kl_weight: ArrayLike | Callable = 1.0,
+    learning_rate: float | None = None,
+    optimizer: Any = None,
+    num_particles: int = 1,
+) -> tuple[dict[str, Any], jax.Array]:
+    """Fit an ensemble of variational approximations in one call.
+
+    Args:
+        model: a NumPyro model.
+        guide: an autoguide or a hand-written one.
+        ensemble_size: number of members E.
+        num_steps: number of optimisation steps.
+        data: a tuple of arguments of the model and guide; a single array counts as one.
+        rng_key: one key, split into E, or E keys.
+        kl_weight: weight of the divergence from the prior, a number or a schedule.
+        learning_rate: of Adam, 5e-3 if neither this nor `optimizer` is given.
+        optimizer: a `numpyro.optim` or optax optimiser.
+        num_particles: number of draws in each estimate of the ELBO.
+
+    Returns:
+        The stacked parameters by name and the losses `(E, num_steps)`.
+
+    Raises:
+        ValueError: if both `learning_rate` and `optimizer` are given.
+    """
+    optimizer = choose_optimizer(optimizer, learning_rate)
+    data = data if isinstance(data, tuple | list) else (data,)
+    loss = Trace_ELBO(num_particles=num_particles)
+    runner = EnsembleVI(
+        model, guide, optimizer, loss, ensemble_size=ensemble_size, kl_weight=kl_weight
+    )
+    result = runner.run(rng_key, num_steps, *data, progress_bar=False)
+    return result.params, result.losses

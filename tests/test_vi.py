@@ -1,0 +1,560 @@
+"""EnsembleVI against NumPyro's own SVI, and against closed forms."""
+
+import copy
+from contextlib import nullcontext
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import optax
+import pytest
+from numpy.testing import assert_allclose, assert_array_equal
+from numpyro import handlers
+from numpyro.contrib.funsor import config_enumerate
+from numpyro.contrib.module import flax_module
+from numpyro.distributions import constraints
+from numpyro.infer import (
+    SVI,
+    Predictive,
+    RenyiELBO,
+    Trace_ELBO,
+    TraceEnum_ELBO,
+    TraceGraph_ELBO,
+    TraceMeanField_ELBO,
+    autoguide,
+)
+from zoo import CASES, GROUP, Linen, X, Y, hierarchy, local_latents, ridge
+
+from numpyro_ensemble import EnsembleVI, ensemble_vi, reweight
+
+STEPS = 4
+ADAM = numpyro.optim.Adam(0.05)
+
+
+def quiet(runner, key, num_steps, *args, **kwargs):
+    return runner.run(key, num_steps, *args, progress_bar=False, **kwargs)
+
+
+def close(ours, theirs, **tolerance):
+    jax.tree.map(lambda a, b: assert_allclose(a, b, **tolerance), ours, theirs)
+
+
+def batched(y):
+    with numpyro.plate("rows", 2):
+        mu = numpyro.sample("mu", dist.Normal(0.0, 1.0).expand([3]).to_event(1))
+        numpyro.sample("y", dist.Normal(mu.sum(-1), 1.0), obs=y)
+
+
+def guide_list(model):
+    guide = autoguide.AutoGuideList(model)
+    seeded = handlers.seed(model, jax.random.key(3))
+    guide.append(autoguide.AutoNormal(handlers.block(seeded, hide=["tau"])))
+    guide.append(autoguide.AutoDelta(handlers.block(seeded, expose=["tau"])))
+    return guide
+
+
+def semi_dais_model(y):
+    mu = numpyro.sample("mu", dist.Normal(0.0, 1.0))
+    return local_part(mu, y)
+
+
+def local_part(mu, y):
+    with numpyro.plate("data", 8, subsample_size=4):
+        batch = numpyro.subsample(y, event_dim=0)
+        z = numpyro.sample("z", dist.Normal(mu, 1.0))
+        numpyro.sample("y", dist.Normal(z, 1.0), obs=batch)
+
+
+def semi_dais(model):
+    def global_model(y):
+        return numpyro.sample("mu", dist.Normal(0.0, 1.0))
+
+    return autoguide.AutoSemiDAIS(
+        model, lambda mu: local_part(mu, jnp.asarray(Y)), autoguide.AutoNormal(global_model)
+    )
+
+
+def surrogate_dais(model):
+    return autoguide.AutoSurrogateLikelihoodDAIS(
+        model, lambda: numpyro.sample("w", dist.Normal(0, 2).expand([2]).to_event(1)), K=2
+    )
+
+
+GUIDES = {
+    "AutoNormal": (autoguide.AutoNormal, hierarchy, (GROUP, Y)),
+    "AutoNormal, local latents": (autoguide.AutoNormal, local_latents, (Y,)),
+    "AutoNormal, dependent support": (
+        autoguide.AutoNormal, CASES["dependent_support"].model, (Y,),
+    ),
+    "AutoNormal, network": (autoguide.AutoNormal, CASES["batch_norm"].model, (X, Y)),
+    "AutoDelta": (autoguide.AutoDelta, hierarchy, (GROUP, Y)),
+    "AutoDelta, dependent support": (
+        autoguide.AutoDelta, CASES["dependent_support"].model, (Y,),
+    ),
+    "AutoDiagonalNormal": (autoguide.AutoDiagonalNormal, CASES["positive"].model, (X, Y)),
+    "AutoMultivariateNormal": (autoguide.AutoMultivariateNormal, ridge, (X, Y)),
+    "AutoLowRankMultivariateNormal": (autoguide.AutoLowRankMultivariateNormal, ridge, (X, Y)),
+    "AutoLaplaceApproximation": (autoguide.AutoLaplaceApproximation, ridge, (X, Y)),
+    "AutoBatchedMultivariateNormal": (
+        lambda m: autoguide.AutoBatchedMultivariateNormal(m, batch_ndim=1),
+        batched, (np.array([0.3, -0.2]),),
+    ),
+    "AutoBatchedLowRankMultivariateNormal": (
+        lambda m: autoguide.AutoBatchedLowRankMultivariateNormal(m, batch_ndim=1),
+        batched, (np.array([0.3, -0.2]),),
+    ),
+    "AutoIAFNormal": (
+        lambda m: autoguide.AutoIAFNormal(m, num_flows=1, hidden_dims=[3]), ridge, (X, Y),
+    ),
+    "AutoBNAFNormal": (
+        lambda m: autoguide.AutoBNAFNormal(m, num_flows=1, hidden_factors=[2]), ridge, (X, Y),
+    ),
+    "AutoDAIS": (lambda m: autoguide.AutoDAIS(m, K=2), ridge, (X, Y)),
+    "AutoSemiDAIS": (semi_dais, semi_dais_model, (jnp.asarray(Y),)),
+    "AutoSurrogateLikelihoodDAIS": (surrogate_dais, ridge, (X, Y)),
+    "AutoGuideList": (guide_list, hierarchy, (GROUP, Y)),
+}  # fmt: skip
+
+
+def tracers(value, met=None):
+    """Find tracers in an object's attributes, containers and closures."""
+    met = set() if met is None else met
+    if id(value) in met:
+        return []
+    met.add(id(value))
+    if isinstance(value, jax.core.Tracer):
+        return [value]
+    parts = []
+    if isinstance(value, dict):
+        parts = list(value.values())
+    elif isinstance(value, list | tuple):
+        parts = list(value)
+    elif hasattr(value, "__closure__") and value.__closure__:
+        parts = [cell.cell_contents for cell in value.__closure__]
+    elif hasattr(value, "func"):
+        parts = [value.func, value.args, value.keywords]
+    elif hasattr(value, "__dict__") and type(value).__module__.startswith("numpyro"):
+        parts = list(vars(value).values())
+    return [tracer for part in parts for tracer in tracers(part, met)]
+
+
+@pytest.mark.promotes_ranks
+@pytest.mark.parametrize("name", GUIDES)
+def test_a_member_is_a_single_svi_for_every_autoguide(name, key):
+    build, model, args = GUIDES[name]
+    guide = build(model)
+    runner = EnsembleVI(model, guide, ADAM, Trace_ELBO(), ensemble_size=2)
+    result = quiet(runner, key, STEPS, *args)
+    assert tracers(guide) == []
+    assert guide.prototype_trace is not None  # set up, as by SVI.init
+
+    svi = SVI(model, build(model), ADAM, Trace_ELBO())
+    single = jax.jit(lambda k: svi.run(k, STEPS, *args, progress_bar=False))
+    alone = single(jax.random.split(key, 2)[1])
+    assert_allclose(result.losses[1], alone.losses, rtol=1e-6)
+    close(result.member(1).params, alone.params, rtol=1e-5, atol=1e-9)
+
+    again = quiet(runner, key, STEPS, *args)  # the guide has been set up by now
+    assert_array_equal(again.losses, result.losses)
+    starts = runner.get_params(runner.init(jax.random.key(5), *args))
+    different = [np.abs(leaf[0] - leaf[1]).max() for leaf in jax.tree.leaves(starts)]
+    assert max(different) > 1e-3
+    assert tracers(guide) == []
+    draws = guide.sample_posterior(
+        key, runner.get_params(result.state) and result.best().params, *args
+    )
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(draws))
+
+
+def constant_guide(x, y):
+    loc = numpyro.param("loc", jnp.zeros(2))
+    scale = numpyro.param("scale", jnp.ones(2), constraint=constraints.positive)
+    numpyro.sample("w", dist.Normal(loc, scale).to_event(1))
+
+
+def random_guide(x, y):
+    loc = numpyro.param("loc", lambda k: jax.random.normal(k, (2,)))
+    scale = numpyro.param("scale", jnp.ones(2), constraint=constraints.positive)
+    numpyro.sample("w", dist.Normal(loc, scale).to_event(1))
+
+
+def amortised_model(x, y):
+    with numpyro.plate("data", len(y), subsample_size=4):
+        rows = numpyro.subsample(jnp.asarray(x), event_dim=1)
+        z = numpyro.sample("z", dist.Normal(0, 1))
+        numpyro.sample("x", dist.Normal(z[..., None], 1.0).to_event(1), obs=rows)
+
+
+def amortised_guide(x, y):
+    with numpyro.plate("data", len(y), subsample_size=4):
+        rows = numpyro.subsample(jnp.asarray(x), event_dim=1)
+        loc = flax_module("encoder", Linen(), input_shape=(1, 2))(rows)
+        numpyro.sample("z", dist.Normal(loc, 0.5))
+
+
+def likelihood_only(x, y):
+    w = numpyro.param("w", lambda k: jax.random.normal(k, (2,)))
+    with numpyro.plate("data", len(y)):
+        numpyro.sample("y", dist.Normal(x @ w, 0.5), obs=y)
+
+
+def enumerated(x, y):
+    mu = numpyro.sample("mu", dist.Normal(0, 1).expand([2]).to_event(1))
+    with numpyro.plate("data", len(y)):
+        z = numpyro.sample("z", dist.Bernoulli(0.4))
+        numpyro.sample("y", dist.Normal(jnp.where(z == 1, mu[1], mu[0]), 1.0), obs=y)
+
+
+def enumerated_guide(x, y):
+    loc = numpyro.param("loc", lambda k: jax.random.normal(k, (2,)))
+    numpyro.sample("mu", dist.Normal(loc, 0.3).to_event(1))
+
+
+def discrete_model(x, y):
+    z = numpyro.sample("z", dist.Bernoulli(0.4))
+    numpyro.sample("y", dist.Normal(z.astype(float), 1.0).expand([8]).to_event(1), obs=y)
+
+
+def discrete_guide(x, y):
+    numpyro.sample(
+        "z", dist.Bernoulli(logits=numpyro.param("logit", lambda k: jax.random.normal(k)))
+    )
+
+
+def multi_sample_guide(x, y):
+    loc = numpyro.param("loc", lambda k: jax.random.normal(k, (2,)))
+    numpyro.sample("w", dist.Normal(loc, 0.5).expand([3, 2]).to_event(1), infer={})
+
+
+PAIRS = {
+    "constant param": (ridge, constant_guide, Trace_ELBO(), ADAM),
+    "callable param": (ridge, random_guide, Trace_ELBO(num_particles=3), ADAM),
+    "particles in a loop": (
+        ridge, random_guide, Trace_ELBO(num_particles=2, vectorize_particles=False), ADAM,
+    ),
+    "particles by a callable": (
+        ridge, random_guide,
+        Trace_ELBO(num_particles=2, vectorize_particles=lambda f, keys: jax.vmap(f)(keys)), ADAM,
+    ),
+    "multi-sample guide": (ridge, multi_sample_guide, Trace_ELBO(multi_sample_guide=True), ADAM),
+    "mean field": (ridge, random_guide, TraceMeanField_ELBO(), optax.adam(0.05)),
+    "Renyi": (ridge, random_guide, RenyiELBO(alpha=0.5, num_particles=3), numpyro.optim.SM3(0.05)),
+    "graph": (ridge, random_guide, TraceGraph_ELBO(), numpyro.optim.RMSProp(0.01)),
+    "graph, score gradients": (discrete_model, discrete_guide, TraceGraph_ELBO(), ADAM),
+    "enumeration": (
+        config_enumerate(enumerated), enumerated_guide, TraceEnum_ELBO(max_plate_nesting=1), ADAM,
+    ),
+    "amortised": (
+        amortised_model, amortised_guide, Trace_ELBO(), numpyro.optim.Momentum(1e-3, 0.9),
+    ),
+    "empty guide": (
+        likelihood_only, lambda *a, **k: None, Trace_ELBO(), numpyro.optim.ClippedAdam(0.05),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.promotes_ranks
+@pytest.mark.parametrize("name", PAIRS)
+def test_a_member_is_a_single_svi_for_guides_losses_and_optimisers(name, key):
+    model, guide, loss, optim = PAIRS[name]
+    runner = EnsembleVI(model, guide, optim, loss, ensemble_size=2)
+    alike = "constant" in name
+    with pytest.warns(UserWarning, match="start at the same") if alike else nullcontext():
+        result = quiet(runner, key, STEPS, X, Y)
+    # SVI.run cannot carry SM3's state through its own loop
+    svi = SVI(model, guide, runner.optim if isinstance(optim, numpyro.optim.SM3) else optim, loss)
+    single = jax.jit(lambda k: svi.run(k, STEPS, X, Y, progress_bar=False))
+    alone = single(jax.random.split(key, 2)[1])
+    assert_allclose(result.losses[1], alone.losses, rtol=1e-6)
+    close(result.member(1).params, alone.params, rtol=1e-5)
+    state = result.state
+    value = runner.evaluate(state, X, Y)
+    assert_allclose(value[1], svi.evaluate(alone.state, X, Y), rtol=1e-6)
+
+
+@pytest.mark.leaks
+def test_no_call_depends_on_what_was_called_on_the_guide_before(key):
+    guide = autoguide.AutoNormal(ridge)
+    runner = EnsembleVI(ridge, guide, ADAM, Trace_ELBO(), ensemble_size=2)
+    jax.jit(lambda k: runner.init(k, X, Y).optim_state)(key)
+    assert guide.prototype_trace is None  # inside a transformation it is left as it was
+    first = runner.get_params(runner.init(key, X, Y))
+    assert guide.prototype_trace is not None
+    held = copy.copy(vars(guide))
+    jitted = jax.jit(lambda k: runner.get_params(runner.init(k, X, Y)))(key)
+    mapped = jax.vmap(lambda k: runner.get_params(runner.init(k, X, Y)))(key[None])
+    close(jitted, first, rtol=1e-6)
+    close(jax.tree.map(lambda leaf: leaf[0], mapped), first, rtol=1e-6)
+    assert np.abs(first["w_auto_loc"][0] - first["w_auto_loc"][1]).max() > 1e-3
+    assert all(vars(guide)[name] is value for name, value in held.items())
+    other = EnsembleVI(ridge, guide, ADAM, Trace_ELBO(), ensemble_size=2)
+    close(other.get_params(other.init(key, X, Y)), first, rtol=0)
+    # naively, a guide that was set up gives every member the same start
+    svi = SVI(ridge, guide, ADAM, Trace_ELBO())
+    naive = jax.vmap(lambda k: svi.get_params(svi.init(k, X, Y)))(jax.random.split(key, 2))
+    assert_array_equal(naive["w_auto_loc"][0], naive["w_auto_loc"][1])
+
+
+def test_code_written_against_svi_runs(key):
+    guide = autoguide.AutoNormal(ridge)
+    kwargs = {"init_params": {"w_auto_loc": jnp.array([0.3, -0.3])}, "stable_update": True}
+    svi = SVI(ridge, guide, ADAM, Trace_ELBO())
+    theirs = svi.run(key, 5, X, Y, progress_bar=False, **kwargs)
+    runner = EnsembleVI(ridge, guide, ADAM, Trace_ELBO(), ensemble_size=1)
+    ours = runner.run(key[None], 5, X, y=Y, progress_bar=False, **kwargs)
+    assert ours._fields == theirs._fields
+    close(ours.member(0).params, theirs.params, rtol=1e-9)
+    assert_allclose(ours.losses[0], theirs.losses, rtol=1e-9)
+    for name in ("model", "guide", "static_kwargs"):
+        assert getattr(runner, name) == getattr(svi, name)
+    assert type(runner.loss) is type(svi.loss) and type(runner.optim) is type(svi.optim)
+    params, state, losses = ours
+    forward = runner.update(state, X, Y, forward_mode_differentiation=True)[1]
+    assert_allclose(forward, runner.update(state, X, Y)[1], rtol=1e-9)
+    median = guide.median(ours.best().params)
+    assert_allclose(median["w"], params["w_auto_loc"][0])
+    drawn = Predictive(ridge, guide=guide, params=ours.member(0).params, num_samples=3)(
+        key, X, None
+    )
+    assert drawn["y"].shape == (3, 8)
+    assert guide.quantiles(ours.best().params, [0.1, 0.9])["w"].shape == (2, 2)
+
+
+def test_static_keywords_reach_model_and_guide(key):
+    def model(y, scale=1.0):
+        mu = numpyro.sample("mu", dist.Normal(0, scale))
+        numpyro.sample("y", dist.Normal(mu, 1.0).expand([8]).to_event(1), obs=y)
+
+    def build(cls, **options):
+        return cls(model, autoguide.AutoNormal(model), ADAM, Trace_ELBO(), scale=3.0, **options)
+
+    ours = quiet(build(EnsembleVI, ensemble_size=1), key[None], 3, Y)
+    theirs = jax.jit(lambda k: build(SVI).run(k, 3, Y, progress_bar=False).losses)(key)
+    assert_allclose(ours.losses[0], theirs, rtol=1e-9)
+
+
+# Closed forms -------------------------------------------------------------------------------------
+
+
+def conjugate(y):
+    mu = numpyro.sample("mu", dist.Normal(0.0, 2.0))
+    with numpyro.plate("data", len(y)):
+        numpyro.sample("y", dist.Normal(mu, 0.5), obs=y)
+
+
+def tempered_posterior(y, weight):
+    """Return the optimum of E log p(y | mu) - weight * KL: likelihood to the power 1 / weight."""
+    precision = 1 / 4.0 + len(y) / (weight * 0.25)
+    return y.sum() / (weight * 0.25) / precision, precision**-0.5
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("weight", [1.0, 0.1, 5.0])
+def test_the_tempered_optimum_is_its_closed_form(weight, key):
+    guide = autoguide.AutoNormal(conjugate, init_scale=0.2)
+    optim = optax.adam(optax.cosine_decay_schedule(0.05, 2000))
+    loss = TraceMeanField_ELBO(num_particles=8)
+    runner = EnsembleVI(conjugate, guide, optim, loss, ensemble_size=2, kl_weight=weight)
+    params = quiet(runner, key, 2000, Y).params
+    mean, scale = tempered_posterior(Y, weight)
+    assert_allclose(params["mu_auto_loc"], mean, atol=0.2 * scale)
+    assert_allclose(params["mu_auto_scale"], scale, rtol=0.05)
+    _, wrong = tempered_posterior(Y, 1.0 if weight != 1.0 else 2.0)
+    assert abs(wrong / scale - 1) > 0.2
+
+
+@pytest.mark.parametrize("loss", [Trace_ELBO(), TraceMeanField_ELBO(), RenyiELBO(num_particles=2)])
+def test_weight_one_is_the_plain_elbo_bit_for_bit(loss, key):
+    guide = autoguide.AutoNormal(ridge)
+    plain = quiet(EnsembleVI(ridge, guide, ADAM, loss, ensemble_size=2), key, 3, X, Y)
+    one = EnsembleVI(ridge, guide, ADAM, loss, ensemble_size=2, kl_weight=1)
+    assert_array_equal(quiet(one, key, 3, X, Y).losses, plain.losses)
+
+
+def test_a_schedule_weighs_each_step(key):
+    guide = autoguide.AutoNormal(ridge)
+    schedule = optax.linear_schedule(0.1, 1.0, 3)
+    runner = EnsembleVI(ridge, guide, ADAM, Trace_ELBO(), ensemble_size=2, kl_weight=schedule)
+    first = quiet(runner, key, 2, X, Y)
+    whole = quiet(runner, key, 5, X, Y)
+    second = quiet(runner, key, 3, X, Y, init_state=first.state)
+    assert_allclose(jnp.concatenate([first.losses, second.losses], 1), whole.losses, rtol=1e-9)
+    for step, state in ((0, runner.init(key, X, Y)), (2, first.state)):
+        weight = float(schedule(step))
+        fixed = EnsembleVI(ridge, guide, ADAM, Trace_ELBO(), ensemble_size=2, kl_weight=weight)
+        assert_allclose(whole.losses[:, step], fixed.evaluate(state, X, Y), rtol=1e-9)
+    falling = optax.linear_schedule(0.1, -1.0, 3)
+    runner = EnsembleVI(ridge, guide, ADAM, Trace_ELBO(), ensemble_size=2, kl_weight=falling)
+    with pytest.raises(ValueError, match="not negative; at step 1 it is -0.26"):
+        quiet(runner, key, 3, X, Y)
+
+
+def correlated():
+    cov = jnp.array([[1.0, 0.9], [0.9, 1.0]])
+    numpyro.sample("x", dist.MultivariateNormal(jnp.zeros(2), cov))
+
+
+@pytest.mark.promotes_ranks
+def test_full_rank_finds_a_correlation_that_mean_field_cannot(key):
+    optim = optax.adam(optax.cosine_decay_schedule(0.05, 1500))
+    loss = Trace_ELBO(num_particles=16)
+    full = autoguide.AutoMultivariateNormal(correlated)
+    tril = quiet(EnsembleVI(correlated, full, optim, loss, ensemble_size=2), key, 1500).params[
+        "auto_scale_tril"
+    ]
+    covariance = np.einsum("eij,ekj->eik", tril, tril)
+    assert_allclose(covariance, np.stack([[[1.0, 0.9], [0.9, 1.0]]] * 2), atol=0.05)
+    diagonal = autoguide.AutoDiagonalNormal(correlated)
+    scale = quiet(EnsembleVI(correlated, diagonal, optim, loss, ensemble_size=2), key, 1500).params[
+        "auto_scale"
+    ]
+    assert_allclose(scale, np.sqrt(1 - 0.9**2), rtol=0.1)  # the conditional, not the marginal, sd
+    assert (np.abs(np.asarray(scale) - 1.0) > 0.3).all()
+
+
+# Draws --------------------------------------------------------------------------------------------
+
+
+def with_deterministic(y):
+    mu = numpyro.sample("mu", dist.Normal(0.0, 1.0))
+    nu = numpyro.sample("nu", dist.Normal(5.0, 1.0))
+    numpyro.deterministic("total", mu + nu)
+    with numpyro.plate("data", len(y)):
+        numpyro.sample("y", dist.Normal(mu + nu, 1.0), obs=y)
+
+
+def hand_written(y):
+    loc = numpyro.param("loc", lambda k: jax.random.normal(k))
+    numpyro.sample("mu", dist.Normal(loc, 1e-6))
+    numpyro.sample("nu", dist.Normal(2 * loc, 1e-6))
+
+
+@pytest.mark.promotes_ranks
+def test_sample_posterior_draws_from_all_members(key):
+    for guide in (autoguide.AutoNormal(with_deterministic), hand_written):
+        runner = EnsembleVI(with_deterministic, guide, ADAM, Trace_ELBO(), ensemble_size=3)
+        result = quiet(runner, key, 3, Y)
+        grouped = runner.sample_posterior(key, result, Y, num_samples=5, group_by_member=True)
+        assert {k: v.shape for k, v in grouped.items()} == dict.fromkeys(
+            ("mu", "nu", "total"), (3, 5)
+        )
+        assert_allclose(grouped["total"], grouped["mu"] + grouped["nu"], rtol=1e-9)
+        flat = runner.sample_posterior(key, result, Y, num_samples=5)
+        assert_array_equal(flat["mu"], grouped["mu"].reshape(15))
+    assert_allclose(grouped["mu"].mean(1), result.params["loc"], atol=1e-4)
+    assert_allclose(grouped["nu"].mean(1), 2 * result.params["loc"], atol=1e-4)
+
+
+@pytest.mark.promotes_ranks
+def test_a_blocked_autoguide_with_deterministic_sites_fits(key):
+    blocked = handlers.block(handlers.seed(with_deterministic, jax.random.key(1)), hide=["nu"])
+    guide = autoguide.AutoNormal(blocked)
+    runner = EnsembleVI(with_deterministic, guide, ADAM, Trace_ELBO(), ensemble_size=2)
+    with pytest.warns(UserWarning, match="Found vars in model but not guide"):
+        result = quiet(runner, key, 3, Y)
+    draws = runner.sample_posterior(key, result, Y, num_samples=4)
+    assert_allclose(draws["total"], draws["mu"] + draws["nu"], rtol=1e-9)
+    assert np.ptp(draws["nu"]) > 0.1
+    listed = autoguide.AutoGuideList(with_deterministic)
+    listed.append(guide_part(with_deterministic, hide=["nu"]))
+    listed.append(guide_part(with_deterministic, expose=["nu"]))
+    with pytest.raises(ValueError, match="should not be exposed"):
+        quiet(
+            EnsembleVI(with_deterministic, listed, ADAM, Trace_ELBO(), ensemble_size=2), key, 3, Y
+        )
+
+
+def guide_part(model, **which):
+    return autoguide.AutoNormal(handlers.block(handlers.seed(model, jax.random.key(1)), **which))
+
+
+def test_ensemble_vi_fits_in_one_call(key):
+    guide = autoguide.AutoNormal(conjugate)
+    params, losses = ensemble_vi(
+        conjugate, guide, ensemble_size=2, num_steps=30, data=(Y,), rng_key=key, learning_rate=0.1
+    )
+    assert losses.shape == (2, 30)
+    assert params["mu_auto_loc"].shape == (2,)
+    with pytest.raises(ValueError, match="either optimizer or learning_rate"):
+        ensemble_vi(
+            conjugate, guide, ensemble_size=2, num_steps=3, data=Y, rng_key=key,
+            learning_rate=0.1, optimizer=ADAM,
+        )  # fmt: skip
+
+
+# Messages -----------------------------------------------------------------------------------------
+
+
+def test_weights_are_refused_where_the_estimator_would_be_wrong(key):
+    laplace = autoguide.AutoLaplaceApproximation(ridge)
+    with pytest.raises(ValueError, match="AutoLaplaceApproximation.*Hessian.*reweight"):
+        EnsembleVI(ridge, laplace, ADAM, Trace_ELBO(), kl_weight=0.5)
+    model, guide, loss, _ = PAIRS["graph, score gradients"]
+    with pytest.raises(ValueError, match="TraceGraph_ELBO and guide site 'z' .Bernoulli"):
+        quiet(EnsembleVI(model, guide, ADAM, loss, kl_weight=0.5), key, 3, X, Y)
+    model, guide, loss, _ = PAIRS["enumeration"]
+    with pytest.raises(ValueError, match=r"TraceEnum_ELBO, which sums over \['z'\]"):
+        quiet(EnsembleVI(model, guide, ADAM, loss, kl_weight=0.5), key, 3, X, Y)
+    for bad in (-1.0, np.nan):
+        with pytest.raises(ValueError, match="kl_weight takes a finite weight"):
+            EnsembleVI(ridge, constant_guide, ADAM, Trace_ELBO(), kl_weight=bad)
+    quiet(
+        EnsembleVI(ridge, random_guide, ADAM, TraceGraph_ELBO(), kl_weight=0.5, ensemble_size=2),
+        key, 2, X, Y,
+    )  # fmt: skip
+
+
+def test_why_the_score_term_refuses_a_weight(key):
+    """The gradient of TraceGraph_ELBO under a weight is not that of the weighted bound."""
+    weight = 0.3
+
+    def bound(logit):
+        """Return the weighted bound by summing over z."""
+        q = jax.nn.sigmoid(logit)
+        data = [dist.Normal(float(z), 1.0).log_prob(Y).sum() for z in (0, 1)]
+        kl = q * jnp.log(q / 0.4) + (1 - q) * jnp.log((1 - q) / 0.6)
+        return (1 - q) * data[0] + q * data[1] - weight * kl
+
+    exact = -jax.grad(bound)(0.3)
+    model, guide = (reweight(f, prior=weight, likelihood=w) for f, w in (
+        (discrete_model, 1.0), (discrete_guide, weight)
+    ))  # fmt: skip
+    loss = TraceGraph_ELBO(num_particles=100_000)
+    estimate = jax.grad(lambda logit: loss.loss(key, {"logit": logit}, model, guide, X, Y))(0.3)
+    plain = jax.grad(
+        lambda logit: loss.loss(key, {"logit": logit}, discrete_model, discrete_guide, X, Y)
+    )(0.3)
+    weight = 1.0
+    assert_allclose(plain, -jax.grad(bound)(0.3), atol=0.1)  # the estimator itself is right
+    assert abs(estimate - exact) > 0.3  # under a weight it is not
+
+
+def test_discrete_sites_keep_numpyros_own_message(key):
+    runner = EnsembleVI(discrete_model, discrete_guide, ADAM, Trace_ELBO(), ensemble_size=2)
+    with pytest.warns(UserWarning, match="Trace_ELBO loss does not support models with discrete"):
+        runner.init(key, X, Y)
+
+
+def test_bad_input_names_argument_and_remedy(key):
+    runner = EnsembleVI(ridge, random_guide, ADAM, Trace_ELBO(), ensemble_size=2)
+    with pytest.raises(ValueError, match=r"init_params\['loc'\] has shape \(3, 2\).*\(2, 2\)"):
+        quiet(runner, key, 3, X, Y, init_params={"loc": np.ones((3, 2))})
+    with pytest.raises(ValueError, match=r"init_params names \['lco'\]; the fit has \['loc'"):
+        quiet(runner, key, 3, X, Y, init_params={"lco": np.ones(2)})
+    with pytest.raises(ValueError, match="static keywords .*'batch_size'.*functools.partial"):
+        EnsembleVI(ridge, random_guide, ADAM, Trace_ELBO(), batch_size=3)
+    with pytest.raises(TypeError, match="guide takes a callable"):
+        EnsembleVI(ridge, None, ADAM, Trace_ELBO())
+    with pytest.raises(TypeError, match="result takes what run returned, got dict"):
+        runner.sample_posterior(key, {})
+
+
+def test_batches_rescale_the_likelihood_alone(key):
+    loss = TraceMeanField_ELBO()
+    runner = EnsembleVI(ridge, random_guide, optax.sgd(1e-12), loss, ensemble_size=2)
+    given = {"scale": np.full(2, 1e-9)}  # draws do not matter
+    full = quiet(runner, key, 1, X, Y, init_params=given).losses[:, 0]
+    batches = quiet(runner, key, 4, X, Y, batch_size=2, init_params=given).losses
+    assert_allclose(batches.mean(1), full, rtol=1e-5)
