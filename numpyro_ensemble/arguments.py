@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 import functools
 import hashlib
@@ -13,6 +14,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from numpyro.infer.autoguide import AutoGuide
+from numpyro.primitives import Messenger
 
 FIXED, TRACED, BATCH, MEMBER = "fixed", "traced", "batch", "member"
 
@@ -53,10 +56,12 @@ class Arguments(NamedTuple):
         return (self.treedef, self.kinds, tuple(fingerprint(leaf) for leaf in self.select(FIXED)))
 
     def form(self) -> tuple:
-        """Return a hashable that is equal for arguments of equal structure, shapes and dtypes."""
+        """Return a hashable like `key`, for arguments some of which are tracers."""
         marks = [
-            (np.shape(leaf), str(leaf.dtype)) if is_array(leaf) else fingerprint(leaf)
-            for leaf in self.leaves
+            (np.shape(leaf), str(leaf.dtype))
+            if kind != FIXED or isinstance(leaf, jax.core.Tracer)
+            else fingerprint(leaf)
+            for leaf, kind in zip(self.leaves, self.kinds, strict=True)
         ]
         return (self.treedef, self.kinds, tuple(marks))
 
@@ -67,6 +72,11 @@ NO_ARGUMENTS = Arguments(jax.tree.structure(((), {})), (), (), ())
 def has_tracers(tree: Any) -> bool:
     """Say whether any leaf is a tracer, so that nothing about its value is known."""
     return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
+
+
+def traces(tree: Any) -> bool:
+    """Say whether a transformation is under way that programs made now would be part of."""
+    return has_tracers(tree) or isinstance(jax.lax.full((), 0), jax.core.Tracer)
 
 
 def arrange(
@@ -151,15 +161,25 @@ def _named(
 
 # Fingerprints -----------------------------------------------------------------------------------
 
-_BY_VALUE = (type(None), bool, int, float, complex, str, bytes, enum.Enum, np.dtype, type)
-_BY_IDENTITY = (
-    types.FunctionType,
-    types.BuiltinFunctionType,
-    types.MethodType,
-    types.ModuleType,
-    functools.partial,
-)
-_LIBRARIES = ("jax", "jaxlib", "numpy", "numpyro", "numpyro_ensemble", "optax")
+_BY_VALUE = (type(None), bool, int, float, complex, str, bytes, enum.Enum, np.dtype)
+_LIBRARIES = ("jax", "jaxlib", "numpyro", "numpy", "optax", "scipy", "builtins")
+_CONFIGURATION = (  # what an autoguide is made with; the rest of it comes from its set-up
+    "model", "init_loc_fn", "create_plates", "_init_scale", "_guides",
+    "local_model", "global_guide", "local_guide", "surrogate_model",
+)  # fmt: skip
+
+
+class _Same:
+    """Equal to another one of the very same object, which it keeps alive."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self.value is other.value
+
+    def __hash__(self) -> int:
+        return id(self.value)
 
 
 def fingerprint(leaf: Any) -> Any:
@@ -170,7 +190,9 @@ def fingerprint(leaf: Any) -> Any:
     """
     if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         return ("key", str(leaf.dtype), fingerprint(jax.random.key_data(leaf)))
-    if _has_contents(leaf):
+    if isinstance(leaf, np.ma.MaskedArray):
+        return object()
+    if isinstance(leaf, np.ndarray | np.generic | jax.Array) and not leaf.dtype.hasobject:
         contents = np.ascontiguousarray(leaf)
         kind = "jax" if isinstance(leaf, jax.Array) else "numpy"
         digest = hashlib.blake2b(contents.reshape(-1).view(np.uint8).data).hexdigest()
@@ -183,88 +205,91 @@ def fingerprint(leaf: Any) -> Any:
         )
     if isinstance(leaf, _BY_VALUE):
         return (type(leaf), repr(leaf) if isinstance(leaf, float | complex) else leaf)
-    if _is_function(leaf):
-        return ("function", *captured(leaf))
+    if callable(leaf):
+        return captured(leaf)
+    if hasattr(leaf, "to_numpy"):  # a pandas object
+        values = leaf.to_numpy()
+        names = [tuple(getattr(leaf, axis, ())) for axis in ("index", "columns")]
+        return (type(leaf), fingerprint(values) if values.dtype != object else object(), *names)
+    if dataclasses.is_dataclass(leaf) and type(leaf).__hash__ is not None:
+        return (type(leaf), leaf)  # a frozen one, which is compared by its fields
     return object()
 
 
-def _has_contents(leaf: Any) -> bool:
-    """Say whether a leaf is an array whose bytes are all there is to it."""
-    if not isinstance(leaf, np.ndarray | np.generic | jax.Array):
-        return False
-    return not leaf.dtype.hasobject and not isinstance(leaf, np.ma.MaskedArray)
-
-
-def _is_function(value: Any) -> bool:
-    """Say whether a value is a function, or one that JAX has wrapped (jit, custom_jvp, ...)."""
-    wraps = _library(type(value)) in ("jax", "jaxlib") and hasattr(value, "__wrapped__")
-    return isinstance(value, _BY_IDENTITY) or wraps
-
-
-def _library(value: Any) -> str:
-    return (getattr(value, "__module__", None) or "").partition(".")[0]
-
-
-def captured(fn: Any, depth: int = 5) -> tuple:
-    """Fingerprint what a function takes from its surroundings.
+def captured(fn: Any) -> tuple:
+    """Fingerprint a function with the data that it takes from its surroundings.
 
     A model often reads its data from the enclosing scope. Rebinding or changing such data must not
     leave a stale program behind, so what a function closes over, its defaults, the globals that
-    its code names and the functions among these are part of what a program is keyed by: arrays
-    and numbers by their contents, functions and classes by identity. The attributes of modules
-    and of the user's objects are followed only where such an object is the function itself.
+    its code names and the functions among these are part of what a program is keyed by.
     """
     marks: list[Any] = []
-    _collect(fn, marks, set(), depth)
+    _collect(fn, marks, {})
     return tuple(marks)
 
 
-def _collect(value: Any, marks: list, met: set[int], depth: int) -> None:
-    if depth < 0 or id(value) in met or isinstance(value, jax.core.Tracer):
+def _collect(value: Any, marks: list, met: dict[int, int]) -> None:
+    if isinstance(value, jax.core.Tracer):
+        marks.append(_Same(value))
         return
-    if isinstance(value, (*_BY_VALUE, np.ndarray, np.generic, jax.Array)):
+    if isinstance(value, (np.ndarray, np.generic, jax.Array, *_BY_VALUE)):
         marks.append(fingerprint(value))
         return
-    met.add(id(value))
-    parts = _parts(value)
-    # a bound method is a new object wherever it is looked up; its function and object are parts
-    named = _is_function(value) and not isinstance(value, types.MethodType | functools.partial)
-    marks.append(value if named else (type(value), len(parts)))
+    if id(value) in met:
+        marks.append(("again", met[id(value)]))
+        return
+    met[id(value)] = len(met)
+    mark, parts = _open(value)
+    marks.append((mark, len(parts)))
     for part in parts:
-        _collect(part, marks, met, depth - 1)
+        _collect(part, marks, met)
 
 
-def _parts(value: Any) -> list[Any]:
-    """List what may hold data inside a function, a wrapper or a container."""
-    if isinstance(value, list | tuple | set | frozenset | range):
-        return list(value)[:1000]
+def _open(value: Any) -> tuple[Any, list[Any]]:
+    """Return what tells a value apart by itself, and the parts that it is made of."""
+    if isinstance(value, list | tuple):
+        return type(value), list(value)
     if isinstance(value, dict):
-        return [*list(value)[:1000], *list(value.values())[:1000]]
+        return (type(value), tuple(map(repr, value))), list(value.values())
     if isinstance(value, functools.partial):
-        return [value.func, *value.args, *value.keywords, *value.keywords.values()]
+        keywords = tuple(value.keywords)
+        return ("partial", keywords), [value.func, *value.args, *value.keywords.values()]
     if isinstance(value, types.MethodType):
-        return [value.__func__, *getattr(value.__self__, "__dict__", {}).values()]
+        return "method", [value.__func__, value.__self__]
+    if isinstance(value, type | types.ModuleType | types.BuiltinFunctionType) or _in_library(value):
+        return _Same(value), []
     if isinstance(value, types.FunctionType):
-        return [] if _library(value) in _LIBRARIES else _surroundings(value)
-    if not jax.tree_util.all_leaves([value]):  # a distribution, an Equinox or NNX module
-        return jax.tree.leaves(value)
-    if callable(getattr(value, "fn", None)):  # a NumPyro handler around a model
-        return list(getattr(value, "__dict__", {}).values())
-    return [value.__wrapped__] if _is_function(value) and hasattr(value, "__wrapped__") else []
+        cells = [_contents(cell) for cell in value.__closure__ or ()]
+        names = [n for n in sorted(_names(value.__code__)) if n in value.__globals__]
+        reached = [value.__globals__[n] for n in names]
+        defaults = [value.__defaults__, value.__kwdefaults__]
+        return (value.__code__, tuple(names)), [*cells, *reached, *defaults]
+    if isinstance(value, AutoGuide):
+        held = {name: v for name, v in vars(value).items() if name in _CONFIGURATION}
+        return _Same(value), list(held.values())
+    if hasattr(value, "to_numpy"):
+        return fingerprint(value), []
+    leaves, treedef = jax.tree.flatten(value)
+    if len(leaves) != 1 or leaves[0] is not value:
+        return treedef, leaves
+    if isinstance(value, Messenger):  # a handler around a model: its state in use does not count
+        held = {n: v for n, v in vars(value).items() if not n.startswith("_")}
+        return (type(value), tuple(held)), list(held.values())
+    return _Same(value), list(vars(value).values()) if hasattr(value, "__dict__") else []
 
 
-def _surroundings(fn: types.FunctionType) -> list[Any]:
-    """List what a function closes over, the globals it names and its defaults."""
-    cells = [c.cell_contents for c in fn.__closure__ or () if _filled(c)]
-    names = [fn.__globals__[n] for n in sorted(_names(fn.__code__)) if n in fn.__globals__]
-    return [*cells, *names, *(fn.__defaults__ or ()), *(fn.__kwdefaults__ or {}).values()]
-
-
-def _filled(cell: types.CellType) -> bool:
-    try:
-        return cell.cell_contents is not None
-    except ValueError:
+def _in_library(value: Any) -> bool:
+    """Say whether a function or class comes from a library whose code does not change."""
+    if not isinstance(value, types.FunctionType) or value.__closure__:
         return False
+    return (value.__module__ or "").partition(".")[0] in _LIBRARIES
+
+
+def _contents(cell: types.CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # not filled yet
+        return None
 
 
 def _names(code: types.CodeType) -> set[str]:

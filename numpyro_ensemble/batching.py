@@ -134,6 +134,12 @@ def _check_observed(whole: Site, piece: Site, batches: Batches) -> None:
                 f"batch_size={batches.size}: it does not follow the batch, and its terms would be "
                 f"broadcast. Give it the batch's own length, len(y) say. {_REMEDY}"
             )
+    if whole.scale != piece.scale:
+        raise ValueError(
+            f"observed site {whole.name!r} is scaled by {whole.scale or 1:g} with all rows and by "
+            f"{piece.scale or 1:g} with batch_size={batches.size}: the model rescales itself, and "
+            f"batch_size would do it once more. Leave out one of the two."
+        )
     if whole.shape == piece.shape:
         raise ValueError(
             f"observed site {whole.name!r} keeps its shape {whole.shape} when "

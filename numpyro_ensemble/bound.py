@@ -9,11 +9,21 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from numpyro.infer import SVI
 from numpyro.infer.svi import SVIState
 from numpyro.infer.util import transform_fn
 
-from numpyro_ensemble.arguments import BATCH, MEMBER, NO_ARGUMENTS, TRACED, Arguments, has_tracers
+from numpyro_ensemble.arguments import (
+    BATCH,
+    MEMBER,
+    NO_ARGUMENTS,
+    TRACED,
+    Arguments,
+    captured,
+    has_tracers,
+    traces,
+)
 from numpyro_ensemble.batching import Batches
 from numpyro_ensemble.density import Site
 from numpyro_ensemble.guides import Filling, fill, is_set_up, set_up
@@ -46,6 +56,7 @@ class Bound:
         self.compiles = True
         self._programs: dict[Any, Callable] = {}
         self.stems: Stems | None = None
+        self.ambiguous = False
         self._seen: tuple[Any, ...] = ()
 
     def without_arguments(self) -> Bound:
@@ -89,10 +100,10 @@ class Bound:
         elif init_params is not None:
             init_params, axes = check_starts(init_params, self._form, self._size)
         dynamic = self.arguments.dynamic
-        once = not has_tracers((keys, init_params, self.arguments.leaves))
+        once = not traces((keys, init_params, self.arguments.leaves))
         state, stems, alike = self._start(maker, axes, once)(keys, init_params, dynamic)
         if not has_tracers((state, stems)):
-            self.stems = stems
+            self._remember(stems)
             if not is_set_up(self.engine.guide):
                 set_up(self.engine.guide, self._first_guide(stems))
             if self._size > 1 and bool(alike):
@@ -122,7 +133,7 @@ class Bound:
 
     def _start(self, maker: Callable | None, axes: Any, once: bool = True) -> Any:
         leaves, treedef = jax.tree.flatten(axes, is_leaf=lambda x: x is None)
-        key = ("start", maker, treedef, tuple(leaves), once)
+        key = ("start", captured(maker), treedef, tuple(leaves), once)
         return self._program(key, lambda: self._start_all(maker, axes), once=once)
 
     def _start_all(self, maker: Callable | None, axes: Any) -> Callable:
@@ -149,7 +160,7 @@ class Bound:
             return (
                 state,
                 Stems(stems.constraints, filling),
-                _alike(self.engine.optim.get_params(state.optim_state)),
+                _alike(jax.vmap(self.engine.optim.get_params)(state.optim_state)),
             )
 
         return every
@@ -165,21 +176,34 @@ class Bound:
 
         Where there was none, a start with the state's keys stands in, which has the same form.
         """
-        if self.stems is None:
-            wanted = self.anatomy.stems
-            if wanted.constraints or wanted.guide.supports:
-                raise RuntimeError(
-                    "some constraints depend on the start of the fit: call init or run with these "
-                    "arguments, outside of jit, before going on from a state."
-                )
-            if not jax.tree.leaves(wanted):
-                return wanted
-            return self._start(None, None, False)(state.rng_key, None, self.arguments.dynamic)[1]
-        return self.stems
+        if self.ambiguous:
+            raise RuntimeError(
+                "some constraints depend on where a fit starts, and these arguments have seen more "
+                "than one start: make a new runner for each fit, and use its result.params."
+            )
+        if self.stems is not None:
+            return self.stems
+        wanted = self.anatomy.stems
+        if not jax.tree.leaves(wanted):
+            return wanted
+        dynamic = self.arguments.dynamic
+        stems = self._start(None, None, False)(state.rng_key, None, dynamic)[1]
+        if not has_tracers(stems) and not _agree(stems, None):
+            raise RuntimeError(
+                "some constraints depend on where the fit started: go on with the runner that made "
+                "the state."
+            )
+        return stems
+
+    def _remember(self, stems: Stems) -> None:
+        """Keep what stems from a start, and note where another start had other constraints."""
+        if self.stems is not None and not _agree(self.stems, stems):
+            self.ambiguous = True
+        self.stems = stems
 
     def adopt(self, other: Bound | None) -> None:
         """Take what stems from the start of another bound, if it is of the same form."""
-        if other is None or other.stems is None:
+        if other is None or other.stems is None or other.ambiguous:
             return
         forms = [
             jax.tree.map(lambda x: (x.shape, str(x.dtype)), stems)
@@ -223,7 +247,7 @@ class Bound:
             new, loss = svi.stable_update(
                 state, *args, forward_mode_differentiation=forward, **kwargs
             )
-            return keep_good(state, new, loss, new.rng_key)
+            return keep_good(state, new, loss, counts=rows is not None)
 
         shared = self.batches is None or self.batches.shared
         return jax.vmap(one, in_axes=(0, STEM_AXES, _AXES, None if shared else 0))
@@ -258,7 +282,7 @@ class Bound:
             return params, jnp.stack([*flags, jnp.ones(self._size, bool)]).all(axis=0)
 
         dynamic = self.arguments.dynamic
-        once = not has_tracers((state, stems, self.arguments.leaves))
+        once = not traces((state, stems, self.arguments.leaves))
         return self._program(("outcome", once), lambda: final, once=once)(state, stems, dynamic)
 
     def _params_of(self, state: SVIState, stems: Stems, dynamic: dict) -> dict[str, Any]:
@@ -300,10 +324,19 @@ class Bound:
         if key not in self._programs:
             fn = build()
             options = _QUICK if once and jax.default_backend() == "cpu" else None
-            if self.compiles:
+            if self.compiles or once:
                 fn = jax.jit(fn, donate_argnums=donate, compiler_options=options)
             self._programs[key] = fn
         return self._programs[key]
+
+
+def _agree(ours: Stems, theirs: Stems | None) -> bool:
+    """Say whether two starts, or else all members of one, lead to the same constraints."""
+    mine = [np.asarray(leaf) for leaf in (*ours.constraints, *ours.guide.supports)]
+    if theirs is None:
+        return all((leaf == leaf[:1]).all() for leaf in mine)
+    others = (*theirs.constraints, *theirs.guide.supports)
+    return all((a == np.asarray(b)).all() for a, b in zip(mine, others, strict=True))
 
 
 def _alike(params: dict[str, Any]) -> jax.Array:

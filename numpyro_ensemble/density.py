@@ -65,6 +65,7 @@ class Site(NamedTuple):
     shape: Any  # a tuple, or a tree of tuples for parameters
     plates: tuple[tuple[str, int], ...]  # (name, size) of the plates around a sample site
     distribution: str
+    scale: float | None = None  # of a sample site, where it is known before anything runs
 
 
 def anatomy(
@@ -99,4 +100,5 @@ def _describe(site: dict[str, Any], seen: Collection[str], prior_sites: Collecti
         else:
             kind = "discrete" if site["fn"].support.is_discrete else "latent"
     shape = jax.tree.map(jnp.shape, site["value"])
-    return Site(site["name"], kind, role, shape, plates, distribution)
+    scale = site["scale"] if isinstance(site.get("scale"), int | float) else None
+    return Site(site["name"], kind, role, shape, plates, distribution, scale)

@@ -16,14 +16,14 @@ from numpyro.infer import SVI
 from numpyro.infer.svi import SVIState
 from numpyro.util import is_prng_key
 
-from numpyro_ensemble.arguments import arrange, captured, has_tracers
+from numpyro_ensemble.arguments import arrange, captured, has_tracers, traces
 from numpyro_ensemble.batching import batch_keys, first_order
 from numpyro_ensemble.bound import Bound
 from numpyro_ensemble.guides import Filling, fresh, take_out
 from numpyro_ensemble.handlers import check_weight, reweight
 from numpyro_ensemble.optimisers import loopable
 from numpyro_ensemble.options import RunOptions
-from numpyro_ensemble.preflight import Anatomy, check_state
+from numpyro_ensemble.preflight import Anatomy, check_size, check_state
 from numpyro_ensemble.primitives import check_count, member_keys
 from numpyro_ensemble.results import EnsembleResult, name_members
 from numpyro_ensemble.training import (
@@ -80,10 +80,13 @@ class Ensemble:
         self.optim, self.static_kwargs = loopable(plain.optim), static_kwargs
         self.ensemble_size = int(ensemble_size)
         self.prior_weight = check_weight("prior_weight", prior_weight)
-        self.prior_sites = tuple(prior_sites)
-        self.likelihood_sites = tuple(likelihood_sites)
+        self.prior_sites = _names("prior_sites", prior_sites)
+        self.likelihood_sites = _names("likelihood_sites", likelihood_sites)
+        both = sorted(set(self.prior_sites) & set(self.likelihood_sites))
+        if both:
+            raise ValueError(f"prior_sites and likelihood_sites both name {both}.")
         self._kept: OrderedDict[tuple, Bound] = OrderedDict()
-        self._traced: dict[Any, Anatomy] = {}
+        self._traced: OrderedDict[tuple, Anatomy] = OrderedDict()
         self._misses = 0
         self._last: Bound | None = None
 
@@ -103,6 +106,10 @@ class Ensemble:
         """Return the model with its prior and likelihood weighted."""
         sites = self.prior_sites
         return reweight(self.model, prior=prior, likelihood=likelihood, prior_sites=sites)
+
+    def weights(self) -> tuple:
+        """Return what the weights of a program's sites are keyed by."""
+        return (captured(self.prior_weight),)
 
     def fresh_guide(self, init_params: dict | None, sites: dict) -> tuple[Callable, dict | None]:
         """Return a guide that was not set up, and the start values that `SVI.init` is to take."""
@@ -153,6 +160,7 @@ class Ensemble:
         """
         if self._last is None:
             raise RuntimeError("get_params needs init, update or run to be called first.")
+        check_size(state, self.ensemble_size)
         return self._last.params(state)
 
     def update(
@@ -163,6 +171,7 @@ class Ensemble:
         **kwargs: Any,
     ) -> tuple[SVIState, jax.Array]:
         """Take one step with every member and return the new state and the losses `(E,)`."""
+        check_size(state, self.ensemble_size)
         return self._bind(args, kwargs, one_step=True).step(
             state, False, forward_mode_differentiation
         )
@@ -175,12 +184,14 @@ class Ensemble:
         **kwargs: Any,
     ) -> tuple[SVIState, jax.Array]:
         """Take one step, in which a member whose loss or state fails keeps its last good state."""
+        check_size(state, self.ensemble_size)
         return self._bind(args, kwargs, one_step=True).step(
             state, True, forward_mode_differentiation
         )
 
     def evaluate(self, state: SVIState, *args: Any, **kwargs: Any) -> jax.Array:
         """Return the members' losses `(E,)`, with the randomness that `update` would use."""
+        check_size(state, self.ensemble_size)
         return self._bind(args, kwargs, one_step=True).evaluate(state)
 
     def run(
@@ -257,9 +268,10 @@ class Ensemble:
             None if early_stopping is None else first_stop(self.ensemble_size),
             None if batches is None else first_order(batches, self.ensemble_size),
         )
-        carry, losses = self._loop(bound, carry, num_steps, options, step, stems, shuffles)
+        carry, losses, stopped = self._loop(bound, carry, num_steps, options, step, stems, shuffles)
         params, finite = bound.outcome(carry.state, stems)
         result = EnsembleResult(params, carry.state, jax.device_put(losses))
+        result.stopped = stopped
         if not isinstance(finite, jax.core.Tracer):
             _warn_failed(np.asarray(finite) & np.asarray(result.finite))
         return result
@@ -273,15 +285,15 @@ class Ensemble:
         step: Any,
         stems: Any,
         shuffles: Any,
-    ) -> tuple[Carry, Any]:
+    ) -> tuple[Carry, Any, Any]:
         """Run the compiled loop; under an outer transformation as one chunk without a host."""
         dynamic = bound.arguments.dynamic
-        if has_tracers((carry, step, stems, shuffles, dynamic)):
+        if traces((carry, step, stems, shuffles, bound.arguments.leaves)):
             if options.callback is not None:
                 raise ValueError("callback cannot be called from inside jit, vmap or grad.")
             whole = bound.chunk(num_steps, options, consume=False)
-            carry, losses = whole(carry, num_steps, 0, step, stems, dynamic, shuffles)
-            return carry, losses.T
+            carry, (losses, _) = whole(carry, num_steps, 0, step, stems, dynamic, shuffles)
+            return carry, losses.T, None
         step = int(step)
         self.check_run(step, num_steps)
         size, capacity = capacity_for(num_steps, options.chunk_size)
@@ -289,7 +301,7 @@ class Ensemble:
         if options.init_state is not None or options.init_params is not None:
             carry = copy_buffers(carry)  # its arrays may be the user's own
 
-        def chunk(carry: Carry, number: int, done: int) -> tuple[Carry, jax.Array]:
+        def chunk(carry: Carry, number: int, done: int) -> tuple[Carry, Any]:
             return compiled(carry, number, done, step + done, stems, dynamic, shuffles)
 
         return train(
@@ -324,29 +336,38 @@ class Ensemble:
             jit_model_args=options.jit_model_args,
         )
         batches = options.batches(arguments, self.ensemble_size)
+        bound = Bound(self, arguments, batches)
+        surroundings = (captured(self.model), captured(self.guide), *self.weights())
         if has_tracers(arguments.leaves):
-            return self._bind_traced(Bound(self, arguments, batches))
-        key = (arguments.key(), batches, captured(self.model), captured(self.guide))
-        bound = self._kept.pop(key, None)
-        self._misses = self._misses + 1 if one_step and bound is None else 0
-        if self._misses > _MISSES and self._last is not None:
-            return self._bind_eagerly(Bound(self, arguments, batches))
-        bound = bound or Bound(self, arguments, batches)
+            return self._bind_traced(bound, (arguments.form(), batches, surroundings))
+        key = (arguments.key(), batches, surroundings)
+        kept = self._kept.get(key)
+        self._misses = self._misses + 1 if one_step and kept is None else 0
+        if self._misses > _MISSES:
+            return self._bind_eagerly(bound)
+        bound = kept or bound
         bound.arguments = arguments
-        self._kept[key] = self._last = bound
-        if len(self._kept) > _KEPT:
-            self._kept.popitem(last=False)
+        _ = bound.anatomy  # checks the model: only what passes is kept
+        self._keep(self._kept, key, bound)
+        if not one_step or self._last is None:
+            self._last = bound
         return bound
 
-    def _bind_traced(self, bound: Bound) -> Bound:
+    def _bind_traced(self, bound: Bound, key: tuple) -> Bound:
         """Remember what a traced call tells of the model, and nothing that was traced."""
-        form = bound.arguments.form()
-        if form in self._traced:
-            bound.anatomy = self._traced[form]
-        self._traced[form] = bound.anatomy
+        if key in self._traced:
+            bound.anatomy = self._traced[key]
+        self._keep(self._traced, key, bound.anatomy)
         bound.adopt(self._last)
         self._last = self._last or bound.without_arguments()
         return bound
+
+    @staticmethod
+    def _keep(store: OrderedDict, key: tuple, value: Any) -> None:
+        store[key] = value
+        store.move_to_end(key)
+        if len(store) > _KEPT:
+            store.popitem(last=False)
 
     def _bind_eagerly(self, bound: Bound) -> Bound:
         """Step without compiling, since the arguments are others at every call."""
@@ -357,10 +378,15 @@ class Ensemble:
                 "update = jax.jit(runner.update).",
                 stacklevel=5,
             )
-        bound.anatomy = self._last.anatomy  # type: ignore[union-attr]
         bound.compiles = False
         bound.adopt(self._last)
         return bound
+
+
+def _names(option: str, names: Collection[str]) -> tuple[str, ...]:
+    if isinstance(names, str):
+        raise TypeError(f"{option} takes a collection of names, got the string {names!r}.")
+    return tuple(names)
 
 
 def _warn_failed(finite: np.ndarray) -> None:

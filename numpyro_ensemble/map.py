@@ -149,8 +149,10 @@ class _RawMAP(EnsembleMAP):
             numpyro.factor("log_likelihood", log_likelihood)
             numpyro.factor("log_prior", log_prior)
 
-        options.setdefault("likelihood_sites", ("log_likelihood",))
-        options.setdefault("prior_sites", ("log_prior",))
+        taken = sorted(options.keys() & {"prior_sites", "likelihood_sites"})
+        if taken:
+            raise TypeError(f"from_log_joint takes no {taken[0]}: log_joint says which is which.")
+        options |= {"likelihood_sites": ("log_likelihood",), "prior_sites": ("log_prior",)}
         super().__init__(model, optim, **options)
 
     def _starts(self, init_params: Any) -> Any:
@@ -171,9 +173,12 @@ class _RawMAP(EnsembleMAP):
     def run(
         self, rng_key: jax.Array, num_steps: int, *args: Any, init_params: Any = None, **kwargs: Any
     ) -> EnsembleResult:
-        starts = self._starts(init_params)
-        result = super().run(rng_key, num_steps, *args, init_params=starts, **kwargs)
-        return result._replace(params=self._whole(result.params))
+        if kwargs.get("init_state") is None or init_params is not None:
+            init_params = self._starts(init_params)
+        result = super().run(rng_key, num_steps, *args, init_params=init_params, **kwargs)
+        whole = result._replace(params=self._whole(result.params))
+        whole.stopped = result.stopped
+        return whole
 
 
 def ensemble_map(

@@ -55,6 +55,11 @@ def model_sites(engine: Ensemble, arguments: Arguments, batches: Batches | None)
             "prior_weight=0 leaves nothing to fit: the model has no observed site. Pass the data, "
             "or give a positive prior_weight."
         )
+    for option in ("prior_sites", "likelihood_sites"):
+        unknown = sorted(set(getattr(engine, option)) - full.keys())
+        if unknown:
+            factors = sorted(name for name, site in full.items() if site.kind == "factor")
+            raise ValueError(f"{option} names {unknown}; the model's factors are {factors}.")
     if batches is not None:
         try:
             part = _trace(engine, arguments, batches.size)
@@ -105,17 +110,20 @@ def check_state(state: Any, wanted: SVIState, ensemble_size: int) -> None:
             f"its optimiser differ.\nexpected: {jax.tree.structure(expected)}\n"
             f"got: {jax.tree.structure(given)}"
         )
-    pairs = list(zip(jax.tree.leaves(expected), jax.tree.leaves(given), strict=True))
-    leading = {np.shape(leaf)[:1] for _, leaf in pairs}
-    if leading != {(ensemble_size,)}:
-        sizes = sorted(size for lead in leading for size in lead) or "no axis"
-        raise ValueError(
-            f"init_state is of another ensemble size: its leaves lead with {sizes}, and "
-            f"ensemble_size={ensemble_size}."
-        )
-    for want, leaf in pairs:
+    check_size(state, ensemble_size)
+    for want, leaf in zip(jax.tree.leaves(expected), jax.tree.leaves(given), strict=True):
         if want.shape != np.shape(leaf):
             raise ValueError(
                 f"init_state is of another model: a leaf has shape {np.shape(leaf)} where "
                 f"{want.shape} is expected."
             )
+
+
+def check_size(state: SVIState, ensemble_size: int) -> None:
+    """Raise a ValueError where a state is of another ensemble size."""
+    leading = np.shape(state.optim_state[0])
+    if leading != (ensemble_size,):
+        raise ValueError(
+            f"the state is of another ensemble size: its leaves lead with {leading}, and "
+            f"ensemble_size={ensemble_size}."
+        )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -16,8 +15,20 @@ from numpyro.util import is_prng_key
 from numpyro_ensemble.handlers import check_weight, is_zero
 
 
+class _Array:
+    """Stands for an array in the structure of a tree."""
+
+    def __repr__(self) -> str:
+        return "array"
+
+    def __reduce__(self) -> str:
+        return "_ARRAY"  # there is one, also after pickling
+
+
+_ARRAY = _Array()
+
+
 @jax.tree_util.register_pytree_node_class
-@dataclass(frozen=True)
 class EnsembleState:
     """Stacked members and the states of their optimisers.
 
@@ -29,35 +40,41 @@ class EnsembleState:
         opt_state: the optimiser's state, each leaf with a leading `(E,)`.
     """
 
-    params: Any
-    opt_state: Any
+    def __init__(self, params: Any, opt_state: Any) -> None:
+        leaves, treedef = jax.tree.flatten(params)
+        arrays = [hasattr(leaf, "shape") and hasattr(leaf, "dtype") for leaf in leaves]
+        self._arrays = [leaf for leaf, a in zip(leaves, arrays, strict=True) if a]
+        shared = tuple(_ARRAY if a else leaf for leaf, a in zip(leaves, arrays, strict=True))
+        self._structure = (treedef, shared)
+        self.opt_state = opt_state
+
+    @property
+    def params(self) -> Any:
+        """The members."""
+        treedef, shared = self._structure
+        arrays = iter(self._arrays)
+        return treedef.unflatten([next(arrays) if leaf is _ARRAY else leaf for leaf in shared])
+
+    def __repr__(self) -> str:
+        return f"EnsembleState(params={self.params!r}, opt_state={self.opt_state!r})"
 
     def tree_flatten(self) -> tuple[tuple, tuple]:
         """Split into arrays and structure."""
-        leaves, treedef = jax.tree.flatten(self.params)
-        arrays = [leaf for leaf in leaves if _is_array(leaf)]
-        shared = tuple(_ARRAY if _is_array(leaf) else leaf for leaf in leaves)
-        return (arrays, self.opt_state), (treedef, shared)
+        return (self._arrays, self.opt_state), self._structure
 
     @classmethod
-    def tree_unflatten(cls, aux: tuple, children: tuple) -> EnsembleState:
-        """Put arrays and structure together again."""
-        treedef, shared = aux
-        arrays = iter(children[0])
-        leaves = [next(arrays) if leaf is _ARRAY else leaf for leaf in shared]
-        return cls(jax.tree.unflatten(treedef, leaves), children[1])
-
-
-_ARRAY = type("Array", (), {"__repr__": lambda self: "array"})()
-
-
-def _is_array(leaf: Any) -> bool:
-    return not isinstance(leaf, bool | int | float | complex | str | bytes) and not callable(leaf)
+    def tree_unflatten(cls, structure: tuple, children: tuple) -> EnsembleState:
+        """Put arrays, or whatever stands in their places, and structure together again."""
+        new = object.__new__(cls)
+        new._structure = structure
+        new._arrays, new.opt_state = children
+        return new
 
 
 def is_inexact(leaf: Any) -> bool:
     """Say whether a leaf is an array of real or complex numbers: what a fit can train."""
-    return isinstance(leaf, np.ndarray | jax.Array) and jnp.issubdtype(leaf.dtype, jnp.inexact)
+    kinds = np.ndarray | np.generic | jax.Array
+    return isinstance(leaf, kinds) and jnp.issubdtype(leaf.dtype, jnp.inexact)
 
 
 def partition(tree: Any) -> tuple[Any, Any]:
@@ -106,7 +123,12 @@ def stack_members(init_fn: Callable, keys: jax.Array) -> Any:
 
     def one(key: jax.Array) -> list[jax.Array]:
         leaves, treedef = jax.tree.flatten(init_fn(key))
-        arrays = [isinstance(leaf, np.ndarray | jax.Array) for leaf in leaves]
+        arrays = [isinstance(leaf, np.ndarray | np.generic | jax.Array) for leaf in leaves]
+        if not any(is_inexact(leaf) for leaf in leaves):
+            raise ValueError(
+                f"init_fn makes nothing that can be trained, which takes arrays of real numbers: "
+                f"{jax.tree.unflatten(treedef, leaves)!r}. Wrap numbers in jax.numpy.asarray."
+            )
         first[:] = [treedef, [_ARRAY if a else x for x, a in zip(leaves, arrays, strict=True)]]
         return [jnp.asarray(x) for x, a in zip(leaves, arrays, strict=True) if a]
 

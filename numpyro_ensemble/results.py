@@ -14,18 +14,23 @@ from numpyro_ensemble.primitives import is_inexact
 _RANKED_LOSSES = 100
 
 
-class EnsembleResult(NamedTuple):
+class _Fields(NamedTuple):
+    params: dict[str, Any]
+    state: SVIState
+    losses: jax.Array
+
+
+class EnsembleResult(_Fields):
     """The outcome of a fit: `SVIRunResult`'s three fields, with a leading member axis on each.
 
     Attributes:
         params: fitted values by name, each leaf `(E,) + shape`.
         state: the last `SVIState`, to go on from with `init_state=`.
         losses: `(E, num_steps)`; NaN after a member's early stop.
+        stopped: which members `(E,)` stopped early, None where that is not known any more.
     """
 
-    params: dict[str, Any]
-    state: SVIState
-    losses: jax.Array
+    stopped: np.ndarray | None = None
 
     @property
     def ensemble_size(self) -> int:
@@ -38,6 +43,7 @@ class EnsembleResult(NamedTuple):
 
         The NaN losses that follow an early stop do not count.
         """
+        stopped = self.stopped
         xp = jnp if isinstance(self.losses, jax.core.Tracer) else np
         leaves = jax.tree.leaves((self.params, self.state.mutable_state))
         flags = [xp.isfinite(a).reshape(self.ensemble_size, -1).all(1) for a in _inexact(leaves)]
@@ -45,6 +51,8 @@ class EnsembleResult(NamedTuple):
         last = self.losses.shape[1] - 1 - xp.argmax(reached[:, ::-1], axis=1)
         final = xp.take_along_axis(xp.asarray(self.losses), last[:, None], axis=1)[:, 0]
         flags.append(xp.isfinite(final))
+        if stopped is not None:  # otherwise a run of NaN at the end is taken for a stop
+            flags.append(stopped | reached[:, -1])
         return jax.device_put(xp.stack(flags).all(0))
 
     def ranking(self) -> np.ndarray:

@@ -106,11 +106,18 @@ def where_members(flags: jax.Array, chosen: Any, other: Any) -> Any:
     return jax.tree.map(pick, chosen, other)
 
 
-def keep_good(old: Any, new: Any, loss: jax.Array, rng_key: jax.Array) -> tuple[Any, jax.Array]:
-    """Keep one member's old state, but for its key, where the new one or the loss is not finite."""
+def keep_good(old: Any, new: Any, loss: jax.Array, counts: bool) -> tuple[Any, jax.Array]:
+    """Keep one member's old state, but for its key, where the new one or the loss is not finite.
+
+    With `counts` the step that failed is counted by the optimiser, since batches follow its count.
+    """
     leaves = [leaf for leaf in jax.tree.leaves((new, loss)) if is_inexact(leaf)]
     good = jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves]).all()
-    state = jax.tree.map(lambda a, b: jnp.where(good, a, b), new, old._replace(rng_key=rng_key))
+    step, held = old.optim_state
+    held = old._replace(optim_state=(step + 1 if counts else step, held), rng_key=new.rng_key)
+    state = jax.tree.map(lambda a, b: jnp.where(good, a, b), new, held)
+    if counts:
+        state = state._replace(optim_state=(step + 1, state.optim_state[1]))
     return state, jnp.where(good, loss, jnp.nan)
 
 
@@ -131,13 +138,14 @@ def make_chunk(
         rule: when members stop, or None.
 
     Returns:
-        `chunk(carry, number, done, step, stems, dynamic, keys) -> (carry, losses)`: takes
-        `number` steps, of which `done` precede in this run and `step` in the optimiser's life.
+        `chunk(carry, number, done, step, stems, dynamic, keys) -> (carry, (losses, stopped))`:
+        takes `number` steps, of which `done` precede in this run and `step` in the optimiser's
+        life; the losses are `(capacity, E)`.
     """
 
     def chunk(
         carry: Carry, number: Any, done: Any, step: Any, stems: Any, dynamic: Any, keys: Any
-    ) -> tuple[Carry, jax.Array]:
+    ) -> tuple[Carry, tuple[jax.Array, Any]]:
         def body(i: jax.Array, loop: tuple[Carry, jax.Array]) -> tuple[Carry, jax.Array]:
             (state, stop, order), buffer = loop
             step_on = partial(update, state, stems, dynamic)
@@ -153,7 +161,9 @@ def make_chunk(
             return Carry(new, stop, order), buffer
 
         buffer = jnp.full((capacity, ensemble_size), jnp.nan)
-        return lax.fori_loop(0, number, body, (carry, buffer))
+        carry, buffer = lax.fori_loop(0, number, body, (carry, buffer))
+        stopped = None if carry.stop is None else carry.stop.stopped | False  # not the carry's own
+        return carry, (buffer, stopped)
 
     return chunk
 
@@ -164,7 +174,7 @@ def capacity_for(num_steps: int, chunk_size: int | None) -> tuple[int, int]:
     Room comes in powers of two and no less than 128, so that runs of other lengths use the same
     program.
     """
-    size = chunk_size or -(-num_steps // _CHUNKS)
+    size = min(chunk_size or -(-num_steps // _CHUNKS), num_steps)
     return size, max(_CAPACITY, 1 << (size - 1).bit_length())
 
 
@@ -177,11 +187,12 @@ def train(
     progress_bar: bool,
     callback: Callable | None,
     stable: bool,
-) -> tuple[Carry, np.ndarray]:
+) -> tuple[Carry, np.ndarray, np.ndarray]:
     """Run chunks until the steps are done, all members have stopped, or the callback says stop.
 
     Args:
-        chunk: `(carry, number, done) -> (carry, losses)`, compiled; it consumes the carry.
+        chunk: `(carry, number, done) -> (carry, (losses, stopped))`, compiled; it consumes the
+            carry.
         carry: where to begin.
         num_steps: number of steps.
         chunk_size: number of steps between two looks at the losses.
@@ -190,14 +201,15 @@ def train(
         stable: failed steps are left out by design, so that a first bad one is no failed start.
 
     Returns:
-        The last carry and the losses `(E, num_steps)`.
+        The last carry, the losses `(E, num_steps)`, and which members have stopped early.
     """
     parts: list[np.ndarray] = []
     done = 0
     with tqdm.tqdm(total=num_steps, disable=not progress_bar) as bar:
         chunks = _dispatched(chunk, carry, num_steps, chunk_size, callback)
-        for carry, number, buffer in chunks:  # noqa: B020 (each chunk hands on the carry)
+        for carry, number, (buffer, flags) in chunks:  # noqa: B020 (a chunk hands on the carry)
             part = np.asarray(buffer)[:number]
+            stopped = np.zeros(part.shape[1], bool) if flags is None else np.asarray(flags)
             if not parts:
                 _check_start(part, stable)
             parts.append(part)
@@ -205,35 +217,31 @@ def train(
             if progress_bar:
                 bar.update(number)
                 bar.set_postfix_str(_summary(part), refresh=False)
-            if carry.stop is not None and np.isnan(part[-1]).all() and _all_stopped(carry):
-                break
-            if callback is not None and callback(done, _copy(carry.state), part.T):
+            if stopped.all() or (callback and callback(done, _copy(carry.state), part.T)):
                 break
     losses = np.concatenate(parts)
     missing = np.full((num_steps - len(losses), losses.shape[1]), np.nan, losses.dtype)
-    return carry, np.ascontiguousarray(np.concatenate([losses, missing]).T)
+    # a run that was ended leaves all members where they are: what is missing is no failure
+    ended = stopped | (np.isfinite(losses[-1]) & bool(len(missing)))
+    return carry, np.ascontiguousarray(np.concatenate([losses, missing]).T), ended
 
 
 def _dispatched(
     chunk: Callable, carry: Carry, num_steps: int, chunk_size: int, callback: Callable | None
-) -> Iterator[tuple[Carry, int, jax.Array]]:
+) -> Iterator[tuple[Carry, int, Any]]:
     """Yield each chunk's outcome, with the next chunk under way where nobody can object to it."""
     ahead = None
     for done in range(0, num_steps, chunk_size):
         number = min(chunk_size, num_steps - done)
-        carry, losses = chunk(carry, number, done)
+        carry, outcome = chunk(carry, number, done)
         if callback is not None:
-            yield carry, number, losses
+            yield carry, number, outcome
             continue
         if ahead is not None:
             yield carry, *ahead
-        ahead = (number, losses)
+        ahead = (number, outcome)
     if ahead is not None:
         yield carry, *ahead
-
-
-def _all_stopped(carry: Carry) -> bool:
-    return carry.stop is not None and bool(np.asarray(carry.stop.stopped).all())
 
 
 def _check_start(losses: np.ndarray, stable: bool) -> None:

@@ -12,6 +12,7 @@ from numpyro import handlers
 from numpyro.infer import Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO
 from numpyro.infer.autoguide import AutoGuide, AutoLaplaceApproximation
 
+from numpyro_ensemble.arguments import captured
 from numpyro_ensemble.engine import Ensemble
 from numpyro_ensemble.handlers import check_weight, reweight
 from numpyro_ensemble.optimisers import choose_optimizer
@@ -96,6 +97,10 @@ class EnsembleVI(Ensemble):
     def tempered(self) -> bool:
         """Whether the divergence has another weight than 1."""
         return callable(self.kl_weight) or bool(self.kl_weight != 1.0)
+
+    def weights(self) -> tuple:
+        """Return what the weights of a program's sites are keyed by."""
+        return (captured(self.kl_weight),)
 
     def weighted(self, guide: Callable, scale: float, step: Any) -> tuple[Callable, Callable]:
         """Return the model and the guide, weighted for one step of one member."""

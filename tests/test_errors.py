@@ -115,7 +115,7 @@ def test_a_state_of_another_fit_is_refused(key):
     runner = EnsembleMAP(ridge, ADAM, ensemble_size=2)
     state = runner.init(key, X, Y)
     for other, message in (
-        (EnsembleMAP(ridge, ADAM, ensemble_size=3), r"another ensemble size.*\[2\].*=3"),
+        (EnsembleMAP(ridge, ADAM, ensemble_size=3), r"another ensemble size.*\(2,\).*=3"),
         (EnsembleMAP(positive, ADAM, ensemble_size=2), "another model, guide or optimiser"),
         (EnsembleMAP(ridge, optax.adam(0.1), ensemble_size=2), "another model, guide or optimiser"),
     ):
