@@ -5,38 +5,25 @@ competitors do the same work: 16 members, 1,500 steps of Adam at 5e-3 from Unifo
 """
 
 import resource
-import statistics
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpyro
 import optax
+from common import X, Y, cold, in_turns, report, timed, uniform_start
 from numpyro.infer import SVI, Trace_ELBO, init_to_uniform
 from numpyro.infer.autoguide import AutoDelta
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-from quickstart import NOISE, STEPS, WIDTHS, make_data, model, network
+from quickstart import NOISE, STEPS, model, network
 
 from numpyro_ensemble import EnsembleMAP
-
-X, Y, *_ = (jnp.asarray(part) for part in make_data())
 
 
 def hand_written(members, steps):
     """Return a jitted fit of all members in plain JAX: `vmap` of a `scan`."""
     adam = optax.adam(5e-3)
-
-    def start(key):
-        weights = {}
-        for layer, (fan_in, fan_out) in enumerate(zip(WIDTHS[:-1], WIDTHS[1:], strict=True)):
-            key, key_w, key_b = jax.random.split(key, 3)
-            weights[f"w{layer}"] = jax.random.uniform(key_w, (fan_in, fan_out), minval=-2, maxval=2)
-            weights[f"b{layer}"] = jax.random.uniform(key_b, (fan_out,), minval=-2, maxval=2)
-        return weights
 
     def loss(weights):
         residual = (Y - network(weights, X)) / NOISE
@@ -52,7 +39,7 @@ def hand_written(members, steps):
             updates, state = adam.update(gradient, state, weights)
             return (optax.apply_updates(weights, updates), state), value
 
-        weights = start(key)
+        weights = uniform_start(key)
         (weights, _), losses = jax.lax.scan(step, (weights, adam.init(weights)), length=steps)
         return weights, losses
 
@@ -68,51 +55,6 @@ def runner(members=16):
 def run(ensemble, key, **options):
     """Fit with our runner."""
     return ensemble.run(key, STEPS, X, Y, **{"progress_bar": False, **options})
-
-
-def timed(function, *args, **options):
-    """Return the seconds that a call takes until its arrays are there."""
-    begin = time.perf_counter()
-    jax.block_until_ready(jax.tree.leaves(function(*args, **options)))
-    return time.perf_counter() - begin
-
-
-def in_turns(ours, theirs, repeats):
-    """Time two functions of a key in turns, and return the pairs of seconds."""
-    pairs = []
-    for i in range(repeats):
-        key = jax.random.key(i)
-        pair = [(ours, 0), (theirs, 1)]
-        times = [0.0, 0.0]
-        for function, place in pair if i % 2 else reversed(pair):
-            times[place] = timed(function, key)
-        pairs.append(times)
-    return pairs
-
-
-def report(name, pairs, target=None):
-    """Print the medians and the ratios, pair by pair."""
-    ratios = sorted(a / b for a, b in pairs)
-    ours, theirs = (statistics.median(column) for column in zip(*pairs, strict=True))
-    goal = f" (target {target})" if target else ""
-    print(
-        f"{name:44} {ours:8.3f} s / {theirs:8.3f} s, ratio {statistics.median(ratios):.3f} "
-        f"[{ratios[0]:.3f}, {ratios[-1]:.3f}]{goal}",
-        flush=True,
-    )
-
-
-def cold(fit):
-    """Wrap a fit so that everything it needs is compiled again."""
-
-    def fresh(key):
-        return timed_cold(fit, key)
-
-    def timed_cold(fit, key):
-        jax.clear_caches()
-        return fit(key)
-
-    return fresh
 
 
 def ours_cold(key):

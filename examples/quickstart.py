@@ -2,8 +2,9 @@
 
 The problem: 80 observations of sinc(x / pi) on [-10, 10] with noise 0.1, a 1-32-32-1 tanh network
 with standard-normal priors, and 200 noisy test points on [-12, 12]. Each row of the table is an
-ensemble of 16 MAP estimates after 1,500 steps of Adam; they differ in where the members start and
-in how the step size falls. The oracle knows the function and the noise.
+ensemble of 16 fits after 1,500 steps of Adam, of MAP estimates or of mean-field variational
+approximations; they differ in where the members start, in how the step size falls and in the
+weight of the divergence from the prior. The oracle knows the function and the noise.
 """
 
 import time
@@ -14,9 +15,10 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import optax
-from numpyro.infer import init_to_sample, init_to_uniform
+from numpyro.infer import Trace_ELBO, init_to_sample, init_to_uniform
+from numpyro.infer.autoguide import AutoNormal
 
-from numpyro_ensemble import EnsembleMAP, ensemble_predict
+from numpyro_ensemble import EnsembleMAP, EnsembleVI, ensemble_predict
 
 NOISE = 0.1
 WIDTHS = (1, 32, 32, 1)
@@ -78,7 +80,8 @@ def scores(means, x_test, y_test, seed=1):
     """Score an equally weighted mixture of normals with the given means (E, N)."""
     log_densities = dist.Normal(means, NOISE).log_prob(y_test[None])
     mixture = jax.nn.logsumexp(log_densities, axis=0) - np.log(len(means))
-    noise = NOISE * np.random.default_rng(seed).normal(size=(200, *means.shape))
+    repeats = -(-4000 // len(means))
+    noise = NOISE * np.random.default_rng(seed).normal(size=(repeats, *means.shape))
     draws = (np.asarray(means)[None] + noise).reshape(-1, means.shape[1])
     low, high = np.quantile(draws, [0.025, 0.975], axis=0)
     centre = np.asarray(means).mean(axis=0)
@@ -91,27 +94,55 @@ def scores(means, x_test, y_test, seed=1):
     }
 
 
+def guide_start(key):
+    """Draw one member's start for the locations of a mean-field guide."""
+    return {f"{name}_auto_loc": value for name, value in small_start(key).items()}
+
+
 CONSTANT = optax.adam(5e-3)
 COSINE = optax.adam(optax.cosine_decay_schedule(2e-2, STEPS))
-ROWS = {
+MAP_ROWS = {
     "MAP, starts Uniform(-2, 2)": (CONSTANT, init_to_uniform, None),
     "MAP, starts from the prior": (CONSTANT, init_to_sample, None),
     "MAP, starts 0.5 * normal": (CONSTANT, init_to_uniform, small_start),
     "MAP, the same, cosine from 2e-2": (COSINE, init_to_uniform, small_start),
 }
+VI_ROWS = {
+    "VI, defaults": (CONSTANT, 0.1, None, 1.0),
+    "VI, small starts, cosine": (COSINE, 0.01, guide_start, 1.0),
+    "VI, the same, kl_weight 0.1": (COSINE, 0.01, guide_start, 0.1),
+}
+
+
+def fit_map(optim, init_loc_fn, starts, x, y, x_test):
+    """Fit an ensemble of MAP estimates and return its predicted means (E, N)."""
+    runner = EnsembleMAP(model, optim, ensemble_size=MEMBERS, init_loc_fn=init_loc_fn)
+    result = runner.run(jax.random.key(0), STEPS, x, y, init_params=starts, progress_bar=False)
+    return ensemble_predict(result.params, network, jnp.asarray(x_test))
+
+
+def fit_vi(optim, init_scale, starts, kl_weight, x, y, x_test):
+    """Fit an ensemble of mean-field guides and return the means (E * 20, N) of their draws."""
+    guide = AutoNormal(model, init_scale=init_scale)
+    runner = EnsembleVI(
+        model, guide, optim, Trace_ELBO(), ensemble_size=MEMBERS, kl_weight=kl_weight
+    )
+    result = runner.run(jax.random.key(0), STEPS, x, y, init_params=starts, progress_bar=False)
+    draws = runner.sample_posterior(jax.random.key(1), result, x, num_samples=20)
+    draws = {name: draws[name] for name in small_start(jax.random.key(0))}
+    return ensemble_predict(draws, network, jnp.asarray(x_test))
 
 
 def fit_rows():
     """Fit all rows and return their scores by name."""
     x, y, x_test, y_test = make_data()
     table = {}
-    for name, (optim, init_loc_fn, starts) in ROWS.items():
-        begin = time.perf_counter()
-        runner = EnsembleMAP(model, optim, ensemble_size=MEMBERS, init_loc_fn=init_loc_fn)
-        result = runner.run(jax.random.key(0), STEPS, x, y, init_params=starts, progress_bar=False)
-        means = ensemble_predict(result.params, network, jnp.asarray(x_test))
-        seconds = time.perf_counter() - begin
-        table[name] = {"time [s]": seconds, **scores(means, x_test, y_test)}
+    for rows, fit in ((MAP_ROWS, fit_map), (VI_ROWS, fit_vi)):
+        for name, settings in rows.items():
+            begin = time.perf_counter()
+            means = np.asarray(fit(*settings, x, y, x_test))
+            seconds = time.perf_counter() - begin
+            table[name] = {"time [s]": seconds, **scores(means, x_test, y_test)}
     table["oracle"] = {
         "time [s]": float("nan"), "RMSE truth": 0.0, "RMSE obs": NOISE,
         "NLL": -0.884, "coverage": 0.95, "width": 0.40,

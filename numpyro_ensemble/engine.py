@@ -271,7 +271,8 @@ class Ensemble:
         carry, losses, stopped = self._loop(bound, carry, num_steps, options, step, stems, shuffles)
         params, finite = bound.outcome(carry.state, stems)
         result = EnsembleResult(params, carry.state, jax.device_put(losses))
-        result.stopped = stopped
+        if stopped is not None:  # steps that were left out on purpose are no failures either
+            result.stopped = stopped | stable_update
         if not isinstance(finite, jax.core.Tracer):
             _warn_failed(np.asarray(finite) & np.asarray(result.finite))
         return result

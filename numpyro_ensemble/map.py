@@ -141,11 +141,11 @@ class _RawMAP(EnsembleMAP):
     def __init__(self, log_joint: Callable, init_fn: Callable, optim: Any, **options: Any) -> None:
         self._init_fn = init_fn
         # one member is enough for what all share; its arrays are only shapes to come
-        self._shared = partition(stack_members(init_fn, jax.random.key(0)[None]))[1]
+        self._shared = shared = partition(stack_members(init_fn, jax.random.key(0)[None]))[1]
 
         def model(*args: Any, **kwargs: Any) -> None:
             arrays = numpyro.param("params", lambda key: partition(init_fn(key))[0])
-            log_likelihood, log_prior = log_joint(combine(arrays, self._shared), *args, **kwargs)
+            log_likelihood, log_prior = log_joint(combine(arrays, shared), *args, **kwargs)
             numpyro.factor("log_likelihood", log_likelihood)
             numpyro.factor("log_prior", log_prior)
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -61,7 +62,7 @@ class PointGuide(AutoGuide):
                 self.points[name] = self._point(site)
         if self.init_values:
             plates = self._create_plates(*args, **kwargs)
-            walked = self._walk(self._init_locs, plates, args, kwargs)
+            walked = self._walk(self._init_locs, plates, args, kwargs, given=self.init_values)
             for name, value in self.init_values.items():
                 self._init_locs[name] = walked[name][1].inv(value)
 
@@ -126,9 +127,17 @@ class PointGuide(AutoGuide):
         return values
 
     def _walk(
-        self, locs: dict[str, Any], plates: dict, args: tuple, kwargs: dict
+        self,
+        locs: dict[str, Any],
+        plates: dict,
+        args: tuple,
+        kwargs: dict,
+        given: Mapping[str, Any] = MappingProxyType({}),
     ) -> dict[str, tuple[jax.Array, Any]]:
-        """Return each site's constrained value and transform at unconstrained values."""
+        """Return each site's constrained value and transform at unconstrained values.
+
+        Sites may be given constrained values instead, on which the supports of others depend.
+        """
         if all(point.transform is not None for point in self.points.values()):
             return {k: (p.transform(locs[k]), p.transform) for k, p in self.points.items()}
         walked: dict[str, tuple[jax.Array, Any]] = {}
@@ -139,7 +148,7 @@ class PointGuide(AutoGuide):
             if site["type"] != "sample" or site["name"] not in locs:
                 return None
             transform = biject_to(site["fn"].support)
-            value = transform(locs[site["name"]])
+            value = given.get(site["name"], transform(locs[site["name"]]))
             walked[site["name"]] = (value, transform)
             return value
 

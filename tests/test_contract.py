@@ -14,9 +14,11 @@ import numpyro.distributions as dist
 import optax
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
+from numpyro.infer import Trace_ELBO
+from numpyro.infer.autoguide import AutoNormal
 from zoo import CASES, NNX, X, Y, hierarchy, ridge
 
-from numpyro_ensemble import EnsembleMAP
+from numpyro_ensemble import EnsembleMAP, EnsembleVI
 
 ADAM = numpyro.optim.Adam(0.05)
 
@@ -25,12 +27,23 @@ def map_runner(model, optim=ADAM, **options):
     return EnsembleMAP(model, optim, **{"ensemble_size": 3, **options})
 
 
-RUNNERS = {"map": map_runner}
+def vi_runner(model, optim=ADAM, **options):
+    guide = AutoNormal(model)
+    return EnsembleVI(model, guide, optim, Trace_ELBO(), **{"ensemble_size": 3, **options})
+
+
+RUNNERS = {"map": (map_runner, "w"), "vi": (vi_runner, "w_auto_loc")}
 
 
 @pytest.fixture(params=sorted(RUNNERS))
 def make(request):
-    return RUNNERS[request.param]
+    return RUNNERS[request.param][0]
+
+
+@pytest.fixture
+def w(make):
+    """Give the name under which a runner has the location of site w."""
+    return {build: name for build, name in RUNNERS.values()}[make]
 
 
 def quiet(runner, key, num_steps, *args, **kwargs):
@@ -165,21 +178,21 @@ def test_model_arguments_stay_concrete(make, key):
 def poisoned(member, size=3):
     starts = np.linspace(-1.0, 1.0, 2 * size).reshape(size, 2)
     starts[member] = np.nan
-    return {"w": starts}
+    return starts
 
 
 @pytest.mark.core
 @pytest.mark.parametrize("stable", [False, True])
-def test_one_bad_member_never_touches_another(make, key, stable):
+def test_one_bad_member_never_touches_another(make, w, key, stable):
     runner = make(ridge, optim=optax.chain(optax.clip_by_global_norm(1.0), optax.adam(0.1)))
     good = np.linspace(-1.0, 1.0, 6).reshape(3, 2)
-    clean = quiet(runner, key, 8, X, Y, init_params={"w": good}, stable_update=stable)
+    clean = quiet(runner, key, 8, X, Y, init_params={w: good}, stable_update=stable)
     with pytest.warns(UserWarning, match="members .* not finite: 1"):
-        ill = quiet(runner, key, 8, X, Y, init_params=poisoned(1), stable_update=stable)
+        ill = quiet(runner, key, 8, X, Y, init_params={w: poisoned(1)}, stable_update=stable)
     assert list(ill.finite) == [True, False, True]
     others = np.array([0, 2])
     same(ill.losses[others], clean.losses[others])
-    same(ill.params["w"][others], clean.params["w"][others])
+    same(ill.params[w][others], clean.params[w][others])
 
 
 def test_chunks_do_not_change_a_run(make, key):
@@ -193,7 +206,7 @@ SHARDED = """
 import jax, numpy as np, numpyro
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 from zoo import X, Y, ridge
-from numpyro_ensemble import EnsembleMAP
+from numpyro_ensemble import EnsembleMAP, EnsembleVI
 jax.config.update("jax_enable_x64", True)
 assert jax.device_count() == 2
 runner = EnsembleMAP(ridge, numpyro.optim.Adam(0.05), ensemble_size=4)
@@ -248,6 +261,7 @@ def test_keys_are_not_reused(make, key):
 
     runner = make(model)
     state = runner.init(key, Y)
+    jax.effects_barrier()
     seen.clear()
     for _ in range(3):
         state, _ = runner.update(state, Y)
@@ -256,15 +270,8 @@ def test_keys_are_not_reused(make, key):
     assert len(set(seen)) == 9
 
 
-def leaves_of(value):
-    return [
-        leaf
-        for leaf in jax.tree.leaves(vars(value), is_leaf=lambda x: isinstance(x, jax.core.Tracer))
-    ]
-
-
 @pytest.mark.leaks
-def test_the_users_objects_stay_the_users(make, key):
+def test_the_users_objects_stay_the_users(make, w, key):
     before = jax.tree.map(np.asarray, jax.tree.leaves(NNX))
     case = CASES["nnx_net"]
     runner = make(case.model, ensemble_size=1)
@@ -275,13 +282,13 @@ def test_the_users_objects_stay_the_users(make, key):
     same([np.asarray(leaf) for leaf in after], before)
     held = quiet(runner, key, 2, *case.args, init_state=given.state, init_params=None)
     assert all(not leaf.is_deleted() for leaf in jax.tree.leaves(given))
-    kept = quiet(make(ridge), key, 2, X, Y, init_params={"w": jnp.ones((3, 2)) * jnp.eye(3)[:, :2]})
+    kept = quiet(make(ridge), key, 2, X, Y, init_params={w: jnp.ones((3, 2)) * jnp.eye(3)[:, :2]})
     assert np.isfinite(held.losses).all() and kept.finite.all()
 
 
-def test_given_buffers_are_never_donated(make, key):
+def test_given_buffers_are_never_donated(make, w, key):
     runner = make(ridge)
-    starts = {"w": jnp.arange(6.0).reshape(3, 2)}
+    starts = {w: jnp.arange(6.0).reshape(3, 2)}
     states = []
 
     def keep(step, state, losses):
@@ -295,10 +302,10 @@ def test_given_buffers_are_never_donated(make, key):
 
 
 @pytest.mark.core
-def test_dtypes_follow_jax(make, key):
+def test_dtypes_follow_jax(make, w, key):
     result = quiet(make(ridge), key, 2, X, Y)
     wanted = jnp.result_type(float)
-    assert result.params["w"].dtype == wanted
+    assert result.params[w].dtype == wanted
     assert result.losses.dtype == wanted
     assert jax.config.jax_enable_x64 == (wanted == jnp.float64)
 
@@ -307,3 +314,40 @@ def test_a_partial_model_and_keywords_run(make, key):
     plain = quiet(make(ridge), key, 3, X, Y)
     same(quiet(make(partial(ridge, X)), key, 3, Y), plain)
     same(quiet(make(ridge), key, 3, y=Y, x=X), plain)
+
+
+def test_a_transformed_call_sees_its_own_data(make, w, key):
+    """What one trace has learnt of its data must not serve another's."""
+
+    def model(y):
+        top = numpyro.sample("w", dist.Uniform(0.0, np.max(np.abs(y))))
+        numpyro.sample("y", dist.Normal(top, 1.0), obs=y[0])
+
+    runner = make(model)
+    for scale in (1.0, 100.0):
+        y = np.full(3, scale)
+        inside = jax.jit(lambda k, y=y: runner.run(k, 3, y).losses)(key)
+        same(inside, quiet(make(model), key, 3, y).losses, rtol=1e-8)
+    result = quiet(runner, key, 3, np.full(3, 1.0))
+    runner.evaluate(result.state, np.full(3, 50.0))
+    same(runner.get_params(result.state), result.params)
+
+
+def test_concrete_keys_inside_jit(make, key):
+    runner = make(ridge)
+    keys = jax.random.split(key, 3)
+    inside = jax.jit(lambda: runner.run(keys, 3, X, Y).losses)()
+    same(inside, quiet(runner, keys, 3, X, Y).losses, rtol=1e-8)
+    slope = jax.jvp(lambda s: runner.run(key, 3, X, Y + s).losses[:, -1], (0.0,), (1.0,))[1]
+    assert np.isfinite(slope).all()
+
+
+def test_a_state_of_another_size_is_refused_everywhere(make, key):
+    state = make(ridge, ensemble_size=2).init(key, X, Y)
+    runner = make(ridge)
+    runner.init(key, X, Y)
+    for call in (runner.update, runner.stable_update, runner.evaluate):
+        with pytest.raises(ValueError, match=r"another ensemble size.*\(2,\).*ensemble_size=3"):
+            call(state, X, Y)
+    with pytest.raises(ValueError, match="another ensemble size"):
+        runner.get_params(state)

@@ -46,6 +46,16 @@ def unobserved():
         (lambda: EnsembleMAP(ridge, "adam"), TypeError, "Got <class 'str'>"),
         (lambda: EnsembleMAP(ridge, numpyro.optim.Minimize()), TypeError, "Minimize.*Adam"),
         (lambda: EnsembleMAP(3, ADAM), TypeError, "model takes a callable.*got 3"),
+        (
+            lambda: EnsembleMAP(ridge, ADAM, prior_sites="pen"),
+            TypeError,
+            "prior_sites.*string 'pen'",
+        ),
+        (
+            lambda: EnsembleMAP(ridge, ADAM, prior_sites=["a"], likelihood_sites=["a"]),
+            ValueError,
+            "prior_sites and likelihood_sites both name",
+        ),
     ],
 )
 def test_constructor(build, error, message):
@@ -103,6 +113,12 @@ def test_a_discrete_latent_is_refused(key, compile_count):
             with pytest.raises(ValueError, match=r"'z' is discrete \(Bernoulli.*TraceEnum_ELBO"):
                 call()
     assert count.count == 0, count.names
+
+
+def test_unknown_factors_are_named(key):
+    runner = EnsembleMAP(ridge, ADAM, ensemble_size=2, prior_sites=["penalty"])
+    with pytest.raises(ValueError, match=r"prior_sites names \['penalty'\]; the model's factors"):
+        runner.init(key, X, Y)
 
 
 def test_without_prior_there_must_be_data(key):

@@ -22,6 +22,10 @@ def test_the_quickstart_scores_as_promised(capsys):
     assert 0.90 <= cosine["coverage"] <= 0.98
     for name in ("MAP, starts Uniform(-2, 2)", "MAP, starts from the prior"):
         assert table[name]["NLL"] > constant["NLL"] + 0.03  # starts decide
+    full, tempered = table["VI, small starts, cosine"], table["VI, the same, kl_weight 0.1"]
+    assert full["NLL"] <= -0.5
+    assert tempered["NLL"] <= -0.72
+    assert table["VI, defaults"]["NLL"] > full["NLL"] + 0.2  # an unconverged fit, not the family
     assert np.isclose(table["oracle"]["NLL"], -0.884)
     quickstart.show(table)
     printed = capsys.readouterr().out

@@ -237,6 +237,26 @@ def test_from_log_joint_agrees_with_the_model(key):
     assert_allclose(again.params["w"], ours.params["w"])
 
 
+def test_a_raw_density_goes_on_and_compiles_once(key, compile_count):
+    runner = EnsembleMAP.from_log_joint(
+        gaussian_joint, init_w, numpyro.optim.Adam(0.1), ensemble_size=2
+    )
+    whole = quiet(runner, key, 6, X, Y)
+    first = quiet(runner, key, 4, X, Y)
+    with compile_count() as count:
+        quiet(runner, key, 4, X, Y)
+    assert count.count == 0, count.names
+    second = quiet(runner, key, 2, X, Y, init_state=first.state)
+    leaves_close(second.params, whole.params, rtol=1e-12)
+    leaves_close(runner.get_params(second.state), whole.params, rtol=1e-12)
+    with pytest.raises(TypeError, match="from_log_joint takes no prior_sites"):
+        EnsembleMAP.from_log_joint(gaussian_joint, init_w, numpyro.optim.Adam(0.1), prior_sites=())
+    with pytest.raises(ValueError, match="init_fn makes nothing that can be trained"):
+        ensemble_map(
+            gaussian_joint, lambda k: 0.0, ensemble_size=2, num_steps=1, data=(X, Y), rng_key=key
+        )
+
+
 def test_learning_rate_and_optimizer_exclude_each_other(key):
     with pytest.raises(ValueError, match="either optimizer or learning_rate"):
         ensemble_map(

@@ -1,7 +1,6 @@
 """Ensembles as pure functions, in Python loops as users write them."""
 
 import copy
-import dataclasses
 import pickle
 from collections.abc import Callable
 from functools import partial
@@ -507,7 +506,7 @@ def test_a_state_is_copied_and_pickled_and_stays_as_it_is():
     held = start()
     adam_step(held, X, Y)
     assert_same(jax.tree.map(np.asarray, (held.params, held.opt_state)), before)
-    with pytest.raises(dataclasses.FrozenInstanceError):
+    with pytest.raises(AttributeError):
         held.params = {}
     with pytest.raises(ValueError, match="rank should be at least 1"):
         jax.vmap(lambda s: s.params["w"])(start(lambda key: {**init_w(key), "n": jnp.array(3)}))

@@ -8,6 +8,7 @@ import numpyro.distributions as dist
 import optax
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
+from numpyro import handlers
 from numpyro.infer import SVI, Trace_ELBO, init_to_uniform
 from numpyro.infer.autoguide import AutoDelta
 from numpyro.primitives import mutable
@@ -210,6 +211,35 @@ def test_a_declared_factor_is_rescaled_or_not(where, times, key):
     assert_allclose(loss[:, 0], expected, rtol=1e-6)
 
 
+def test_a_model_that_rescales_itself_is_refused(key):
+    def by_plate(x, y):
+        mu = numpyro.sample("mu", dist.Normal(0, 1))
+        with numpyro.plate("data", 8, subsample_size=len(y)):
+            numpyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+
+    def by_scale(x, y):
+        mu = numpyro.sample("mu", dist.Normal(0, 1))
+        with numpyro.plate("data", len(y)), handlers.scale(scale=8 / len(y)):
+            numpyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+
+    for model in (by_plate, by_scale):
+        runner = EnsembleMAP(model, numpyro.optim.Adam(0.1), ensemble_size=2)
+        with pytest.raises(ValueError, match="'y' is scaled by 1 with all.*by 4.*rescales itself"):
+            quiet(runner, key, 1, X, Y, batch_size=2)
+
+
+def test_halves_equal_the_whole_with_batches_and_failed_steps(key):
+    runner = EnsembleMAP(
+        flaky, numpyro.optim.Adam(0.1), ensemble_size=2, likelihood_sites=["failure"]
+    )
+    options = {"batch_size": 3, "stable_update": True}
+    whole = quiet(runner, key, 10, Y, **options)
+    assert np.isnan(whole.losses).any()
+    first = quiet(runner, key, 5, Y, **options)
+    second = quiet(runner, key, 5, Y, init_state=first.state, **options)
+    assert_array_equal(jnp.concatenate([first.losses, second.losses], 1), whole.losses)
+
+
 # Stopping -----------------------------------------------------------------------------------------
 
 
@@ -348,6 +378,21 @@ def test_stable_update_keeps_mutable_state_good(key):
     assert (good < 20).all()
     assert np.isfinite(value).all() and (value >= good).all() and (value <= good + 1).all()
     assert_array_equal(result.state.optim_state[0], good)
+
+
+def test_a_failed_loss_shows_though_the_parameters_are_finite(key):
+    def model():
+        mu = numpyro.sample("mu", dist.Normal(3.0, 1.0))
+        failed = jnp.where(mu > 1.5, jnp.nan, 0.0)
+        numpyro.factor("f", jax.lax.stop_gradient(failed))
+
+    runner = EnsembleMAP(model, numpyro.optim.Adam(0.1), ensemble_size=2)
+    starts = {"mu": np.array([0.0, -30.0])}
+    with pytest.warns(UserWarning, match="1 of 2 members ended .*: 0"):
+        result = quiet(runner, key, 40, init_params=starts)
+    assert np.isfinite(result.params["mu"]).all()
+    assert list(result.finite) == [False, True]
+    assert list(result.ranking()) == [1]
 
 
 def test_all_failed_starts_are_an_error_and_some_a_warning(key):

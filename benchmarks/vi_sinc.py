@@ -1,0 +1,99 @@
+"""Speed of EnsembleVI on the sinc problem, as ratios measured in one process, in turns.
+
+Run `python benchmarks/vi_sinc.py` (some minutes); `JAX_ENABLE_X64=1` for double precision. All fit
+mean-field guides to the network of the quickstart: 16 members, 1,500 steps of Adam at 5e-3.
+"""
+
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpyro
+import optax
+from common import X, Y, cold, in_turns, report, timed, uniform_start
+from numpyro.infer import SVI, Trace_ELBO
+from numpyro.infer.autoguide import AutoNormal
+from quickstart import NOISE, STEPS, model, network
+
+from numpyro_ensemble import EnsembleVI
+
+
+def hand_written(members, steps):
+    """Return a jitted fit of all members in plain JAX: `vmap` of a `scan`."""
+    adam = optax.adam(5e-3)
+
+    def loss(params, key):
+        leaves, treedef = jax.tree.flatten(params["loc"])
+        keys = jax.tree.unflatten(treedef, list(jax.random.split(key, len(leaves))))
+        scale = jax.tree.map(jax.nn.softplus, params["scale"])
+        noise = jax.tree.map(lambda k, x: jax.random.normal(k, x.shape), keys, params["loc"])
+        draw = jax.tree.map(lambda m, s, e: m + s * e, params["loc"], scale, noise)
+        log_q = -sum(
+            (0.5 * e**2 + jnp.log(s) + 0.5 * jnp.log(2 * jnp.pi)).sum()
+            for e, s in zip(jax.tree.leaves(noise), jax.tree.leaves(scale), strict=True)
+        )
+        residual = (Y - network(draw, X)) / NOISE
+        prior = sum((0.5 * w**2 + 0.5 * jnp.log(2 * jnp.pi)).sum() for w in draw.values())
+        data = (0.5 * residual**2 + jnp.log(NOISE) + 0.5 * jnp.log(2 * jnp.pi)).sum()
+        return data + prior + log_q
+
+    def fit(key):
+        def step(carry, _):
+            params, state, key = carry
+            key, key_step = jax.random.split(key)
+            value, gradient = jax.value_and_grad(loss)(params, key_step)
+            updates, state = adam.update(gradient, state, params)
+            return (optax.apply_updates(params, updates), state, key), value
+
+        key_start, key = jax.random.split(key)
+        loc = uniform_start(key_start)
+        scale = jax.tree.map(lambda x: jnp.full(x.shape, jnp.log(jnp.expm1(0.1))), loc)
+        params = {"loc": loc, "scale": scale}
+        carry, losses = jax.lax.scan(step, (params, adam.init(params), key), length=steps)
+        return carry[0], losses
+
+    compiled = jax.jit(jax.vmap(fit))
+    return lambda key: compiled(jax.random.split(key, members))
+
+
+def runner(members=16):
+    """Return a fresh runner."""
+    adam = numpyro.optim.Adam(5e-3)
+    return EnsembleVI(model, AutoNormal(model), adam, Trace_ELBO(), ensemble_size=members)
+
+
+def run(ensemble, key):
+    """Fit with our runner."""
+    return ensemble.run(key, STEPS, X, Y, progress_bar=False).params
+
+
+def svi(key):
+    """Make a single run of SVI, with a guide of its own."""
+    single = SVI(model, AutoNormal(model), numpyro.optim.Adam(5e-3), Trace_ELBO())
+    return single.run(key, STEPS, X, Y, progress_bar=False).params
+
+
+def main(repeats):
+    """Measure everything."""
+    precision = "float64" if jax.config.jax_enable_x64 else "float32"
+    print(f"sinc problem, mean-field, {STEPS} steps, {precision}, JAX {jax.__version__}")
+    sixteen, by_hand = runner(), hand_written(16, STEPS)
+    for fit in (by_hand, lambda key: run(sixteen, key)):
+        timed(fit, jax.random.key(99))
+    report("warm run / hand-written vmap + scan",
+           in_turns(lambda key: run(sixteen, key), by_hand, 3 * repeats), "<= 1.1")  # fmt: skip
+    ours_cold, svi_cold = cold(lambda key: run(runner(), key)), cold(svi)
+    pairs = in_turns(ours_cold, svi_cold, repeats)
+    report("cold run of 16 / cold run of ONE SVI", pairs, "<= 0.9")
+    report("second run, same shapes / first",
+           in_turns(lambda key: run(sixteen, key), ours_cold, repeats), "<= 0.6")  # fmt: skip
+
+    def sixteen_svis(key):
+        return [svi(member) for member in jax.random.split(key, 16)]
+
+    report("cold run of 16 / sixteen SVIs in turn",
+           in_turns(ours_cold, cold(sixteen_svis), 1), "<= 0.1")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]) if len(sys.argv) > 1 else 5)
