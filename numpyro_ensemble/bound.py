@@ -202,8 +202,14 @@ class Bound:
         self.stems = stems
 
     def adopt(self, other: Bound | None) -> None:
-        """Take what stems from the start of another bound, if it is of the same form."""
-        if other is None or other.stems is None or other.ambiguous:
+        """Take what a guide's set-up with other arguments has left, if it is of the same form.
+
+        Constraints are taken along inside a transformation alone, where they cannot be compared.
+        """
+        if self.stems is not None or other is None or other.stems is None or other.ambiguous:
+            return
+        wanted = self.anatomy.stems
+        if (wanted.constraints or wanted.guide.supports) and not traces(self.arguments.leaves):
             return
         forms = [
             jax.tree.map(lambda x: (x.shape, str(x.dtype)), stems)

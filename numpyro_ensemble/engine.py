@@ -349,6 +349,7 @@ class Ensemble:
         bound = kept or bound
         bound.arguments = arguments
         _ = bound.anatomy  # checks the model: only what passes is kept
+        bound.adopt(self._last)
         self._keep(self._kept, key, bound)
         if not one_step or self._last is None:
             self._last = bound
