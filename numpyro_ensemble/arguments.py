@@ -8,7 +8,7 @@ import functools
 import hashlib
 import inspect
 import types
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -42,7 +42,7 @@ class Arguments(NamedTuple):
         """Return the leaves that a compiled program takes as its inputs."""
         return {kind: self.select(kind) for kind in (TRACED, BATCH, MEMBER)}
 
-    def rebuild(self, dynamic: dict[str, Sequence[Any]]) -> tuple[tuple, dict]:
+    def rebuild(self, dynamic: Mapping[str, Sequence[Any]]) -> tuple[tuple, dict]:
         """Put `(args, kwargs)` together again, with the given values of the dynamic leaves."""
         streams = {kind: iter(leaves) for kind, leaves in dynamic.items()}
         leaves = [

@@ -8,7 +8,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 import numpy as np
 import optax
+from numpyro import handlers
+from numpyro.infer import init_to_uniform
 from numpyro.infer.svi import SVIState
+from numpyro.ops.provenance import eval_provenance
 
 from numpyro_ensemble.arguments import BATCH, MEMBER, Arguments
 from numpyro_ensemble.batching import Batches, check_follows
@@ -70,7 +73,33 @@ def model_sites(engine: Ensemble, arguments: Arguments, batches: Batches | None)
                 f"numpyro.plate(..., subsample_size=...)."
             ) from error
         check_follows(full, part, batches, engine.likelihood_sites)
+        _check_factors(engine, arguments, full)
     return full
+
+
+def _check_factors(engine: Ensemble, arguments: Arguments, sites: dict[str, Site]) -> None:
+    """Raise a ValueError where a factor of the likelihood does not depend on the batch at all."""
+    wanted = [name for name in engine.likelihood_sites if sites[name].kind == "factor"]
+    if not wanted:
+        return
+
+    def factors(**rows: jax.Array) -> list[jax.Array]:
+        dynamic = {**arguments.dynamic, BATCH: list(rows.values())}
+        dynamic[MEMBER] = [leaf[0] for leaf in dynamic[MEMBER]]
+        args, kwargs = arguments.rebuild(dynamic)
+        seeded = handlers.seed(engine.model, jax.random.key(0))
+        filled = handlers.substitute(seeded, substitute_fn=init_to_uniform())
+        trace = handlers.trace(filled).get_trace(*args, **kwargs)
+        return [trace[name]["fn"].log_prob(trace[name]["value"]) for name in wanted]
+
+    rows = {f"row{i:04d}": leaf for i, leaf in enumerate(arguments.select(BATCH))}
+    for name, sources in zip(wanted, eval_provenance(factors, **rows), strict=True):
+        if not sources:
+            raise ValueError(
+                f"factor {name!r} is part of the likelihood and does not depend on the batched "
+                f"arguments: rescaling it for batch_size would count it too often. Take the data "
+                f"from the arguments, or leave batch_size out."
+            )
 
 
 def _trace(engine: Ensemble, arguments: Arguments, rows: int | None) -> dict[str, Site]:

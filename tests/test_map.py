@@ -257,6 +257,21 @@ def test_a_raw_density_goes_on_and_compiles_once(key, compile_count):
         )
 
 
+def test_a_raw_density_must_follow_its_batches(key):
+    def forgetful(params, x, y):
+        return gaussian_joint(params, X, Y)
+
+    def fit(density, **options):
+        return ensemble_map(
+            density, init_w, ensemble_size=2, num_steps=2, data=(X, Y), rng_key=key, **options
+        )
+
+    assert fit(gaussian_joint, batch_size=4)[1].shape == (2, 2)
+    assert fit(forgetful)[1].shape == (2, 2)
+    with pytest.raises(ValueError, match="'log_likelihood'.*does not depend on the batched"):
+        fit(forgetful, batch_size=4)
+
+
 def test_learning_rate_and_optimizer_exclude_each_other(key):
     with pytest.raises(ValueError, match="either optimizer or learning_rate"):
         ensemble_map(
