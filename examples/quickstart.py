@@ -122,13 +122,13 @@ def fit_map(optim, init_loc_fn, starts, x, y, x_test):
 
 
 def fit_vi(optim, init_scale, starts, kl_weight, x, y, x_test):
-    """Fit an ensemble of mean-field guides and return the means (E * 20, N) of their draws."""
+    """Fit an ensemble of mean-field guides and return the means (E * 50, N) of their draws."""
     guide = AutoNormal(model, init_scale=init_scale)
     runner = EnsembleVI(
         model, guide, optim, Trace_ELBO(), ensemble_size=MEMBERS, kl_weight=kl_weight
     )
     result = runner.run(jax.random.key(0), STEPS, x, y, init_params=starts, progress_bar=False)
-    draws = runner.sample_posterior(jax.random.key(1), result, x, num_samples=20)
+    draws = runner.sample_posterior(jax.random.key(1), result, x, num_samples=50)
     draws = {name: draws[name] for name in small_start(jax.random.key(0))}
     return ensemble_predict(draws, network, jnp.asarray(x_test))
 

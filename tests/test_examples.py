@@ -23,8 +23,9 @@ def test_the_quickstart_scores_as_promised(capsys):
     for name in ("MAP, starts Uniform(-2, 2)", "MAP, starts from the prior"):
         assert table[name]["NLL"] > constant["NLL"] + 0.03  # starts decide
     full, tempered = table["VI, small starts, cosine"], table["VI, the same, kl_weight 0.1"]
-    assert full["NLL"] <= -0.5
-    assert tempered["NLL"] <= -0.72
+    # about -0.51 and -0.73, give or take 0.01 with the key and the precision
+    assert full["NLL"] <= -0.48
+    assert tempered["NLL"] <= -0.70
     assert table["VI, defaults"]["NLL"] > full["NLL"] + 0.2  # an unconverged fit, not the family
     assert np.isclose(table["oracle"]["NLL"], -0.884)
     quickstart.show(table)
