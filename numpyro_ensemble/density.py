@@ -68,6 +68,13 @@ class Site(NamedTuple):
     scale: float | None = None  # of a sample site, where it is known before anything runs
 
 
+def filled_trace(model: Callable, args: tuple, kwargs: dict) -> dict[str, Any]:
+    """Trace a model at an initialisation, since an improper prior cannot be sampled."""
+    seeded = handlers.seed(model, jax.random.key(0))
+    filled = handlers.substitute(seeded, substitute_fn=init_to_uniform())
+    return handlers.trace(filled).get_trace(*args, **kwargs)
+
+
 def anatomy(
     model: Callable, args: tuple, kwargs: dict, *, prior_sites: Collection[str] = ()
 ) -> dict[str, Site]:
@@ -75,11 +82,7 @@ def anatomy(
     found: dict[str, Site] = {}
 
     def look() -> None:
-        # an improper prior cannot be sampled, so the latents' values come from an initialisation
-        seeded = handlers.seed(model, jax.random.key(0))
-        filled = handlers.substitute(seeded, substitute_fn=init_to_uniform())
-        trace = handlers.trace(filled).get_trace(*args, **kwargs)
-        for name, site in trace.items():
+        for name, site in filled_trace(model, args, kwargs).items():
             if site["type"] in ("sample", "param", "mutable", "plate"):
                 found[name] = _describe(site, found, prior_sites)
 

@@ -20,7 +20,7 @@ from numpyro_ensemble.arguments import arrange, captured, has_tracers, traces
 from numpyro_ensemble.batching import batch_keys, first_order
 from numpyro_ensemble.bound import Bound
 from numpyro_ensemble.guides import Filling, fresh, take_out
-from numpyro_ensemble.handlers import check_weight, reweight
+from numpyro_ensemble.handlers import check_names, check_weight, reweight
 from numpyro_ensemble.optimisers import loopable
 from numpyro_ensemble.options import RunOptions
 from numpyro_ensemble.preflight import Anatomy, check_size, check_state
@@ -46,6 +46,8 @@ class Ensemble:
         model, guide, optim, loss, static_kwargs: as in `numpyro.infer.SVI`.
         ensemble_size: number of members E.
     """
+
+    data_sites: tuple[str, ...] = ()  # factors that must depend on the batch, though none said so
 
     def __init__(
         self,
@@ -80,8 +82,8 @@ class Ensemble:
         self.optim, self.static_kwargs = loopable(plain.optim), static_kwargs
         self.ensemble_size = int(ensemble_size)
         self.prior_weight = check_weight("prior_weight", prior_weight)
-        self.prior_sites = _names("prior_sites", prior_sites)
-        self.likelihood_sites = _names("likelihood_sites", likelihood_sites)
+        self.prior_sites = check_names("prior_sites", prior_sites)
+        self.likelihood_sites = check_names("likelihood_sites", likelihood_sites)
         both = sorted(set(self.prior_sites) & set(self.likelihood_sites))
         if both:
             raise ValueError(f"prior_sites and likelihood_sites both name {both}.")
@@ -383,12 +385,6 @@ class Ensemble:
         bound.compiles = False
         bound.adopt(self._last)
         return bound
-
-
-def _names(option: str, names: Collection[str]) -> tuple[str, ...]:
-    if isinstance(names, str):
-        raise TypeError(f"{option} takes a collection of names, got the string {names!r}.")
-    return tuple(names)
 
 
 def _warn_failed(finite: np.ndarray) -> None:

@@ -100,13 +100,9 @@ class reweight(Messenger):
         likelihood: ArrayLike = 1.0,
         prior_sites: Collection[str] = (),
     ) -> None:
-        if isinstance(prior_sites, str):
-            raise TypeError(
-                f"prior_sites takes a collection of names, got the string {prior_sites!r}."
-            )
         self.prior = check_weight("prior", prior)
         self.likelihood = check_weight("likelihood", likelihood)
-        self.prior_sites = tuple(prior_sites)
+        self.prior_sites = check_names("prior_sites", prior_sites)
         self._seen: set[str] = set()
         super().__init__(fn)
 
@@ -127,6 +123,13 @@ class reweight(Messenger):
             msg["fn"] = msg["fn"].mask(False)
         elif isinstance(weight, jax.core.Tracer) or weight != 1:
             handlers.scale(scale=weight).process_message(msg)
+
+
+def check_names(option: str, names: Collection[str]) -> tuple[str, ...]:
+    """Return names of sites as a tuple; a string would be taken for one name a letter."""
+    if isinstance(names, str):
+        raise TypeError(f"{option} takes a collection of names, got the string {names!r}.")
+    return tuple(names)
 
 
 def is_zero(weight: ArrayLike) -> bool:

@@ -138,6 +138,8 @@ class EnsembleMAP(Ensemble):
 class _RawMAP(EnsembleMAP):
     """The engine on a raw density, written as a model of one parameter and two factors."""
 
+    data_sites = ("log_likelihood",)
+
     def __init__(self, log_joint: Callable, init_fn: Callable, optim: Any, **options: Any) -> None:
         self._init_fn = init_fn
         # one member is enough for what all share; its arrays are only shapes to come

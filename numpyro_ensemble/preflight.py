@@ -8,14 +8,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 import numpy as np
 import optax
-from numpyro import handlers
-from numpyro.infer import init_to_uniform
 from numpyro.infer.svi import SVIState
 from numpyro.ops.provenance import eval_provenance
 
 from numpyro_ensemble.arguments import BATCH, MEMBER, Arguments
 from numpyro_ensemble.batching import Batches, check_follows
-from numpyro_ensemble.density import Site, anatomy
+from numpyro_ensemble.density import Site, anatomy, filled_trace
 from numpyro_ensemble.guides import Filling
 from numpyro_ensemble.handlers import is_zero
 
@@ -73,23 +71,20 @@ def model_sites(engine: Ensemble, arguments: Arguments, batches: Batches | None)
                 f"numpyro.plate(..., subsample_size=...)."
             ) from error
         check_follows(full, part, batches, engine.likelihood_sites)
-        _check_factors(engine, arguments, full)
+        _check_factors(engine, arguments)
     return full
 
 
-def _check_factors(engine: Ensemble, arguments: Arguments, sites: dict[str, Site]) -> None:
+def _check_factors(engine: Ensemble, arguments: Arguments) -> None:
     """Raise a ValueError where a factor of the likelihood does not depend on the batch at all."""
-    wanted = [name for name in engine.likelihood_sites if sites[name].kind == "factor"]
+    wanted = engine.data_sites
     if not wanted:
         return
 
     def factors(**rows: jax.Array) -> list[jax.Array]:
         dynamic = {**arguments.dynamic, BATCH: list(rows.values())}
         dynamic[MEMBER] = [leaf[0] for leaf in dynamic[MEMBER]]
-        args, kwargs = arguments.rebuild(dynamic)
-        seeded = handlers.seed(engine.model, jax.random.key(0))
-        filled = handlers.substitute(seeded, substitute_fn=init_to_uniform())
-        trace = handlers.trace(filled).get_trace(*args, **kwargs)
+        trace = filled_trace(engine.model, *arguments.rebuild(dynamic))
         return [trace[name]["fn"].log_prob(trace[name]["value"]) for name in wanted]
 
     rows = {f"row{i:04d}": leaf for i, leaf in enumerate(arguments.select(BATCH))}

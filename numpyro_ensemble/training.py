@@ -113,11 +113,10 @@ def keep_good(old: Any, new: Any, loss: jax.Array, counts: bool) -> tuple[Any, j
     """
     leaves = [leaf for leaf in jax.tree.leaves((new, loss)) if is_inexact(leaf)]
     good = jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves]).all()
-    step, held = old.optim_state
-    held = old._replace(optim_state=(step + 1 if counts else step, held), rng_key=new.rng_key)
+    held = old._replace(rng_key=new.rng_key)
     state = jax.tree.map(lambda a, b: jnp.where(good, a, b), new, held)
     if counts:
-        state = state._replace(optim_state=(step + 1, state.optim_state[1]))
+        state = state._replace(optim_state=(old.optim_state[0] + 1, state.optim_state[1]))
     return state, jnp.where(good, loss, jnp.nan)
 
 
@@ -217,7 +216,7 @@ def train(
             if progress_bar:
                 bar.update(number)
                 bar.set_postfix_str(_summary(part), refresh=False)
-            if stopped.all() or (callback and callback(done, _copy(carry.state), part.T)):
+            if stopped.all() or (callback and callback(done, copy_buffers(carry.state), part.T)):
                 break
     losses = np.concatenate(parts)
     missing = np.full((num_steps - len(losses), losses.shape[1]), np.nan, losses.dtype)
@@ -270,9 +269,7 @@ def _summary(losses: np.ndarray) -> str:
     return f"loss: mean {good.mean():.4f}, best {good.min():.4f}, worst {good.max():.4f}{failed}"
 
 
-_copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))
-
-
+@jax.jit
 def copy_buffers(tree: Any) -> Any:
     """Copy the arrays of a tree, so that the loop may consume them."""
-    return _copy(tree)
+    return jax.tree.map(jnp.copy, tree)
