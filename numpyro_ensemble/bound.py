@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from numpyro.infer import SVI
 from numpyro.infer.svi import SVIState
 from numpyro.infer.util import transform_fn
@@ -35,7 +34,7 @@ from numpyro_ensemble.preflight import (
     refuse_line_searches,
 )
 from numpyro_ensemble.primitives import is_inexact
-from numpyro_ensemble.starts import check_starts
+from numpyro_ensemble.starts import all_alike, check_kept, check_starts, kept
 from numpyro_ensemble.training import keep_good, make_chunk
 
 if TYPE_CHECKING:
@@ -78,7 +77,7 @@ class Bound:
         _ = self.sites
         keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), self._size))
         traced = self._start(None, None).trace(keys, None, self.arguments.dynamic)
-        state, stems, _ = traced.out_info
+        state, stems, *_ = traced.out_info
         refuse_line_searches(state)
         guide, transforms, leaves = self._seen
         return Anatomy(guide, transforms, leaves, state, stems)
@@ -101,8 +100,10 @@ class Bound:
             init_params, axes = check_starts(init_params, self._form, self._size)
         dynamic = self.arguments.dynamic
         once = not traces((keys, init_params, self.arguments.leaves))
-        state, stems, alike = self._start(maker, axes, once)(keys, init_params, dynamic)
+        start = self._start(maker, axes, once)
+        state, stems, alike, inside = start(keys, init_params, dynamic)
         if not has_tracers((state, stems)):
+            check_kept(inside)
             self._remember(stems)
             if not is_set_up(self.engine.guide):
                 set_up(self.engine.guide, self._first_guide(stems))
@@ -152,16 +153,18 @@ class Bound:
             known = tuple(None if s else leaf for leaf, s in zip(leaves, stem, strict=True))
             self._seen = (guide, tree, known)
             constraints = [leaf for leaf, s in zip(leaves, stem, strict=True) if s]
-            return state, Stems(constraints, filling)
+            inside = {}
+            if init_params:
+                reached = self.engine.member_params(guide, svi.get_params(state), args, kwargs)
+                inside = kept(init_params, reached)
+            return state, Stems(constraints, filling), inside
 
         def every(keys: jax.Array, init_params: Any, dynamic: dict) -> tuple:
-            state, stems = jax.vmap(one, in_axes=(0, axes, _AXES))(keys, init_params, dynamic)
+            members = jax.vmap(one, in_axes=(0, axes, _AXES))
+            state, stems, inside = members(keys, init_params, dynamic)
             filling = stems.guide._replace(first=[leaf[0] for leaf in stems.guide.first])
-            return (
-                state,
-                Stems(stems.constraints, filling),
-                _alike(jax.vmap(self.engine.optim.get_params)(state.optim_state)),
-            )
+            alike = all_alike(jax.vmap(self.engine.optim.get_params)(state.optim_state))
+            return state, Stems(stems.constraints, filling), alike, inside
 
         return every
 
@@ -188,7 +191,7 @@ class Bound:
             return wanted
         dynamic = self.arguments.dynamic
         stems = self._start(None, None, False)(state.rng_key, None, dynamic)[1]
-        if not has_tracers(stems) and not _agree(stems, None):
+        if not has_tracers(stems) and not stems.agrees(None):
             raise RuntimeError(
                 "some constraints depend on where the fit started: go on with the runner that made "
                 "the state."
@@ -197,7 +200,7 @@ class Bound:
 
     def _remember(self, stems: Stems) -> None:
         """Keep what stems from a start, and note where another start had other constraints."""
-        if self.stems is not None and not _agree(self.stems, stems):
+        if self.stems is not None and not self.stems.agrees(stems):
             self.ambiguous = True
         self.stems = stems
 
@@ -334,32 +337,3 @@ class Bound:
                 fn = jax.jit(fn, donate_argnums=donate, compiler_options=options)
             self._programs[key] = fn
         return self._programs[key]
-
-
-def _agree(ours: Stems, theirs: Stems | None) -> bool:
-    """Say whether two starts, or else all members of one, lead to the same constraints."""
-    mine = [np.asarray(leaf) for leaf in (*ours.constraints, *ours.guide.supports)]
-    if theirs is None:
-        return all((leaf == leaf[:1]).all() for leaf in mine)
-    others = (*theirs.constraints, *theirs.guide.supports)
-    return all((a == np.asarray(b)).all() for a, b in zip(mine, others, strict=True))
-
-
-def _alike(params: dict[str, Any]) -> jax.Array:
-    """Say whether all members agree in every parameter, or in all of those of one module."""
-
-    def same(tree: Any) -> jax.Array:
-        leaves = [leaf for leaf in jax.tree.leaves(tree) if is_inexact(leaf)]
-        return jnp.stack([(leaf == leaf[:1]).all() for leaf in leaves]).all()
-
-    def is_module(name: str) -> bool:
-        # the parameters of a random module serve as shapes only: latents stand in for them
-        stem = name.removesuffix("$params")
-        latents = any(other.startswith(stem) and other != name for other in params)
-        return not isinstance(params[name], jax.Array) and not latents
-
-    filled = {k: v for k, v in params.items() if any(map(is_inexact, jax.tree.leaves(v)))}
-    if not filled:
-        return jnp.asarray(False)
-    modules = [same(v) for k, v in filled.items() if is_module(k)]
-    return jnp.stack([same(filled), *modules]).any()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
@@ -16,14 +15,15 @@ from numpyro.infer import SVI
 from numpyro.infer.svi import SVIState
 from numpyro.util import is_prng_key
 
-from numpyro_ensemble.arguments import arrange, captured, has_tracers, traces
+from numpyro_ensemble.arguments import captured, has_tracers, traces
 from numpyro_ensemble.batching import batch_keys, first_order
+from numpyro_ensemble.bindings import Bindings
 from numpyro_ensemble.bound import Bound
 from numpyro_ensemble.guides import Filling, fresh, take_out
 from numpyro_ensemble.handlers import check_names, check_weight, reweight
 from numpyro_ensemble.optimisers import loopable
-from numpyro_ensemble.options import RunOptions
-from numpyro_ensemble.preflight import Anatomy, check_size, check_state
+from numpyro_ensemble.options import RunOptions, refuse_clashes
+from numpyro_ensemble.preflight import check_size, check_state
 from numpyro_ensemble.primitives import check_count, member_keys
 from numpyro_ensemble.results import EnsembleResult, name_members
 from numpyro_ensemble.training import (
@@ -34,9 +34,6 @@ from numpyro_ensemble.training import (
     first_stop,
     train,
 )
-
-_KEPT = 8  # sets of arguments whose compiled programs a runner keeps
-_MISSES = 4  # calls of update in a row with other arguments, after which none is compiled
 
 
 class Ensemble:
@@ -87,10 +84,7 @@ class Ensemble:
         both = sorted(set(self.prior_sites) & set(self.likelihood_sites))
         if both:
             raise ValueError(f"prior_sites and likelihood_sites both name {both}.")
-        self._kept: OrderedDict[tuple, Bound] = OrderedDict()
-        self._traced: OrderedDict[tuple, Anatomy] = OrderedDict()
-        self._misses = 0
-        self._last: Bound | None = None
+        self._bindings = Bindings(self)
 
     # One member, in the terms of a plain SVI --------------------------------------------------
 
@@ -149,7 +143,7 @@ class Ensemble:
                 leading E is per member.
             **kwargs: keyword arguments of the model.
         """
-        bound = self._bind(args, kwargs)
+        bound = self._bindings.bind(args, kwargs)
         keys = member_keys(rng_key, self.ensemble_size)
         state, _ = bound.start(keys, init_params)
         return state
@@ -160,10 +154,10 @@ class Ensemble:
         Raises:
             RuntimeError: if this runner has seen no model arguments yet.
         """
-        if self._last is None:
+        if self._bindings.last is None:
             raise RuntimeError("get_params needs init, update or run to be called first.")
         check_size(state, self.ensemble_size)
-        return self._last.params(state)
+        return self._bindings.last.params(state)
 
     def update(
         self,
@@ -174,7 +168,7 @@ class Ensemble:
     ) -> tuple[SVIState, jax.Array]:
         """Take one step with every member and return the new state and the losses `(E,)`."""
         check_size(state, self.ensemble_size)
-        return self._bind(args, kwargs, one_step=True).step(
+        return self._bindings.bind(args, kwargs, one_step=True).step(
             state, False, forward_mode_differentiation
         )
 
@@ -187,15 +181,16 @@ class Ensemble:
     ) -> tuple[SVIState, jax.Array]:
         """Take one step, in which a member whose loss or state fails keeps its last good state."""
         check_size(state, self.ensemble_size)
-        return self._bind(args, kwargs, one_step=True).step(
+        return self._bindings.bind(args, kwargs, one_step=True).step(
             state, True, forward_mode_differentiation
         )
 
     def evaluate(self, state: SVIState, *args: Any, **kwargs: Any) -> jax.Array:
         """Return the members' losses `(E,)`, with the randomness that `update` would use."""
         check_size(state, self.ensemble_size)
-        return self._bind(args, kwargs, one_step=True).evaluate(state)
+        return self._bindings.bind(args, kwargs, one_step=True).evaluate(state)
 
+    @refuse_clashes
     def run(
         self,
         rng_key: jax.Array,
@@ -252,9 +247,9 @@ class Ensemble:
             batch_size, batch_args, shared_batches, early_stopping, callback, jit_model_args,
             member_args, chunk_size,
         )  # fmt: skip
-        options.check(num_steps, {"model": self.model, "guide": self.guide})
+        options.check(num_steps)
         keys = member_keys(rng_key, self.ensemble_size)
-        bound = self._bind(args, kwargs, options)
+        bound = self._bindings.bind(args, kwargs, options)
         if init_state is None:
             state, stems = bound.start(keys, init_params)
             step: Any = 0
@@ -275,8 +270,8 @@ class Ensemble:
         result = EnsembleResult(params, carry.state, jax.device_put(losses))
         if stopped is not None:  # steps that were left out on purpose are no failures either
             result.stopped = stopped | stable_update
-        if not isinstance(finite, jax.core.Tracer):
-            _warn_failed(np.asarray(finite) & np.asarray(result.finite))
+        if not has_tracers((finite, losses)):
+            _warn_failed(np.asarray(finite) & np.asarray(result.finite), losses, stable_update)
         return result
 
     def _loop(
@@ -317,81 +312,16 @@ class Ensemble:
             stable=options.stable_update,
         )
 
-    # What a call is bound to --------------------------------------------------------------------
 
-    def _bind(
-        self,
-        args: tuple,
-        kwargs: dict,
-        options: RunOptions | None = None,
-        *,
-        one_step: bool = False,
-    ) -> Bound:
-        """Return the programs for these arguments: kept ones where the contents are equal."""
-        options = RunOptions() if options is None else options
-        arguments = arrange(
-            self.model,
-            args,
-            {**kwargs, **self.static_kwargs},
-            batched=options.batch_size is not None,
-            batch_args=options.batch_args,
-            member_args=options.member_args or (),
-            jit_model_args=options.jit_model_args,
-        )
-        batches = options.batches(arguments, self.ensemble_size)
-        bound = Bound(self, arguments, batches)
-        surroundings = (captured(self.model), captured(self.guide), *self.weights())
-        if has_tracers(arguments.leaves):
-            return self._bind_traced(bound, (arguments.form(), batches, surroundings))
-        key = (arguments.key(), batches, surroundings)
-        kept = self._kept.get(key)
-        self._misses = self._misses + 1 if one_step and kept is None else 0
-        if self._misses > _MISSES:
-            return self._bind_eagerly(bound)
-        bound = kept or bound
-        bound.arguments = arguments
-        _ = bound.anatomy  # checks the model: only what passes is kept
-        bound.adopt(self._last)
-        self._keep(self._kept, key, bound)
-        if not one_step or self._last is None:
-            self._last = bound
-        return bound
-
-    def _bind_traced(self, bound: Bound, key: tuple) -> Bound:
-        """Remember what a traced call tells of the model, and nothing that was traced."""
-        if key in self._traced:
-            bound.anatomy = self._traced[key]
-        self._keep(self._traced, key, bound.anatomy)
-        bound.adopt(self._last)
-        self._last = self._last or bound.without_arguments()
-        return bound
-
-    @staticmethod
-    def _keep(store: OrderedDict, key: tuple, value: Any) -> None:
-        store[key] = value
-        store.move_to_end(key)
-        if len(store) > _KEPT:
-            store.popitem(last=False)
-
-    def _bind_eagerly(self, bound: Bound) -> Bound:
-        """Step without compiling, since the arguments are others at every call."""
-        if self._misses == _MISSES + 1:
-            warnings.warn(
-                "update is called with other data at every step, and a program for each would have "
-                "to be compiled; it now runs without one, and slowly. Wrap it, as SVI.update: "
-                "update = jax.jit(runner.update).",
-                stacklevel=5,
-            )
-        bound.compiles = False
-        bound.adopt(self._last)
-        return bound
-
-
-def _warn_failed(finite: np.ndarray) -> None:
-    if not finite.all():
+def _warn_failed(finite: np.ndarray, losses: np.ndarray, stable: bool) -> None:
+    """Name the members that have failed since their start."""
+    failed = ~finite
+    if not stable:
+        failed &= np.isfinite(losses).any(axis=1)  # the others were named at their start
+    if failed.any():
         warnings.warn(
-            f"{(~finite).sum()} of {finite.size} members ended with values that are not finite: "
-            f"{name_members(~finite)}. See result.finite; stable_update=True keeps a member's last "
+            f"{failed.sum()} of {finite.size} members ended with values that are not finite: "
+            f"{name_members(failed)}. See result.finite; stable_update=True keeps a member's last "
             f"good state.",
-            stacklevel=3,
+            stacklevel=4,
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -151,6 +153,9 @@ class _RawMAP(EnsembleMAP):
             numpyro.factor("log_likelihood", log_likelihood)
             numpyro.factor("log_prior", log_prior)
 
+        with contextlib.suppress(TypeError, ValueError):  # the names of what it is called with
+            first, *rest = inspect.signature(log_joint).parameters.values()
+            model.__signature__ = inspect.Signature(rest)  # type: ignore[attr-defined]
         taken = sorted(options.keys() & {"prior_sites", "likelihood_sites"})
         if taken:
             raise TypeError(f"from_log_joint takes no {taken[0]}: log_joint says which is which.")

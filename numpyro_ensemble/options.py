@@ -34,8 +34,8 @@ class RunOptions(NamedTuple):
     member_args: Iterable[str | int] | None = None
     chunk_size: int | None = None
 
-    def check(self, num_steps: int, functions: dict[str, Callable]) -> None:
-        """Raise where an option is out of range, or is a keyword of the model or guide as well."""
+    def check(self, num_steps: int) -> None:
+        """Raise where an option is out of range."""
         check_count("num_steps", num_steps)
         for name in ("batch_size", "chunk_size"):
             if getattr(self, name) is not None:
@@ -54,15 +54,6 @@ class RunOptions(NamedTuple):
             raise ValueError(
                 "give either init_state, to go on, or init_params, to begin; not both."
             )
-        defaults = RunOptions()
-        given = {k for k in self._fields if getattr(self, k) is not getattr(defaults, k)}
-        for kind, fn in functions.items():
-            clash = sorted(given & _free_keywords(fn))
-            if clash:
-                raise ValueError(
-                    f"{clash[0]!r} is both an option of run and a keyword of the {kind}: pass the "
-                    f"{kind}'s own by position, or bind it with functools.partial."
-                )
 
     def batches(self, arguments: Arguments, ensemble_size: int) -> Batches | None:
         """Return how the data is cut, None for all of it at each step.
@@ -89,9 +80,27 @@ class RunOptions(NamedTuple):
             warnings.warn(
                 f"batch_size={self.batch_size} is more than the {total} rows there are; every "
                 f"step takes all of them.",
-                stacklevel=5,
+                stacklevel=6,
             )
         return Batches(min(self.batch_size, total), total, self.shared_batches)
+
+
+def refuse_clashes(run: Callable) -> Callable:
+    """Make `run` refuse an option that was given and is a keyword of the model or guide as well."""
+
+    @functools.wraps(run)
+    def checked(self: Any, *args: Any, **kwargs: Any) -> Any:
+        for kind in ("model", "guide"):
+            own = _free_keywords(getattr(self, kind)) & set(RunOptions._fields)
+            clash = sorted(kwargs.keys() & own)
+            if clash:
+                raise ValueError(
+                    f"{clash[0]!r} is both an option of run and a keyword of the {kind}: pass the "
+                    f"{kind}'s own by position, or bind it with functools.partial."
+                )
+        return run(self, *args, **kwargs)
+
+    return checked
 
 
 def _free_keywords(fn: Callable) -> set[str]:

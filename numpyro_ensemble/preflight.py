@@ -11,7 +11,7 @@ import optax
 from numpyro.infer.svi import SVIState
 from numpyro.ops.provenance import eval_provenance
 
-from numpyro_ensemble.arguments import BATCH, MEMBER, Arguments
+from numpyro_ensemble.arguments import BATCH, MEMBER, TRACED, Arguments
 from numpyro_ensemble.batching import Batches, check_follows
 from numpyro_ensemble.density import Site, anatomy, filled_trace
 from numpyro_ensemble.guides import Filling
@@ -20,6 +20,13 @@ from numpyro_ensemble.handlers import is_zero
 if TYPE_CHECKING:
     from numpyro_ensemble.engine import Ensemble
 
+_VALUES_WANTED = (
+    jax.errors.ConcretizationTypeError,
+    jax.errors.TracerArrayConversionError,
+    jax.errors.TracerIntegerConversionError,
+    jax.errors.NonConcreteBooleanIndexError,
+)
+_TRACED_BY = {TRACED: "jit_model_args", BATCH: "batch_size", MEMBER: "member_args"}
 _LINE_SEARCHES = (optax.ScaleByBacktrackingLinesearchState, optax.ScaleByZoomLinesearchState)
 
 
@@ -28,6 +35,14 @@ class Stems(NamedTuple):
 
     constraints: list[Any]  # leaves of the parameters' transforms, with the member axis
     guide: Filling  # what the guide's set-up keeps; all but `first` with the member axis
+
+    def agrees(self, other: Stems | None) -> bool:
+        """Say whether two starts, or else all members of one, lead to the same constraints."""
+        mine = [np.asarray(leaf) for leaf in (*self.constraints, *self.guide.supports)]
+        if other is None:
+            return all((leaf == leaf[:1]).all() for leaf in mine)
+        theirs = (*other.constraints, *other.guide.supports)
+        return all((a == np.asarray(b)).all() for a, b in zip(mine, theirs, strict=True))
 
 
 STEM_AXES = Stems(0, Filling(0, 0, None))  # type: ignore[arg-type]
@@ -106,7 +121,21 @@ def _trace(engine: Ensemble, arguments: Arguments, rows: int | None) -> dict[str
         args, kwargs = arguments.rebuild(dynamic)
         found.update(anatomy(engine.model, args, kwargs, prior_sites=engine.prior_sites))
 
-    jax.eval_shape(look, arguments.dynamic)
+    try:
+        jax.eval_shape(look, arguments.dynamic)
+    except _VALUES_WANTED as error:
+        named = [
+            f"{option} traces {label!r}"
+            for kind, option in _TRACED_BY.items()
+            for label, _ in arguments.labelled(kind)
+        ]
+        if not named:
+            raise
+        raise ValueError(
+            f"the model looks at the values of an argument that is traced ({', '.join(named)}): "
+            f"{str(error).partition(chr(10))[0]} Compute what it needs beforehand and pass that as "
+            f"an argument of its own, which stays concrete; or leave the option out."
+        ) from error
     return found
 
 

@@ -1,4 +1,4 @@
-"""Checking the start values that a user gives."""
+"""Checking the values that members start at."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from numpyro_ensemble.primitives import is_inexact
+from numpyro_ensemble.results import name_members
 
 
 def check_starts(given: Any, form: dict[str, Any], ensemble_size: int | None) -> tuple[dict, dict]:
@@ -59,3 +62,49 @@ def _check_one(name: str, value: Any, form: Any, size: int | None) -> tuple[Any,
         for leaf, want in zip(leaves, wanted, strict=True)
     ]
     return jax.tree.unflatten(treedef, converted), jax.tree.unflatten(treedef, axes)
+
+
+def kept(given: dict[str, Any], reached: dict[str, Any]) -> dict[str, jax.Array]:
+    """Say of each start value of one member whether the fit has it, or constrains it to another."""
+
+    def same(a: jax.Array, b: jax.Array) -> jax.Array:
+        if not is_inexact(a):
+            return jnp.asarray(True)
+        # values that are not finite are another matter, which the loss at the start tells
+        return (jnp.isclose(a, b, rtol=1e-3, atol=1e-3) | ~jnp.isfinite(a)).all()
+
+    def every(a: Any, b: Any) -> jax.Array:
+        return jnp.stack([jnp.asarray(True), *jax.tree.leaves(jax.tree.map(same, a, b))]).all()
+
+    return {name: every(value, reached[name]) for name, value in given.items()}
+
+
+def check_kept(inside: dict[str, jax.Array]) -> None:
+    """Raise a ValueError where start values lie outside the support; flags are `(E,)` by name."""
+    for name, flags in inside.items():
+        if not np.asarray(flags).all():
+            raise ValueError(
+                f"init_params[{name!r}] is outside the support of {name!r} for members "
+                f"{name_members(~np.asarray(flags))}. It takes constrained values, in the form of "
+                f"result.params."
+            )
+
+
+def all_alike(params: dict[str, Any]) -> jax.Array:
+    """Say whether all members agree in every parameter, or in all of those of one module."""
+
+    def same(tree: Any) -> jax.Array:
+        leaves = [leaf for leaf in jax.tree.leaves(tree) if is_inexact(leaf)]
+        return jnp.stack([(leaf == leaf[:1]).all() for leaf in leaves]).all()
+
+    def is_module(name: str) -> bool:
+        # the parameters of a random module serve as shapes only: latents stand in for them
+        stem = name.removesuffix("$params")
+        latents = any(other.startswith(stem) and other != name for other in params)
+        return not isinstance(params[name], jax.Array) and not latents
+
+    filled = {k: v for k, v in params.items() if any(map(is_inexact, jax.tree.leaves(v)))}
+    if not filled:
+        return jnp.asarray(False)
+    modules = [same(v) for k, v in filled.items() if is_module(k)]
+    return jnp.stack([same(filled), *modules]).any()

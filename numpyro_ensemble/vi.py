@@ -171,9 +171,9 @@ class EnsembleVI(Ensemble):
         """
         if not isinstance(result, EnsembleResult):
             raise TypeError(f"result takes what run returned, got {type(result).__name__}.")
-        if self._last is None:
+        if self._bindings.last is None:
             raise RuntimeError("sample_posterior needs run or init to be called first.")
-        bound, kwargs = self._last, {**kwargs, **self.static_kwargs}
+        bound, kwargs = self._bindings.last, {**kwargs, **self.static_kwargs}
 
         def draw(key: jax.Array, params: dict, stems: Any) -> dict[str, jax.Array]:
             guide = bound.member_guide(stems, bound.arguments.dynamic)

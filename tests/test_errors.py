@@ -151,13 +151,71 @@ def test_a_keyword_of_the_model_named_like_an_option(key):
 
     x, y = jnp.asarray(X), jnp.asarray(Y)
     runner = EnsembleMAP(model, ADAM, ensemble_size=2)
-    with pytest.raises(ValueError, match="'batch_size' is both.*by position.*functools.partial"):
-        quiet(runner, key, 3, x, y, batch_size=4)
+    for value in (4, None):  # the option's default as well
+        with pytest.raises(ValueError, match="'batch_size' is both.*position.*functools.partial"):
+            quiet(runner, key, 3, x, y, batch_size=value)
     by_position = quiet(runner, key, 3, x, y, 4)
     bound = quiet(EnsembleMAP(partial(model, batch_size=4), ADAM, ensemble_size=2), key, 3, x, y)
     assert_allclose(by_position.losses, bound.losses)
     both = EnsembleMAP(partial(model, batch_size=None), ADAM, ensemble_size=2)
     assert quiet(both, key, 3, x, y, batch_size=4).finite.all()
+
+
+def test_a_keyword_of_a_raw_density_named_like_an_option(key):
+    def log_joint(w, y, batch_size=1.0):
+        return -batch_size * ((y - w) ** 2).sum(), -(w**2)
+
+    runner = EnsembleMAP.from_log_joint(log_joint, jax.random.normal, ADAM, ensemble_size=2)
+    with pytest.raises(ValueError, match="'batch_size' is both an option of run and a keyword"):
+        quiet(runner, key, 3, Y, batch_size=2)
+    with pytest.raises(ValueError, match=r"member_args names 'z'.*\['y'\]"):
+        quiet(runner, key, 3, Y, member_args=["z"])
+
+
+@pytest.mark.parametrize("per_member", [False, True])
+def test_starts_outside_the_support(per_member, key):
+    def model(y):
+        numpyro.sample("p", dist.Dirichlet(jnp.ones(3)))
+        mu = numpyro.sample("mu", dist.Normal(0, 1))
+        numpyro.sample("y", dist.Normal(mu, numpyro.sample("s", dist.HalfNormal(1))), obs=y)
+
+    runner = EnsembleMAP(model, ADAM, ensemble_size=3)
+    good = {"p": np.array([0.2, 0.3, 0.5]), "s": 0.5}
+    assert quiet(runner, key, 2, Y, init_params=good).finite.all()
+    for name, value in (("p", np.array([0.5, 0.6, 0.2])), ("s", -1.0)):
+        starts = {**good, name: value}
+        if per_member:
+            starts = {k: np.stack([good[k], v, good[k]]) for k, v in starts.items()}
+        members = "1" if per_member else "0, 1, 2"
+        with pytest.raises(
+            ValueError, match=rf"init_params\['{name}'\] is outside .*members {members}\. It takes"
+        ):
+            quiet(runner, key, 2, Y, init_params=starts)
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"batch_size": 4}, "batch_size traces 'x', batch_size traces 'y'"),
+        ({"jit_model_args": True}, "jit_model_args traces 'x', jit_model_args traces 'y'"),
+    ],
+)
+def test_a_model_that_looks_at_traced_values(options, named, key):
+    def model(x, y):
+        ridge(x, y / np.asarray(y).std())
+
+    runner = EnsembleMAP(model, ADAM, ensemble_size=2)
+    with pytest.raises(ValueError, match=f"looks at the values.*{named}.*beforehand"):
+        quiet(runner, key, 3, X, Y, **options)
+
+
+def test_a_dead_member_is_named_once(key):
+    runner = EnsembleMAP(ridge, ADAM, ensemble_size=2)
+    starts = {"w": np.array([[0.0, 0.0], [np.nan, 0.0]])}
+    with pytest.warns(UserWarning) as caught:
+        quiet(runner, key, 3, X, Y, init_params=starts)
+    assert len(caught) == 1
+    assert "1 of 2 members start where the loss is not finite: 1." in str(caught[0].message)
 
 
 def test_line_searches_are_refused(key):

@@ -1,0 +1,97 @@
+"""Which of a runner's compiled programs serve a call: kept ones where the contents are equal."""
+
+from __future__ import annotations
+
+import warnings
+from collections import OrderedDict
+from typing import TYPE_CHECKING, Any
+
+from numpyro_ensemble.arguments import arrange, captured, has_tracers
+from numpyro_ensemble.bound import Bound
+from numpyro_ensemble.options import RunOptions
+from numpyro_ensemble.preflight import Anatomy
+
+if TYPE_CHECKING:
+    from numpyro_ensemble.engine import Ensemble
+
+_KEPT = 8  # sets of arguments whose compiled programs a runner keeps
+_MISSES = 4  # calls of update in a row with other arguments, after which none is compiled
+
+
+class Bindings:
+    """The sets of arguments that a runner has seen last, with their programs."""
+
+    def __init__(self, engine: Ensemble) -> None:
+        self.engine = engine
+        self.last: Bound | None = None
+        self._kept: OrderedDict[tuple, Bound] = OrderedDict()
+        self._traced: OrderedDict[tuple, Anatomy] = OrderedDict()
+        self._misses = 0
+
+    def bind(
+        self,
+        args: tuple,
+        kwargs: dict,
+        options: RunOptions | None = None,
+        *,
+        one_step: bool = False,
+    ) -> Bound:
+        """Return the programs for these arguments."""
+        engine = self.engine
+        options = RunOptions() if options is None else options
+        arguments = arrange(
+            engine.model,
+            args,
+            {**kwargs, **engine.static_kwargs},
+            batched=options.batch_size is not None,
+            batch_args=options.batch_args,
+            member_args=options.member_args or (),
+            jit_model_args=options.jit_model_args,
+        )
+        batches = options.batches(arguments, engine.ensemble_size)
+        bound = Bound(engine, arguments, batches)
+        surroundings = (captured(engine.model), captured(engine.guide), *engine.weights())
+        if has_tracers(arguments.leaves):
+            return self._bind_traced(bound, (arguments.form(), batches, surroundings))
+        key = (arguments.key(), batches, surroundings)
+        kept = self._kept.get(key)
+        self._misses = self._misses + 1 if one_step and kept is None else 0
+        if self._misses > _MISSES:
+            return self._bind_eagerly(bound)
+        bound = kept or bound
+        bound.arguments = arguments
+        _ = bound.anatomy  # checks the model: only what passes is kept
+        bound.adopt(self.last)
+        _keep(self._kept, key, bound)
+        if not one_step or self.last is None:
+            self.last = bound
+        return bound
+
+    def _bind_traced(self, bound: Bound, key: tuple) -> Bound:
+        """Remember what a traced call tells of the model, and nothing that was traced."""
+        if key in self._traced:
+            bound.anatomy = self._traced[key]
+        _keep(self._traced, key, bound.anatomy)
+        bound.adopt(self.last)
+        self.last = self.last or bound.without_arguments()
+        return bound
+
+    def _bind_eagerly(self, bound: Bound) -> Bound:
+        """Step without compiling, since the arguments are others at every call."""
+        if self._misses == _MISSES + 1:
+            warnings.warn(
+                "update is called with other data at every step, and a program for each would have "
+                "to be compiled; it now runs without one, and slowly. Wrap it, as SVI.update: "
+                "update = jax.jit(runner.update).",
+                stacklevel=5,
+            )
+        bound.compiles = False
+        bound.adopt(self.last)
+        return bound
+
+
+def _keep(store: OrderedDict, key: tuple, value: Any) -> None:
+    store[key] = value
+    store.move_to_end(key)
+    if len(store) > _KEPT:
+        store.popitem(last=False)
