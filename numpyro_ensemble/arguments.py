@@ -169,14 +169,14 @@ _CONFIGURATION = (  # what an autoguide is made with; the rest of it comes from 
 )  # fmt: skip
 
 
-class _Same:
+class Same:
     """Equal to another one of the very same object, which it keeps alive."""
 
     def __init__(self, value: Any) -> None:
         self.value = value
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and self.value is other.value
+        return isinstance(other, Same) and self.value is other.value
 
     def __hash__(self) -> int:
         return id(self.value)
@@ -189,7 +189,8 @@ def fingerprint(leaf: Any) -> Any:
     another. What cannot be compared by contents equals nothing, itself included.
     """
     if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        return ("key", str(leaf.dtype), fingerprint(jax.random.key_data(leaf)))
+        with jax.ensure_compile_time_eval():  # inside a transformation as well
+            return ("key", str(leaf.dtype), fingerprint(jax.random.key_data(leaf)))
     if isinstance(leaf, np.ma.MaskedArray):
         return object()
     if isinstance(leaf, np.ndarray | np.generic | jax.Array) and not leaf.dtype.hasobject:
@@ -230,7 +231,7 @@ def captured(fn: Any) -> tuple:
 
 def _collect(value: Any, marks: list, met: dict[int, int]) -> None:
     if isinstance(value, jax.core.Tracer):
-        marks.append(_Same(value))
+        marks.append(Same(value))
         return
     if isinstance(value, (np.ndarray, np.generic, jax.Array, *_BY_VALUE)):
         marks.append(fingerprint(value))
@@ -257,7 +258,7 @@ def _open(value: Any) -> tuple[Any, list[Any]]:
     if isinstance(value, types.MethodType):
         return "method", [value.__func__, value.__self__]
     if isinstance(value, type | types.ModuleType | types.BuiltinFunctionType) or _in_library(value):
-        return _Same(value), []
+        return Same(value), []
     if isinstance(value, types.FunctionType):
         cells = [_contents(cell) for cell in value.__closure__ or ()]
         names = [n for n in sorted(_names(value.__code__)) if n in value.__globals__]
@@ -266,7 +267,7 @@ def _open(value: Any) -> tuple[Any, list[Any]]:
         return (value.__code__, tuple(names)), [*cells, *reached, *defaults]
     if isinstance(value, AutoGuide):
         held = {name: v for name, v in vars(value).items() if name in _CONFIGURATION}
-        return _Same(value), list(held.values())
+        return Same(value), list(held.values())
     if hasattr(value, "to_numpy"):
         return fingerprint(value), []
     leaves, treedef = jax.tree.flatten(value)
@@ -275,7 +276,7 @@ def _open(value: Any) -> tuple[Any, list[Any]]:
     if isinstance(value, Messenger):  # a handler around a model: its state in use does not count
         held = {n: v for n, v in vars(value).items() if not n.startswith("_")}
         return (type(value), tuple(held)), list(held.values())
-    return _Same(value), list(vars(value).values()) if hasattr(value, "__dict__") else []
+    return Same(value), list(vars(value).values()) if hasattr(value, "__dict__") else []
 
 
 def _in_library(value: Any) -> bool:

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import warnings
 from collections import OrderedDict
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from numpyro_ensemble.arguments import arrange, captured, has_tracers
+from numpyro.infer.svi import SVIState
+
+from numpyro_ensemble.arguments import Same, arrange, captured, has_tracers
 from numpyro_ensemble.bound import Bound
 from numpyro_ensemble.options import RunOptions
 from numpyro_ensemble.preflight import Anatomy
@@ -26,6 +30,7 @@ class Bindings:
         self.last: Bound | None = None
         self._kept: OrderedDict[tuple, Bound] = OrderedDict()
         self._traced: OrderedDict[tuple, Anatomy] = OrderedDict()
+        self._last_key: tuple = ()
         self._misses = 0
 
     def bind(
@@ -34,9 +39,18 @@ class Bindings:
         kwargs: dict,
         options: RunOptions | None = None,
         *,
-        one_step: bool = False,
+        starts: Mapping[str, Any] = MappingProxyType({}),
+        state: SVIState | None = None,
     ) -> Bound:
-        """Return the programs for these arguments."""
+        """Return the programs for these arguments.
+
+        Args:
+            args: arguments of the model.
+            kwargs: its keyword arguments.
+            options: of `run`.
+            starts: values, or shapes, for parameters that are declared without any.
+            state: what a single step starts from, which may come with other arguments each time.
+        """
         engine = self.engine
         options = RunOptions() if options is None else options
         arguments = arrange(
@@ -49,26 +63,46 @@ class Bindings:
             jit_model_args=options.jit_model_args,
         )
         batches = options.batches(arguments, engine.ensemble_size)
-        bound = Bound(engine, arguments, batches)
-        surroundings = (captured(engine.model), captured(engine.guide), *engine.weights())
+        if not starts and self.last is not None:
+            starts = self.last.bare
+        bound = Bound(engine, arguments, batches, starts)
+        parts = (Same(engine.loss), Same(engine.optim), engine.prior_sites)
+        surroundings = (captured(engine.model), captured(engine.guide), *engine.weights(), *parts)
         if has_tracers(arguments.leaves):
-            return self._bind_traced(bound, (arguments.form(), batches, surroundings))
-        key = (arguments.key(), batches, surroundings)
+            return self._bind_traced(bound, (arguments.form(), batches, surroundings), state)
+        key: tuple = (arguments.key(), batches, surroundings)
+        if key not in self._kept and self._leads(state):
+            key = (*key, self._last_key)
         kept = self._kept.get(key)
-        self._misses = self._misses + 1 if one_step and kept is None else 0
+        self._misses = self._misses + 1 if state is not None and kept is None else 0
         if self._misses > _MISSES:
-            return self._bind_eagerly(bound)
+            return self._bind_eagerly(bound, state)
         bound = kept or bound
         bound.arguments = arguments
-        _ = bound.anatomy  # checks the model: only what passes is kept
-        bound.adopt(self.last)
+        self._settle(bound, state if len(key) > 3 else None)
         _keep(self._kept, key, bound)
-        if not one_step or self.last is None:
-            self.last = bound
+        if state is None or self.last is None:
+            self.last, self._last_key = bound, key
         return bound
 
-    def _bind_traced(self, bound: Bound, key: tuple) -> Bound:
+    def _leads(self, state: SVIState | None) -> bool:
+        """Say whether a step from this state is a step of the fit that was started last."""
+        last = self.last
+        return state is not None and last is not None and last.leads(state)
+
+    def _settle(self, bound: Bound, state: SVIState | None) -> None:
+        """Give new arguments what the start of a fit has found, as `SVI` does, or their own."""
+        if self.last is not None and self._leads(state):
+            bound.follow(self.last)
+            return
+        _ = bound.anatomy  # checks the model: only what passes is kept
+        bound.adopt(self.last)
+
+    def _bind_traced(self, bound: Bound, key: tuple, state: SVIState | None) -> Bound:
         """Remember what a traced call tells of the model, and nothing that was traced."""
+        if self._leads(state):
+            self._settle(bound, state)
+            return bound
         if key in self._traced:
             bound.anatomy = self._traced[key]
         _keep(self._traced, key, bound.anatomy)
@@ -76,7 +110,7 @@ class Bindings:
         self.last = self.last or bound.without_arguments()
         return bound
 
-    def _bind_eagerly(self, bound: Bound) -> Bound:
+    def _bind_eagerly(self, bound: Bound, state: SVIState | None) -> Bound:
         """Step without compiling, since the arguments are others at every call."""
         if self._misses == _MISSES + 1:
             warnings.warn(
@@ -86,7 +120,7 @@ class Bindings:
                 stacklevel=5,
             )
         bound.compiles = False
-        bound.adopt(self.last)
+        self._settle(bound, state)
         return bound
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cached_property, partial
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -32,6 +33,7 @@ from numpyro_ensemble.preflight import (
     Stems,
     model_sites,
     refuse_line_searches,
+    without_value,
 )
 from numpyro_ensemble.primitives import is_inexact
 from numpyro_ensemble.starts import all_alike, check_kept, check_starts, kept
@@ -48,35 +50,54 @@ _AXES = {TRACED: None, BATCH: None, MEMBER: 0}
 class Bound:
     """The programs of one runner for one set of arguments, each compiled when first needed."""
 
-    def __init__(self, engine: Ensemble, arguments: Arguments, batches: Batches | None) -> None:
+    def __init__(
+        self,
+        engine: Ensemble,
+        arguments: Arguments,
+        batches: Batches | None,
+        starts: Mapping[str, Any] = MappingProxyType({}),
+    ) -> None:
         self.engine = engine
+        self.starts = starts  # for parameters that are declared without a value
         self.arguments = arguments
         self.batches = batches if batches is None or batches.size < batches.total else None
         self.compiles = True
         self._programs: dict[Any, Callable] = {}
         self.stems: Stems | None = None
         self.ambiguous = False
+        self.leader: Bound | None = None  # whose fit these arguments make a step of
         self._seen: tuple[Any, ...] = ()
 
     def without_arguments(self) -> Bound:
         """Return a copy that knows its anatomy alone, for use after a transformation has ended."""
-        known = Bound(self.engine, NO_ARGUMENTS, None)
+        known = Bound(self.engine, NO_ARGUMENTS, None, self.bare)
         known.anatomy = self.anatomy
         return known
 
     # What is known before anything runs ---------------------------------------------------------
 
     @cached_property
+    def _checked(self) -> tuple[dict[str, Site], dict[str, Any]]:
+        return model_sites(self.engine, self.arguments, self.batches, self.starts)
+
+    @property
     def sites(self) -> dict[str, Site]:
         """The sites of the model, checked."""
-        return model_sites(self.engine, self.arguments, self.batches)
+        return self._checked[0]
+
+    @property
+    def bare(self) -> dict[str, Any]:
+        """The shapes of the parameters that are declared without a value."""
+        return self._checked[1]
 
     @cached_property
     def anatomy(self) -> Anatomy:
         """What tracing a start, abstractly, tells of guide, transforms and state."""
         _ = self.sites
         keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), self._size))
-        traced = self._start(None, None).trace(keys, None, self.arguments.dynamic)
+        axes = jax.tree.map(lambda _: None, self.bare)
+        start = self._start(None, axes or None)
+        traced = start.trace(keys, self.bare or None, self.arguments.dynamic)
         state, stems, *_ = traced.out_info
         refuse_line_searches(state)
         guide, transforms, leaves = self._seen
@@ -92,6 +113,8 @@ class Bound:
         """Return the members' initial state, and what else stems from the start."""
         _ = self.anatomy
         axes = maker = None
+        if self.bare and init_params is None:
+            raise without_value(self.bare)
         if callable(init_params):
             maker = init_params
             check_starts(jax.eval_shape(lambda k: maker(k[0]), keys), self._form, None)
@@ -179,6 +202,8 @@ class Bound:
 
         Where there was none, a start with the state's keys stands in, which has the same form.
         """
+        if self.leader is not None:
+            return self.leader.known_stems(state)
         if self.ambiguous:
             raise RuntimeError(
                 "some constraints depend on where a fit starts, and these arguments have seen more "
@@ -190,7 +215,9 @@ class Bound:
         if not jax.tree.leaves(wanted):
             return wanted
         dynamic = self.arguments.dynamic
-        stems = self._start(None, None, False)(state.rng_key, None, dynamic)[1]
+        bare = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), self.bare) or None
+        axes = jax.tree.map(lambda _: None, bare)
+        stems = self._start(None, axes, False)(state.rng_key, bare, dynamic)[1]
         if not has_tracers(stems) and not stems.agrees(None):
             raise RuntimeError(
                 "some constraints depend on where the fit started: go on with the runner that made "
@@ -220,6 +247,23 @@ class Bound:
         ]
         if forms[0] == forms[1]:
             self.stems = other.stems
+
+    def leads(self, state: SVIState) -> bool:
+        """Say whether a state is of the form that a start with these arguments has."""
+        if "anatomy" not in vars(self) or self.arguments.dynamic != NO_ARGUMENTS.dynamic:
+            return False  # what the guide holds of traced arguments is gone
+        if self.arguments is NO_ARGUMENTS and jax.tree.leaves(self.anatomy.stems):
+            return False
+        ours, theirs = ((s.optim_state, s.mutable_state) for s in (self.anatomy.state, state))
+        return jax.tree.structure(ours) == jax.tree.structure(theirs) and all(
+            a.shape == jnp.shape(b)
+            for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True)
+        )
+
+    def follow(self, leader: Bound) -> None:
+        """Take another fit's guide and constraints, of which these arguments make a step."""
+        self.anatomy, self.leader = leader.anatomy, leader
+        _ = self.sites  # checked with these arguments as well
 
     # Steps --------------------------------------------------------------------------------------
 
@@ -251,11 +295,12 @@ class Bound:
                 dynamic = {**dynamic, BATCH: taken}
             args, kwargs = self.arguments.rebuild(dynamic)
             svi = self._svi(state, stems, dynamic, scale)
+            step = svi.stable_update if stable else svi.update
+            new, loss = step(state, *args, forward_mode_differentiation=forward, **kwargs)
+            if new.mutable_state is None:  # losses of several particles leave it alone
+                new = new._replace(mutable_state=state.mutable_state)
             if not stable:
-                return svi.update(state, *args, forward_mode_differentiation=forward, **kwargs)
-            new, loss = svi.stable_update(
-                state, *args, forward_mode_differentiation=forward, **kwargs
-            )
+                return new, loss
             return keep_good(state, new, loss, counts=rows is not None)
 
         shared = self.batches is None or self.batches.shared

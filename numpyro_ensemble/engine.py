@@ -26,6 +26,7 @@ from numpyro_ensemble.options import RunOptions, refuse_clashes
 from numpyro_ensemble.preflight import check_size, check_state
 from numpyro_ensemble.primitives import check_count, member_keys
 from numpyro_ensemble.results import EnsembleResult, name_members
+from numpyro_ensemble.starts import start_forms
 from numpyro_ensemble.training import (
     Carry,
     EarlyStopping,
@@ -140,11 +141,12 @@ class Ensemble:
             *args: arguments of the model.
             init_params: start values by the names of `get_params`, or a callable that makes them
                 from one member's key. A leaf of the single fit's shape is shared, one with a
-                leading E is per member.
+                leading E is per member. What a parameter that is declared without a value is given
+                here decides its shape, and is shared.
             **kwargs: keyword arguments of the model.
         """
-        bound = self._bindings.bind(args, kwargs)
         keys = member_keys(rng_key, self.ensemble_size)
+        bound = self._bindings.bind(args, kwargs, starts=start_forms(init_params, keys))
         state, _ = bound.start(keys, init_params)
         return state
 
@@ -168,7 +170,7 @@ class Ensemble:
     ) -> tuple[SVIState, jax.Array]:
         """Take one step with every member and return the new state and the losses `(E,)`."""
         check_size(state, self.ensemble_size)
-        return self._bindings.bind(args, kwargs, one_step=True).step(
+        return self._bindings.bind(args, kwargs, state=state).step(
             state, False, forward_mode_differentiation
         )
 
@@ -181,14 +183,14 @@ class Ensemble:
     ) -> tuple[SVIState, jax.Array]:
         """Take one step, in which a member whose loss or state fails keeps its last good state."""
         check_size(state, self.ensemble_size)
-        return self._bindings.bind(args, kwargs, one_step=True).step(
+        return self._bindings.bind(args, kwargs, state=state).step(
             state, True, forward_mode_differentiation
         )
 
     def evaluate(self, state: SVIState, *args: Any, **kwargs: Any) -> jax.Array:
         """Return the members' losses `(E,)`, with the randomness that `update` would use."""
         check_size(state, self.ensemble_size)
-        return self._bindings.bind(args, kwargs, one_step=True).evaluate(state)
+        return self._bindings.bind(args, kwargs, state=state).evaluate(state)
 
     @refuse_clashes
     def run(
@@ -249,7 +251,8 @@ class Ensemble:
         )  # fmt: skip
         options.check(num_steps)
         keys = member_keys(rng_key, self.ensemble_size)
-        bound = self._bindings.bind(args, kwargs, options)
+        starts = start_forms(init_params, keys)
+        bound = self._bindings.bind(args, kwargs, options, starts=starts)
         if init_state is None:
             state, stems = bound.start(keys, init_params)
             step: Any = 0

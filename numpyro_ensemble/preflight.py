@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
+from numpyro import handlers
+from numpyro.infer.autoguide import AutoGuide
 from numpyro.infer.svi import SVIState
 from numpyro.ops.provenance import eval_provenance
+from numpyro.primitives import Messenger
 
 from numpyro_ensemble.arguments import BATCH, MEMBER, TRACED, Arguments
 from numpyro_ensemble.batching import Batches, check_follows
@@ -58,13 +62,53 @@ class Anatomy(NamedTuple):
     stems: Stems  # shapes and dtypes
 
 
-def model_sites(engine: Ensemble, arguments: Arguments, batches: Batches | None) -> dict[str, Site]:
+class _Supply(Messenger):
+    """Give parameters that are declared without a value those that the user starts them at.
+
+    The modules of `numpyro.contrib` ask for theirs in this way too, and then make them.
+    """
+
+    def __init__(self, starts: Mapping[str, Any]) -> None:
+        self.starts = starts
+        self.used: dict[str, Any] = {}
+        self.missing: set[str] = set()
+        super().__init__(None)
+
+    def process_message(self, msg: Any) -> None:
+        if msg["type"] != "param" or msg["value"] is not None:
+            return
+        name = msg["name"]
+        if not any(value is None for value in msg["args"]) or name.endswith("$params"):
+            return
+        if name not in self.starts:
+            self.missing.add(name)
+            return
+        form = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)), self.starts[name]
+        )
+        self.used[name] = form
+        msg["value"] = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), form)
+
+
+def model_sites(
+    engine: Ensemble, arguments: Arguments, batches: Batches | None, starts: Mapping[str, Any]
+) -> tuple[dict[str, Site], dict[str, Any]]:
     """Return the sites of a runner's model, traced abstractly, and check them.
+
+    Args:
+        engine: the runner.
+        arguments: of the model.
+        batches: how they are cut.
+        starts: values, or shapes, for parameters that are declared without any.
+
+    Returns:
+        The sites, and the shapes of the parameters that have taken a value from `starts`.
 
     Raises:
         ValueError: if the model cannot be fitted, or does not follow its batches.
     """
-    full = _trace(engine, arguments, None)
+    supply = _Supply(starts)
+    full = _trace(engine, arguments, None, supply)
     engine.check_model(full)
     if is_zero(engine.prior_weight) and not any(s.role == "likelihood" for s in full.values()):
         raise ValueError(
@@ -78,7 +122,7 @@ def model_sites(engine: Ensemble, arguments: Arguments, batches: Batches | None)
             raise ValueError(f"{option} names {unknown}; the model's factors are {factors}.")
     if batches is not None:
         try:
-            part = _trace(engine, arguments, batches.size)
+            part = _trace(engine, arguments, batches.size, supply)
         except (TypeError, ValueError) as error:
             raise ValueError(
                 f"the model fails on a batch of batch_size={batches.size} rows: {error}. Give its "
@@ -87,7 +131,7 @@ def model_sites(engine: Ensemble, arguments: Arguments, batches: Batches | None)
             ) from error
         check_follows(full, part, batches, engine.likelihood_sites)
         _check_factors(engine, arguments)
-    return full
+    return full, supply.used
 
 
 def _check_factors(engine: Ensemble, arguments: Arguments) -> None:
@@ -112,14 +156,19 @@ def _check_factors(engine: Ensemble, arguments: Arguments) -> None:
             )
 
 
-def _trace(engine: Ensemble, arguments: Arguments, rows: int | None) -> dict[str, Site]:
+def _trace(
+    engine: Ensemble, arguments: Arguments, rows: int | None, supply: _Supply
+) -> dict[str, Site]:
     found: dict[str, Site] = {}
 
     def look(dynamic: dict) -> None:
         dynamic = {**dynamic, BATCH: [leaf[:rows] for leaf in dynamic[BATCH]]}
         dynamic[MEMBER] = [leaf[0] for leaf in dynamic[MEMBER]]
         args, kwargs = arguments.rebuild(dynamic)
-        found.update(anatomy(engine.model, args, kwargs, prior_sites=engine.prior_sites))
+        with supply:
+            shared = _guide_params(engine.guide, args, kwargs)
+            model = handlers.substitute(engine.model, data=shared) if shared else engine.model
+            found.update(anatomy(model, args, kwargs, prior_sites=engine.prior_sites))
 
     try:
         jax.eval_shape(look, arguments.dynamic)
@@ -136,7 +185,29 @@ def _trace(engine: Ensemble, arguments: Arguments, rows: int | None) -> dict[str
             f"{str(error).partition(chr(10))[0]} Compute what it needs beforehand and pass that as "
             f"an argument of its own, which stays concrete; or leave the option out."
         ) from error
+    except Exception as error:
+        if supply.missing:
+            raise without_value(supply.missing) from error
+        raise
+    if supply.missing:
+        raise without_value(supply.missing)
     return found
+
+
+def _guide_params(guide: Callable, args: tuple, kwargs: dict) -> dict[str, Any]:
+    """Return the parameters of a hand-written guide, which a model may share."""
+    if isinstance(guide, AutoGuide):
+        return {}
+    trace = handlers.trace(handlers.seed(guide, jax.random.key(0))).get_trace(*args, **kwargs)
+    return {name: site["value"] for name, site in trace.items() if site["type"] == "param"}
+
+
+def without_value(names: Collection[str]) -> ValueError:
+    """Return the error that names a parameter without any value to start at."""
+    return ValueError(
+        f"parameter {sorted(names)[0]!r} has no initial value: give one to numpyro.param, or to "
+        f"init_params=."
+    )
 
 
 def refuse_line_searches(state: SVIState) -> None:

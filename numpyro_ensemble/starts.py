@@ -12,6 +12,13 @@ from numpyro_ensemble.primitives import is_inexact
 from numpyro_ensemble.results import name_members
 
 
+def start_forms(init_params: Any, keys: jax.Array) -> dict[str, Any]:
+    """Return one member's start values by name, or their shapes where they come from its key."""
+    if callable(init_params):
+        init_params = jax.eval_shape(lambda k: init_params(k[0]), keys)
+    return init_params if isinstance(init_params, dict) else {}
+
+
 def check_starts(given: Any, form: dict[str, Any], ensemble_size: int | None) -> tuple[dict, dict]:
     """Check start values by name against the form of one member's parameters.
 

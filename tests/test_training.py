@@ -353,8 +353,9 @@ def test_stable_update_skips_failed_steps_as_svi_does(key):
     assert result.finite.all()
     with pytest.warns(UserWarning) as caught:
         failed = quiet(runner, key, 20, Y)
-    assert "2 of 2 members ended" in str(caught[-1].message)
-    assert "0, 1. See result.finite; stable_update=True" in str(caught[-1].message)
+    messages = [str(warning.message) for warning in caught]  # each member is named once
+    assert "1 of 2 members start where the loss is not finite: 0." in messages[0]
+    assert "1 of 2 members ended with values that are not finite: 1. See" in messages[1]
     assert not failed.finite.any()
 
 

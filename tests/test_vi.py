@@ -3,7 +3,9 @@
 import copy
 from contextlib import nullcontext
 
+import arviz as az
 import jax
+import jax.example_libraries.optimizers
 import jax.numpy as jnp
 import numpy as np
 import numpyro
@@ -13,7 +15,7 @@ import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 from numpyro import handlers
 from numpyro.contrib.funsor import config_enumerate
-from numpyro.contrib.module import flax_module
+from numpyro.contrib.module import eqx_module, flax_module, nnx_module
 from numpyro.distributions import constraints
 from numpyro.infer import (
     SVI,
@@ -25,7 +27,7 @@ from numpyro.infer import (
     TraceMeanField_ELBO,
     autoguide,
 )
-from zoo import CASES, GROUP, Linen, X, Y, hierarchy, local_latents, ridge
+from zoo import CASES, EQX, GROUP, NNX, Linen, X, Y, hierarchy, local_latents, ridge
 
 from numpyro_ensemble import EnsembleVI, ensemble_vi, reweight
 
@@ -140,9 +142,27 @@ def tracers(value, met=None):
     return [tracer for part in parts for tracer in tracers(part, met)]
 
 
+def keeps_the_contract(runner, key, args, result, compile_count):
+    """Run twice, in two halves, and step by step under jit and vmap."""
+    with compile_count() as count:
+        again = quiet(runner, key, STEPS, *args)
+        first = quiet(runner, key, 1, *args)
+    rest = quiet(runner, key, STEPS - 1, *args, init_state=first.state)
+    assert count.count == 0, count.names
+    assert_array_equal(again.losses, result.losses)
+    assert_allclose(rest.losses, result.losses[:, 1:], rtol=1e-9)
+
+    def steps(rng_key):
+        state = runner.init(rng_key, *args)
+        return jax.lax.scan(lambda s, _: runner.update(s, *args), state, None, length=2)[1]
+
+    losses = jax.jit(jax.vmap(steps))(key[None])[0]
+    assert_allclose(losses, result.losses[:, :2].T, rtol=1e-6)
+
+
 @pytest.mark.promotes_ranks
 @pytest.mark.parametrize("name", GUIDES)
-def test_a_member_is_a_single_svi_for_every_autoguide(name, key):
+def test_a_member_is_a_single_svi_for_every_autoguide(name, key, compile_count):
     build, model, args = GUIDES[name]
     guide = build(model)
     runner = EnsembleVI(model, guide, ADAM, Trace_ELBO(), ensemble_size=2)
@@ -156,8 +176,7 @@ def test_a_member_is_a_single_svi_for_every_autoguide(name, key):
     assert_allclose(result.losses[1], alone.losses, rtol=1e-6)
     close(result.member(1).params, alone.params, rtol=1e-5, atol=1e-9)
 
-    again = quiet(runner, key, STEPS, *args)  # the guide has been set up by now
-    assert_array_equal(again.losses, result.losses)
+    keeps_the_contract(runner, key, args, result, compile_count)  # the guide is set up by now
     fresh = EnsembleVI(model, guide, ADAM, Trace_ELBO(), ensemble_size=2)
     starts = fresh.get_params(fresh.init(jax.random.key(5), *args))
     different = [np.abs(leaf[0] - leaf[1]).max() for leaf in jax.tree.leaves(starts)]
@@ -188,11 +207,25 @@ def amortised_model(x, y):
         numpyro.sample("x", dist.Normal(z[..., None], 1.0).to_event(1), obs=rows)
 
 
-def amortised_guide(x, y):
-    with numpyro.plate("data", len(y), subsample_size=4):
-        rows = numpyro.subsample(jnp.asarray(x), event_dim=1)
-        loc = flax_module("encoder", Linen(), input_shape=(1, 2))(rows)
-        numpyro.sample("z", dist.Normal(loc, 0.5))
+def amortised_by(encode):
+    def guide(x, y):
+        with numpyro.plate("data", len(y), subsample_size=4):
+            rows = numpyro.subsample(jnp.asarray(x), event_dim=1)
+            numpyro.sample("z", dist.Normal(encode(rows), 0.5))
+
+    return guide
+
+
+def linen_encoder(rows):
+    return flax_module("encoder", Linen(), input_shape=(1, 2))(rows)
+
+
+def nnx_encoder(rows):
+    return nnx_module("encoder", NNX)(rows)[..., 0]
+
+
+def equinox_encoder(rows):
+    return jax.vmap(eqx_module("encoder", EQX))(rows)
 
 
 def likelihood_only(x, y):
@@ -250,7 +283,14 @@ PAIRS = {
         config_enumerate(enumerated), enumerated_guide, TraceEnum_ELBO(max_plate_nesting=1), ADAM,
     ),
     "amortised": (
-        amortised_model, amortised_guide, Trace_ELBO(), numpyro.optim.Momentum(1e-3, 0.9),
+        amortised_model, amortised_by(linen_encoder), Trace_ELBO(),
+        numpyro.optim.Momentum(1e-3, 0.9),
+    ),
+    "amortised by NNX": (
+        amortised_model, amortised_by(nnx_encoder), Trace_ELBO(), ADAM,
+    ),
+    "amortised by Equinox": (
+        amortised_model, amortised_by(equinox_encoder), Trace_ELBO(), ADAM,
     ),
     "empty guide": (
         likelihood_only, lambda *a, **k: None, Trace_ELBO(), numpyro.optim.ClippedAdam(0.05),
@@ -260,10 +300,10 @@ PAIRS = {
 
 @pytest.mark.promotes_ranks
 @pytest.mark.parametrize("name", PAIRS)
-def test_a_member_is_a_single_svi_for_guides_losses_and_optimisers(name, key):
+def test_a_member_is_a_single_svi_for_guides_and_losses(name, key, compile_count):
     model, guide, loss, optim = PAIRS[name]
     runner = EnsembleVI(model, guide, optim, loss, ensemble_size=2)
-    alike = "constant" in name
+    alike = any(part in name for part in ("constant", "NNX", "Equinox"))  # they bring weights
     with pytest.warns(UserWarning, match="start at the same") if alike else nullcontext():
         result = quiet(runner, key, STEPS, X, Y)
     svi = SVI(model, guide, optim, loss)
@@ -274,6 +314,34 @@ def test_a_member_is_a_single_svi_for_guides_losses_and_optimisers(name, key):
     state = result.state
     value = runner.evaluate(state, X, Y)
     assert_allclose(value[1], svi.evaluate(alone.state, X, Y), rtol=1e-6)
+    if not alike:
+        keeps_the_contract(runner, key, (X, Y), result, compile_count)
+
+
+OPTIMISERS = {
+    "SGD": numpyro.optim.SGD(0.01),
+    "Momentum": numpyro.optim.Momentum(0.01, 0.9),
+    "Adagrad": numpyro.optim.Adagrad(0.05),
+    "RMSPropMomentum": numpyro.optim.RMSPropMomentum(0.01),
+    "optax chain": optax.chain(
+        optax.clip_by_global_norm(1.0),
+        optax.adamw(optax.warmup_cosine_decay_schedule(0.0, 0.1, 2, 4)),
+    ),
+    "schedule": numpyro.optim.Adam(lambda step: 0.1 / (1 + step)),
+    "example library": jax.example_libraries.optimizers.nesterov(0.01, 0.9),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMISERS)
+def test_every_optimiser_walks_as_under_svi(name, key):
+    optim = OPTIMISERS[name]
+    runner = EnsembleVI(ridge, random_guide, optim, Trace_ELBO(), ensemble_size=2)
+    result = quiet(runner, key, STEPS, X, Y)
+    svi = SVI(ridge, random_guide, optim, Trace_ELBO())
+    single = jax.jit(lambda k: svi.run(k, STEPS, X, Y, progress_bar=False))
+    alone = single(jax.random.split(key, 2)[1])
+    assert_allclose(result.losses[1], alone.losses, rtol=1e-6)
+    close(result.member(1).params, alone.params, rtol=1e-5)
 
 
 @pytest.mark.leaks
@@ -313,6 +381,17 @@ def test_constraints_that_stem_from_a_start_are_not_mixed_up(key):
         quiet(other, key, 3, y, init_state=first.state)
 
 
+def test_another_loss_may_be_set(key):
+    guide = autoguide.AutoNormal(ridge)
+    runner = EnsembleVI(ridge, guide, ADAM, TraceMeanField_ELBO(), ensemble_size=2)
+    state = runner.init(key, X, Y)
+    analytic = runner.evaluate(state, X, Y)
+    runner.loss = Trace_ELBO()
+    other = EnsembleVI(ridge, guide, ADAM, Trace_ELBO(), ensemble_size=2)
+    assert_allclose(runner.evaluate(state, X, Y), other.evaluate(state, X, Y), rtol=1e-9)
+    assert np.abs(runner.evaluate(state, X, Y) - analytic).min() > 1e-3
+
+
 @pytest.mark.promotes_ranks
 def test_code_written_against_svi_runs(key):
     guide = autoguide.AutoNormal(ridge)
@@ -337,6 +416,20 @@ def test_code_written_against_svi_runs(key):
     )
     assert drawn["y"].shape == (3, 8)
     assert guide.quantiles(ours.best().params, [0.1, 0.9])["w"].shape == (2, 2)
+
+
+@pytest.mark.promotes_ranks
+def test_a_member_goes_to_arviz(key):
+    if not hasattr(az, "from_numpyro_svi"):  # ArviZ below 1.0 has no such thing
+        assert int(az.__version__.partition(".")[0]) < 1
+        return
+    guide = autoguide.AutoNormal(ridge)
+    runner = EnsembleVI(ridge, guide, ADAM, Trace_ELBO(), ensemble_size=2)
+    best = quiet(runner, key, 3, X, Y).best()
+    single = SVI(ridge, guide, ADAM, Trace_ELBO())
+    data = az.from_numpyro_svi(single, svi_result=best, model_args=(X, Y), num_samples=50)
+    assert data.posterior["w"].shape == (50, 2)
+    assert_allclose(data.posterior["w"].mean("sample"), best.params["w_auto_loc"], atol=0.1)
 
 
 def test_sm3_runs_though_its_state_holds_shapes(key):
@@ -588,3 +681,71 @@ def test_batches_rescale_the_likelihood_alone(key):
     full = quiet(runner, key, 1, X, Y, init_params=given).losses[:, 0]
     batches = quiet(runner, key, 4, X, Y, batch_size=2, init_params=given).losses
     assert_allclose(batches.mean(1), full, rtol=1e-5)
+
+
+def test_parameters_without_a_value_of_their_own(key):
+    """As SVI: shared with the guide, or given at the start."""
+
+    def model():
+        shared = numpyro.param("shared")
+        numpyro.factor("loss", -((shared - numpyro.param("target")) ** 2))
+
+    def guide():
+        numpyro.param("shared", lambda k: jax.random.normal(k))
+
+    runner = EnsembleVI(model, guide, ADAM, Trace_ELBO(), ensemble_size=2)
+    with pytest.raises(ValueError, match="parameter 'target' has no initial value.*init_params"):
+        runner.init(key)
+    starts = {"target": 5.0}
+    result = quiet(runner, key, 5, init_params=starts)
+    alone = SVI(model, guide, ADAM, Trace_ELBO()).run(
+        jax.random.split(key, 2)[1], 5, progress_bar=False, init_params=starts
+    )
+    assert_allclose(result.losses[1], alone.losses, rtol=1e-6)
+    state, loss = runner.update(runner.init(key, init_params=starts))
+    assert_allclose(loss, result.losses[:, 0], rtol=1e-9)
+    made = quiet(runner, key, 5, init_params=lambda k: {"target": jnp.asarray(5.0)})
+    assert_allclose(made.losses, result.losses, rtol=1e-9)
+    with pytest.raises(ValueError, match="parameter 'target' has no initial value"):
+        quiet(runner, key, 5)
+
+
+def test_several_particles_leave_mutable_state_alone(key):
+    def model():
+        numpyro.sample("x", dist.Normal(-1, 1))
+
+    def guide():
+        loc = numpyro.param("loc", lambda k: jax.random.normal(k))
+        held = numpyro.primitives.mutable("held", {"value": None})
+        held["value"] = loc + 2.0
+        numpyro.sample("x", dist.Normal(loc, 0.1))
+
+    runner = EnsembleVI(model, guide, ADAM, Trace_ELBO(num_particles=2), ensemble_size=2)
+    start = runner.init(key)
+    with pytest.warns(UserWarning, match="mutable state is currently ignored"):
+        result = quiet(runner, key, 3)
+    assert_array_equal(
+        result.state.mutable_state["held"]["value"], start.mutable_state["held"]["value"]
+    )
+
+
+@pytest.mark.promotes_ranks
+def test_a_step_with_other_data_is_a_step_of_the_same_fit(key):
+    """As after `SVI.init`: guide and constraints are those of the start, whatever comes later."""
+
+    def model(n, x):
+        top = numpyro.sample("top", dist.Uniform(0.0, np.max(np.abs(x))))
+        with numpyro.plate("n", n, subsample_size=x.size):
+            numpyro.sample("x", dist.Normal(top, 1.0), obs=x)
+
+    x = np.linspace(1.0, 2.0, 8)
+    for build in (autoguide.AutoDelta, lambda m: autoguide.AutoDAIS(m, K=2)):
+        runner = EnsembleVI(model, build(model), ADAM, Trace_ELBO(), ensemble_size=2, n=8)
+        state = runner.init(key, x=x)
+        svi = SVI(model, build(model), ADAM, Trace_ELBO(), n=8)
+        alone = svi.init(jax.random.split(key, 2)[1], x=x)
+        for part in (x[:4] + 1.0, x[4:] + 1.0):  # where another start would find a wider support
+            state, loss = runner.update(state, x=part)
+            alone, expected = svi.update(alone, x=part)
+            assert_allclose(loss[1], expected, rtol=1e-9)
+        close(jax.tree.map(lambda a: a[1], runner.get_params(state)), svi.get_params(alone))
