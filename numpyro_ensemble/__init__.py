@@ -3,6 +3,7 @@
 from numpyro_ensemble.density import log_joint
 from numpyro_ensemble.handlers import reweight
 from numpyro_ensemble.map import EnsembleMAP, ensemble_map
+from numpyro_ensemble.predictive import EnsemblePredictive
 from numpyro_ensemble.primitives import (
     EnsembleState,
     ensemble_init,
@@ -19,6 +20,7 @@ __version__ = "0.1.0"
 __all__ = [
     "EarlyStopping",
     "EnsembleMAP",
+    "EnsemblePredictive",
     "EnsembleResult",
     "EnsembleState",
     "EnsembleVI",

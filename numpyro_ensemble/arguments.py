@@ -240,13 +240,13 @@ def _collect(value: Any, marks: list, met: dict[int, int]) -> None:
         marks.append(("again", met[id(value)]))
         return
     met[id(value)] = len(met)
-    mark, parts = _open(value)
+    mark, parts = open_up(value)
     marks.append((mark, len(parts)))
     for part in parts:
         _collect(part, marks, met)
 
 
-def _open(value: Any) -> tuple[Any, list[Any]]:
+def open_up(value: Any) -> tuple[Any, list[Any]]:
     """Return what tells a value apart by itself, and the parts that it is made of."""
     if isinstance(value, list | tuple):
         return type(value), list(value)

@@ -234,7 +234,8 @@ class Ensemble:
             jit_model_args: trace the arguments, so that new values of equal shapes reuse the
                 program; by default the model sees concrete values.
             member_args: names or positions of arguments with a leading `(E,)`, one per member.
-            chunk_size: steps between two looks at the losses (default: a twentieth of the run).
+            chunk_size: steps between two looks at the losses (default: a twentieth of a run that
+                has a progress bar, a callback or early stopping).
             **kwargs: keyword arguments of the model (and guide).
 
         Returns:
@@ -297,7 +298,8 @@ class Ensemble:
             return carry, losses.T, None
         step = int(step)
         self.check_run(step, num_steps)
-        size, capacity = capacity_for(num_steps, options.chunk_size)
+        looks = (options.progress_bar, options.callback, options.early_stopping)
+        size, capacity = capacity_for(num_steps, options.chunk_size, any(looks))
         compiled = bound.chunk(capacity, options)
         if options.init_state is not None or options.init_params is not None:
             carry = copy_buffers(carry)  # its arrays may be the user's own

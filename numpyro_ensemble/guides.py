@@ -19,7 +19,7 @@ import numpy as np
 from numpyro.infer.autoguide import AutoGuide
 from numpyro.primitives import Messenger
 
-from numpyro_ensemble.arguments import has_tracers
+from numpyro_ensemble.arguments import has_tracers, open_up
 
 # what a guide only needs for names and shapes once its parameters exist
 _STRUCTURE = ("prototype_trace", "_init_locs", "_init_latent")
@@ -60,6 +60,29 @@ def fresh(guide: Callable) -> Callable:
 def is_set_up(guide: Callable) -> bool:
     """Say whether an autoguide has been called; functions have nothing to set up."""
     return not isinstance(guide, AutoGuide) or guide.prototype_trace is not None
+
+
+def check_hidden(guide: Callable) -> None:
+    """Raise a ValueError where a hand-written guide calls an autoguide that was not set up yet.
+
+    No copy of that one could be made: its first call would leave tracers in it.
+    """
+    if isinstance(guide, AutoGuide):
+        return
+    met: set[int] = set()
+    ahead: list[Any] = [guide]
+    while ahead:
+        value = ahead.pop()
+        if id(value) in met or isinstance(value, np.ndarray | jax.Array):
+            continue
+        met.add(id(value))
+        if isinstance(value, AutoGuide) and not is_set_up(value):
+            name = type(value).__name__
+            raise ValueError(
+                f"the guide calls an {name} that was not set up yet. Give EnsembleVI the {name} "
+                f"itself, or one AutoGuideList of all parts."
+            )
+        ahead += open_up(value)[1]
 
 
 def take_out(guide: Callable, arguments: dict[str, list[Any]]) -> tuple[Any, Filling]:

@@ -18,7 +18,7 @@ from numpyro.primitives import Messenger
 from numpyro_ensemble.arguments import BATCH, MEMBER, TRACED, Arguments
 from numpyro_ensemble.batching import Batches, check_follows
 from numpyro_ensemble.density import Site, anatomy, filled_trace
-from numpyro_ensemble.guides import Filling
+from numpyro_ensemble.guides import Filling, check_hidden
 from numpyro_ensemble.handlers import is_zero
 
 if TYPE_CHECKING:
@@ -107,6 +107,7 @@ def model_sites(
     Raises:
         ValueError: if the model cannot be fitted, or does not follow its batches.
     """
+    check_hidden(engine.guide)
     supply = _Supply(starts)
     full = _trace(engine, arguments, None, supply)
     engine.check_model(full)

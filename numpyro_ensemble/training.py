@@ -19,7 +19,7 @@ from numpyro_ensemble.primitives import is_inexact
 from numpyro_ensemble.results import name_members
 
 _CHUNKS = 20  # a run is cut into about so many chunks, as SVI.run updates its bar
-_CAPACITY = 128  # losses that a compiled chunk has room for, at least
+_CAPACITY = 2048  # losses that a compiled chunk has room for, at least
 
 
 class EarlyStopping(NamedTuple):
@@ -167,13 +167,15 @@ def make_chunk(
     return chunk
 
 
-def capacity_for(num_steps: int, chunk_size: int | None) -> tuple[int, int]:
+def capacity_for(num_steps: int, chunk_size: int | None, watched: bool) -> tuple[int, int]:
     """Return the number of steps in a chunk, and the room that its program is compiled with.
 
-    Room comes in powers of two and no less than 128, so that runs of other lengths use the same
-    program.
+    Where nobody looks between chunks, these are as long as there is room. Room comes in powers of
+    two and no less than 2048, so that runs of other lengths use the same program.
     """
-    size = min(chunk_size or -(-num_steps // _CHUNKS), num_steps)
+    if chunk_size is None:
+        chunk_size = -(-num_steps // _CHUNKS) if watched else _CAPACITY
+    size = min(chunk_size, num_steps)
     return size, max(_CAPACITY, 1 << (size - 1).bit_length())
 
 

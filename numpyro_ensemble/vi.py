@@ -10,9 +10,10 @@ import numpy as np
 from jax.typing import ArrayLike
 from numpyro import handlers
 from numpyro.infer import Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO
-from numpyro.infer.autoguide import AutoGuide, AutoLaplaceApproximation
+from numpyro.infer.autoguide import AutoLaplaceApproximation
 
 from numpyro_ensemble.arguments import captured
+from numpyro_ensemble.draws import draw_latents, fill_model
 from numpyro_ensemble.engine import Ensemble
 from numpyro_ensemble.handlers import check_weight, reweight
 from numpyro_ensemble.optimisers import choose_optimizer
@@ -193,27 +194,11 @@ class EnsembleVI(Ensemble):
 
 def _draw(
     model: Callable, guide: Callable, key: jax.Array, params: dict, args: tuple, kwargs: dict
-) -> dict[str, jax.Array]:
+) -> dict[str, Any]:
     """Draw once from one member's guide, then run the model on the draw."""
     guide_key, model_key = jax.random.split(key)
-    if isinstance(guide, AutoGuide):
-        latents = guide.sample_posterior(guide_key, params, *args, **kwargs)
-    else:
-        seeded = handlers.substitute(handlers.seed(guide, guide_key), data=params)
-        trace = handlers.trace(seeded).get_trace(*args, **kwargs)
-        latents = {
-            name: site["value"]
-            for name, site in trace.items()
-            if site["type"] == "plate" or (site["type"] == "sample" and not site["is_observed"])
-        }
-
-    def value(site: dict[str, Any]) -> Any:
-        # a deterministic site of the guide's is computed anew, from the draw of all other sites
-        return None if site["type"] == "deterministic" else known.get(site["name"])
-
-    known = {**params, **latents}
-    filled = handlers.substitute(handlers.seed(model, model_key), substitute_fn=value)
-    trace = handlers.trace(filled).get_trace(*args, **kwargs)
+    latents = draw_latents(guide, guide_key, params, args, kwargs)
+    trace = fill_model(model, model_key, {**params, **latents}, args, kwargs)
     return {
         name: site["value"]
         for name, site in trace.items()

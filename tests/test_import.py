@@ -20,7 +20,7 @@ LAYERS = [
     {"density"},
     {"primitives"},
     {"results", "arguments", "batching", "optimisers"},
-    {"training", "guides", "starts"},
+    {"training", "guides", "starts", "draws"},
     {"options", "preflight", "point_guide"},
     {"bound"},
     {"bindings"},

@@ -749,3 +749,15 @@ def test_a_step_with_other_data_is_a_step_of_the_same_fit(key):
             alone, expected = svi.update(alone, x=part)
             assert_allclose(loss[1], expected, rtol=1e-9)
         close(jax.tree.map(lambda a: a[1], runner.get_params(state)), svi.get_params(alone))
+
+
+def test_an_autoguide_inside_a_function_is_refused(key):
+    inner = autoguide.AutoNormal(ridge)
+
+    def guide(x, y):
+        return inner(x, y)
+
+    runner = EnsembleVI(ridge, guide, ADAM, Trace_ELBO(), ensemble_size=2)
+    with pytest.raises(ValueError, match="calls an AutoNormal that was not set up.*AutoGuideList"):
+        runner.init(key, X, Y)
+    assert inner.prototype_trace is None
