@@ -1,5 +1,6 @@
 """Ensembles of MAP fits, variational fits, chains and functions for NumPyro."""
 
+from numpyro_ensemble.arviz import to_arviz
 from numpyro_ensemble.density import log_joint
 from numpyro_ensemble.handlers import reweight
 from numpyro_ensemble.map import EnsembleMAP, ensemble_map
@@ -32,4 +33,5 @@ __all__ = [
     "ensemble_vi",
     "log_joint",
     "reweight",
+    "to_arviz",
 ]

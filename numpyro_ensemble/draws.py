@@ -113,7 +113,7 @@ def finite_members(trees: Any, ensemble_size: int) -> np.ndarray:
     return finite
 
 
-def check_failed(finite: np.ndarray, on_failed: str) -> None:
+def check_failed(finite: np.ndarray, on_failed: str, stacklevel: int = 4) -> None:
     """Warn of members that are not finite, or raise a ValueError.
 
     Raises:
@@ -126,4 +126,4 @@ def check_failed(finite: np.ndarray, on_failed: str) -> None:
         raise ValueError(f'{message} Leave them out yourself, or pass on_failed="warn".')
     if not finite.any():
         raise ValueError(f"{message} No member is left.")
-    warnings.warn(f"{message} They are left out.", stacklevel=4)
+    warnings.warn(f"{message} They are left out.", stacklevel=stacklevel)

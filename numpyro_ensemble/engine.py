@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import warnings
 from collections.abc import Callable, Collection, Iterable
 from typing import Any
@@ -245,6 +246,7 @@ class Ensemble:
             ValueError: for options out of range, a model that cannot follow its batches, starts of
                 the wrong shape, or if all members start where the loss is not finite.
         """
+        begin = time.perf_counter()
         options = RunOptions(
             progress_bar, stable_update, forward_mode_differentiation, init_state, init_params,
             batch_size, batch_args, shared_batches, early_stopping, callback, jit_model_args,
@@ -275,6 +277,7 @@ class Ensemble:
         if stopped is not None:  # steps that were left out on purpose are no failures either
             result.stopped = stopped | stable_update
         if not has_tracers((finite, losses)):
+            result.seconds = time.perf_counter() - begin
             _warn_failed(np.asarray(finite) & np.asarray(result.finite), losses, stable_update)
         return result
 

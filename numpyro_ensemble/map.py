@@ -184,7 +184,7 @@ class _RawMAP(EnsembleMAP):
             init_params = self._starts(init_params)
         result = super().run(rng_key, num_steps, *args, init_params=init_params, **kwargs)
         whole = result._replace(params=self._whole(result.params))
-        whole.stopped = result.stopped
+        whole.stopped, whole.seconds = result.stopped, result.seconds
         return whole
 
 

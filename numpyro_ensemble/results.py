@@ -28,9 +28,11 @@ class EnsembleResult(_Fields):
         state: the last `SVIState`, to go on from with `init_state=`.
         losses: `(E, num_steps)`; NaN after a member's early stop.
         stopped: which members `(E,)` stopped early, None where that is not known any more.
+        seconds: how long the run took, compilation included, None where that is not known.
     """
 
     stopped: np.ndarray | None = None
+    seconds: float | None = None
 
     @property
     def ensemble_size(self) -> int:

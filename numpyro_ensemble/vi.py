@@ -13,7 +13,7 @@ from numpyro.infer import Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO
 from numpyro.infer.autoguide import AutoLaplaceApproximation
 
 from numpyro_ensemble.arguments import captured
-from numpyro_ensemble.draws import draw_latents, fill_model
+from numpyro_ensemble.draws import draw_latents, draw_with_density, fill_model
 from numpyro_ensemble.engine import Ensemble
 from numpyro_ensemble.handlers import check_weight, reweight
 from numpyro_ensemble.optimisers import choose_optimizer
@@ -170,40 +170,61 @@ class EnsembleVI(Ensemble):
             Draws by site name. What the model computes from sites outside the guide comes from the
             same draw of these, which are returned as well.
         """
-        if not isinstance(result, EnsembleResult):
-            raise TypeError(f"result takes what run returned, got {type(result).__name__}.")
-        if self._bindings.last is None:
-            raise RuntimeError("sample_posterior needs run or init to be called first.")
-        bound, kwargs = self._bindings.last, {**kwargs, **self.static_kwargs}
-
-        def draw(key: jax.Array, params: dict, stems: Any) -> dict[str, jax.Array]:
-            guide = bound.member_guide(stems, bound.arguments.dynamic)
-            return _draw(self.model, guide, key, params, args, kwargs)
-
-        size = self.ensemble_size
-        keys = jax.random.split(rng_key, (size, num_samples))
-        many = jax.vmap(jax.vmap(draw, in_axes=(0, None, None)), in_axes=(0, 0, STEM_AXES))
-        params = result.params
-        if result.state.mutable_state:
-            params = {**params, **result.state.mutable_state}
-        samples = jax.jit(many)(keys, params, bound.known_stems(result.state))
+        samples, _ = self._draw(rng_key, result, num_samples, args, kwargs, draw_latents)
         if group_by_member:
             return samples
-        return jax.tree.map(lambda x: x.reshape(size * num_samples, *x.shape[2:]), samples)
+        total = self.ensemble_size * num_samples
+        return jax.tree.map(lambda x: x.reshape(total, *x.shape[2:]), samples)
 
+    def draws_with_density(
+        self,
+        rng_key: jax.Array,
+        result: EnsembleResult,
+        num_samples: int,
+        args: tuple,
+        kwargs: dict,
+    ) -> tuple[dict[str, jax.Array], jax.Array | None]:
+        """Return draws `(E, num_samples, ...)` and the log densities of the guides there.
 
-def _draw(
-    model: Callable, guide: Callable, key: jax.Array, params: dict, args: tuple, kwargs: dict
-) -> dict[str, Any]:
-    """Draw once from one member's guide, then run the model on the draw."""
-    guide_key, model_key = jax.random.split(key)
-    latents = draw_latents(guide, guide_key, params, args, kwargs)
-    trace = fill_model(model, model_key, {**params, **latents}, args, kwargs)
-    return {
-        name: site["value"]
-        for name, site in trace.items()
-        if site["type"] == "deterministic" or (site["type"] == "sample" and not site["is_observed"])
-    }
+        There is no density, None, where a guide cannot tell it (`AutoLaplaceApproximation`).
+        """
+        return self._draw(rng_key, result, num_samples, args, kwargs, draw_with_density)
+
+    def _draw(
+        self,
+        rng_key: jax.Array,
+        result: EnsembleResult,
+        num_samples: int,
+        args: tuple,
+        kwargs: dict,
+        how: Callable,
+    ) -> tuple[dict[str, jax.Array], Any]:
+        """Draw from each member's guide, then run the model on the draws."""
+        if not isinstance(result, EnsembleResult):
+            raise TypeError(f"result takes what run returned, got {type(result).__name__}.")
+        bound = self._bindings.last
+        if bound is None:
+            raise RuntimeError("sample_posterior needs run or init to be called first.")
+        kwargs = {**kwargs, **self.static_kwargs}
+
+        def draw(key: jax.Array, params: dict, stems: Any) -> tuple[dict[str, jax.Array], Any]:
+            guide = bound.member_guide(stems, bound.arguments.dynamic)
+            guide_key, model_key = jax.random.split(key)
+            drawn = how(guide, guide_key, params, args, kwargs)
+            latents, log_q = drawn if isinstance(drawn, tuple) else (drawn, None)
+            trace = fill_model(self.model, model_key, {**params, **latents}, args, kwargs)
+            samples = {
+                name: site["value"]
+                for name, site in trace.items()
+                if site["type"] == "deterministic"
+                or (site["type"] == "sample" and not site["is_observed"])
+            }
+            return samples, log_q
+
+        keys = jax.random.split(rng_key, (self.ensemble_size, num_samples))
+        many = jax.vmap(jax.vmap(draw, in_axes=(0, None, None)), in_axes=(0, 0, STEM_AXES))
+        params = {**result.params, **(result.state.mutable_state or {})}
+        return jax.jit(many)(keys, params, bound.known_stems(result.state))
 
 
 def ensemble_vi(
