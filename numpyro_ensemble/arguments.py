@@ -7,6 +7,7 @@ import enum
 import functools
 import hashlib
 import inspect
+import sys
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -162,7 +163,7 @@ def _named(
 # Fingerprints -----------------------------------------------------------------------------------
 
 _BY_VALUE = (type(None), bool, int, float, complex, str, bytes, enum.Enum, np.dtype)
-_LIBRARIES = ("jax", "jaxlib", "numpyro", "numpy", "optax", "scipy", "builtins")
+_OF_CLASSES = ("__dict__", "__weakref__", "__doc__", "__module__", "__annotations__")
 _CONFIGURATION = (  # what an autoguide is made with; the rest of it comes from its set-up
     "model", "init_loc_fn", "create_plates", "_init_scale", "_guides",
     "local_model", "global_guide", "local_guide", "surrogate_model",
@@ -212,8 +213,9 @@ def fingerprint(leaf: Any) -> Any:
         values = leaf.to_numpy()
         names = [tuple(getattr(leaf, axis, ())) for axis in ("index", "columns")]
         return (type(leaf), fingerprint(values) if values.dtype != object else object(), *names)
-    if dataclasses.is_dataclass(leaf) and type(leaf).__hash__ is not None:
-        return (type(leaf), leaf)  # a frozen one, which is compared by its fields
+    if dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
+        fields = dataclasses.fields(leaf)
+        return (type(leaf), *(fingerprint(getattr(leaf, field.name)) for field in fields))
     return object()
 
 
@@ -250,6 +252,8 @@ def open_up(value: Any) -> tuple[Any, list[Any]]:
     """Return what tells a value apart by itself, and the parts that it is made of."""
     if isinstance(value, list | tuple):
         return type(value), list(value)
+    if isinstance(value, set | frozenset):
+        return type(value), sorted(value, key=repr)
     if isinstance(value, dict):
         return (type(value), tuple(map(repr, value))), list(value.values())
     if isinstance(value, functools.partial):
@@ -257,7 +261,11 @@ def open_up(value: Any) -> tuple[Any, list[Any]]:
         return ("partial", keywords), [value.func, *value.args, *value.keywords.values()]
     if isinstance(value, types.MethodType):
         return "method", [value.__func__, value.__self__]
-    if isinstance(value, type | types.ModuleType | types.BuiltinFunctionType) or _in_library(value):
+    if isinstance(value, staticmethod | classmethod):
+        return type(value), [value.__func__]
+    if isinstance(value, property):
+        return "property", [value.fget]
+    if isinstance(value, types.ModuleType | types.BuiltinFunctionType) or _in_library(value):
         return Same(value), []
     if isinstance(value, types.FunctionType):
         cells = [_contents(cell) for cell in value.__closure__ or ()]
@@ -265,6 +273,9 @@ def open_up(value: Any) -> tuple[Any, list[Any]]:
         reached = [value.__globals__[n] for n in names]
         defaults = [value.__defaults__, value.__kwdefaults__]
         return (value.__code__, tuple(names)), [*cells, *reached, *defaults]
+    if isinstance(value, type):  # a class of the user's own: its functions and attributes
+        own = {n: v for n, v in vars(value).items() if n not in _OF_CLASSES}
+        return (Same(value), tuple(own)), [*own.values(), *value.__bases__]
     if isinstance(value, AutoGuide):
         held = {name: v for name, v in vars(value).items() if name in _CONFIGURATION}
         return Same(value), list(held.values())
@@ -276,14 +287,38 @@ def open_up(value: Any) -> tuple[Any, list[Any]]:
     if isinstance(value, Messenger):  # a handler around a model: its state in use does not count
         held = {n: v for n, v in vars(value).items() if not n.startswith("_")}
         return (type(value), tuple(held)), list(held.values())
-    return Same(value), list(vars(value).values()) if hasattr(value, "__dict__") else []
+    return _open_object(value)
+
+
+def _open_object(value: Any) -> tuple[Any, list[Any]]:
+    """Open an object by its attributes, and those of its class; one that hides them is new."""
+    wrapped = getattr(value, "__wrapped__", None)
+    parts = [] if wrapped is None else [wrapped]
+    if _is_library(type(value).__module__):
+        return Same(value), parts + list(getattr(value, "__dict__", {}).values())
+    slots = [n for cls in type(value).__mro__ for n in getattr(cls, "__slots__", ())]
+    names = [n for n in slots if n not in ("__dict__", "__weakref__") and hasattr(value, n)]
+    if not hasattr(value, "__dict__") and not slots and not callable(value):
+        return object(), []
+    held = [getattr(value, n) for n in names] + list(getattr(value, "__dict__", {}).values())
+    return Same(value), [*parts, *held, type(value)]
 
 
 def _in_library(value: Any) -> bool:
     """Say whether a function or class comes from a library whose code does not change."""
-    if not isinstance(value, types.FunctionType) or value.__closure__:
+    if not isinstance(value, types.FunctionType | type) or getattr(value, "__closure__", None):
         return False
-    return (value.__module__ or "").partition(".")[0] in _LIBRARIES
+    return _is_library(value.__module__)
+
+
+@functools.cache
+def _is_library(module: str | None) -> bool:
+    """Say whether a module is installed, or Python's own, rather than the user's code."""
+    name = (module or "").partition(".")[0]
+    if name == __name__.partition(".")[0] or name in sys.stdlib_module_names:
+        return name != "__main__"
+    path = getattr(sys.modules.get(name), "__file__", None) or ""
+    return "site-packages" in path or "dist-packages" in path
 
 
 def _contents(cell: types.CellType) -> Any:

@@ -342,7 +342,9 @@ def _prior(
         return {}
     size, number = draws.shape[0], _PRIOR_DRAWS if number == 1 else number
     names = [*sites.latent, *sites.deterministic, *sites.observed]
-    grouped = {"params": draws.params, "group_by_member": True} if draws.params else {}
+    grouped: dict[str, Any] = {}
+    if draws.params:
+        grouped = {"params": draws.params, "group_by_member": True}
     predictive = EnsemblePredictive(
         free, num_samples=number if grouped else size * number, return_sites=names, **grouped
     )

@@ -134,16 +134,32 @@ def _check_observed(whole: Site, piece: Site, batches: Batches) -> None:
                 f"batch_size={batches.size}: it does not follow the batch, and its terms would be "
                 f"broadcast. Give it the batch's own length, len(y) say. {_REMEDY}"
             )
-    if whole.scale != piece.scale:
-        raise ValueError(
-            f"observed site {whole.name!r} is scaled by {whole.scale or 1:g} with all rows and by "
-            f"{piece.scale or 1:g} with batch_size={batches.size}: the model rescales itself, and "
-            f"batch_size would do it once more. Leave out one of the two."
-        )
-    if whole.shape == piece.shape:
+    if isinstance(whole.scale, int | float | None) and whole.scale != piece.scale:
+        raise rescaled(whole.name, whole.scale, piece.scale, batches)
+    changed = [i for i, (a, b) in enumerate(zip(whole.shape, piece.shape, strict=True)) if a != b]
+    if not changed:
         raise ValueError(
             f"observed site {whole.name!r} keeps its shape {whole.shape} when "
             f"batch_size={batches.size}: it does not follow the batch, and rescaling the "
             f"likelihood would count it {batches.total / batches.size:g} times. Name its data in "
             f"batch_args=. {_REMEDY}"
         )
+    for axis in changed:
+        lengths = (whole.shape[axis], piece.shape[axis])
+        if lengths != (batches.total, batches.size) or axis >= len(whole.shape) - whole.event_dim:
+            raise ValueError(
+                f"observed site {whole.name!r} ({whole.distribution}) has shape {whole.shape} with "
+                f"all {batches.total} rows and {piece.shape} with batch_size={batches.size}: its "
+                f"values depend on several rows at once, which batches would tear apart. Leave "
+                f"batch_size out."
+            )
+
+
+def rescaled(name: str, whole: Any, piece: Any, batches: Batches) -> ValueError:
+    """Return the error that names a site whose scale changes with the batch."""
+    before, after = (1.0 if scale is None else float(scale) for scale in (whole, piece))
+    return ValueError(
+        f"observed site {name!r} is scaled by {before:g} with all rows and by {after:g} with "
+        f"batch_size={batches.size}: the model rescales itself, and batch_size would do it once "
+        f"more. Leave out one of the two."
+    )

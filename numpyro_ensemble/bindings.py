@@ -9,6 +9,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from numpyro.infer.svi import SVIState
+from numpyro.primitives import _PYRO_STACK
 
 from numpyro_ensemble.arguments import Same, arrange, captured, has_tracers
 from numpyro_ensemble.bound import Bound
@@ -53,6 +54,9 @@ class Bindings:
         """
         engine = self.engine
         options = RunOptions() if options is None else options
+        twice = sorted(kwargs.keys() & engine.static_kwargs)
+        if twice:
+            raise TypeError(f"{twice[0]!r} is given both as a static keyword and in this call.")
         arguments = arrange(
             engine.model,
             args,
@@ -66,7 +70,8 @@ class Bindings:
         if not starts and self.last is not None:
             starts = self.last.bare
         bound = Bound(engine, arguments, batches, starts)
-        parts = (Same(engine.loss), Same(engine.optim), engine.prior_sites)
+        around = captured(tuple(_PYRO_STACK))  # handlers that the call stands in
+        parts = (Same(engine.loss), Same(engine.optim), engine.prior_sites, around)
         surroundings = (captured(engine.model), captured(engine.guide), *engine.weights(), *parts)
         if has_tracers(arguments.leaves):
             return self._bind_traced(bound, (arguments.form(), batches, surroundings), state)

@@ -155,6 +155,11 @@ class Bound:
         )
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), stacked)
 
+    @property
+    def names(self) -> set[str]:
+        """The names of the parameters."""
+        return set(self._form)
+
     def _start(self, maker: Callable | None, axes: Any, once: bool = True) -> Any:
         leaves, treedef = jax.tree.flatten(axes, is_leaf=lambda x: x is None)
         key = ("start", captured(maker), treedef, tuple(leaves), once)

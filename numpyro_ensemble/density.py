@@ -65,7 +65,8 @@ class Site(NamedTuple):
     shape: Any  # a tuple, or a tree of tuples for parameters
     plates: tuple[tuple[str, int], ...]  # (name, size) of the plates around a sample site
     distribution: str
-    scale: float | None = None  # of a sample site, where it is known before anything runs
+    scale: Any = None  # of a sample site; an array's is not known before anything runs
+    event_dim: int = 0  # trailing axes along which the values of one draw depend on each other
 
 
 def filled_trace(model: Callable, args: tuple, kwargs: dict) -> dict[str, Any]:
@@ -103,5 +104,9 @@ def _describe(site: dict[str, Any], seen: Collection[str], prior_sites: Collecti
         else:
             kind = "discrete" if site["fn"].support.is_discrete else "latent"
     shape = jax.tree.map(jnp.shape, site["value"])
-    scale = site["scale"] if isinstance(site.get("scale"), int | float) else None
-    return Site(site["name"], kind, role, shape, plates, distribution, scale)
+    scale, event_dim = site.get("scale"), 0
+    if kind == "observed":
+        event_dim = unwrapped(site["fn"]).event_dim
+    if scale is not None and not isinstance(scale, int | float):
+        scale = jax.ShapeDtypeStruct(jnp.shape(scale), jnp.result_type(scale))
+    return Site(site["name"], kind, role, shape, plates, distribution, scale, event_dim)

@@ -76,7 +76,12 @@ class Ensemble:
                 "optim takes an optimiser that makes one gradient step at a time; "
                 "numpyro.optim.Minimize makes a whole search in one. Use numpyro.optim.Adam, say."
             )
-        plain = SVI(model, guide, optim, loss, **static_kwargs)  # checks the optimiser
+        if isinstance(loss, type) or not hasattr(loss, "loss"):
+            raise TypeError(f"loss takes an ELBO of NumPyro, Trace_ELBO() say; got {loss!r}.")
+        try:
+            plain = SVI(model, guide, optim, loss, **static_kwargs)
+        except TypeError as error:
+            raise TypeError(f"optim takes an optimiser, got {optim!r}. {error}") from error
         self.model, self.guide, self.loss = model, guide, loss
         self.optim, self.static_kwargs = loopable(plain.optim), static_kwargs
         self.ensemble_size = int(ensemble_size)
@@ -277,6 +282,7 @@ class Ensemble:
         if stopped is not None:  # steps that were left out on purpose are no failures either
             result.stopped = stopped | stable_update
         if not has_tracers((finite, losses)):
+            result._bound = bound
             result.seconds = time.perf_counter() - begin
             _warn_failed(np.asarray(finite) & np.asarray(result.finite), losses, stable_update)
         return result

@@ -24,7 +24,8 @@ class EnsembleMAP(Ensemble):
     """An ensemble of MAP estimates of one NumPyro model, each for about the price of one fit.
 
     Finds modes of the density of the model over constrained latents, walked in unconstrained
-    space, as `SVI` with an `AutoDelta` guide does: member e is that fit made with key e. Parameters
+    space, as `SVI` with `AutoDelta(model, init_loc_fn=init_to_uniform)` does: member e is that fit
+    made with key e. Parameters
     (`numpyro.param`), neural network modules and mutable state of the model train too.
     `result.params` holds the constrained values by site name.
 
@@ -67,6 +68,8 @@ class EnsembleMAP(Ensemble):
         prior_sites: Collection[str] = (),
         likelihood_sites: Collection[str] = (),
     ) -> None:
+        if not callable(init_loc_fn):
+            raise TypeError(f"init_loc_fn takes a NumPyro strategy, got {init_loc_fn!r}.")
         super().__init__(
             model,
             PointGuide(model, init_loc_fn=init_loc_fn, jacobian=jacobian),

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 from numpyro.infer import Predictive
+from numpyro.primitives import _PYRO_STACK
+from numpyro.util import is_prng_key
 
 from numpyro_ensemble.arguments import arrange, captured, has_tracers
 from numpyro_ensemble.density import anatomy
@@ -109,8 +111,10 @@ class EnsemblePredictive:
         self.condition_deterministic = condition_deterministic
         self.batch_size, self.parallel = batch_size, parallel
         self._fitted: set[str] = set()
+        self._ended_well: Any = True
         if isinstance(posterior_samples, EnsembleResult):
             self._fitted = set(posterior_samples.params)
+            self._ended_well = posterior_samples.finite
         self._read(posterior_samples, params, num_samples, batch_ndims)
         self.grouped = group_by_member or self.batch_ndims == 2
         if group_by_member and self._size is None:
@@ -173,9 +177,9 @@ class EnsemblePredictive:
     def _leave_out_failed(self, on_failed: str) -> None:
         given = (self.samples, self.params)
         self._finite = np.ones(self.ensemble_size, bool)
-        if self._size is None or has_tracers(given):
+        if self._size is None or has_tracers((given, self._ended_well)):
             return
-        self._finite = finite_members(given, self.ensemble_size)
+        self._finite = finite_members(given, self.ensemble_size) & np.asarray(self._ended_well)
         check_failed(self._finite, on_failed)
         if not self._finite.all():
             kept = np.flatnonzero(self._finite)
@@ -214,10 +218,13 @@ class EnsemblePredictive:
             *args: arguments of the model; leave observed ones out (None), or they are returned.
             **kwargs: keyword arguments of the model.
         """
+        if not is_prng_key(rng_key):
+            raise ValueError(f"rng_key takes one key, jax.random.key(0) say; got {rng_key!r}.")
         arguments = arrange(self.model, args, kwargs)
         program = None
         if not has_tracers(arguments.leaves):
-            key = (arguments.key(), captured(self.model), captured(self.guide))
+            around = captured(tuple(_PYRO_STACK))
+            key = (arguments.key(), captured(self.model), captured(self.guide), around)
             program = self._programs.get(key)
         if program is None:
             self._check_model(args, kwargs)

@@ -15,8 +15,8 @@ from numpyro.infer.svi import SVIState
 from numpyro.ops.provenance import eval_provenance
 from numpyro.primitives import Messenger
 
-from numpyro_ensemble.arguments import BATCH, MEMBER, TRACED, Arguments
-from numpyro_ensemble.batching import Batches, check_follows
+from numpyro_ensemble.arguments import BATCH, MEMBER, TRACED, Arguments, traces
+from numpyro_ensemble.batching import Batches, check_follows, rescaled
 from numpyro_ensemble.density import Site, anatomy, filled_trace
 from numpyro_ensemble.guides import Filling, check_hidden
 from numpyro_ensemble.handlers import is_zero
@@ -131,8 +131,33 @@ def model_sites(
                 f"numpyro.plate(..., subsample_size=...)."
             ) from error
         check_follows(full, part, batches, engine.likelihood_sites)
+        _check_scales(engine, arguments, batches, full)
         _check_factors(engine, arguments)
     return full, supply.used
+
+
+def _check_scales(
+    engine: Ensemble, arguments: Arguments, batches: Batches, sites: dict[str, Site]
+) -> None:
+    """Raise a ValueError where a scale that the model computes changes with the batch."""
+    names = [
+        name
+        for name, site in sites.items()
+        if site.kind == "observed" and getattr(site.scale, "shape", None) == ()
+    ]
+    if not names or traces(arguments.leaves):
+        return
+
+    def scales(dynamic: dict) -> list[Any]:
+        dynamic = {**dynamic, MEMBER: [leaf[0] for leaf in dynamic[MEMBER]]}
+        trace = filled_trace(engine.model, *arguments.rebuild(dynamic))
+        return [trace[name]["scale"] for name in names]
+
+    whole = arguments.dynamic
+    piece = {**whole, BATCH: [leaf[: batches.size] for leaf in whole[BATCH]]}
+    for name, a, b in zip(names, jax.jit(scales)(whole), jax.jit(scales)(piece), strict=True):
+        if not np.isclose(a, b):
+            raise rescaled(name, a, b, batches)
 
 
 def _check_factors(engine: Ensemble, arguments: Arguments) -> None:

@@ -33,6 +33,10 @@ class EnsembleResult(_Fields):
 
     stopped: np.ndarray | None = None
     seconds: float | None = None
+    _bound: Any = None  # the runner's programs for the arguments of this fit
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_bound"}
 
     @property
     def ensemble_size(self) -> int:

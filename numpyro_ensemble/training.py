@@ -51,6 +51,8 @@ class EarlyStopping(NamedTuple):
             value = getattr(self, name)
             if not (isinstance(value, int | float | np.number) and math.isfinite(value)):
                 raise TypeError(f"EarlyStopping's {name} takes a number, got {value!r}.")
+            if name != "min_delta" and value != int(value):
+                raise TypeError(f"EarlyStopping's {name} takes an integer, got {value!r}.")
             if value < least:
                 raise ValueError(f"EarlyStopping's {name} must be at least {least}, got {value}.")
 

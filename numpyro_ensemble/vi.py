@@ -17,7 +17,8 @@ from numpyro_ensemble.draws import draw_latents, draw_with_density, fill_model
 from numpyro_ensemble.engine import Ensemble
 from numpyro_ensemble.handlers import check_weight, reweight
 from numpyro_ensemble.optimisers import choose_optimizer
-from numpyro_ensemble.preflight import STEM_AXES
+from numpyro_ensemble.preflight import STEM_AXES, check_size
+from numpyro_ensemble.primitives import check_count
 from numpyro_ensemble.results import EnsembleResult
 
 
@@ -105,7 +106,9 @@ class EnsembleVI(Ensemble):
 
     def weighted(self, guide: Callable, scale: float, step: Any) -> tuple[Callable, Callable]:
         """Return the model and the guide, weighted for one step of one member."""
-        weight = self.kl_weight(step) if callable(self.kl_weight) else self.kl_weight
+        weight = self.kl_weight
+        if callable(weight):
+            weight = check_weight("kl_weight", weight(step))
         if self.tempered:
             guide = reweight(guide, prior=weight, likelihood=weight)
         return self.reweighted(weight, scale), guide
@@ -202,9 +205,14 @@ class EnsembleVI(Ensemble):
         """Draw from each member's guide, then run the model on the draws."""
         if not isinstance(result, EnsembleResult):
             raise TypeError(f"result takes what run returned, got {type(result).__name__}.")
-        bound = self._bindings.last
+        check_count("num_samples", num_samples)
+        check_size(result.state, self.ensemble_size)
+        bound = result._bound or self._bindings.last
         if bound is None:
             raise RuntimeError("sample_posterior needs run or init to be called first.")
+        missing = sorted(bound.names - result.params.keys())
+        if missing:
+            raise ValueError(f"the result is of another fit: it lacks the parameters {missing}.")
         kwargs = {**kwargs, **self.static_kwargs}
 
         def draw(key: jax.Array, params: dict, stems: Any) -> tuple[dict[str, jax.Array], Any]:

@@ -1,5 +1,6 @@
 """When two sets of arguments are equal, and how their leaves are sorted."""
 
+import dataclasses
 import enum
 import functools
 import types
@@ -10,11 +11,11 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import pytest
-from numpy.testing import assert_array_equal
+from numpy.testing import assert_allclose, assert_array_equal
 from numpyro import handlers
 from zoo import NNX
 
-from numpyro_ensemble import reweight
+from numpyro_ensemble import EnsembleMAP, reweight
 from numpyro_ensemble.arguments import NO_ARGUMENTS, arrange, captured, fingerprint, has_tracers
 
 
@@ -442,3 +443,112 @@ def test_a_key_is_for_contents_and_a_form_for_shapes_where_there_are_tracers():
     assert arrange(model, (), {"x": ZEROS, "y": 2}).key() != key
     traced = arranged(ZEROS, jit_model_args=True)
     assert traced.key() == arranged(ZEROS + 1.0, jit_model_args=True).key() != key
+
+
+class Settings:
+    spread = 1.0
+
+
+@dataclasses.dataclass(slots=True)
+class Slotted:
+    spread: float = 1.0
+
+
+@dataclasses.dataclass(eq=False)
+class Table:
+    rows: np.ndarray
+
+
+SPREAD = 1.0
+
+
+class Called:
+    def __call__(self, y):
+        normal(SPREAD, y)
+
+    def method(self, y):
+        normal(self.spread(), y)
+
+    def spread(self):
+        return SPREAD
+
+
+def normal(spread, y):
+    mu = numpyro.sample("mu", dist.Normal(0.0, spread))
+    numpyro.sample("y", dist.Normal(mu, 1.0).expand([4]).to_event(1), obs=y)
+
+
+def of_class_attribute():
+    def change():
+        Settings.spread = 0.1
+
+    return (lambda y: normal(Settings.spread, y)), change
+
+
+def of_slots():
+    held = Slotted()
+
+    def change():
+        held.spread = 0.1
+
+    return (lambda y: normal(held.spread, y)), change
+
+
+def of_set():
+    held = {1.0}
+
+    def change():
+        held.remove(1.0)
+        held.add(0.1)
+
+    return (lambda y: normal(max(held), y)), change
+
+
+def change_global():
+    global SPREAD
+    SPREAD = 0.1
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        of_class_attribute,
+        of_slots,
+        of_set,
+        lambda: (Called(), change_global),
+        lambda: (Called().method, change_global),
+    ],
+    ids=["class attribute", "slots", "set", "callable object", "bound method"],
+)
+def test_what_a_model_reaches_is_never_stale(make, key):
+    global SPREAD
+    SPREAD, Settings.spread = 1.0, 1.0
+    model, change = make()
+    runner = EnsembleMAP(model, numpyro.optim.Adam(0.1), ensemble_size=2)
+    first = runner.evaluate(runner.init(key, Y), Y)
+    state = runner.init(key, Y)
+    change()
+    changed = runner.evaluate(state, Y)
+    new = EnsembleMAP(model, numpyro.optim.Adam(0.1), ensemble_size=2)
+    assert_allclose(changed, new.evaluate(new.init(key, Y), Y), rtol=1e-9)
+    assert np.abs(changed - first).min() > 0.1
+
+
+def test_an_argument_whose_fields_changed_is_another(key):
+    def model(table):
+        normal(1.0, table.rows)
+
+    table = Table(Y)
+    runner = EnsembleMAP(model, numpyro.optim.Adam(0.1), ensemble_size=2)
+    state = runner.init(key, table)
+    first = runner.evaluate(state, table)
+    table.rows = Y + 1.0
+    assert np.abs(runner.evaluate(state, table) - first).min() > 0.1
+
+
+def test_handlers_around_a_call_count(key):
+    runner = EnsembleMAP(lambda y: normal(1.0, y), numpyro.optim.Adam(0.1), ensemble_size=2)
+    state = runner.init(key, Y)
+    plain = runner.evaluate(state, Y)
+    with numpyro.handlers.scale(scale=100.0):
+        assert_allclose(runner.evaluate(state, Y), 100.0 * plain, rtol=1e-6)

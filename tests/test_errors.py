@@ -10,9 +10,11 @@ import numpyro.distributions as dist
 import optax
 import pytest
 from numpy.testing import assert_allclose
+from numpyro.infer import Trace_ELBO
+from numpyro.infer.autoguide import AutoNormal
 from zoo import X, Y, positive, ridge
 
-from numpyro_ensemble import EnsembleMAP
+from numpyro_ensemble import EnsembleMAP, EnsembleVI
 
 ADAM = numpyro.optim.Adam(0.1)
 
@@ -255,3 +257,49 @@ def test_a_failed_call_loses_nothing(key):
         quiet(runner, key, 3, X, Y, init_params={"v": 1.0})
     again = quiet(runner, key, 3, X, Y)
     assert_allclose(again.losses, first.losses, rtol=0)
+
+
+def test_rows_that_depend_on_each_other_cannot_be_batched(key):
+    def autoregressive(y):
+        rho = numpyro.sample("rho", dist.Normal(0, 1))
+        numpyro.sample("y", dist.Normal(rho * y[:-1], 0.1), obs=y[1:])
+
+    def joint(y):
+        mu = numpyro.sample("mu", dist.Normal(0, 1))
+        cov = jnp.eye(len(y)) + 0.5
+        numpyro.sample("y", dist.MultivariateNormal(jnp.full(len(y), mu), cov), obs=y)
+
+    def separate(y):
+        mu = numpyro.sample("mu", dist.Normal(0, 1))
+        numpyro.sample("y", dist.Normal(mu, 1).expand([len(y)]).to_event(1), obs=y)
+
+    for model in (autoregressive, joint):
+        with pytest.raises(ValueError, match="observed site 'y'.*depend on several rows at once"):
+            quiet(EnsembleMAP(model, ADAM, ensemble_size=2), key, 2, Y, batch_size=4)
+    assert quiet(EnsembleMAP(separate, ADAM, ensemble_size=2), key, 2, Y, batch_size=4).finite.all()
+
+
+def test_a_scale_that_the_model_computes_is_seen(key):
+    def model(y, n):
+        mu = numpyro.sample("mu", dist.Normal(0, 1))
+        with numpyro.handlers.scale(scale=n / len(y)), numpyro.plate("data", len(y)):
+            numpyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+
+    runner = EnsembleMAP(model, ADAM, ensemble_size=2)
+    with pytest.raises(ValueError, match="scaled by 1 with all rows and by 2 with batch_size=4"):
+        quiet(runner, key, 2, Y, jnp.array(8.0), batch_size=4)
+
+
+def test_arguments_of_the_constructor_are_checked():
+    with pytest.raises(TypeError, match="init_loc_fn takes a NumPyro strategy, got 3"):
+        EnsembleMAP(ridge, ADAM, init_loc_fn=3)
+    with pytest.raises(TypeError, match="loss takes an ELBO"):
+        EnsembleVI(ridge, AutoNormal(ridge), ADAM, Trace_ELBO)
+    with pytest.raises(TypeError, match="optim takes an optimiser, got 'adam'"):
+        EnsembleVI(ridge, AutoNormal(ridge), "adam", Trace_ELBO())
+
+
+def test_an_argument_is_given_once(key):
+    runner = EnsembleVI(ridge, AutoNormal(ridge), ADAM, Trace_ELBO(), ensemble_size=2, y=Y)
+    with pytest.raises(TypeError, match="'y' is given both as a static keyword and in this call"):
+        quiet(runner, key, 2, X, y=Y)

@@ -259,3 +259,21 @@ def test_a_result_of_another_model_is_refused(key):
         EnsemblePredictive(ridge, result)(key, X, None)
     with pytest.raises(ValueError, match="params comes with the EnsembleResult"):
         EnsemblePredictive(ridge, result, params={})
+
+
+def test_a_member_that_ended_badly_is_left_out(key):
+    def model(y=None):
+        mu = numpyro.sample("mu", dist.Normal(0.0, 10.0))
+        numpyro.factor("wall", jnp.where(mu > 50.0, jnp.nan, 0.0))
+        numpyro.sample("y", dist.Normal(mu, 0.1), obs=y)
+
+    starts = {"mu": jnp.array([0.0, 100.0])}
+    with pytest.warns(UserWarning, match="not finite: 1"):
+        result = EnsembleMAP(model, ADAM, ensemble_size=2).run(
+            key, 3, 2.0, init_params=starts, stable_update=True, progress_bar=False
+        )
+    assert np.isfinite(result.params["mu"]).all()  # frozen at its start
+    with pytest.raises(ValueError, match="1 of 2 members are not finite: 1"):
+        EnsemblePredictive(model, result, on_failed="raise")
+    with pytest.raises(ValueError, match="rng_key takes one key"):
+        EnsemblePredictive(model, DRAWS)(0)

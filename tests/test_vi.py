@@ -1,6 +1,7 @@
 """EnsembleVI against NumPyro's own SVI, and against closed forms."""
 
 import copy
+import pickle
 from contextlib import nullcontext
 
 import arviz as az
@@ -761,3 +762,24 @@ def test_an_autoguide_inside_a_function_is_refused(key):
     with pytest.raises(ValueError, match="calls an AutoNormal that was not set up.*AutoGuideList"):
         runner.init(key, X, Y)
     assert inner.prototype_trace is None
+
+
+@pytest.mark.promotes_ranks
+def test_a_result_knows_the_constraints_of_its_own_fit(key):
+    def model(top, y):
+        u = numpyro.sample("u", dist.Uniform(0.0, top))
+        numpyro.sample("y", dist.Normal(u, 0.1), obs=y)
+
+    runner = EnsembleVI(model, autoguide.AutoNormal(model), ADAM, Trace_ELBO(), ensemble_size=2)
+    first = quiet(runner, key, 3, 1.0, 0.5)
+    second = quiet(runner, key, 3, 100.0, 50.0)
+    for result, top in ((first, 1.0), (second, 100.0)):
+        draws = runner.sample_posterior(key, result, top, None, num_samples=20)["u"]
+        assert 0.01 * top < draws.max() < top
+    held = pickle.loads(pickle.dumps(first))
+    assert_array_equal(held.losses, first.losses)
+    with pytest.raises(ValueError, match="num_samples must be at least 1"):
+        runner.sample_posterior(key, first, 1.0, num_samples=0)
+    other = EnsembleVI(model, autoguide.AutoNormal(model), ADAM, Trace_ELBO(), ensemble_size=3)
+    with pytest.raises(ValueError, match="another ensemble size"):
+        other.sample_posterior(key, first, 1.0)
