@@ -4,33 +4,17 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import numpyro
 from numpyro import handlers
-from numpyro.infer import util
 
-from numpyro_ensemble.density import filled_trace
-from numpyro_ensemble.draws import (
-    batch_for,
-    check_failed,
-    fill_model,
-    finite_members,
-    map_draws,
-    pick,
-)
-from numpyro_ensemble.engine import Ensemble
-from numpyro_ensemble.handlers import is_factor, unwrapped
-from numpyro_ensemble.map import EnsembleMAP
+from numpyro_ensemble.collect import Draws, Sites, check_shapes, collect, computed, densities
 from numpyro_ensemble.predictive import EnsemblePredictive
-from numpyro_ensemble.primitives import check_count, combine, partition
-from numpyro_ensemble.results import EnsembleResult
-from numpyro_ensemble.vi import EnsembleVI
+from numpyro_ensemble.primitives import check_count
 
-_VI_DRAWS = 100
 _PRIOR_DRAWS = 500
 
 
@@ -96,14 +80,14 @@ def to_arviz(
     if num_samples is not None:
         check_count("num_samples", num_samples)
     keys = jax.random.split(rng_key, 4)
-    draws = _draws(inference, result, keys[0], num_samples, args, kwargs, on_failed)
+    draws = collect(inference, result, keys[0], num_samples, args, kwargs, on_failed)
     model = draws.model
-    sites = _Sites.of(model, args, kwargs)
-    _check_shapes(draws, sites)
+    sites = Sites.of(model, args, kwargs)
+    check_shapes(draws, sites)
     groups: dict[str, dict[str, Any]] = {}
     groups["posterior"] = {
         name: value for name, value in draws.samples.items() if name in sites.latent
-    } | _computed(draws, sites, keys[1], args, kwargs)
+    } | computed(draws, sites, keys[1], args, kwargs)
     with_likelihood = log_likelihood and bool(sites.observed)
     if sites.factors and with_likelihood:
         warnings.warn(
@@ -111,7 +95,7 @@ def to_arviz(
             f"observation. Their terms are part of lp.",
             stacklevel=2,
         )
-    density, pointwise = _densities(draws, sites, with_likelihood, args, kwargs)
+    density, pointwise = densities(draws, sites, with_likelihood, args, kwargs)
     groups["sample_stats"] = {"lp": density, **draws.stats}
     if "log_q" in draws.stats:
         groups["sample_stats"]["log_p"] = density
@@ -135,200 +119,10 @@ def to_arviz(
     return _assemble(groups, draws, dims, dict(coords or {}))
 
 
-class _Draws(NamedTuple):
-    """Draws of all members that have not failed."""
-
-    model: Callable
-    samples: dict[str, Any]  # (E, S, ...)
-    params: dict[str, Any]  # (E, ...)
-    shape: tuple[int, int]
-    stats: dict[str, Any]
-    members: np.ndarray  # the members' own numbers
-    losses: Any = None
-    seconds: float | None = None
-
-
-def _draws(
-    inference: Any,
-    result: Any,
-    rng_key: jax.Array,
-    num_samples: int | None,
-    args: tuple,
-    kwargs: dict,
-    on_failed: str,
-) -> _Draws:
-    if isinstance(inference, Ensemble):
-        if not isinstance(result, EnsembleResult):
-            raise TypeError(f"result takes what run returned, got {type(result).__name__}.")
-        return _fitted(inference, result, rng_key, num_samples, args, kwargs, on_failed)
-    model = getattr(inference, "model", inference)
-    if not callable(model):
-        raise TypeError(f"inference takes a runner or a model, got {inference!r}.")
-    if not isinstance(result, Mapping):
-        raise TypeError(f"result takes samples by site name, got {type(result).__name__}.")
-    shapes = {name: np.shape(value)[:2] for name, value in result.items()}
-    if len(set(shapes.values())) != 1 or len(next(iter(shapes.values()))) != 2:
-        raise ValueError(f"samples must lead with the same (E, S); got {shapes}.")
-    size, number = next(iter(shapes.values()))
-    if num_samples not in (None, number):
-        raise ValueError(f"num_samples={num_samples}, and the samples lead with {size, number}.")
-    finite = finite_members(dict(result), size)
-    check_failed(finite, on_failed, stacklevel=5)
-    members = np.flatnonzero(finite)
-    samples = {name: jnp.asarray(value)[members] for name, value in result.items()}
-    return _Draws(model, samples, {}, (members.size, number), {}, members)
-
-
-def _fitted(
-    runner: Ensemble,
-    result: EnsembleResult,
-    rng_key: jax.Array,
-    num_samples: int | None,
-    args: tuple,
-    kwargs: dict,
-    on_failed: str,
-) -> _Draws:
-    finite = np.asarray(result.finite)
-    check_failed(finite, on_failed, stacklevel=5)
-    members = np.flatnonzero(finite)
-    stats: dict[str, Any] = {}
-    if isinstance(runner, EnsembleVI):
-        number = num_samples or _VI_DRAWS
-        samples, log_q = runner.draws_with_density(rng_key, result, number, args, kwargs)
-        if log_q is not None:
-            stats["log_q"] = log_q[members]
-        own = {name: leaf for name, leaf in result.params.items() if name not in samples}
-    elif isinstance(runner, EnsembleMAP) and isinstance(result.params, dict):
-        number = num_samples or 1
-        sites = filled_trace(runner.model, args, kwargs)
-        latent = {name for name, site in sites.items() if site["type"] == "sample"}
-        unknown = sorted(result.params.keys() - sites.keys())
-        if unknown:
-            raise ValueError(f"the result is of another model: this one has no {unknown}.")
-        samples = {
-            name: jnp.broadcast_to(leaf[:, None], (len(leaf), number, *leaf.shape[1:]))
-            for name, leaf in result.params.items()
-            if name in latent
-        }
-        own = {name: leaf for name, leaf in result.params.items() if name not in latent}
-    else:
-        raise TypeError("to_arviz takes fits of NumPyro models, not of raw densities.")
-    params = {**own, **(result.state.mutable_state or {})}
-    arrays, shared = partition(params)
-    return _Draws(
-        runner.model,
-        pick(samples, members),
-        combine(pick(arrays, members), shared),
-        (members.size, number),
-        stats,
-        members,
-        np.asarray(result.losses)[members],
-        result.seconds,
-    )
-
-
-class _Sites(NamedTuple):
-    """What a trace of the model with its data tells."""
-
-    latent: dict[str, Any]
-    deterministic: list[str]
-    observed: dict[str, Any]  # the data by name
-    factors: list[str]
-    improper: list[str]
-    dims: dict[str, list[str]]
-
-    @classmethod
-    def of(cls, model: Callable, args: tuple, kwargs: dict) -> _Sites:
-        """Trace the model once, at an initialisation."""
-        sites = cls({}, [], {}, [], [], {})
-        for name, site in filled_trace(model, args, kwargs).items():
-            if site["type"] not in ("sample", "deterministic"):
-                continue
-            frames = sorted(site["cond_indep_stack"], key=lambda frame: frame.dim)
-            event = site.get("infer") or {}
-            names = [frame.name for frame in frames] + list(event.get("event_dims", []))
-            if names:
-                sites.dims[name] = names
-            if site["type"] == "deterministic":
-                sites.deterministic.append(name)
-            elif is_factor(site):
-                sites.factors.append(name)
-            elif site["is_observed"]:
-                sites.observed[name] = np.asarray(site["value"])
-            else:
-                sites.latent[name] = site["value"]
-                if type(unwrapped(site["fn"])).__name__ == "ImproperUniform":
-                    sites.improper.append(name)
-        return sites
-
-
-def _check_shapes(draws: _Draws, sites: _Sites) -> None:
-    for name, value in sites.latent.items():
-        given = draws.samples.get(name)
-        if given is not None and given.shape[2:] != np.shape(value):
-            raise ValueError(
-                f"samples of {name!r} have shape {given.shape[2:]}, and the model, called with "
-                f"these arguments, {np.shape(value)}: pass the arguments of the fit; or, where the "
-                f"model subsamples a plate, a model without subsampling in the runner's place."
-            )
-
-
-def _computed(
-    draws: _Draws, sites: _Sites, rng_key: jax.Array, args: tuple, kwargs: dict
-) -> dict[str, Any]:
-    """Return the deterministic sites at each draw."""
-    names = [name for name in sites.deterministic if name not in draws.samples]
-    given = {name: draws.samples[name] for name in sites.deterministic if name in draws.samples}
-    if not names:
-        return given
-
-    def one(key: jax.Array, known: dict) -> dict[str, Any]:
-        trace = fill_model(draws.model, key, known, args, kwargs)
-        return {name: trace[name]["value"] for name in names}
-
-    return given | _over(draws, rng_key, one)
-
-
-def _densities(
-    draws: _Draws, sites: _Sites, pointwise: bool, args: tuple, kwargs: dict
-) -> tuple[Any, dict[str, Any]]:
-    """Return the log density of each draw, and the log likelihood of each observation."""
-
-    def one(key: jax.Array, known: dict) -> tuple[jax.Array, dict[str, jax.Array]]:
-        model = handlers.seed(draws.model, key)
-        known = {name: value for name, value in known.items() if name not in sites.deterministic}
-        density, _ = util.log_density(model, args, kwargs, known)
-        if not pointwise:
-            return density, {}
-        filled = handlers.substitute(model, data=known)
-        terms = util.log_likelihood(filled, {}, *args, batch_ndims=0, **kwargs)
-        return density, {name: terms[name] for name in sites.observed}
-
-    return _over(draws, jax.random.key(0), one)
-
-
-def _over(draws: _Draws, rng_key: jax.Array, fn: Callable) -> Any:
-    """Map a function of a key and the known values over all draws, in one bounded program."""
-    size, number = draws.shape
-    arrays, shared = partition(draws.params)
-    member, draw = np.divmod(np.arange(size * number), number)
-
-    def one(where: tuple) -> Any:
-        key, e, s = where
-        return fn(key, {**combine(pick(arrays, e), shared), **pick(draws.samples, e, s)})
-
-    keys = jax.random.split(rng_key, size * number)
-    forms = jax.eval_shape(one, jax.tree.map(lambda x: x[0], (keys, member, draw)))
-    bytes_each = sum(int(np.prod(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(forms))
-    at_once = batch_for(size * number, bytes_each)
-    values = jax.jit(lambda where: map_draws(one, where, at_once))((keys, member, draw))
-    return jax.tree.map(lambda x: x.reshape(size, number, *x.shape[1:]), values)
-
-
 def _prior(
     free: Callable,
-    draws: _Draws,
-    sites: _Sites,
+    draws: Draws,
+    sites: Sites,
     number: int,
     rng_key: jax.Array,
     args: tuple,
@@ -371,13 +165,15 @@ def _group(values: Mapping[str, Any], shape: tuple[int, int]) -> dict[str, Any]:
     return grouped
 
 
-def _assemble(groups: dict[str, dict[str, Any]], draws: _Draws, dims: dict, coords: dict) -> Any:
+def _assemble(groups: dict[str, dict[str, Any]], draws: Draws, dims: dict, coords: dict) -> Any:
     """Make ArviZ data of the groups, of whichever kind the installed ArviZ has."""
     import arviz as az  # NumPyro has been imported by now: the other order breaks ArviZ's adapter
 
+    import numpyro_ensemble
+
     attrs = {
         "inference_library": "numpyro_ensemble",
-        "inference_library_version": _version(),
+        "inference_library_version": numpyro_ensemble.__version__,
         "numpyro_version": numpyro.__version__,
     }
     if draws.seconds is not None:
@@ -389,8 +185,9 @@ def _assemble(groups: dict[str, dict[str, Any]], draws: _Draws, dims: dict, coor
     }
     coords = {"chain": draws.members, **coords}
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "More chains")  # there are many members on purpose
-        if hasattr(az, "InferenceData"):  # below 1.0
+        for text in ("More chains", "Found chain dimension"):  # there are many members on purpose
+            warnings.filterwarnings("ignore", text)
+        if makes_inference_data():
             data = az.from_dict(**groups, coords=coords, dims=dims)  # type: ignore[arg-type]
         else:
             data = az.from_dict(groups, coords=coords, dims=dims)
@@ -401,7 +198,14 @@ def _assemble(groups: dict[str, dict[str, Any]], draws: _Draws, dims: dict, coor
     return data
 
 
-def _add_training(data: Any, draws: _Draws, attrs: dict) -> None:
+def makes_inference_data() -> bool:
+    """Say whether the installed ArviZ is of the line below 1.0, which has its own data class."""
+    import arviz as az
+
+    return int(az.__version__.partition(".")[0]) < 1
+
+
+def _add_training(data: Any, draws: Draws, attrs: dict) -> None:
     """Add the losses of each member at each step."""
     import xarray as xr
 
@@ -414,9 +218,3 @@ def _add_training(data: Any, draws: _Draws, attrs: dict) -> None:
             data.add_groups({"training": losses})
     else:
         data["training"] = xr.DataTree(losses)
-
-
-def _version() -> str:
-    from numpyro_ensemble import __version__
-
-    return __version__

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 from numpyro.infer.svi import SVIState
 from numpyro.primitives import _PYRO_STACK
 
-from numpyro_ensemble.arguments import Same, arrange, captured, has_tracers
+from numpyro_ensemble.arguments import arrange, has_tracers
 from numpyro_ensemble.bound import Bound
+from numpyro_ensemble.fingerprints import Same, captured
 from numpyro_ensemble.options import RunOptions
 from numpyro_ensemble.preflight import Anatomy
 

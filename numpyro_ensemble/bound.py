@@ -20,12 +20,12 @@ from numpyro_ensemble.arguments import (
     NO_ARGUMENTS,
     TRACED,
     Arguments,
-    captured,
     has_tracers,
     traces,
 )
 from numpyro_ensemble.batching import Batches
 from numpyro_ensemble.density import Site
+from numpyro_ensemble.fingerprints import captured
 from numpyro_ensemble.guides import Filling, fill, is_set_up, set_up
 from numpyro_ensemble.preflight import (
     STEM_AXES,

@@ -16,10 +16,11 @@ from numpyro.infer import SVI
 from numpyro.infer.svi import SVIState
 from numpyro.util import is_prng_key
 
-from numpyro_ensemble.arguments import captured, has_tracers, traces
+from numpyro_ensemble.arguments import has_tracers, traces
 from numpyro_ensemble.batching import batch_keys, first_order
 from numpyro_ensemble.bindings import Bindings
 from numpyro_ensemble.bound import Bound
+from numpyro_ensemble.fingerprints import captured
 from numpyro_ensemble.guides import Filling, fresh, take_out
 from numpyro_ensemble.handlers import check_names, check_weight, reweight
 from numpyro_ensemble.optimisers import loopable

@@ -19,7 +19,8 @@ import numpy as np
 from numpyro.infer.autoguide import AutoGuide
 from numpyro.primitives import Messenger
 
-from numpyro_ensemble.arguments import has_tracers, open_up
+from numpyro_ensemble.arguments import has_tracers
+from numpyro_ensemble.fingerprints import open_up
 
 # what a guide only needs for names and shapes once its parameters exist
 _STRUCTURE = ("prototype_trace", "_init_locs", "_init_latent")

@@ -14,7 +14,7 @@ from numpyro.infer import Predictive
 from numpyro.primitives import _PYRO_STACK
 from numpyro.util import is_prng_key
 
-from numpyro_ensemble.arguments import arrange, captured, has_tracers
+from numpyro_ensemble.arguments import arrange, has_tracers
 from numpyro_ensemble.density import anatomy
 from numpyro_ensemble.draws import (
     batch_for,
@@ -25,6 +25,7 @@ from numpyro_ensemble.draws import (
     map_draws,
     pick,
 )
+from numpyro_ensemble.fingerprints import captured
 from numpyro_ensemble.primitives import check_count, combine, partition
 from numpyro_ensemble.results import EnsembleResult
 

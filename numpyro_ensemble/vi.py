@@ -12,9 +12,9 @@ from numpyro import handlers
 from numpyro.infer import Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO
 from numpyro.infer.autoguide import AutoLaplaceApproximation
 
-from numpyro_ensemble.arguments import captured
 from numpyro_ensemble.draws import draw_latents, draw_with_density, fill_model
 from numpyro_ensemble.engine import Ensemble
+from numpyro_ensemble.fingerprints import captured
 from numpyro_ensemble.handlers import check_weight, reweight
 from numpyro_ensemble.optimisers import choose_optimizer
 from numpyro_ensemble.preflight import STEM_AXES, check_size

@@ -16,7 +16,8 @@ from numpyro import handlers
 from zoo import NNX
 
 from numpyro_ensemble import EnsembleMAP, reweight
-from numpyro_ensemble.arguments import NO_ARGUMENTS, arrange, captured, fingerprint, has_tracers
+from numpyro_ensemble.arguments import NO_ARGUMENTS, arrange, has_tracers
+from numpyro_ensemble.fingerprints import captured, fingerprint
 
 
 class Link(enum.Enum):

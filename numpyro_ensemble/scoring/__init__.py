@@ -1,0 +1,41 @@
+"""Proper scores, calibration, importance weights and the weights of members."""
+
+from numpyro_ensemble.scoring.scores import (
+    calibration_curve,
+    coverage,
+    crps,
+    energy_score,
+    interval,
+    interval_width,
+    nll,
+    pit,
+    rmse,
+    summary,
+    variance_decomposition,
+)
+from numpyro_ensemble.scoring.weights import (
+    Khat,
+    importance_resample,
+    khat,
+    member_weights,
+    psis,
+)
+
+__all__ = [
+    "Khat",
+    "calibration_curve",
+    "coverage",
+    "crps",
+    "energy_score",
+    "importance_resample",
+    "interval",
+    "interval_width",
+    "khat",
+    "member_weights",
+    "nll",
+    "pit",
+    "psis",
+    "rmse",
+    "summary",
+    "variance_decomposition",
+]

@@ -1,0 +1,177 @@
+"""Importance weights of variational draws, and weights of members, by ArviZ's PSIS and LOO."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+
+from numpyro_ensemble.arviz import makes_inference_data
+from numpyro_ensemble.scoring.reading import group_of
+
+_RANKED_LOSSES = 100
+_LEAST_DRAWS = 25  # fewer leave no tail that a Pareto distribution could be fitted to
+
+Method = Literal["stacking", "pseudo-bma", "elbo", "uniform"]
+
+
+def psis(log_ratios: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
+    """Smooth importance weights by a Pareto distribution, as ArviZ does.
+
+    Args:
+        log_ratios: `(..., S)` log densities of the target less those of the proposal.
+
+    Returns:
+        The smoothed log weights `(..., S)`, each row adding up to 1, and the shapes k-hat `(...)`.
+        Above 0.7 the weights are not to be trusted.
+
+    Raises:
+        ValueError: if there are too few draws.
+    """
+    ratios = np.asarray(log_ratios, float)
+    if ratios.ndim < 1 or ratios.shape[-1] < _LEAST_DRAWS:
+        raise ValueError(
+            f"PSIS needs {_LEAST_DRAWS} draws at least, got log_ratios of shape {ratios.shape}; "
+            f"draw more per member, num_samples=100 say."
+        )
+    if makes_inference_data():
+        import arviz as az
+
+        smoothed, shape = az.psislw(ratios.copy())
+    else:
+        from arviz_stats.base import array_stats
+
+        smoothed, shape = array_stats.psislw(-ratios)  # it takes log likelihoods
+    smoothed = np.asarray(smoothed)
+    return smoothed - jax.nn.logsumexp(smoothed, axis=-1, keepdims=True), np.asarray(shape)
+
+
+class Khat(NamedTuple):
+    """Shapes of the tails of importance ratios."""
+
+    members: np.ndarray  # (E,)
+    mixture: float
+
+
+def _ratios(data: Any) -> np.ndarray:
+    """Return the log importance ratios `(E, S)` of variational draws."""
+    stats = group_of(data, "sample_stats")
+    if stats is None or "log_q" not in stats:
+        raise ValueError(
+            "the ArviZ data has no log_q: importance weights need variational fits, by to_arviz."
+        )
+    return stats["log_p"].values - stats["log_q"].values
+
+
+def khat(data: Any) -> Khat:
+    """Return how far each member, and the mixture of all, is from the posterior.
+
+    Args:
+        data: what `to_arviz` made of variational fits.
+
+    Returns:
+        `Khat`: k-hat by member, and that of all draws together, each weighted by its own member's
+        density. Below 0.5 is good, above 0.7 bad.
+
+    Raises:
+        ValueError: if the data has no densities, or too few draws.
+    """
+    ratios = _ratios(data)
+    return Khat(psis(ratios)[1], float(psis(ratios.reshape(-1))[1]))
+
+
+def importance_resample(
+    rng_key: jax.Array, data: Any, num_samples: int | None = None
+) -> dict[str, jax.Array]:
+    """Resample the variational draws of all members towards the posterior.
+
+    Args:
+        rng_key: one key.
+        data: what `to_arviz` made of variational fits.
+        num_samples: number of draws (default: as many as there are).
+
+    Returns:
+        Draws by site name, which lead with `(num_samples,)`.
+
+    Raises:
+        ValueError: if the data has no densities, or too few draws.
+    """
+    ratios = _ratios(data)
+    log_weights, shape = psis(ratios.reshape(-1))
+    if shape > 0.7:
+        warnings.warn(
+            f"k-hat is {float(shape):.2f}, above 0.7: a few draws carry the weight of all. Fit "
+            f"longer, or with a richer guide.",
+            stacklevel=2,
+        )
+    number = ratios.size if num_samples is None else num_samples
+    chosen = jax.random.categorical(rng_key, jnp.asarray(log_weights), shape=(number,))
+    posterior = group_of(data, "posterior")
+    flat = {name: v.values.reshape(-1, *v.shape[2:]) for name, v in posterior.data_vars.items()}
+    return {name: jnp.asarray(value)[chosen] for name, value in flat.items()}
+
+
+def member_weights(
+    data: Any, method: Method = "stacking", *, var_name: str | None = None
+) -> np.ndarray:
+    """Return weights `(E,)` of the members, adding up to 1.
+
+    Args:
+        data: what `to_arviz` made.
+        method: "stacking" or "pseudo-bma", by the PSIS-LOO of ArviZ; "elbo", by the mean of the
+            last 100 losses; or "uniform".
+        var_name: the observed site, where there are several.
+
+    Raises:
+        ValueError: for an unknown method, or if the data lacks what it needs.
+    """
+    if method in ("stacking", "pseudo-bma"):
+        return _by_loo(data, method, var_name)
+    posterior = group_of(data, "posterior")
+    size = posterior.sizes["chain"]
+    if method == "uniform":
+        return np.full(size, 1 / size)
+    if method != "elbo":
+        raise ValueError(
+            f'method takes "stacking", "pseudo-bma", "elbo" or "uniform", got {method!r}.'
+        )
+    training = group_of(data, "training")
+    if training is None:
+        raise ValueError('method="elbo" needs the losses, which to_arviz keeps for runners alone.')
+    losses = training["loss"].values
+    score = np.array([row[np.isfinite(row)][-_RANKED_LOSSES:].mean() for row in losses])
+    return np.asarray(jax.nn.softmax(-jnp.asarray(score)))
+
+
+def _by_loo(data: Any, method: str, var_name: str | None) -> np.ndarray:
+    import arviz as az
+
+    found = group_of(data, "log_likelihood")
+    if found is None:
+        raise ValueError(f"method={method!r} needs the group log_likelihood.")
+    names = list(found.data_vars)
+    if var_name is None and len(names) > 1:
+        raise ValueError(f"var_name must be one of {names}.")
+    terms = found[var_name or names[0]].values
+    size, number = terms.shape[:2]
+    if number < _LEAST_DRAWS:
+        raise ValueError(
+            f"LOO needs {_LEAST_DRAWS} draws per member at least, got {number}: make the data with "
+            f"more, to_arviz(..., num_samples=100). The members of a MAP ensemble have one each; "
+            f'method="elbo" weighs them by their losses.'
+        )
+    members = {}
+    for e in range(size):
+        groups = {
+            "posterior": {"draw_number": np.arange(number)[None]},
+            "log_likelihood": {"y": terms[e][None]},
+        }
+        legacy = makes_inference_data()
+        members[str(e)] = az.from_dict(**groups) if legacy else az.from_dict(groups)  # type: ignore[arg-type]
+    kind: Any = "pseudo-BMA" if method == "pseudo-bma" else "stacking"
+    table = az.compare(members, method=kind)
+    return table["weight"].to_numpy(float)[np.argsort(table.index.astype(int))]

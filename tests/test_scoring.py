@@ -1,0 +1,221 @@
+"""Scores against closed forms, scipy and ArviZ."""
+
+import arviz as az
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import pandas as pd
+import pytest
+import scipy.stats
+from numpy.testing import assert_allclose
+from numpyro.infer import Trace_ELBO
+from numpyro.infer.autoguide import AutoNormal
+
+from numpyro_ensemble import EnsembleMAP, EnsembleVI, scoring, to_arviz
+from numpyro_ensemble.arviz import makes_inference_data
+
+MANY = 4000
+MU, SD = np.array([0.0, 1.0, -2.0]), np.array([1.0, 0.5, 2.0])
+SEEN = np.array([0.3, 1.4, -6.0])
+# the quantiles of each normal, so that there is no noise
+DRAWS = scipy.stats.norm.ppf((np.arange(MANY)[:, None] + 0.5) / MANY) * SD + MU
+
+
+def gaussian_crps(y, mu, sd):
+    """Return the closed form of Gneiting and Raftery (2007), equation 21."""
+    z = (y - mu) / sd
+    pdf, cdf = scipy.stats.norm.pdf(z), scipy.stats.norm.cdf(z)
+    return sd * (z * (2 * cdf - 1) + 2 * pdf - 1 / np.sqrt(np.pi))
+
+
+@pytest.mark.promotes_ranks
+def test_crps_of_a_gaussian():
+    exact = gaussian_crps(SEEN, MU, SD)
+    ours = scoring.crps(DRAWS, SEEN, pointwise=True)
+    assert_allclose(ours, exact, rtol=2e-3)
+    assert_allclose(scoring.crps(DRAWS, SEEN), exact.mean(), rtol=2e-3)
+    assert np.abs(np.abs(SEEN - MU) - exact).min() > 0.02  # the mean's absolute error is another
+    slope = jax.grad(lambda m: scoring.crps(jnp.asarray(DRAWS) + m, SEEN))(0.0)
+    step = (scoring.crps(DRAWS + 1e-3, SEEN) - scoring.crps(DRAWS - 1e-3, SEEN)) / 2e-3
+    assert_allclose(slope, step, rtol=1e-2)
+
+
+@pytest.mark.promotes_ranks
+def test_energy_score_of_vectors(key):
+    draws = np.asarray(jax.random.normal(key, (60, 3)))
+    first = np.linalg.norm(draws - SEEN, axis=1).mean()
+    second = np.linalg.norm(draws[:, None] - draws[None], axis=2).mean()
+    assert_allclose(scoring.energy_score(draws, SEEN), first - 0.5 * second, rtol=1e-5)
+
+
+@pytest.mark.promotes_ranks
+def test_nll_of_a_mixture(key):
+    terms = scipy.stats.norm.logpdf(SEEN, MU + np.arange(4)[:, None], SD)
+    exact = -np.log(np.exp(terms).mean(0))
+    assert_allclose(scoring.nll(terms, pointwise=True), exact, rtol=1e-6)
+    assert np.abs(exact - -terms.mean(0)).min() > 0.1  # the mean of the log scores is another
+    weights = np.array([1.0, 0.0, 3.0, 0.0])
+    wanted = -np.log((weights[:, None] * np.exp(terms)).sum(0) / 4.0).mean()
+    assert_allclose(scoring.nll(terms, weights=weights), wanted, rtol=1e-6)
+    terms[1] = -np.inf
+    assert np.isfinite(jax.grad(lambda w: scoring.nll(jnp.asarray(terms[:1]) * w))(1.0))
+    assert np.isfinite(scoring.nll(terms, weights=weights))
+
+
+def test_intervals_are_scipys_quantiles():
+    low, high = scoring.interval(DRAWS, (0.5, 0.95))
+    for i, level in enumerate((0.5, 0.95)):
+        expected = scipy.stats.norm.interval(level, MU, SD)
+        assert_allclose((low[i], high[i]), expected, atol=5e-3 * SD.max())
+    widths = scoring.interval_width(DRAWS, (0.95,))
+    assert_allclose(widths, 2 * 1.959964 * SD.mean(), rtol=5e-3)
+    even = np.full(MANY, 2.0)
+    weighted = scoring.interval(DRAWS, (0.5, 0.95), weights=even)
+    assert_allclose(weighted, (low, high), atol=5e-3 * SD.max())
+    half = np.where(np.arange(MANY) < MANY // 2, 1.0, 0.0)
+    assert_allclose(
+        scoring.interval(DRAWS, (0.9,), weights=half)[1, 0], MU - 0.0627 * SD, atol=0.02
+    )
+
+
+def test_coverage_calibration_and_pit(key):
+    y = np.asarray(jax.random.normal(key, (5000,)))
+    draws = scipy.stats.norm.ppf((np.arange(400)[:, None] + 0.5) / 400) * np.ones(5000)
+    levels, shares = scoring.calibration_curve(draws, y, num_levels=9)
+    error = 4 * np.sqrt(0.25 / 5000)
+    assert_allclose(shares, levels, atol=error)
+    narrow = scoring.coverage(draws / 2, y, (0.5, 0.95))
+    assert (np.array([0.5, 0.95]) - narrow > 2 * error).all()  # half the spread is seen
+    values = scoring.pit(draws, y)
+    assert scipy.stats.kstest(values, "uniform").pvalue > 0.01
+    assert scipy.stats.kstest(scoring.pit(draws / 2, y), "uniform").pvalue < 1e-6
+    assert_allclose(scoring.pit(np.array([[0.0], [1.0]]), np.array([1.0])), 0.75)
+
+
+def test_rmse_and_the_variance_decomposition(key):
+    assert_allclose(scoring.rmse(DRAWS, SEEN), np.sqrt(((MU - SEEN) ** 2).mean()), rtol=1e-5)
+    means = np.asarray(jax.random.normal(key, (5, 7, 3)))
+    parts = scoring.variance_decomposition(means, 0.25)
+    assert_allclose(parts["total"], means.reshape(35, 3).var(axis=0) + 0.25, rtol=1e-5)
+    assert_allclose(parts["between"], means.mean(1).var(0), rtol=1e-5)
+    assert_allclose(sum(parts[k] for k in ("aleatoric", "between", "within")), parts["total"])
+    with pytest.raises(ValueError, match=r"means takes \(E, S, ...\)"):
+        scoring.variance_decomposition(np.ones(3))
+
+
+def conjugate(y):
+    mu = numpyro.sample("mu", dist.Normal(0.0, 1.0))
+    with numpyro.plate("row", len(y)):
+        numpyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+
+
+DATA = np.array([0.5, 1.5, 1.0, 0.2, 1.9])
+POSTERIOR = (DATA.sum() / 6, 6**-0.5)
+
+
+@pytest.fixture(scope="module")
+def fits():
+    """Give fits of which one member is the posterior, one is too narrow, and one is off."""
+    runner = EnsembleVI(
+        conjugate, AutoNormal(conjugate), numpyro.optim.SGD(1e-12), Trace_ELBO(), ensemble_size=3
+    )
+    mean, spread = POSTERIOR
+    starts = {
+        "mu_auto_loc": np.array([mean, mean, mean + 2.0]),
+        "mu_auto_scale": np.array([spread, spread / 4, spread]),
+    }
+    key = jax.random.key(1)
+    result = runner.run(key, 2, DATA, init_params=starts, progress_bar=False)
+    return runner, result, to_arviz(runner, result, DATA, rng_key=key, num_samples=500)
+
+
+@pytest.mark.promotes_ranks
+def test_scores_read_arviz_data(fits):
+    data = fits[2]
+    draws = data["posterior_predictive"]["y"].values.reshape(1500, 5)
+    terms = data["log_likelihood"]["y"].values.reshape(1500, 5)
+    assert_allclose(scoring.crps(data), scoring.crps(draws, DATA))
+    assert_allclose(scoring.nll(data), scoring.nll(terms))
+    assert_allclose(scoring.coverage(data), scoring.coverage(draws, DATA))
+    table = scoring.summary({"all": data, "draws": draws}, DATA, truth=np.ones(5))
+    assert isinstance(table, pd.DataFrame)
+    assert list(table.index) == ["all", "draws"]
+    assert {"RMSE truth", "RMSE", "NLL", "CRPS", "coverage 0.95", "width 0.95"} == set(table)
+    assert_allclose(table.loc["all", "CRPS"], table.loc["draws", "CRPS"])
+
+
+def test_khat_tells_good_members_from_bad(fits):
+    members, mixture = scoring.khat(fits[2])
+    assert members[0] < 0.5  # the posterior itself: its ratios are constant but for rounding
+    assert members[1] > 0.7 and members[2] > 0.5
+    assert mixture > 0.5
+
+
+@pytest.mark.filterwarnings("ignore:Estimated shape parameter")
+def test_psis_is_arvizs_own(key):
+    ratios = np.asarray(jax.random.t(key, 3.0, (2, 400)))
+    smoothed, shape = scoring.psis(ratios)
+    assert_allclose(np.exp(smoothed).sum(-1), 1.0, rtol=1e-6)
+    assert shape.shape == (2,)
+    terms = -ratios.T[None]  # LOO's ratios are the negative log likelihoods
+    groups = {"posterior": {"a": np.zeros((1, 400))}, "log_likelihood": {"y": terms}}
+    data = az.from_dict(**groups) if makes_inference_data() else az.from_dict(groups)
+    loo = az.loo(data, pointwise=True, reff=1.0)
+    assert_allclose(np.ravel(loo.pareto_k), shape, rtol=1e-6)
+    with pytest.raises(ValueError, match="PSIS needs 25 draws at least.*num_samples=100"):
+        scoring.psis(np.zeros(3))
+
+
+def test_resampling_goes_to_the_posterior(key):
+    runner = EnsembleVI(
+        conjugate, AutoNormal(conjugate), numpyro.optim.SGD(1e-12), Trace_ELBO(), ensemble_size=2
+    )
+    mean, spread = POSTERIOR
+    starts = {
+        "mu_auto_loc": mean + np.array([-0.2, 0.2]),
+        "mu_auto_scale": np.full(2, 1.5 * spread),
+    }
+    result = runner.run(key, 1, DATA, init_params=starts, progress_bar=False)
+    data = to_arviz(runner, result, DATA, num_samples=4000)
+    raw = data["posterior"]["mu"].values
+    drawn = scoring.importance_resample(key, data)["mu"]
+    assert drawn.shape == (8000,)
+    assert_allclose(drawn.mean(), mean, atol=4 * spread / np.sqrt(4000))
+    assert_allclose(drawn.std(), spread, rtol=0.05)
+    assert abs(raw.std() / spread - 1) > 0.3  # the draws as they were
+
+
+@pytest.mark.filterwarnings("ignore")  # ArviZ says where LOO is not to be trusted
+@pytest.mark.parametrize("method", ["stacking", "pseudo-bma", "elbo", "uniform"])
+def test_weights_of_members(fits, method):
+    weights = scoring.member_weights(fits[2], method)
+    assert weights.shape == (3,)
+    assert_allclose(weights.sum(), 1.0, rtol=1e-6)
+    if method == "uniform":
+        assert_allclose(weights, 1 / 3)
+    else:
+        assert weights[2] < 0.2  # the member that is off
+
+
+def test_bad_input(fits, key):
+    data = fits[2]
+    with pytest.raises(ValueError, match=r"draws have shape \(4000, 3\) and y \(2,\)"):
+        scoring.crps(DRAWS, SEEN[:2])
+    with pytest.raises(ValueError, match="y, the observations, is missing"):
+        scoring.crps(DRAWS)
+    with pytest.raises(ValueError, match="weights takes one number for each of 4000 draws"):
+        scoring.crps(DRAWS, SEEN, weights=np.ones(3))
+    with pytest.raises(ValueError, match="weights takes numbers that are not negative"):
+        scoring.rmse(DRAWS, SEEN, weights=np.zeros(MANY))
+    with pytest.raises(ValueError, match="levels takes probabilities"):
+        scoring.coverage(DRAWS, SEEN, (95,))
+    with pytest.raises(ValueError, match="method takes .*'waic'"):
+        scoring.member_weights(data, "waic")
+    runner = EnsembleMAP(conjugate, numpyro.optim.Adam(0.1), ensemble_size=4)
+    mapped = to_arviz(runner, runner.run(key, 3, DATA, progress_bar=False), DATA)
+    with pytest.raises(ValueError, match="LOO needs 25 draws per member.*num_samples=100"):
+        scoring.member_weights(mapped)
+    with pytest.raises(ValueError, match="no log_q: importance weights need variational fits"):
+        scoring.khat(mapped)
