@@ -18,7 +18,7 @@ import optax
 from numpyro.infer import Trace_ELBO, init_to_sample, init_to_uniform
 from numpyro.infer.autoguide import AutoNormal
 
-from numpyro_ensemble import EnsembleMAP, EnsembleVI, ensemble_predict
+from numpyro_ensemble import EnsembleMAP, EnsembleVI, ensemble_predict, plotting
 
 NOISE = 0.1
 WIDTHS = (1, 32, 32, 1)
@@ -114,6 +114,9 @@ VI_ROWS = {
 }
 
 
+PICTURED = ("MAP, the same, cosine from 2e-2", "VI, the same, kl_weight 0.1")
+
+
 def fit_map(optim, init_loc_fn, starts, x, y, x_test):
     """Fit an ensemble of MAP estimates and return its predicted means (E, N)."""
     runner = EnsembleMAP(model, optim, ensemble_size=MEMBERS, init_loc_fn=init_loc_fn)
@@ -133,8 +136,8 @@ def fit_vi(optim, init_scale, starts, kl_weight, x, y, x_test):
     return ensemble_predict(draws, network, jnp.asarray(x_test))
 
 
-def fit_rows():
-    """Fit all rows and return their scores by name."""
+def fit_rows(predicted=None):
+    """Fit all rows and return their scores by name; means are kept in `predicted`, if given."""
     x, y, x_test, y_test = make_data()
     table = {}
     for rows, fit in ((MAP_ROWS, fit_map), (VI_ROWS, fit_vi)):
@@ -143,6 +146,8 @@ def fit_rows():
             means = np.asarray(fit(*settings, x, y, x_test))
             seconds = time.perf_counter() - begin
             table[name] = {"time [s]": seconds, **scores(means, x_test, y_test)}
+            if predicted is not None:
+                predicted[name] = means
     table["oracle"] = {
         "time [s]": float("nan"), "RMSE truth": 0.0, "RMSE obs": NOISE,
         "NLL": -0.884, "coverage": 0.95, "width": 0.40,
@@ -161,6 +166,31 @@ def show(table):
         print(f"{name:32}{cells}")
 
 
+def picture(predicted, path="quickstart.png", seed=2):
+    """Draw bands above and calibration below, for a MAP and a variational ensemble."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    x, y, x_test, y_test = make_data()
+    grid = {"height_ratios": [3, 2]}
+    figure, axes = plt.subplots(2, 2, figsize=(10, 7), gridspec_kw=grid, layout="constrained")
+    for name, (above, below) in zip(PICTURED, axes.T, strict=True):
+        means = predicted[name]
+        noise = NOISE * np.random.default_rng(seed).normal(size=(20, *means.shape))
+        draws = (means + noise).reshape(-1, means.shape[1])
+        plotting.plot_predictive(x_test, means, draws, data=(x, y), ax=above)
+        above.set(title=name, ylim=(-1.2, 1.8))
+        plotting.plot_calibration(draws, y_test, ax=below)
+    axes[0, 0].legend(loc="upper left", fontsize=8)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
 if __name__ == "__main__":
     print(f"{MEMBERS} members, {STEPS} steps; run times include compilation")
-    show(fit_rows())
+    predicted = {}
+    show(fit_rows(predicted))
+    picture(predicted)
+    print("Bands and calibration are drawn in quickstart.png.")

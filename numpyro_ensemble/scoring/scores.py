@@ -41,7 +41,7 @@ def rmse(draws: Any, y: ArrayLike | None = None, *, weights: Any = None, **where
     Example:
         >>> import jax.numpy as jnp
         >>> from numpyro_ensemble import scoring
-        >>> print(scoring.rmse(jnp.array([[0.0, 2.0], [2.0, 2.0]]), jnp.array([1.0, 3.0])).round(3))
+        >>> print(f"{scoring.rmse(jnp.array([[0.0, 2.0], [2.0, 2.0]]), jnp.array([1.0, 3.0])):.3f}")
         0.707
     """
     draws, y = read(draws, y, **where)
@@ -71,7 +71,7 @@ def nll(
     Example:
         >>> import jax.numpy as jnp
         >>> from numpyro_ensemble import scoring
-        >>> print(scoring.nll(jnp.log(jnp.array([[0.2], [0.4]]))).round(3))
+        >>> print(f"{scoring.nll(jnp.log(jnp.array([[0.2], [0.4]]))):.3f}")
         1.204
     """
     if not is_array(log_likelihood):

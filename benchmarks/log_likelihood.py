@@ -1,0 +1,68 @@
+"""Time of the pointwise log likelihood of an ensemble, against `numpyro.infer.log_likelihood`.
+
+Run `python benchmarks/log_likelihood.py [draws] [observations]`; 16 members of 500 draws and 10,000
+observations by default. `numpyro.infer.log_likelihood` takes one draw after the other by default,
+or with `parallel=True` all at once.
+"""
+
+import resource
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpyro
+import numpyro.distributions as dist
+from common import in_turns, report
+from numpyro.infer import log_likelihood
+
+from numpyro_ensemble.collect import Sites, collect, densities
+
+MEMBERS = 16
+
+
+def model(x, y):
+    """Regress on five inputs."""
+    w = numpyro.sample("w", dist.Normal(0.0, 1.0).expand([5]).to_event(1))
+    noise = numpyro.sample("noise", dist.HalfNormal(1.0))
+    with numpyro.plate("row", len(y)):
+        numpyro.sample("y", dist.Normal(x @ w, noise), obs=y)
+
+
+def peak():
+    """Return this process's peak memory in GiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def main(number, rows):
+    """Measure both ways of NumPyro's."""
+    key_x, key_w, key_n = jax.random.split(jax.random.key(0), 3)
+    x = jax.random.normal(key_x, (rows, 5))
+    y = x.sum(axis=1)
+    shape = (MEMBERS, number)
+    samples = {
+        "w": 1.0 + 0.1 * jax.random.normal(key_w, (*shape, 5)),
+        "noise": jnp.exp(0.1 * jax.random.normal(key_n, shape)),
+    }
+    flat = {name: value.reshape(-1, *value.shape[2:]) for name, value in samples.items()}
+    sites = Sites.of(model, (x, y), {})
+
+    def ours(key):
+        draws = collect(model, samples, key, None, (x, y), {}, "raise")
+        return densities(draws, sites, True, (x, y), {})
+
+    def one_by_one(key):
+        return log_likelihood(model, flat, x, y)
+
+    def at_once(key):
+        return log_likelihood(model, flat, x, y, parallel=True)
+
+    print(f"{MEMBERS} members, {number} draws, {rows} observations")
+    report("ours (with the log density) / one by one", in_turns(ours, one_by_one, 3))
+    outcome = MEMBERS * number * rows * 4 / 2**30
+    print(f"peak memory so far {peak():.2f} GiB; one outcome is {outcome:.2f}")
+    report("ours (with the log density) / all at once", in_turns(ours, at_once, 3))
+    print(f"peak memory {peak():.2f} GiB")
+
+
+if __name__ == "__main__":
+    main(*(int(a) for a in sys.argv[1:3]) if len(sys.argv) > 1 else (500, 10_000))
