@@ -183,6 +183,12 @@ def _assemble(groups: dict[str, dict[str, Any]], draws: Draws, dims: dict, coord
         for name, group in groups.items()
         if group
     }
+    if not makes_inference_data():  # a tree takes a slash in a name, as of scopes, for a path
+        groups = {
+            group: {site.replace("/", "."): value for site, value in sites.items()}
+            for group, sites in groups.items()
+        }
+        dims = {site.replace("/", "."): names for site, names in dims.items()}
     coords = {"chain": draws.members, **coords}
     with warnings.catch_warnings():
         for text in ("More chains", "Found chain dimension"):  # there are many members on purpose

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import warnings
 from typing import Any, Literal, NamedTuple
 
@@ -43,9 +44,8 @@ def psis(log_ratios: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
 
         smoothed, shape = az.psislw(ratios.copy())
     else:
-        from arviz_stats.base import array_stats
-
-        smoothed, shape = array_stats.psislw(-ratios)  # it takes log likelihoods
+        stats: Any = importlib.import_module("arviz_stats.base")
+        smoothed, shape = stats.array_stats.psislw(-ratios)  # it takes log likelihoods
     smoothed = np.asarray(smoothed)
     return smoothed - jax.nn.logsumexp(smoothed, axis=-1, keepdims=True), np.asarray(shape)
 
