@@ -72,9 +72,9 @@ def to_arviz(
         ...         numpyro.sample("y", dist.Normal(mu, 1.0), obs=y)
         >>> runner = EnsembleMAP(model, numpyro.optim.Adam(0.1), ensemble_size=4)
         >>> result = runner.run(jax.random.key(0), 100, jnp.ones(3), progress_bar=False)
-        >>> data = to_arviz(runner, result, jnp.ones(3), num_samples=5)
+        >>> data = to_arviz(runner, result, jnp.ones(3), num_samples=10)
         >>> dict(data.posterior_predictive["y"].sizes)
-        {'chain': 4, 'draw': 5, 'rows': 3}
+        {'chain': 4, 'draw': 10, 'rows': 3}
     """
     rng_key = jax.random.key(0) if rng_key is None else rng_key
     if num_samples is not None:
@@ -95,6 +95,12 @@ def to_arviz(
             f"observation. Their terms are part of lp.",
             stacklevel=2,
         )
+    if with_likelihood and (draws.shape[1] < 4 or np.prod(draws.shape) < 25):
+        warnings.warn(
+            f"{draws.shape[0]} members of {draws.shape[1]} draws each are too few for az.loo: pass "
+            f"num_samples=100, or log_likelihood=False where you do not need it.",
+            stacklevel=2,
+        )
     density, pointwise = densities(draws, sites, with_likelihood, args, kwargs)
     groups["sample_stats"] = {"lp": density, **draws.stats}
     if "log_q" in draws.stats:
@@ -104,7 +110,12 @@ def to_arviz(
     free = handlers.uncondition(model)
     if posterior_predictive and sites.observed:
         predictive = EnsemblePredictive(
-            free, draws.samples, params=draws.params, batch_ndims=2, return_sites=sites.observed
+            free,
+            draws.samples,
+            params=draws.params,
+            num_samples=draws.shape[1],
+            batch_ndims=2,
+            return_sites=sites.observed,
         )
         groups["posterior_predictive"] = predictive(keys[2], *args, **kwargs)
     if prior:

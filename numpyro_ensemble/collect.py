@@ -23,7 +23,6 @@ from numpyro_ensemble.draws import (
 from numpyro_ensemble.engine import Ensemble
 from numpyro_ensemble.handlers import is_factor, unwrapped
 from numpyro_ensemble.map import EnsembleMAP
-from numpyro_ensemble.primitives import combine, partition
 from numpyro_ensemble.results import EnsembleResult
 from numpyro_ensemble.vi import EnsembleVI
 
@@ -31,7 +30,7 @@ _VI_DRAWS = 100
 
 
 class Draws(NamedTuple):
-    """Draws of all members that have not failed."""
+    """Draws of members, all of them or those that have not failed."""
 
     model: Callable
     samples: dict[str, Any]  # (E, S, ...)
@@ -39,8 +38,20 @@ class Draws(NamedTuple):
     shape: tuple[int, int]
     stats: dict[str, Any]
     members: np.ndarray  # the members' own numbers
+    finite: np.ndarray
     losses: Any = None
     seconds: float | None = None
+
+    def without_failed(self) -> Draws:
+        """Return the draws of the finite members."""
+        places = np.flatnonzero(self.finite)
+        number = self.shape[1]
+        samples, params, stats = (pick(x, places) for x in (self.samples, self.params, self.stats))
+        losses = None if self.losses is None else self.losses[places]
+        return Draws(
+            self.model, samples, params, (places.size, number), stats, self.members[places],
+            self.finite[places], losses, self.seconds,
+        )  # fmt: skip
 
 
 def collect(
@@ -53,10 +64,22 @@ def collect(
     on_failed: str,
 ) -> Draws:
     """Return the draws of what was fitted, a runner's or those given for a model."""
-    if isinstance(inference, Ensemble):
-        if not isinstance(result, EnsembleResult):
-            raise TypeError(f"result takes what run returned, got {type(result).__name__}.")
-        return _fitted(inference, result, rng_key, num_samples, args, kwargs, on_failed)
+    if not isinstance(inference, Ensemble):
+        draws = _given(inference, result, num_samples)
+    elif not isinstance(result, EnsembleResult):
+        raise TypeError(f"result takes what run returned, got {type(result).__name__}.")
+    elif isinstance(inference, EnsembleVI):
+        draws = _of_guides(inference, result, rng_key, num_samples or _VI_DRAWS, args, kwargs)
+    elif isinstance(inference, EnsembleMAP) and isinstance(result.params, dict):
+        draws = _of_points(inference, result, num_samples or 1, args, kwargs)
+    else:
+        raise TypeError("to_arviz takes fits of NumPyro models, not of raw densities.")
+    check_failed(draws.finite, on_failed)
+    return draws if draws.finite.all() else draws.without_failed()
+
+
+def _given(inference: Any, result: Any, num_samples: int | None) -> Draws:
+    """Return samples that the user has, of a model or of what has one."""
     model = getattr(inference, "model", inference)
     if not callable(model):
         raise TypeError(f"inference takes a runner or a model, got {inference!r}.")
@@ -65,62 +88,57 @@ def collect(
     shapes = {name: np.shape(value)[:2] for name, value in result.items()}
     if len(set(shapes.values())) != 1 or len(next(iter(shapes.values()))) != 2:
         raise ValueError(f"samples must lead with the same (E, S); got {shapes}.")
-    size, number = next(iter(shapes.values()))
-    if num_samples not in (None, number):
-        raise ValueError(f"num_samples={num_samples}, and the samples lead with {size, number}.")
-    finite = finite_members(dict(result), size)
-    check_failed(finite, on_failed, stacklevel=5)
-    members = np.flatnonzero(finite)
-    samples = {name: jnp.asarray(value)[members] for name, value in result.items()}
-    return Draws(model, samples, {}, (members.size, number), {}, members)
+    shape = next(iter(shapes.values()))
+    if num_samples not in (None, shape[1]):
+        raise ValueError(f"num_samples={num_samples}, and the samples lead with {shape}.")
+    samples = {name: jnp.asarray(value) for name, value in result.items()}
+    finite = finite_members(samples, shape[0])
+    return Draws(model, samples, {}, shape, {}, np.arange(shape[0]), finite)
 
 
-def _fitted(
+def _of_guides(
+    runner: EnsembleVI, result: EnsembleResult, key: jax.Array, number: int, args: Any, kwargs: Any
+) -> Draws:
+    """Draw from the members' guides."""
+    samples, log_q = runner.draws(key, result, number, args, kwargs, with_density=True)
+    own = {name: leaf for name, leaf in result.params.items() if name not in samples}
+    stats = {} if log_q is None else {"log_q": log_q}
+    return _of_fit(runner, result, samples, own, number, stats)
+
+
+def _of_points(
+    runner: EnsembleMAP, result: EnsembleResult, number: int, args: tuple, kwargs: dict
+) -> Draws:
+    """Repeat the members' estimates."""
+    sites = filled_trace(runner.model, args, kwargs)
+    latent = {name for name, site in sites.items() if site["type"] == "sample"}
+    unknown = sorted(result.params.keys() - sites.keys())
+    if unknown:
+        raise ValueError(f"the result is of another model: this one has no {unknown}.")
+    samples = {
+        name: jnp.broadcast_to(leaf[:, None], (len(leaf), number, *leaf.shape[1:]))
+        for name, leaf in result.params.items()
+        if name in latent
+    }
+    own = {name: leaf for name, leaf in result.params.items() if name not in latent}
+    return _of_fit(runner, result, samples, own, number, {})
+
+
+def _of_fit(
     runner: Ensemble,
     result: EnsembleResult,
-    rng_key: jax.Array,
-    num_samples: int | None,
-    args: tuple,
-    kwargs: dict,
-    on_failed: str,
+    samples: dict[str, Any],
+    own: dict[str, Any],
+    number: int,
+    stats: dict[str, Any],
 ) -> Draws:
-    finite = np.asarray(result.finite)
-    check_failed(finite, on_failed, stacklevel=5)
-    members = np.flatnonzero(finite)
-    stats: dict[str, Any] = {}
-    if isinstance(runner, EnsembleVI):
-        number = num_samples or _VI_DRAWS
-        samples, log_q = runner.draws_with_density(rng_key, result, number, args, kwargs)
-        if log_q is not None:
-            stats["log_q"] = log_q[members]
-        own = {name: leaf for name, leaf in result.params.items() if name not in samples}
-    elif isinstance(runner, EnsembleMAP) and isinstance(result.params, dict):
-        number = num_samples or 1
-        sites = filled_trace(runner.model, args, kwargs)
-        latent = {name for name, site in sites.items() if site["type"] == "sample"}
-        unknown = sorted(result.params.keys() - sites.keys())
-        if unknown:
-            raise ValueError(f"the result is of another model: this one has no {unknown}.")
-        samples = {
-            name: jnp.broadcast_to(leaf[:, None], (len(leaf), number, *leaf.shape[1:]))
-            for name, leaf in result.params.items()
-            if name in latent
-        }
-        own = {name: leaf for name, leaf in result.params.items() if name not in latent}
-    else:
-        raise TypeError("to_arviz takes fits of NumPyro models, not of raw densities.")
+    """Put together what a fit tells besides its draws."""
     params = {**own, **(result.state.mutable_state or {})}
-    arrays, shared = partition(params)
+    size, losses = runner.ensemble_size, np.asarray(result.losses)
     return Draws(
-        runner.model,
-        pick(samples, members),
-        combine(pick(arrays, members), shared),
-        (members.size, number),
-        stats,
-        members,
-        np.asarray(result.losses)[members],
-        result.seconds,
-    )
+        runner.model, samples, params, (size, number), stats, np.arange(size),
+        np.asarray(result.finite), losses, result.seconds,
+    )  # fmt: skip
 
 
 class Sites(NamedTuple):
@@ -207,12 +225,11 @@ def densities(
 def _over(draws: Draws, rng_key: jax.Array, fn: Callable) -> Any:
     """Map a function of a key and the known values over all draws, in one bounded program."""
     size, number = draws.shape
-    arrays, shared = partition(draws.params)
     member, draw = np.divmod(np.arange(size * number), number)
 
     def one(where: tuple) -> Any:
         key, e, s = where
-        return fn(key, {**combine(pick(arrays, e), shared), **pick(draws.samples, e, s)})
+        return fn(key, {**pick(draws.params, e), **pick(draws.samples, e, s)})
 
     keys = jax.random.split(rng_key, size * number)
     forms = jax.eval_shape(one, jax.tree.map(lambda x: x[0], (keys, member, draw)))

@@ -13,7 +13,9 @@ from numpyro import handlers
 from numpyro.infer.autoguide import AutoGuide, AutoLaplaceApproximation
 from numpyro.infer.util import compute_log_probs
 
+from numpyro_ensemble.arguments import has_tracers
 from numpyro_ensemble.density import filled_trace
+from numpyro_ensemble.guides import is_set_up
 from numpyro_ensemble.primitives import is_inexact
 from numpyro_ensemble.results import name_members
 
@@ -27,8 +29,8 @@ def draw_latents(
     """Draw once from one member's guide: all its sites but the observed ones, plates included."""
     if isinstance(guide, AutoGuide):
         return guide.sample_posterior(key, params, *args, **kwargs)
-    trace = _guide_trace(guide, key, params, args, kwargs)
-    return _latents(trace)
+    filled = handlers.substitute(handlers.seed(guide, key), data=params)
+    return _latents(handlers.trace(filled).get_trace(*args, **kwargs))
 
 
 def draw_with_density(
@@ -42,17 +44,36 @@ def draw_with_density(
     return _latents(trace), sum(log_probs.values(), jnp.zeros(()))
 
 
-def _guide_trace(guide: Callable, key: jax.Array, params: dict, args: tuple, kwargs: dict) -> dict:
-    seeded = handlers.substitute(handlers.seed(guide, key), data=params)
-    return handlers.trace(seeded).get_trace(*args, **kwargs)
-
-
 def _latents(trace: dict) -> dict[str, Any]:
     return {
         name: site["value"]
         for name, site in trace.items()
         if site["type"] == "plate" or (site["type"] == "sample" and not site["is_observed"])
     }
+
+
+def check_guide(guide: Callable, params: dict, args: tuple, kwargs: dict) -> None:
+    """Raise a ValueError where a guide was not set up, or its parameters are not those given."""
+    if not is_set_up(guide):
+        raise ValueError(
+            "the guide was never called: take the one that was fitted, runner.guide, or call it "
+            "once with the arguments of the fit, handlers.seed(guide, rng_key)(*args)."
+        )
+    needed: set[str] = set()
+
+    def look() -> None:
+        seeded = handlers.seed(guide, jax.random.key(0))
+        for name, site in handlers.trace(seeded).get_trace(*args, **kwargs).items():
+            if site["type"] == "param":
+                needed.add(name)
+
+    jax.eval_shape(look)
+    missing = sorted(needed - params.keys())
+    if missing:
+        raise ValueError(
+            f"the guide has parameters {missing}, which are not among those given, "
+            f"{sorted(params)}: these are of another guide, or of a fit without one."
+        )
 
 
 def fill_model(
@@ -102,6 +123,26 @@ def map_draws(fn: Callable, draws: Any, batch_size: int) -> Any:
 def pick(tree: Any, *index: Any) -> Any:
     """Take one entry along the leading axes of all arrays."""
     return jax.tree.map(lambda leaf: leaf[index], tree)
+
+
+def check_mixture(weights: Any, number: int, parts: str) -> Any:
+    """Return the weights of a mixture's parts, which need not add up to 1.
+
+    Raises:
+        ValueError: if there is not one for each part, or one is negative, or they add up to 0.
+    """
+    values = weights if has_tracers(weights) else np.asarray(weights, float)
+    if values.shape != (number,):
+        raise ValueError(
+            f"weights takes one number for each of {number} {parts}, got shape {values.shape}."
+        )
+    if has_tracers(weights):
+        return values
+    if not (np.isfinite(values).all() and (values >= 0).all()):
+        raise ValueError(f"weights takes finite numbers that are not negative, got {values}.")
+    if not values.sum() > 0:
+        raise ValueError("weights add up to 0.")
+    return values
 
 
 def finite_members(trees: Any, ensemble_size: int) -> np.ndarray:

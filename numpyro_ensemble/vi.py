@@ -173,36 +173,26 @@ class EnsembleVI(Ensemble):
             Draws by site name. What the model computes from sites outside the guide comes from the
             same draw of these, which are returned as well.
         """
-        samples, _ = self._draw(rng_key, result, num_samples, args, kwargs, draw_latents)
+        samples, _ = self.draws(rng_key, result, num_samples, args, kwargs)
         if group_by_member:
             return samples
         total = self.ensemble_size * num_samples
         return jax.tree.map(lambda x: x.reshape(total, *x.shape[2:]), samples)
 
-    def draws_with_density(
+    def draws(
         self,
         rng_key: jax.Array,
         result: EnsembleResult,
         num_samples: int,
         args: tuple,
         kwargs: dict,
+        with_density: bool = False,
     ) -> tuple[dict[str, jax.Array], jax.Array | None]:
-        """Return draws `(E, num_samples, ...)` and the log densities of the guides there.
+        """Draw `(E, num_samples, ...)` from the guides, then run the model on the draws.
 
-        There is no density, None, where a guide cannot tell it (`AutoLaplaceApproximation`).
+        The second value is the log density of each draw under its guide, if wanted and known
+        (`AutoLaplaceApproximation` cannot tell it), else None.
         """
-        return self._draw(rng_key, result, num_samples, args, kwargs, draw_with_density)
-
-    def _draw(
-        self,
-        rng_key: jax.Array,
-        result: EnsembleResult,
-        num_samples: int,
-        args: tuple,
-        kwargs: dict,
-        how: Callable,
-    ) -> tuple[dict[str, jax.Array], Any]:
-        """Draw from each member's guide, then run the model on the draws."""
         if not isinstance(result, EnsembleResult):
             raise TypeError(f"result takes what run returned, got {type(result).__name__}.")
         check_count("num_samples", num_samples)
@@ -218,8 +208,10 @@ class EnsembleVI(Ensemble):
         def draw(key: jax.Array, params: dict, stems: Any) -> tuple[dict[str, jax.Array], Any]:
             guide = bound.member_guide(stems, bound.arguments.dynamic)
             guide_key, model_key = jax.random.split(key)
-            drawn = how(guide, guide_key, params, args, kwargs)
-            latents, log_q = drawn if isinstance(drawn, tuple) else (drawn, None)
+            if with_density:
+                latents, log_q = draw_with_density(guide, guide_key, params, args, kwargs)
+            else:
+                latents, log_q = draw_latents(guide, guide_key, params, args, kwargs), None
             trace = fill_model(self.model, model_key, {**params, **latents}, args, kwargs)
             samples = {
                 name: site["value"]

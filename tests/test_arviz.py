@@ -18,6 +18,9 @@ from zoo import CASES, X, Y, ridge
 from numpyro_ensemble import EnsembleMAP, EnsembleVI, to_arviz
 from numpyro_ensemble.arviz import makes_inference_data
 
+# what the few draws of most tests are not asked for
+pytestmark = pytest.mark.filterwarnings("ignore:.*too few for az.loo")
+
 mpl.use("Agg")
 NEW = not makes_inference_data()
 ADAM = numpyro.optim.Adam(0.05)

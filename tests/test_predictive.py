@@ -1,5 +1,7 @@
 """EnsemblePredictive against NumPyro's Predictive, member by member."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +12,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from numpyro import handlers
 from numpyro.infer import Predictive, Trace_ELBO
 from numpyro.infer.autoguide import AutoLaplaceApproximation, AutoNormal
+from numpyro.primitives import mutable as numpyro_mutable
 from zoo import CASES, X, Y, ridge
 
 from numpyro_ensemble import EnsembleMAP, EnsemblePredictive, EnsembleResult, EnsembleVI
@@ -98,6 +101,21 @@ def test_modules_and_mutable_state_are_per_member(name, key):
         state = {**single.params, **(single.state.mutable_state or {})}
         alone = Predictive(model, known, params=state, batch_ndims=0)(keys[i], *case.args)["y"]
         assert_allclose(draws[i], alone, rtol=1e-6)
+
+
+def test_state_that_is_not_real_is_per_member_too(key):
+    def model(y=None):
+        count = numpyro_mutable("count", {"n": jnp.zeros((), int)})
+        count["n"] = count["n"] + 1
+        numpyro.sample("y", dist.Normal(count["n"], 1e-6), obs=y)
+
+    result = EnsembleResult({}, _State({"count": {"n": jnp.array([2, 7])}}), jnp.zeros((2, 1)))
+    drawn = EnsemblePredictive(model, result, num_samples=1)(key)["y"]
+    assert_allclose(drawn, [3.0, 8.0], atol=1e-4)
+
+
+class _State(NamedTuple):
+    mutable_state: dict
 
 
 @pytest.mark.promotes_ranks
@@ -259,6 +277,17 @@ def test_a_result_of_another_model_is_refused(key):
         EnsemblePredictive(ridge, result)(key, X, None)
     with pytest.raises(ValueError, match="params comes with the EnsembleResult"):
         EnsemblePredictive(ridge, result, params={})
+
+
+def test_a_guide_must_be_that_of_the_fit(key):
+    result = fit(EnsembleMAP(ridge, ADAM, ensemble_size=2), key, X, Y)
+    guide = AutoNormal(ridge)
+    options = {"guide": guide, "num_samples": 2}
+    with pytest.raises(ValueError, match="the guide was never called: take the one.*runner.guide"):
+        EnsemblePredictive(ridge, result, **options)(key, X, None)
+    handlers.seed(guide, key)(X, Y)
+    with pytest.raises(ValueError, match=r"\['w_auto_loc', 'w_auto_scale'\], which are not among"):
+        EnsemblePredictive(ridge, result, **options)(key, X, None)
 
 
 def test_a_member_that_ended_badly_is_left_out(key):

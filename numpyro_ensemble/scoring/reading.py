@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
+from numpyro_ensemble.draws import check_mixture
+
 
 def is_array(value: Any) -> bool:
     """Say whether a value is an array rather than ArviZ data."""
@@ -61,15 +63,4 @@ def read(
 
 def check_draw_weights(weights: Any, draws: jax.Array) -> jax.Array | None:
     """Return one weight for each draw; they need not add up to 1."""
-    if weights is None:
-        return None
-    values = jnp.asarray(weights)
-    if values.shape != draws.shape[:1]:
-        raise ValueError(
-            f"weights takes one number for each of {len(draws)} draws, got shape {values.shape}."
-        )
-    if not isinstance(values, jax.core.Tracer) and not (
-        bool((values >= 0).all()) and float(values.sum()) > 0
-    ):
-        raise ValueError("weights takes numbers that are not negative and do not add up to 0.")
-    return values
+    return None if weights is None else jnp.asarray(check_mixture(weights, len(draws), "draws"))
