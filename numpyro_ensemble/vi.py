@@ -206,7 +206,7 @@ class EnsembleVI(Ensemble):
         kwargs = {**kwargs, **self.static_kwargs}
 
         def draw(key: jax.Array, params: dict, stems: Any) -> tuple[dict[str, jax.Array], Any]:
-            guide = bound.member_guide(stems, bound.arguments.dynamic)
+            guide = bound.member.guide(stems, bound.arguments.dynamic)
             guide_key, model_key = jax.random.split(key)
             if with_density:
                 latents, log_q = draw_with_density(guide, guide_key, params, args, kwargs)

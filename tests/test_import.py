@@ -24,6 +24,7 @@ LAYERS = [
     {"training", "guides", "starts"},
     {"draws"},
     {"options", "preflight", "point_guide"},
+    {"member"},
     {"bound"},
     {"bindings"},
     {"engine"},
