@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from numpyro_ensemble.options import RunOptions
 
 _QUICK = {"xla_backend_optimization_level": "0"}  # halves the time that starts take to compile
-_AXES = {TRACED: None, BATCH: None, MEMBER: 0}
+ARGUMENT_AXES = {TRACED: None, BATCH: None, MEMBER: 0}
 
 
 class Bound:
@@ -186,7 +186,7 @@ class Bound:
             return state, Stems(constraints, filling), inside
 
         def every(keys: jax.Array, init_params: Any, dynamic: dict) -> tuple:
-            members = jax.vmap(one, in_axes=(0, axes, _AXES))
+            members = jax.vmap(one, in_axes=(0, axes, ARGUMENT_AXES))
             state, stems, inside = members(keys, init_params, dynamic)
             filling = stems.guide._replace(first=[leaf[0] for leaf in stems.guide.first])
             alike = all_alike(jax.vmap(self.engine.optim.get_params)(state.optim_state))
@@ -295,7 +295,7 @@ class Bound:
         def one(state: SVIState, stems: Stems, dynamic: dict, rows: Any) -> tuple:
             return self.member.update(state, stems, dynamic, rows, stable, forward)
 
-        return jax.vmap(one, in_axes=(0, STEM_AXES, _AXES, None if shared else 0))
+        return jax.vmap(one, in_axes=(0, STEM_AXES, ARGUMENT_AXES, None if shared else 0))
 
     def evaluate(self, state: SVIState) -> jax.Array:
         """Return the members' losses."""
@@ -334,7 +334,7 @@ class Bound:
         def one(*given: Any) -> Any:
             return getattr(self.member, name)(*given)
 
-        return jax.vmap(one, in_axes=(0, STEM_AXES, _AXES))
+        return jax.vmap(one, in_axes=(0, STEM_AXES, ARGUMENT_AXES))
 
     def _program(
         self, key: Any, build: Callable, *, donate: tuple[int, ...] = (), once: bool = False

@@ -11,24 +11,18 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 from numpyro.infer import Predictive
-from numpyro.primitives import _PYRO_STACK
 from numpyro.util import is_prng_key
 
-from numpyro_ensemble.arguments import arrange, has_tracers
 from numpyro_ensemble.density import anatomy
 from numpyro_ensemble.draws import (
-    batch_for,
-    bytes_per_draw,
+    Programs,
     check_guide,
     draw_latents,
     map_draws,
     pick,
 )
-from numpyro_ensemble.fingerprints import captured
 from numpyro_ensemble.given import read_given
 from numpyro_ensemble.primitives import check_count
-
-_KEPT = 8  # sets of arguments whose compiled programs are kept
 
 
 class EnsemblePredictive:
@@ -116,7 +110,7 @@ class EnsemblePredictive:
         self._given, self.num_samples = given, given.number
         self.grouped = group_by_member or given.ndims == 2
         self.weights = given.finite_weights(weights)
-        self._programs: dict[Any, Callable] = {}
+        self._programs = Programs()
 
     @property
     def ensemble_size(self) -> int:
@@ -135,19 +129,9 @@ class EnsemblePredictive:
         """
         if not is_prng_key(rng_key):
             raise ValueError(f"rng_key takes one key, jax.random.key(0) say; got {rng_key!r}.")
-        arguments = arrange(self.model, args, kwargs)
-        program = None
-        if not has_tracers(arguments.leaves):
-            around = captured(tuple(_PYRO_STACK))
-            key = (arguments.key(), captured(self.model), captured(self.guide), around)
-            program = self._programs.get(key)
-        if program is None:
-            self._check_model(args, kwargs)
-            program = self._build(args, kwargs)
-            if not has_tracers(arguments.leaves):
-                self._programs[key] = program
-                if len(self._programs) > _KEPT:
-                    del self._programs[next(iter(self._programs))]
+        program = self._programs.get(
+            lambda: self._build(args, kwargs), self.model, self.guide, args, kwargs
+        )
         member, draw = self._indices(rng_key)
         predictions = program(rng_key, member, draw, self._given.samples, self._given.params)
         if self._given.ndims == 0:
@@ -165,9 +149,13 @@ class EnsemblePredictive:
             return member, draw
         total = size * number
         key_place, key_first = jax.random.split(jax.random.fold_in(rng_key, total))
-        places = (jnp.arange(total) + jax.random.uniform(key_place, (total,))) / total
-        bounds = jnp.asarray(np.cumsum(self.weights)[:-1], places.dtype)
-        members = jnp.searchsorted(bounds, places, side="right")
+        # whole strata and the rest apart, or single precision would round a draw to the next member
+        bounds = np.minimum(np.cumsum(self.weights) * total, total)
+        bounds[np.flatnonzero(self.weights)[-1] :] = total
+        whole = np.floor(bounds)[:, None]
+        stratum, place = np.arange(total), jax.random.uniform(key_place, (total,))
+        ended = (whole < stratum) | ((whole == stratum) & (bounds[:, None] - whole <= place[None]))
+        members = ended.sum(axis=0)
         # a member's own draws are taken in turn, from a random one on
         rank = jnp.arange(total) - jnp.searchsorted(members, members, side="left")
         first = jax.random.randint(key_first, (size,), 0, number)
@@ -181,6 +169,14 @@ class EnsemblePredictive:
                 raise ValueError(
                     f"the result is of another model, which has {unknown}, or of a variational "
                     f"fit: that takes its guide along, guide=runner.guide."
+                )
+        for name, value in self._given.samples.items():
+            site, shape = sites.get(name), np.shape(value)[max(self._given.ndims, 1) :]
+            if site is not None and site.kind == "latent" and len(shape) != len(site.shape):
+                raise ValueError(
+                    f"each of the samples of {name!r} has shape {shape}, and the model's site "
+                    f"{site.shape}: batch_ndims says how many axes of the samples lead (2 for "
+                    f"members and draws), got {self._given.ndims}."
                 )
         if self.guide is not None:
             check_guide(self.guide, self._given.params, args, kwargs)
@@ -197,12 +193,12 @@ class EnsemblePredictive:
             )
 
     def _build(self, args: tuple, kwargs: dict) -> Callable:
-        """Compile the program for these arguments, which stay concrete."""
+        """Check the model, and make the program for these arguments, which stay concrete."""
+        self._check_model(args, kwargs)
         total = self.ensemble_size * self.num_samples
+        at_once = self.batch_size
         if self.parallel is not None:
             at_once = total if self.parallel else 1
-        else:
-            at_once = self.batch_size or batch_for(total, bytes_per_draw(self.model, args, kwargs))
 
         def predict(rng_key: Any, member: Any, draw: Any, samples: Any, params: Any) -> Any:
             places = (member, draw) if self._given.ndims == 2 else (member,)

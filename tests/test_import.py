@@ -27,7 +27,7 @@ LAYERS = [
     {"member"},
     {"bound"},
     {"bindings"},
-    {"engine"},
+    {"engine", "member_guides"},
     {"map", "vi"},
     {"given", "collect"},
     {"predictive"},
