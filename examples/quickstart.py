@@ -170,7 +170,8 @@ def picture(predicted, path="quickstart.png"):
     for name, (above, below) in zip(PICTURED, axes.T, strict=True):
         means = predicted[name]
         draws = with_noise(means)
-        plotting.plot_predictive(x_test, means, draws, data=(x, y), ax=above)
+        members = means.reshape(MEMBERS, -1, means.shape[1])
+        plotting.plot_predictive(x_test, members, draws, data=(x, y), ax=above)
         above.set(title=name, ylim=(-1.2, 1.8))
         plotting.plot_calibration(draws, y_test, ax=below)
     axes[0, 0].legend(loc="upper left", fontsize=8)

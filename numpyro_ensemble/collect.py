@@ -23,7 +23,6 @@ from numpyro_ensemble.draws import (
 )
 from numpyro_ensemble.engine import Ensemble
 from numpyro_ensemble.handlers import is_factor, unwrapped
-from numpyro_ensemble.map import EnsembleMAP
 from numpyro_ensemble.results import EnsembleResult
 from numpyro_ensemble.vi import EnsembleVI
 
@@ -69,14 +68,14 @@ def collect(
         draws = _given(inference, result, num_samples)
     elif not isinstance(result, EnsembleResult):
         raise TypeError(f"result takes what run returned, got {type(result).__name__}.")
-    elif isinstance(inference, EnsembleVI):
-        draws = _of_guides(inference, result, rng_key, num_samples or _VI_DRAWS, args, kwargs)
-    elif isinstance(inference, EnsembleMAP) and not inference.raw:
-        draws = _of_points(inference, result, num_samples or 1, args, kwargs)
     else:
-        raise TypeError("to_arviz takes fits of NumPyro models, not of raw densities.")
-    if isinstance(result, EnsembleResult):
+        if getattr(inference, "raw", False):
+            raise TypeError("to_arviz takes fits of NumPyro models, not of raw densities.")
         _check_fit(inference, result, args, kwargs)
+        if isinstance(inference, EnsembleVI):
+            draws = _of_guides(inference, result, rng_key, num_samples or _VI_DRAWS, args, kwargs)
+        else:
+            draws = _of_points(inference, result, num_samples or 1, args, kwargs)
     check_failed(draws.finite, on_failed)
     return draws if draws.finite.all() else draws.without_failed()
 
@@ -133,7 +132,7 @@ def _of_guides(
 
 
 def _of_points(
-    runner: EnsembleMAP, result: EnsembleResult, number: int, args: tuple, kwargs: dict
+    runner: Ensemble, result: EnsembleResult, number: int, args: tuple, kwargs: dict
 ) -> Draws:
     """Repeat the members' estimates."""
     sites = filled_trace(runner.model, args, kwargs)

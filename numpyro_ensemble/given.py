@@ -26,6 +26,7 @@ class Given(NamedTuple):
         ndims: number of leading axes that the user's samples had.
         fitted: names of the parameters of a fit.
         finite: which members were given with finite numbers; the others have been left out.
+        known: names of the fitted model's sites, None where they are not known.
     """
 
     samples: dict[str, Any]
@@ -35,11 +36,14 @@ class Given(NamedTuple):
     ndims: int
     fitted: frozenset[str]
     finite: np.ndarray
+    known: frozenset[str] | None = None
 
     def finite_weights(self, weights: ArrayLike | None) -> np.ndarray | None:
         """Return the weights of the members that are left, adding up to 1."""
         if weights is None:
             return None
+        if has_tracers(weights):
+            raise ValueError("weights decide how many draws a member makes: they cannot be traced.")
         values = np.asarray(check_mixture(weights, self.finite.size, "members"))[self.finite]
         if not values.sum() > 0:
             raise ValueError("weights add up to 0 over the finite members.")
@@ -57,6 +61,7 @@ def read_given(
     """Sort out what `EnsemblePredictive` was given, and leave out members that are not finite."""
     samples, fitted = posterior_samples, frozenset[str]()
     ended_well: Any = True
+    known = None
     if isinstance(posterior_samples, EnsembleResult):
         if params is not None:
             raise ValueError("params comes with the EnsembleResult: leave it out.")
@@ -64,6 +69,7 @@ def read_given(
             raise ValueError(f"an EnsembleResult has batch_ndims=1, got {batch_ndims}.")
         result = posterior_samples
         fitted, ended_well = frozenset(result.params), result.finite
+        known = None if result._bound is None else frozenset(result._bound.sites)
         samples, params = result.params, result.state.mutable_state or {}
         if guide is not None:
             samples, params = None, {**result.params, **params}
@@ -88,7 +94,7 @@ def read_given(
         if not finite.all():
             samples, params = pick((samples, params), np.flatnonzero(finite))
             size = int(finite.sum())
-    return Given(samples, params, size, number, ndims, fitted, finite)
+    return Given(samples, params, size, number, ndims, fitted, finite, known)
 
 
 def _sorted(samples: Any, params: Any) -> tuple[dict | None, dict | None]:
@@ -100,7 +106,7 @@ def _sorted(samples: Any, params: Any) -> tuple[dict | None, dict | None]:
                 + (" or an EnsembleResult" if name == "posterior_samples" else "")
                 + f", got {type(value).__name__}."
             )
-    trees = {k: v for k, v in (samples or {}).items() if not hasattr(v, "shape")}
+    trees = {k: v for k, v in (samples or {}).items() if not jax.tree_util.all_leaves([v])}
     if trees:
         samples = {k: v for k, v in samples.items() if k not in trees}
         params = {**trees, **(params or {})}

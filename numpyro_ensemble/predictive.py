@@ -24,6 +24,8 @@ from numpyro_ensemble.draws import (
 from numpyro_ensemble.given import read_given
 from numpyro_ensemble.primitives import check_count
 
+_DRAWN = ("latent", "discrete")  # kinds of sites
+
 
 class EnsemblePredictive:
     """Predictions from all members of an ensemble, called as NumPyro's `Predictive` is.
@@ -178,6 +180,14 @@ class EnsemblePredictive:
                     f"{site.shape}: batch_ndims says how many axes of the samples lead (2 for "
                     f"members and draws), got {self._given.ndims}."
                 )
+        known = self._given.known
+        if known is not None:
+            new = [n for n, s in sites.items() if s.kind in _DRAWN and n not in known]
+            if new:
+                warnings.warn(
+                    f"{new} were no sites of the fitted model and are drawn from their prior.",
+                    stacklevel=6,
+                )
         if self.guide is not None:
             check_guide(self.guide, self._given.params, args, kwargs)
         observed = [
@@ -189,7 +199,7 @@ class EnsemblePredictive:
             warnings.warn(
                 f"{observed} are observed in this call, so that what is returned for them is the "
                 f"data. Leave the observed arguments out, y=None say.",
-                stacklevel=3,
+                stacklevel=6,
             )
 
     def _build(self, args: tuple, kwargs: dict) -> Callable:

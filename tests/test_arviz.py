@@ -325,7 +325,7 @@ def test_samples_of_another_model_are_refused(key):
         free = EnsembleMAP(line, ADAM, ensemble_size=2)
         to_arviz(free, free.run(key, 2, 3.0, progress_bar=False))
     with pytest.raises(TypeError, match="not of raw densities"):
-        raw = EnsembleMAP.from_log_joint(_density, lambda key: {"w": jnp.ones(2)}, ADAM)
+        raw = EnsembleMAP.from_log_joint(_density, lambda key: {"w": jax.random.normal(key)}, ADAM)
         to_arviz(raw, raw.run(key, 2, progress_bar=False))
 
 
