@@ -172,7 +172,7 @@ def picture(predicted, path="quickstart.png"):
         draws = with_noise(means)
         members = means.reshape(MEMBERS, -1, means.shape[1])
         plotting.plot_predictive(x_test, members, draws, data=(x, y), ax=above)
-        above.set(title=name, ylim=(-1.2, 1.8))
+        above.set(title=name.replace("the same, ", ""), ylim=(-1.2, 1.8))
         plotting.plot_calibration(draws, y_test, ax=below)
     axes[0, 0].legend(loc="upper left", fontsize=8)
     figure.savefig(path, dpi=120)
