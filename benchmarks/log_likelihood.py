@@ -14,7 +14,7 @@ import numpyro.distributions as dist
 from common import in_turns, peak, report
 from numpyro.infer import log_likelihood
 
-from numpyro_ensemble.collect import Sites, collect, densities
+from numpyro_ensemble import to_arviz
 
 MEMBERS = 16
 
@@ -38,11 +38,10 @@ def main(number, rows):
         "noise": jnp.exp(0.1 * jax.random.normal(key_n, shape)),
     }
     flat = {name: value.reshape(-1, *value.shape[2:]) for name, value in samples.items()}
-    sites = Sites.of(model, (x, y), {})
 
     def ours(key):
-        draws = collect(model, samples, key, None, (x, y), {}, "raise")
-        return densities(draws, sites, True, (x, y), {})
+        data = to_arviz(model, samples, x, y, rng_key=key, posterior_predictive=False)
+        return data["log_likelihood"]["y"].values
 
     def one_by_one(key):
         return log_likelihood(model, flat, x, y)
@@ -51,12 +50,12 @@ def main(number, rows):
         return log_likelihood(model, flat, x, y, parallel=True)
 
     print(f"{MEMBERS} members, {number} draws, {rows} observations")
-    report("ours (with the log density) / one by one", in_turns(ours, one_by_one, 3))
+    report("to_arviz, density and likelihood / one by one", in_turns(ours, one_by_one, 3))
     outcome = MEMBERS * number * rows * 4 / 2**30
     print(f"peak memory so far {peak():.2f} GiB; one outcome is {outcome:.2f}")
-    report("ours (with the log density) / all at once", in_turns(ours, at_once, 3))
+    report("to_arviz, density and likelihood / all at once", in_turns(ours, at_once, 3))
     print(f"peak memory {peak():.2f} GiB")
 
 
 if __name__ == "__main__":
-    main(*(int(a) for a in sys.argv[1:3]) if len(sys.argv) > 1 else (500, 10_000))
+    main(*(int(a) for a in (sys.argv[1:3] if len(sys.argv) > 2 else (500, 10_000))))

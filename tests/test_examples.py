@@ -1,5 +1,6 @@
 """The quickstart reaches what it promises: scores on the sinc problem."""
 
+import runpy
 import sys
 from pathlib import Path
 
@@ -9,7 +10,15 @@ import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import quickstart
+
+BENCHMARKS = sorted((Path(__file__).parents[1] / "benchmarks").glob("*.py"))
+
+
+@pytest.mark.parametrize("path", BENCHMARKS, ids=lambda p: p.stem)
+def test_benchmarks_ask_for_what_there_is(path):
+    runpy.run_path(str(path), run_name="imported")
 
 
 @pytest.mark.promotes_ranks  # scoringrules does
