@@ -1,6 +1,7 @@
 """Many-chain MCMC: kernels for `numpyro.infer.MCMC` that adapt over all chains at once."""
 
 from numpyro_ensemble.mcmc import starts
+from numpyro_ensemble.mcmc.chees import ChEES
 from numpyro_ensemble.mcmc.meads import MEADS
 
-__all__ = ["MEADS", "starts"]
+__all__ = ["MEADS", "ChEES", "starts"]

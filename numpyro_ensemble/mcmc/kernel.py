@@ -115,7 +115,10 @@ class ManyChainKernel(MCMCKernel):
 
     def postprocess_fn(self, args: tuple, kwargs: dict) -> Callable:
         """Return the map from one chain's unconstrained values to the model's sites."""
-        return self._target.constrain(args, kwargs)
+        # MCMC calls it once outside its program, where the model would run operation by operation
+        return self._target.compiled(
+            "constrain", lambda z, args, kwargs: self._target.constrain(args, kwargs)(z), args, kwargs
+        )
 
     def get_diagnostics_str(self, state: ChainsState) -> str:
         """Return step size, acceptance and divergences over all chains, for the progress bar."""

@@ -51,7 +51,8 @@ class LowRank(NamedTuple):
         total = progress.iteration[0] + progress.remaining[0]
         inside = progress.iteration[0] >= jnp.floor(window_fraction * total)
         block = self._block()
-        block = jax.lax.cond(inside, lambda b: cgl_update_batch(b, rows), lambda b: b, block)
+        with jax.numpy_rank_promotion("allow"):
+            block = jax.lax.cond(inside, lambda b: cgl_update_batch(b, rows), lambda b: b, block)
         return self._renewed(block, rows, inside)
 
     def settle(self, rows: jax.Array) -> LowRank:
@@ -80,11 +81,12 @@ class LowRank(NamedTuple):
             eye = jnp.eye(size, rank, dtype=rows.dtype)
             return LowRankInverseMassMatrix(sigma, eye, jnp.ones(rank, rows.dtype))
 
-        sigma, directions, eigenvalues = jax.lax.cond(
-            inside & (block.count >= 2 * size),
-            lambda: sample_covariance_eigh_low_rank(block.m2, block.count, rank),
-            diagonal,
-        )
+        with jax.numpy_rank_promotion("allow"):  # BlackJAX does, whatever the user's setting
+            sigma, directions, eigenvalues = jax.lax.cond(
+                inside & (block.count >= 2 * size),
+                lambda: sample_covariance_eigh_low_rank(block.m2, block.count, rank),
+                diagonal,
+            )
         metric = (sigma, directions, jnp.maximum(eigenvalues, _FLOOR))
         moments = jnp.concatenate([block.mean, block.m2.ravel()])
         padding = self.pooled.size - moments.size

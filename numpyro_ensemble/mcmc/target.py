@@ -14,6 +14,7 @@ from numpyro.infer import init_to_uniform
 from numpyro.infer.util import constrain_fn, initialize_model, potential_energy
 
 from numpyro_ensemble.density import anatomy, filled_trace
+from numpyro_ensemble.mcmc.layout import laid_out
 
 _VALUE_NEEDED = (jax.errors.JAXTypeError, jax.errors.JAXIndexError)
 
@@ -53,14 +54,22 @@ class Target:
         if self.potential_fn is not None:
             potential_fn = self.potential_fn
             return lambda z: -potential_fn(z)
-        model = self._prepared(args, kwargs)
-        return lambda z: -potential_energy(model, args, kwargs, z)
+        # concrete arguments stay so: a model may look at them
+        arguments = Arguments(args, kwargs, lambda leaf: isinstance(leaf, jax.core.Tracer))
+
+        def density(z: Any, data: tuple[list, dict]) -> jax.Array:
+            args, kwargs = arguments.rebuild(data[0])
+            return -potential_energy(self._with(data[1]), args, kwargs, z)
+
+        density = laid_out(density)
+        data = arguments.arrays, self._fixed(args, kwargs)
+        return lambda z: density(z, data)
 
     def constrain(self, args: tuple, kwargs: dict) -> Callable[[Any], Any]:
         """Return the map to the model's sites, deterministic ones included."""
         if self.potential_fn is not None:
             return lambda z: z
-        model = self._prepared(args, kwargs)
+        model = self.prepared(args, kwargs)
         return lambda z: constrain_fn(model, args, kwargs, z, return_deterministic=True)
 
     def initial(self, keys: jax.Array, args: tuple, kwargs: dict) -> Any:
@@ -75,11 +84,16 @@ class Target:
         )
         return info.param_info.z
 
-    def _prepared(self, args: tuple, kwargs: dict) -> Callable:
+    def prepared(self, args: tuple, kwargs: dict) -> Callable:
         """Give the model a key, and parameters and mutable state the values of one start."""
+        return self._with(self._fixed(args, kwargs))
+
+    def _fixed(self, args: tuple, kwargs: dict) -> dict[str, Any]:
         assert self.model is not None
         trace = filled_trace(self.model, args, kwargs)
-        fixed = {k: v["value"] for k, v in trace.items() if v["type"] in ("param", "mutable")}
+        return {k: v["value"] for k, v in trace.items() if v["type"] in ("param", "mutable")}
+
+    def _with(self, fixed: dict[str, Any]) -> Callable:
         return handlers.seed(handlers.substitute(self.model, data=fixed), jax.random.key(0))
 
     def check(self, args: tuple, kwargs: dict) -> tuple[str, ...] | None:
@@ -111,22 +125,14 @@ class Target:
         Arrays among the arguments are traced, so that the program serves other data too. A model
         that looks at their values is compiled for them instead, anew in every call.
         """
-        leaves, treedef = jax.tree.flatten((args, kwargs))
-        dynamic = [is_array(leaf) for leaf in leaves]
-        static = tuple(None if d else x for x, d in zip(leaves, dynamic, strict=True))
-
-        def rebuilt(arrays: list) -> tuple[tuple, dict]:
-            rest = iter(arrays)
-            whole = [next(rest) if d else x for x, d in zip(static, dynamic, strict=True)]
-            return treedef.unflatten(whole)
+        arguments = Arguments(args, kwargs)
 
         def run(*inputs: Any) -> Any:
-            arrays = [x for x, d in zip(leaves, dynamic, strict=True) if d]
             try:
                 return self._program(
-                    (name, treedef, tuple(dynamic), static),
-                    lambda arrays, *inputs: fn(*inputs, *rebuilt(arrays)),
-                )(arrays, *inputs)
+                    (name, arguments.form),
+                    lambda arrays, *inputs: fn(*inputs, *arguments.rebuild(arrays)),
+                )(arguments.arrays, *inputs)
             except _VALUE_NEEDED:
                 return jax.jit(lambda *inputs: fn(*inputs, args, kwargs))(*inputs)
 
@@ -139,8 +145,28 @@ class Target:
             return jax.jit(fn)
 
 
-def is_array(leaf: Any) -> bool:
-    """Say whether an argument can be traced."""
+class Arguments:
+    """A model's arguments, taken apart into those to be traced, arrays say, and the rest."""
+
+    def __init__(self, args: tuple, kwargs: dict, traced: Callable | None = None) -> None:
+        leaves, self._treedef = jax.tree.flatten((args, kwargs))
+        self._traced = tuple(map(traced or _is_array, leaves))
+        self.arrays = [x for x, t in zip(leaves, self._traced, strict=True) if t]
+        self._rest = tuple(None if t else x for x, t in zip(leaves, self._traced, strict=True))
+
+    @property
+    def form(self) -> tuple:
+        """What is not traced, to be compared."""
+        return self._treedef, self._traced, self._rest
+
+    def rebuild(self, arrays: list) -> tuple[tuple, dict]:
+        """Put other arrays in the arguments' places."""
+        left = iter(arrays)
+        pairs = zip(self._rest, self._traced, strict=True)
+        return self._treedef.unflatten([next(left) if t else x for x, t in pairs])
+
+
+def _is_array(leaf: Any) -> bool:
     if isinstance(leaf, jax.Array):
         return True
     return isinstance(leaf, np.ndarray) and leaf.dtype.kind in "biufc"
