@@ -34,8 +34,9 @@ def ghmc_step(
     """Move every chain one step.
 
     A chain whose proposal has no finite density or gradient stays where it was, with its momentum
-    reversed, as after any rejection, and counts as diverged. BlackJAX would set its slice variable
-    to 0 times infinity then, and reject whatever comes after.
+    reversed, as after any rejection, and counts as diverged. In BlackJAX alone it accepts a
+    position without a gradient, or makes its slice variable 0 times infinity, and never moves
+    again; in MEADS it would take the statistics of its fold along.
 
     Args:
         keys: `(C,)`.

@@ -226,7 +226,7 @@ class MEADS(ManyChainKernel):
         num_folds: int = 4,
         step_size_multiplier: float = 0.5,
         damping_slowdown: float = 1.0,
-        steps_per_draw: int = 4,
+        steps_per_draw: int = 8,
         low_rank_rank: int | None = None,
         low_rank_window_fraction: float = 0.5,
         start: str | Callable = "nuts",
