@@ -2,6 +2,7 @@
 
 from numpyro_ensemble.mcmc import starts
 from numpyro_ensemble.mcmc.chees import ChEES
+from numpyro_ensemble.mcmc.diagnostics import rhat_nested
 from numpyro_ensemble.mcmc.meads import MEADS
 
-__all__ = ["MEADS", "ChEES", "starts"]
+__all__ = ["MEADS", "ChEES", "rhat_nested", "starts"]

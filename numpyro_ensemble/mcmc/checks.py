@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, NamedTuple
 
 import jax
@@ -12,7 +13,8 @@ from blackjax.adaptation.meads_adaptation import maximum_eigenvalue
 from numpyro_ensemble.mcmc.target import flat, site_of
 
 _NAMED = 10
-FREEZING = 1e4  # largest eigenvalue from which a start counts as frozen
+_FREEZING = 1e3  # the largest eigenvalue above which steps are a 60th of the scale, or less
+_FAR = 5.0  # times the virial of the typical set
 
 
 class Survey(NamedTuple):
@@ -21,6 +23,7 @@ class Survey(NamedTuple):
     finite: jax.Array  # (C,), whether density and gradient are
     varies: jax.Array  # (d,), whether the chains differ in a coordinate, in every fold
     eigenvalue: jax.Array  # (K,), the largest one of the scaled gradients
+    virial: jax.Array  # mean of -(z - mean) * gradient, which is 1 in the typical set
 
 
 def survey(log_density: Any, z: Any, num_folds: int) -> tuple[Any, jax.Array, Any, Survey]:
@@ -33,7 +36,9 @@ def survey(log_density: Any, z: Any, num_folds: int) -> tuple[Any, jax.Array, An
     scale = folds.std(axis=1)
     scaled = slopes.reshape(folds.shape) * scale[:, None]
     varies = (scale > 0).all(axis=0)
-    return z, values, grads, Survey(finite, varies, jax.vmap(maximum_eigenvalue)(scaled))
+    eigenvalues = jax.vmap(maximum_eigenvalue)(scaled)
+    virial = -((rows - rows.mean(axis=0, keepdims=True)) * slopes).mean()
+    return z, values, grads, Survey(finite, varies, eigenvalues, virial)
 
 
 def check_start(name: str, z: Any, found: Survey) -> None:
@@ -59,6 +64,15 @@ def check_start(name: str, z: Any, found: Survey) -> None:
         raise ValueError(
             f"The chains start at the same value of {site!r}, which makes its scale zero. Spread "
             f"them: add noise to init_params, or take them from numpyro_ensemble.mcmc.starts."
+        )
+    largest, virial = float(np.max(np.asarray(found.eigenvalue))), float(found.virial)
+    if largest > _FREEZING and virial > _FAR:
+        warnings.warn(
+            f"{name} starts far from the typical set, where its chains may freeze: the largest "
+            f"eigenvalue of the scaled gradients is {largest:.1e} (1 to 100 is usual), so that "
+            f"steps are {0.5 / largest**0.5:.1e} of the scale. Leave init_params out, with "
+            f'start="nuts", or take them from numpyro_ensemble.mcmc.starts.',
+            stacklevel=4,
         )
 
 

@@ -34,9 +34,8 @@ def ghmc_step(
     """Move every chain one step.
 
     A chain whose proposal has no finite density or gradient stays where it was, with its momentum
-    reversed, as after any rejection, and counts as diverged. In BlackJAX alone it accepts a
-    position without a gradient, or makes its slice variable 0 times infinity, and never moves
-    again; in MEADS it would take the statistics of its fold along.
+    reversed, as after any rejection, and counts as diverged. BlackJAX rejects it too, but
+    multiplies its slice variable by 0 times infinity, and leaves it to the compiler what that is.
 
     Args:
         keys: `(C,)`.

@@ -173,7 +173,7 @@ def _around(
     if modes:
         keys = jax.random.split(jax.random.fold_in(key, 0), jax.tree.leaves(z)[0].shape[0])
         at_modes = jax.tree.map(lambda x: x[:, 0], z)
-        scales = jax.vmap(partial(_widths, target.log_density(args, kwargs)))(keys, at_modes)
+        scales = jax.vmap(partial(_widths, target.smooth_density(args, kwargs)))(keys, at_modes)
     else:
         scales = jax.tree.map(lambda x: x.std(axis=1), z)
     keys = iter(jax.random.split(key, len(jax.tree.leaves(z))))

@@ -65,6 +65,11 @@ class Target:
         data = arguments.arrays, self._fixed(args, kwargs)
         return lambda z: density(z, data)
 
+    def smooth_density(self, args: tuple, kwargs: dict) -> Callable[[Any], jax.Array]:
+        """Return the same in a form that can be differentiated twice."""
+        model = self.prepared(args, kwargs)
+        return lambda z: -potential_energy(model, args, kwargs, z)
+
     def constrain(self, args: tuple, kwargs: dict) -> Callable[[Any], Any]:
         """Return the map to the model's sites, deterministic ones included."""
         if self.potential_fn is not None:
