@@ -11,7 +11,7 @@ import numpyro
 import numpyro.distributions as dist
 import pytest
 from numpyro.diagnostics import effective_sample_size
-from numpyro.infer import MCMC, NUTS, Predictive
+from numpyro.infer import MCMC, NUTS, Predictive, init_to_uniform
 
 from numpyro_ensemble import reweight
 from numpyro_ensemble.mcmc import MEADS, ChEES
@@ -172,3 +172,29 @@ def test_progress_speaks_of_all_chains(fitted):
     assert "steps of size" in line and "acc. prob=" in line
     assert line.endswith(f"0 divergences in {CHAINS} chains")
     assert fitted.sampler.is_ensemble_kernel
+
+
+def positive():
+    """A scale with a half-normal prior, and two observations around 0."""
+    s = numpyro.sample("s", dist.HalfNormal(1.0))
+    numpyro.sample("y", dist.Normal(0.0, s), obs=np.array([0.4, -0.3]))
+
+
+@pytest.mark.parametrize("kernel", [*KERNELS, NUTS], ids=[*NAMES, "NUTS"])
+def test_cold_posteriors(kernel):
+    cold, warm = 8.0, 2.0
+    model = reweight(positive, prior=cold, likelihood=warm)
+    near = init_to_uniform(radius=0.5)
+    mcmc = sampler(kernel(model, init_strategy=near), draws=200, warmup=150)
+    mcmc.run(jax.random.key(0))
+    draws = np.log(mcmc.get_samples(group_by_chain=True)["s"])
+    s = np.linspace(1e-3, 4, 20_000)
+    log_density = -cold * s**2 / 2 - warm * (2 * np.log(s) + 0.25 / (2 * s**2))
+
+    def mean_log(log_density):
+        weights = np.exp(log_density - log_density.max())
+        return (weights * np.log(s)).sum() / weights.sum()
+
+    assert z_scores(draws, mean_log(log_density)) < 4
+    # as if NumPyro's factor for the change of variables belonged to the likelihood
+    assert z_scores(draws, mean_log(log_density + (warm - 1) * np.log(s))) > 8

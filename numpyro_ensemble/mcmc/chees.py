@@ -31,7 +31,7 @@ class ChEESAdaptation(NamedTuple):
         step_size: `(C,)`.
         trajectory_length: `(C,)`, the longest one: each is a part of it.
         variance: `(C, d)`, the metric: variances of the unconstrained coordinates.
-        index: `(C,)`, place in the Halton sequence that says which part.
+        place: `(C,)`, the one in the Halton sequence that says which part.
         log_step_size, log_length: `(C,)`, averages, of which draws are made.
         inner: BlackJAX's state of the adaptation.
         progress: how far warm-up has come.
@@ -40,7 +40,7 @@ class ChEESAdaptation(NamedTuple):
     step_size: jax.Array
     trajectory_length: jax.Array
     variance: jax.Array
-    index: jax.Array
+    place: jax.Array
     log_step_size: jax.Array
     log_length: jax.Array
     inner: Any
@@ -100,7 +100,7 @@ def chees_start(
     variance = jnp.ones_like(rows[0]) if scheme.plain else rows.var(axis=0)
     zero = jnp.zeros_like(step_size)
     first = (step_size, length, variance, index, zero, zero, inner)
-    return ChEESAdaptation(*per_chain(first, num_chains), progress)
+    return ChEESAdaptation._make([*per_chain(first, num_chains), progress])
 
 
 def chees_step(
@@ -128,7 +128,7 @@ def chees_step(
     whole = all_finite(new.logdensity, new.logdensity_grad)
     new = DynamicHMCState(*choose(whole, new[:3], chains[:3]), new.random_generator_arg)
     info = info._replace(is_divergent=info.is_divergent | ~whole)
-    adaptation = adaptation._replace(index=adaptation.index + 1)
+    adaptation = adaptation._replace(place=adaptation.place + 1)
     adaptation = jax.lax.cond(
         adaptation.progress.warming,
         lambda a: _adapt(chains.position, new.position, info, a, scheme),
@@ -138,7 +138,9 @@ def chees_step(
     return new, adaptation, info
 
 
-def _adapt(before: Any, after: Any, info: Any, a: ChEESAdaptation, scheme: Scheme) -> ChEESAdaptation:
+def _adapt(
+    before: Any, after: Any, info: Any, a: ChEESAdaptation, scheme: Scheme
+) -> ChEESAdaptation:
     """Make one step of the scheme from one step of the chains."""
     inner, num_chains = shared(a.inner), a.step_size.shape[0]
     step = inner.step
@@ -170,9 +172,9 @@ def _adapt(before: Any, after: Any, info: Any, a: ChEESAdaptation, scheme: Schem
     ending = a.progress.ending
     step_size = jnp.where(ending, jnp.exp(log_step_size), inner.step_size)
     length = jnp.where(ending, jnp.exp(log_length), inner.trajectory_length)
-    new = (step_size, length, variance, a.index[0], log_step_size, log_length, inner)
+    new = (step_size, length, variance, a.place[0], log_step_size, log_length, inner)
     new = jax.tree.map(lambda x, old: x.astype(old.dtype), per_chain(new, num_chains), tuple(a[:7]))
-    return ChEESAdaptation(*new, a.progress.next())
+    return ChEESAdaptation._make([*new, a.progress.next()])
 
 
 class ChEES(ManyChainKernel):
@@ -262,7 +264,7 @@ class ChEES(ManyChainKernel):
     def _iterate(self, keys: jax.Array, state: ChainsState, log_density: Callable) -> ChainsState:
         grad = jax.tree.map(jnp.negative, state.z_grad)
         adaptation = state.adapt_state
-        chains = DynamicHMCState(state.z, -state.potential_energy, grad, adaptation.index[0])
+        chains = DynamicHMCState(state.z, -state.potential_energy, grad, adaptation.place[0])
         metric = default_metric(adaptation.variance[0])
         chains, new, info = chees_step(keys, chains, adaptation, log_density, self._scheme)
         before = jax.vmap(metric.kinetic_energy)(info.momentum) + state.potential_energy

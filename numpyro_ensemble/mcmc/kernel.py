@@ -91,7 +91,7 @@ class ManyChainKernel(MCMCKernel):
         return {k: v for k, v in vars(self).items() if k != "_sample_fn"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, _sample_fn=self.sample)
+        self.__dict__.update(state, _sample_fn=self.sample)
 
     @property
     def model(self) -> Callable | None:
@@ -117,7 +117,10 @@ class ManyChainKernel(MCMCKernel):
         """Return the map from one chain's unconstrained values to the model's sites."""
         # MCMC calls it once outside its program, where the model would run operation by operation
         return self._target.compiled(
-            "constrain", lambda z, args, kwargs: self._target.constrain(args, kwargs)(z), args, kwargs
+            "constrain",
+            lambda z, args, kwargs: self._target.constrain(args, kwargs)(z),
+            args,
+            kwargs,
         )
 
     def get_diagnostics_str(self, state: ChainsState) -> str:
@@ -155,10 +158,14 @@ class ManyChainKernel(MCMCKernel):
         self._check_chains(num_chains)
         names = self._target.check(args, kwargs)
         if init_params is None:
-            init_params = self._find_start(jax.random.fold_in(rng_key[0], 0), num_chains, args, kwargs)
+            init_params = self._find_start(
+                jax.random.fold_in(rng_key[0], 0), num_chains, args, kwargs
+            )
         if names is not None:
             _check_names(init_params, names)
-        first = self._target.compiled(("first", num_warmup), partial(self._first, num_warmup), args, kwargs)
+        first = self._target.compiled(
+            ("first", num_warmup), partial(self._first, num_warmup), args, kwargs
+        )
         state, found = first(init_params, rng_key)
         check_start(name, state.z, found)
         return state
@@ -242,9 +249,7 @@ class ManyChainKernel(MCMCKernel):
         """Return the state with its first momentum and adaptation."""
 
     @abstractmethod
-    def _iterate(
-        self, keys: jax.Array, state: ChainsState, log_density: Callable
-    ) -> ChainsState:
+    def _iterate(self, keys: jax.Array, state: ChainsState, log_density: Callable) -> ChainsState:
         """Make one iteration; `num_divergences` of what is returned counts those of it alone."""
 
 

@@ -23,14 +23,14 @@ class LowRank(NamedTuple):
         sigma: `(C, d)`, the same for all chains, as the next two.
         directions: `(C, d, k)`.
         eigenvalues: `(C, k)`.
-        count: `(C,)`, the number of positions pooled.
+        number: `(C,)`, the number of positions pooled.
         pooled: `(C, ...)`, mean and second moments `(d + d * d)` of these, cut into C pieces.
     """
 
     sigma: jax.Array
     directions: jax.Array
     eigenvalues: jax.Array
-    count: jax.Array
+    number: jax.Array
     pooled: jax.Array
 
     @classmethod
@@ -39,7 +39,8 @@ class LowRank(NamedTuple):
         rank = min(rank, num_chains - 1, size)
         metric = (jnp.ones(size, dtype), jnp.eye(size, rank, dtype=dtype), jnp.ones(rank, dtype))
         pooled = jnp.zeros((num_chains, -(-size * (size + 1) // num_chains)), dtype)
-        return cls(*per_chain(metric, num_chains), jnp.zeros(num_chains, dtype), pooled)
+        sigma, directions, eigenvalues = per_chain(metric, num_chains)
+        return cls(sigma, directions, eigenvalues, jnp.zeros(num_chains, dtype), pooled)
 
     @property
     def metric(self) -> LowRankInverseMassMatrix:
@@ -48,8 +49,7 @@ class LowRank(NamedTuple):
 
     def observe(self, rows: jax.Array, progress: Progress, window_fraction: float) -> LowRank:
         """Pool positions `(C, d)`, if it is late enough in warm-up, and renew the metric."""
-        total = progress.iteration[0] + progress.remaining[0]
-        inside = progress.iteration[0] >= jnp.floor(window_fraction * total)
+        inside = progress.iteration[0] >= jnp.floor(window_fraction * progress.total)
         block = self._block()
         with jax.numpy_rank_promotion("allow"):
             block = jax.lax.cond(inside, lambda b: cgl_update_batch(b, rows), lambda b: b, block)
@@ -68,7 +68,7 @@ class LowRank(NamedTuple):
     def _block(self) -> MomentBlock:
         size = self.sigma.shape[1]
         moments = self.pooled.ravel()[: size * (size + 1)]
-        return MomentBlock(self.count[0], moments[:size], moments[size:].reshape(size, size))
+        return MomentBlock(self.number[0], moments[:size], moments[size:].reshape(size, size))
 
     def _renewed(self, block: MomentBlock, rows: jax.Array, inside: jax.Array) -> LowRank:
         """Make the metric from what is pooled, or without directions while that is too little."""
@@ -91,5 +91,6 @@ class LowRank(NamedTuple):
         moments = jnp.concatenate([block.mean, block.m2.ravel()])
         padding = self.pooled.size - moments.size
         pooled = jnp.pad(moments, (0, padding)).reshape(self.pooled.shape)
-        count = per_chain(block.count, num_chains).astype(self.count.dtype)
-        return LowRank(*per_chain(metric, num_chains), count, pooled)
+        number = per_chain(block.count, num_chains).astype(self.number.dtype)
+        sigma, directions, eigenvalues = per_chain(metric, num_chains)
+        return LowRank(sigma, directions, eigenvalues, number, pooled)

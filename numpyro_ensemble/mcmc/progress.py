@@ -37,6 +37,12 @@ class Progress(NamedTuple):
         assert self.remaining is not None
         return self.remaining[0] == 1
 
+    @property
+    def total(self) -> jax.Array:
+        """The number of iterations of warm-up."""
+        assert self.remaining is not None
+        return self.iteration[0] + self.remaining[0]
+
     def next(self) -> Progress:
         """Return the progress after one iteration of warm-up."""
         assert self.remaining is not None
