@@ -45,15 +45,20 @@ def test_the_step_is_blackjax(key):
         "a": jax.random.normal(start_key, (NUM_CHAINS,)),
         "b": jax.random.normal(key, (NUM_CHAINS, 2)) * SCALES,
     }
-    (states, theirs), _ = blackjax.chees_adaptation(log_density, NUM_CHAINS).run(
-        key, start, 0.1, optax.adam(0.05), NUM_STEPS
-    )
-    scheme = Scheme(0.05, momentum=0.9, memory=0.999, plain=True)
-    (chains, adaptation), lengths = jax.jit(ours, static_argnums=2)(key, start, scheme)
+    scheme = Scheme(0.05, 0.651, momentum=0.9, memory=0.999, plain=True)
+
+    def theirs(key, start):
+        adaptation = blackjax.chees_adaptation(log_density, NUM_CHAINS)
+        optim = optax.adam(0.05)
+        (states, parameters), _ = adaptation.run(key, start, 0.1, optim, NUM_STEPS)
+        return states, parameters["step_size"], parameters["integration_steps_params"][0]
+
+    (states, step_size, most), ((chains, adaptation), _) = jax.jit(
+        lambda *inputs: (theirs(*inputs), ours(*inputs, scheme))
+    )(key, start)
     for name in start:
         np.testing.assert_allclose(chains.position[name], states.position[name], rtol=1e-6)
-    np.testing.assert_allclose(adaptation.step_size, theirs["step_size"], rtol=1e-6)
-    most = theirs["integration_steps_params"][0]
+    np.testing.assert_allclose(adaptation.step_size, step_size, rtol=1e-6)
     ratio = adaptation.trajectory_length / adaptation.step_size
     np.testing.assert_allclose(ratio, most, rtol=1e-6)
     assert chains.random_generator_arg == states.random_generator_arg[0] == NUM_STEPS

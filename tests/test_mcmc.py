@@ -94,22 +94,19 @@ def test_what_mcmc_does_with_draws(fitted, capsys):
 
 
 def test_a_state_goes_on(fitted, compile_count):
-    last = fitted.last_state
-    fitted.post_warmup_state = last
-    with compile_count() as first:
-        fitted.run(jax.random.key(5), Y)
+    last = fitted.post_warmup_state = fitted.last_state
+    keys = fitted.post_warmup_state.rng_key  # as NumPyro's documentation has it
+    with compile_count() as compilations:
+        fitted.run(keys, Y)
+    assert compilations.count < 12, compilations.names
     assert (fitted.last_state.i == last.i + DRAWS).all()
     assert (fitted.last_state.adapt_state.step_size == last.adapt_state.step_size).all()
-    fitted.post_warmup_state = last
-    keys = fitted.post_warmup_state.rng_key  # as NumPyro's documentation has it
-    fitted.run(keys, Y)
     assert jax.tree.structure(fitted.last_state) == jax.tree.structure(last)
-    other = sampler(type(fitted.sampler)(model, start="init"), warmup=0)
-    other = pickle.loads(pickle.dumps(other))
-    other.post_warmup_state = last  # an adapted state of another MCMC, with another num_warmup
+    # an adapted state of another MCMC, with another num_warmup
+    other = pickle.loads(pickle.dumps(sampler(type(fitted.sampler)(model), warmup=0)))
+    other.post_warmup_state = last
     other.run(keys, Y)
     np.testing.assert_array_equal(other.get_samples()["s"], fitted.get_samples()["s"])
-    assert first.count < 12, first.names
 
 
 @pytest.mark.parametrize("kernel", KERNELS, ids=NAMES)
@@ -150,21 +147,21 @@ def test_the_density_is_that_of_the_arguments(kernel, compile_count):
     assert others[1:] == [[], []], others  # MCMC compiles its loop at every run
 
 
-@pytest.mark.parametrize("kernel", KERNELS, ids=NAMES)
-def test_chains_keep_their_identity(kernel):
+def test_chains_keep_their_identity():
     def potential(z):  # two modes, so far apart that no chain can cross
         return 0.5 * ((jnp.abs(z) - 50.0) ** 2).sum()
 
     signs = jnp.where(jnp.arange(CHAINS) % 3 == 0, -1.0, 1.0)[:, None]
     start = signs * (50.0 + jax.random.normal(jax.random.key(0), (CHAINS, 2)))
-    small = {"step_size_multiplier": 0.02} if kernel.func is MEADS else {}
-    mcmc = sampler(kernel.func(potential_fn=potential, **small), draws=40, warmup=40)
+    kernel = MEADS(potential_fn=potential, step_size_multiplier=0.02)
+    mcmc = sampler(kernel, draws=40, warmup=40)
     mcmc.warmup(jax.random.key(1), init_params=start, collect_warmup=True)
     for _ in range(2):
         draws = mcmc.get_samples(group_by_chain=True)
-        assert (jnp.sign(draws) == signs[:, None]).all()
+        assert (jnp.sign(draws) == signs[:, None]).all()  # BlackJAX moves chains about
         assert (draws[:, -1] != draws[:, 0]).all()
         mcmc.run(jax.random.key(2))
+    assert mcmc.last_state.adapt_state.slot.tolist() != list(range(CHAINS))
 
 
 def test_progress_speaks_of_all_chains(fitted):

@@ -44,13 +44,8 @@ def ours(key, start, scheme):
     return jax.lax.scan(step, (chains, adaptation), keys)[0]
 
 
-@pytest.mark.promotes_ranks  # BlackJAX does
-@pytest.mark.parametrize(
-    "scheme", [Scheme(4), Scheme(1, 0.4, 2.0), Scheme(3, rank=2, window_fraction=0.2)], ids=str
-)
-def test_the_step_is_blackjax(key, scheme):
-    start = positions(jax.random.fold_in(key, 1))
-    (states, theirs), _ = blackjax.meads_adaptation(
+def theirs(key, start, scheme):
+    adaptation = blackjax.meads_adaptation(
         log_density,
         NUM_CHAINS,
         num_folds=scheme.num_folds,
@@ -58,24 +53,40 @@ def test_the_step_is_blackjax(key, scheme):
         damping_slowdown=scheme.damping_slowdown,
         low_rank_rank=scheme.rank,
         low_rank_window_fraction=scheme.window_fraction,
-    ).run(key, start, NUM_STEPS)
-    chains, adaptation = jax.jit(ours, static_argnums=2)(key, start, scheme)
+    )
+    (states, parameters), _ = adaptation.run(key, start, NUM_STEPS)
+    return states, parameters
+
+
+@pytest.mark.promotes_ranks  # BlackJAX does
+@pytest.mark.parametrize(
+    "scheme", [Scheme(4, 0.4, 2.0), Scheme(1, rank=2, window_fraction=0.2)], ids=["folds", "rank"]
+)
+def test_the_step_is_blackjax(key, scheme):
+    start = positions(jax.random.fold_in(key, 1))
+    (states, expected), (chains, adaptation) = jax.jit(
+        lambda *inputs: (theirs(*inputs, scheme), ours(*inputs, scheme))
+    )(key, start)
     assert adaptation.progress.remaining[0] == 0
     # chains keep their places, and slots say where BlackJAX has them
     order = jnp.argsort(adaptation.slot)
     for name in start:
         np.testing.assert_allclose(chains.position[name][order], states.position[name], rtol=1e-6)
-    for name, value in (
-        ("step_size", adaptation.step_size),
-        ("alpha", adaptation.damping),
-        ("delta", adaptation.drift),
-    ):
-        np.testing.assert_allclose(value, theirs[name], rtol=1e-6)
-    metric = theirs["momentum_inverse_scale"]
+    assert np.allclose(adaptation.slot, np.arange(NUM_CHAINS)) == (scheme.num_folds == 1)
+    found = {
+        "step_size": adaptation.step_size,
+        "alpha": adaptation.damping,
+        "delta": adaptation.drift,
+    }
+    for name, value in found.items():
+        np.testing.assert_allclose(value, expected[name], rtol=1e-6)
+    metric = expected["momentum_inverse_scale"]
     if scheme.rank is None:
         scale = np.concatenate([np.atleast_1d(metric["a"]), metric["b"]])
         np.testing.assert_allclose(adaptation.scale[0], scale, rtol=1e-6)
     else:
-        np.testing.assert_allclose(adaptation.low_rank.eigenvalues[0], metric.lam, rtol=1e-6)
-        np.testing.assert_allclose(adaptation.low_rank.sigma[0], metric.sigma, rtol=1e-6)
-    assert not np.allclose(adaptation.slot, np.arange(NUM_CHAINS)) or scheme.num_folds == 1
+        ours_, low = adaptation.low_rank.metric, adaptation.low_rank
+        np.testing.assert_allclose(ours_.lam, metric.lam, rtol=1e-6)
+        np.testing.assert_allclose(ours_.sigma, metric.sigma, rtol=1e-6)
+        np.testing.assert_allclose(abs(ours_.U.T @ metric.U), np.eye(2), atol=1e-6)
+        assert low.number[0] == NUM_CHAINS * (NUM_STEPS - 4)  # from a fifth of warm-up on

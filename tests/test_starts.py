@@ -79,30 +79,26 @@ def test_starts_from_ensembles():
         starts.from_ensemble(vi, broken, X, Y)
 
 
-def test_starts_serve_nuts_and_ours(from_nuts):
-    few = {name: x[:2] for name, x in from_nuts.items()}
-    ours = run(MEADS(model), from_nuts, chains=24)
-    theirs = run(NUTS(model), few, chains=2)
-    for mcmc in (ours, theirs):
-        draws = mcmc.get_samples()["w"]
-        assert (abs(distances({"w": draws.mean(axis=0)})) < 0.7).all()
-    superchains = np.arange(24) % 2
-    nested = rhat_nested(ours.get_samples(group_by_chain=True), superchains)
+def test_the_kernel_finds_its_start():
+    mcmc = run(MEADS(model), chains=16, warmup=80, draws=60)
+    draws = mcmc.get_samples(group_by_chain=True)
+    assert (abs(distances({"w": draws["w"].mean(axis=(0, 1))[None]})) < 0.5).all()
+    rhat = max(float(x.max()) for x in az.rhat(az.from_numpyro(mcmc)).data_vars.values())
+    assert rhat < 1.1
+    nested = rhat_nested(draws, np.arange(16) % 4)
     assert nested["w"].shape == (3,) and nested["s"].shape == ()
     assert max(x.max() for x in jax.tree.leaves(nested)) < 1.1
+
+
+def test_starts_serve_nuts(from_nuts):
+    state = NUTS(model).init(jax.random.split(jax.random.key(0), 24), 0, from_nuts, (X, Y))
+    np.testing.assert_array_equal(state.z["w"], from_nuts["w"])
 
 
 def test_a_start_that_would_freeze_is_reported():
     kernel = MEADS(model, start="init", init_strategy=init_to_sample)
     with pytest.warns(UserWarning, match=r"far from the typical set.*largest eigenvalue.*\"nuts\""):
         run(kernel, warmup=1, draws=1)
-
-
-def test_the_kernel_finds_its_start():
-    mcmc = run(MEADS(model), warmup=100, draws=100)
-    assert mcmc.get_samples()["w"].shape == (1600, 3)
-    rhat = max(float(x.max()) for x in az.rhat(az.from_numpyro(mcmc)).data_vars.values())
-    assert rhat < 1.1
 
 
 @pytest.mark.core
