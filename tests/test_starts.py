@@ -7,7 +7,7 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import pytest
-from numpyro.infer import MCMC, NUTS, Trace_ELBO, init_to_sample
+from numpyro.infer import MCMC, Trace_ELBO, init_to_sample
 from numpyro.infer.autoguide import AutoNormal
 
 from numpyro_ensemble import EnsembleMAP, EnsembleVI
@@ -39,25 +39,12 @@ def distances(z):
     return (np.asarray(z["w"]) - mean) / sd
 
 
-@pytest.fixture(scope="module")
-def from_nuts():
-    return starts.from_nuts(
-        jax.random.key(0), model, 24, X, Y, num_starts=2, num_warmup=60, num_draws=20
-    )
-
-
 def check(z, chains):
     assert z["w"].shape == (chains, 3) and z["s"].shape == (chains,) and set(z) == {"w", "s"}
     assert len(np.unique(z["w"][:, 0])) == chains
     away = distances(z)
     assert (abs(away.mean(axis=0)) < 1.5).all() and (0.3 < away.std(axis=0)).all()
     assert (away.std(axis=0) < 2.0).all()
-
-
-def test_nuts_finds_the_typical_set(from_nuts):
-    check(from_nuts, 24)
-    prior = starts.initial(starts.Target(model), jax.random.key(0), 24, (X, Y), {})
-    assert distances(prior).std() > 10  # what "init" alone gives
 
 
 @pytest.mark.promotes_ranks  # NumPyro's guides do
@@ -79,8 +66,16 @@ def test_starts_from_ensembles():
         starts.from_ensemble(vi, broken, X, Y)
 
 
-def test_the_kernel_finds_its_start():
-    mcmc = run(MEADS(model), chains=16, warmup=80, draws=60)
+def test_the_kernel_finds_its_start(compile_count):
+    kernel = MEADS(model)
+    keys = jax.random.split(jax.random.key(1), 16)
+    check(kernel.init(keys, 80, None, (X, Y)).z, 16)
+    prior = starts.initial(starts.Target(model), keys[0], 16, (X, Y), {})
+    assert distances(prior).std() > 10  # what "init" alone gives
+    with compile_count() as compilations:
+        kernel.init(keys, 80, None, (X + 0.1, Y))  # other data of the same shape
+    assert compilations.count == 0, compilations.names
+    mcmc = run(kernel, chains=16, warmup=80, draws=60)
     draws = mcmc.get_samples(group_by_chain=True)
     assert (abs(distances({"w": draws["w"].mean(axis=(0, 1))[None]})) < 0.5).all()
     rhat = max(float(x.max()) for x in az.rhat(az.from_numpyro(mcmc)).data_vars.values())
@@ -90,15 +85,14 @@ def test_the_kernel_finds_its_start():
     assert max(x.max() for x in jax.tree.leaves(nested)) < 1.1
 
 
-def test_starts_serve_nuts(from_nuts):
-    state = NUTS(model).init(jax.random.split(jax.random.key(0), 24), 0, from_nuts, (X, Y))
-    np.testing.assert_array_equal(state.z["w"], from_nuts["w"])
+def test_pathfinder_finds_the_typical_set():
+    check(starts.from_pathfinder(jax.random.key(0), model, 16, X, Y, num_paths=2), 16)
 
 
 def test_a_start_that_would_freeze_is_reported():
     kernel = MEADS(model, start="init", init_strategy=init_to_sample)
     with pytest.warns(UserWarning, match=r"far from the typical set.*largest eigenvalue.*\"nuts\""):
-        run(kernel, warmup=1, draws=1)
+        kernel.init(jax.random.split(jax.random.key(0), 16), 10, None, (X, Y))
 
 
 @pytest.mark.core

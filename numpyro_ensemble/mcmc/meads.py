@@ -119,11 +119,16 @@ def _fold(adaptation: MEADSAdaptation, scheme: Scheme) -> jax.Array:
     return adaptation.slot // (adaptation.slot.shape[0] // scheme.num_folds)
 
 
+def _inverse(permutation: jax.Array) -> jax.Array:
+    places = jnp.arange(permutation.shape[0])
+    return places.at[permutation].set(places)
+
+
 def _adapt(
     rows: jax.Array, slopes: jax.Array, adaptation: MEADSAdaptation, scheme: Scheme
 ) -> MEADSAdaptation:
     """Set each fold's parameters: scale and step size from its left neighbour, damping its own."""
-    order = jnp.argsort(adaptation.slot)
+    order = _inverse(adaptation.slot)
     shape = (scheme.num_folds, -1, rows.shape[1])
     folds, gradients = rows[order].reshape(shape), slopes[order].reshape(shape)
     scales = folds.std(axis=1)
@@ -157,7 +162,7 @@ def _end_step(
     progress, num_chains = adaptation.progress, rows.shape[0]
     slot = adaptation.slot
     if scheme.num_folds > 1:
-        moved = jnp.argsort(jax.random.permutation(key, num_chains))[slot]
+        moved = _inverse(jax.random.permutation(key, num_chains))[slot]
         slot = jnp.where((progress.iteration[0] + 1) % scheme.num_folds == 0, moved, slot)
 
     def settle(a: MEADSAdaptation) -> MEADSAdaptation:

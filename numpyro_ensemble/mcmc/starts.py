@@ -73,8 +73,8 @@ def from_pathfinder(
     model: Callable,
     num_chains: int,
     *args: Any,
-    num_paths: int = 8,
-    max_iterations: int = 100,
+    num_paths: int = 4,
+    max_iterations: int = 50,
     init_strategy: Callable = init_to_uniform,
     **kwargs: Any,
 ) -> dict[str, jax.Array]:
@@ -267,7 +267,7 @@ def pathfinder(
     target: Target, key: jax.Array, num_chains: int, args: tuple, kwargs: dict, **options: Any
 ) -> Any:
     """Start a target's chains by Pathfinder."""
-    options = dict(num_paths=8, max_iterations=100) | options
+    options = dict(num_paths=4, max_iterations=50) | options
     fn = partial(_draw_pathfinder, target=target, num_chains=num_chains, **options)
     name = ("pathfinder", num_chains, *sorted(options.items()))
     return target.compiled(name, fn, args, kwargs)(key)
