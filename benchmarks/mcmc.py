@@ -154,18 +154,22 @@ def sbc(datasets="200", *names):
     for name in names or ("MEADS", "ChEES"):
         mcmc = MCMC(
             KERNELS[name](small),
-            num_warmup=200,
-            num_samples=50,
+            num_warmup=300,
+            num_samples=100,
             num_chains=16,
             chain_method="vectorized",
             progress_bar=False,
-            jit_model_args=True,
         )
+
+        @jax.jit
+        def draw(key, y, mcmc=mcmc):
+            mcmc.run(key, y)
+            return mcmc.get_samples()
+
         ranks = {"mu": [], "s": []}
         for i in range(number):
-            mcmc.run(jax.random.fold_in(jax.random.key(1), i), prior["y"][i])
-            draws = mcmc.get_samples()
-            pick = np.random.default_rng(i).choice(800, kept, replace=False)
+            draws = draw(jax.random.fold_in(jax.random.key(1), i), prior["y"][i])
+            pick = np.random.default_rng(i).choice(1600, kept, replace=False)
             for site in ranks:
                 below = np.asarray(draws[site])[pick] < float(prior[site][i])
                 ranks[site].append(int(below.sum()))

@@ -59,6 +59,7 @@ def fitted(request):
     return mcmc
 
 
+@pytest.mark.core
 def test_draws_agree_with_the_posterior(fitted):
     draws = fitted.get_samples(group_by_chain=True)
     assert draws["mu"].shape == (CHAINS, DRAWS, 2) and draws["twice"].shape == (CHAINS, DRAWS)
