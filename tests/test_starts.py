@@ -12,6 +12,8 @@ from numpyro.infer.autoguide import AutoNormal
 
 from numpyro_ensemble import EnsembleMAP, EnsembleVI
 from numpyro_ensemble.mcmc import MEADS, rhat_nested, starts
+from numpyro_ensemble.mcmc.searches import initial
+from numpyro_ensemble.mcmc.target import Target
 
 X = np.random.default_rng(0).normal(size=(40, 3))
 Y = X @ np.array([1.0, -2.0, 0.5]) + 0.2 * np.random.default_rng(1).normal(size=40)
@@ -70,7 +72,7 @@ def test_the_kernel_finds_its_start(compile_count):
     kernel = MEADS(model)
     keys = jax.random.split(jax.random.key(1), 16)
     check(kernel.init(keys, 80, None, (X, Y)).z, 16)
-    prior = starts.initial(starts.Target(model), keys[0], 16, (X, Y), {})
+    prior = initial(Target(model), keys[0], 16, (X, Y), {})
     assert distances(prior).std() > 10  # what "init" alone gives
     with compile_count() as compilations:
         kernel.init(keys, 80, None, (X + 0.1, Y))  # other data of the same shape

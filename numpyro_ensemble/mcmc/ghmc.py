@@ -10,8 +10,17 @@ import jax.numpy as jnp
 from blackjax.mcmc import ghmc
 from blackjax.mcmc.ghmc import GHMCState
 from blackjax.mcmc.metrics import LowRankInverseMassMatrix, default_metric
+from jax.flatten_util import ravel_pytree
 
 from numpyro_ensemble.mcmc.target import all_finite, choose
+
+
+def first_momentum(key: jax.Array, z: Any, scale: jax.Array) -> tuple[Any, jax.Array]:
+    """Draw one chain's momentum and slice variable."""
+    momentum_key, slice_key = jax.random.split(key)
+    row, unravel = ravel_pytree(z)
+    momentum = unravel(jax.random.normal(momentum_key, row.shape, row.dtype) / scale)
+    return momentum, jax.random.uniform(slice_key, (), row.dtype, -1.0, 1.0)
 
 
 class Outcome(NamedTuple):

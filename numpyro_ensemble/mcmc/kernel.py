@@ -16,7 +16,7 @@ from numpyro.util import is_prng_key
 
 from numpyro_ensemble.mcmc.checks import Survey, check_start, survey
 from numpyro_ensemble.mcmc.progress import Progress
-from numpyro_ensemble.mcmc.starts import STARTS
+from numpyro_ensemble.mcmc.searches import STARTS
 from numpyro_ensemble.mcmc.target import Target
 
 
@@ -157,16 +157,15 @@ class ManyChainKernel(MCMCKernel):
         num_chains = rng_key.shape[0]
         self._check_chains(num_chains)
         names = self._target.check(args, kwargs)
+        keys = jax.vmap(lambda key: jax.random.split(key, 3))(rng_key)
         if init_params is None:
-            init_params = self._find_start(
-                jax.random.fold_in(rng_key[0], 0), num_chains, args, kwargs
-            )
+            init_params = self._find_start(keys[0, 2], num_chains, args, kwargs)
         if names is not None:
             _check_names(init_params, names)
         first = self._target.compiled(
             ("first", num_warmup), partial(self._first, num_warmup), args, kwargs
         )
-        state, found = first(init_params, rng_key)
+        state, found = first(init_params, keys)
         check_start(name, state.z, found)
         return state
 
@@ -181,10 +180,9 @@ class ManyChainKernel(MCMCKernel):
         return STARTS[self._start](self._target, key, num_chains, args, kwargs)
 
     def _first(
-        self, num_warmup: int, z: Any, rng_key: jax.Array, args: tuple, kwargs: dict
+        self, num_warmup: int, z: Any, keys: jax.Array, args: tuple, kwargs: dict
     ) -> tuple[ChainsState, Survey]:
         """Return the state of chains that have not moved, and what is known of their start."""
-        keys = jax.vmap(jax.random.split)(rng_key)
         z, log_density, grad, found = survey(
             self._target.log_density(args, kwargs), z, self._num_folds
         )

@@ -9,11 +9,10 @@ import jax
 import jax.numpy as jnp
 from blackjax.adaptation.meads_adaptation import maximum_eigenvalue
 from blackjax.mcmc.ghmc import GHMCState
-from jax.flatten_util import ravel_pytree
 from numpyro.infer import init_to_uniform
 
 from numpyro_ensemble.mcmc.checks import Survey, check_count, check_positive
-from numpyro_ensemble.mcmc.ghmc import Outcome, ghmc_steps
+from numpyro_ensemble.mcmc.ghmc import Outcome, first_momentum, ghmc_steps
 from numpyro_ensemble.mcmc.kernel import ChainsState, ManyChainKernel
 from numpyro_ensemble.mcmc.low_rank import LowRank
 from numpyro_ensemble.mcmc.progress import Progress
@@ -176,13 +175,6 @@ def _end_step(
     return settled._replace(slot=slot, progress=progress.next())
 
 
-def _first_momentum(key: jax.Array, z: Any, scale: jax.Array) -> tuple[Any, jax.Array]:
-    momentum_key, slice_key = jax.random.split(key)
-    row, unravel = ravel_pytree(z)
-    momentum = unravel(jax.random.normal(momentum_key, row.shape, row.dtype) / scale)
-    return momentum, jax.random.uniform(slice_key, (), row.dtype, -1.0, 1.0)
-
-
 class MEADS(ManyChainKernel):
     """Generalized HMC over many chains, adapted by MEADS (Hoffman and Sountsov, 2022).
 
@@ -240,20 +232,14 @@ class MEADS(ManyChainKernel):
         super().__init__(model, potential_fn, start=start, init_strategy=init_strategy)
         check_count("num_folds", num_folds)
         check_count("steps_per_draw", steps_per_draw)
+        check_count("low_rank_rank", 1 if low_rank_rank is None else low_rank_rank)
         check_positive("step_size_multiplier", step_size_multiplier)
         check_positive("damping_slowdown", damping_slowdown)
-        if low_rank_rank is not None:
-            check_count("low_rank_rank", low_rank_rank)
-        if not 0.0 <= low_rank_window_fraction <= 1.0:
-            raise ValueError(
-                f"low_rank_window_fraction takes 0 to 1, got {low_rank_window_fraction}."
-            )
+        window = low_rank_window_fraction
+        if not 0.0 <= window <= 1.0:
+            raise ValueError(f"low_rank_window_fraction takes 0 to 1, got {window}.")
         self._scheme = Scheme(
-            num_folds,
-            step_size_multiplier,
-            damping_slowdown,
-            low_rank_rank,
-            low_rank_window_fraction,
+            num_folds, step_size_multiplier, damping_slowdown, low_rank_rank, window
         )
         self._num_folds = num_folds
         self._steps_per_draw = steps_per_draw
@@ -278,7 +264,7 @@ class MEADS(ManyChainKernel):
     ) -> ChainsState:
         grad = jax.tree.map(jnp.negative, state.z_grad)
         adaptation = meads_start(state.z, grad, progress, self._scheme)
-        momentum, slice_ = jax.vmap(_first_momentum)(keys, state.z, adaptation.scale)
+        momentum, slice_ = jax.vmap(first_momentum)(keys, state.z, adaptation.scale)
         return state._replace(r=momentum, slice=slice_, adapt_state=adaptation)
 
     def _iterate(self, keys: jax.Array, state: ChainsState, log_density: Callable) -> ChainsState:

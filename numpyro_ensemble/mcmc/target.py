@@ -162,7 +162,7 @@ class Arguments:
     @property
     def form(self) -> tuple:
         """What is not traced, to be compared."""
-        return self._treedef, self._traced, self._rest
+        return self._treedef, self._traced, self._rest, tuple(map(type, self._rest))
 
     def rebuild(self, arrays: list) -> tuple[tuple, dict]:
         """Put other arrays in the arguments' places."""
