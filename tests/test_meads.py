@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from blackjax.mcmc import ghmc
 
-from numpyro_ensemble.mcmc.meads import Scheme, meads_start, meads_step
+from numpyro_ensemble.mcmc.meads_scheme import Scheme, meads_start, meads_step
 from numpyro_ensemble.mcmc.progress import Progress
 
 NUM_CHAINS, NUM_STEPS = 12, 21
@@ -60,7 +60,9 @@ def theirs(key, start, scheme):
 
 @pytest.mark.promotes_ranks  # BlackJAX does
 @pytest.mark.parametrize(
-    "scheme", [Scheme(4, 0.4, 2.0), Scheme(1, rank=2, window_fraction=0.2)], ids=["folds", "rank"]
+    "scheme",
+    [Scheme(4, 0.4, 2.0, plain=True), Scheme(1, rank=2, window_fraction=0.2, plain=True)],
+    ids=["folds", "rank"],
 )
 def test_the_step_is_blackjax(key, scheme):
     start = positions(jax.random.fold_in(key, 1))

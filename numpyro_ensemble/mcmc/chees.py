@@ -212,7 +212,7 @@ class ChEES(ManyChainKernel):
         ...             chain_method="vectorized", progress_bar=False)
         >>> mcmc.run(jax.random.key(0), jnp.ones(3))
         >>> print(mcmc.get_samples()["mu"].mean().round(1))
-        0.8
+        0.7
     """
 
     def __init__(

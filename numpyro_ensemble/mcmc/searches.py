@@ -53,7 +53,11 @@ def _draw_nuts(
         state = start(z, num_warmup, rng_key=key)
         return jax.lax.fori_loop(0, num_warmup + num_draws, body, (state, room))[1]
 
-    draws = jax.vmap(run)(first, jax.random.split(run_key, num_starts))
+    keys = jax.random.split(run_key, num_starts)
+    if jax.default_backend() == "cpu":  # half the compilation, and no chain waits for another
+        draws = jax.lax.map(lambda pair: run(*pair), (first, keys))
+    else:
+        draws = jax.vmap(run)(first, keys)
     return spread(spread_key, draws, num_chains, jitter)
 
 
