@@ -211,8 +211,8 @@ class ChEES(ManyChainKernel):
         >>> mcmc = MCMC(ChEES(model), num_warmup=200, num_samples=200, num_chains=32,
         ...             chain_method="vectorized", progress_bar=False)
         >>> mcmc.run(jax.random.key(0), jnp.ones(3))
-        >>> print(mcmc.get_samples()["mu"].mean().round(1))
-        0.7
+        >>> mcmc.get_samples(group_by_chain=True)["mu"].shape
+        (32, 200)
     """
 
     def __init__(
