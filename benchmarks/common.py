@@ -1,5 +1,6 @@
 """What the benchmarks share: timing in turns, and the sinc problem of the quickstart."""
 
+import resource
 import statistics
 import sys
 import time
@@ -22,6 +23,11 @@ def uniform_start(key):
         weights[f"w{layer}"] = jax.random.uniform(key_w, (fan_in, fan_out), minval=-2, maxval=2)
         weights[f"b{layer}"] = jax.random.uniform(key_b, (fan_out,), minval=-2, maxval=2)
     return weights
+
+
+def peak():
+    """Return this process's peak memory in GiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def timed(function, *args, **options):

@@ -5,14 +5,13 @@ observations by default. `numpyro.infer.log_likelihood` takes one draw after the
 or with `parallel=True` all at once.
 """
 
-import resource
 import sys
 
 import jax
 import jax.numpy as jnp
 import numpyro
 import numpyro.distributions as dist
-from common import in_turns, report
+from common import in_turns, peak, report
 from numpyro.infer import log_likelihood
 
 from numpyro_ensemble.collect import Sites, collect, densities
@@ -26,11 +25,6 @@ def model(x, y):
     noise = numpyro.sample("noise", dist.HalfNormal(1.0))
     with numpyro.plate("row", len(y)):
         numpyro.sample("y", dist.Normal(x @ w, noise), obs=y)
-
-
-def peak():
-    """Return this process's peak memory in GiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def main(number, rows):

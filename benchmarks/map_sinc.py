@@ -4,7 +4,6 @@ Run `python benchmarks/map_sinc.py` (a few minutes); `JAX_ENABLE_X64=1` for doub
 competitors do the same work: 16 members, 1,500 steps of Adam at 5e-3 from Uniform(-2, 2).
 """
 
-import resource
 import subprocess
 import sys
 import time
@@ -13,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpyro
 import optax
-from common import X, Y, cold, in_turns, report, timed, uniform_start
+from common import X, Y, cold, in_turns, peak, report, timed, uniform_start
 from numpyro.infer import SVI, Trace_ELBO, init_to_uniform
 from numpyro.infer.autoguide import AutoDelta
 from quickstart import NOISE, STEPS, model, network
@@ -75,10 +74,9 @@ def memory(members):
     result = run(runner(members), jax.random.key(0))
     first = time.perf_counter() - begin
     again = timed(run, runner(members), jax.random.key(1))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(
         f"{members} members: cold {first:.1f} s, again (compiled anew) {again:.1f} s, "
-        f"peak memory {peak:.2f} GiB, {int(result.finite.sum())} finite"
+        f"peak memory {peak():.2f} GiB, {int(result.finite.sum())} finite"
     )
 
 

@@ -18,7 +18,7 @@ import optax
 from numpyro.infer import Trace_ELBO, init_to_sample, init_to_uniform
 from numpyro.infer.autoguide import AutoNormal
 
-from numpyro_ensemble import EnsembleMAP, EnsembleVI, ensemble_predict, plotting
+from numpyro_ensemble import EnsembleMAP, EnsembleVI, ensemble_predict, plotting, scoring
 
 NOISE = 0.1
 WIDTHS = (1, 32, 32, 1)
@@ -76,22 +76,20 @@ def small_start(key, scale=0.5):
     return starts
 
 
-def scores(means, x_test, y_test, seed=1):
-    """Score an equally weighted mixture of normals with the given means (E, N)."""
-    log_densities = dist.Normal(means, NOISE).log_prob(y_test[None])
-    mixture = jax.nn.logsumexp(log_densities, axis=0) - np.log(len(means))
-    repeats = -(-4000 // len(means))
+def with_noise(means, total=4000, seed=1):
+    """Draw about so many noisy observations (S, N) around means (E, N), equally from each."""
+    repeats = -(-total // len(means))
     noise = NOISE * np.random.default_rng(seed).normal(size=(repeats, *means.shape))
-    draws = (np.asarray(means)[None] + noise).reshape(-1, means.shape[1])
-    low, high = np.quantile(draws, [0.025, 0.975], axis=0)
-    centre = np.asarray(means).mean(axis=0)
-    return {
-        "RMSE truth": np.sqrt(np.mean((centre - truth(x_test)) ** 2)),
-        "RMSE obs": np.sqrt(np.mean((centre - y_test) ** 2)),
-        "NLL": -float(mixture.mean()),
-        "coverage": np.mean((low <= y_test) & (y_test <= high)),
-        "width": np.mean(high - low),
+    return (np.asarray(means)[None] + noise).reshape(-1, means.shape[1])
+
+
+def scores(predicted, x_test, y_test):
+    """Score equally weighted mixtures of normals with the given means (E, N), a row for each."""
+    log_likelihood = {
+        name: dist.Normal(means, NOISE).log_prob(y_test[None]) for name, means in predicted.items()
     }
+    draws = {name: with_noise(means) for name, means in predicted.items()}
+    return scoring.summary(draws, y_test, truth=truth(x_test), log_likelihood=log_likelihood)
 
 
 def guide_start(key):
@@ -136,37 +134,30 @@ def fit_vi(optim, init_scale, starts, kl_weight, x, y, x_test):
     return ensemble_predict(draws, network, jnp.asarray(x_test))
 
 
-def fit_rows(predicted=None):
-    """Fit all rows and return their scores by name; means are kept in `predicted`, if given."""
+def fit_rows():
+    """Fit all rows; return their scores as a table, and their predicted means by name."""
     x, y, x_test, y_test = make_data()
-    table = {}
+    predicted, seconds = {}, {}
     for rows, fit in ((MAP_ROWS, fit_map), (VI_ROWS, fit_vi)):
         for name, settings in rows.items():
             begin = time.perf_counter()
-            means = np.asarray(fit(*settings, x, y, x_test))
-            seconds = time.perf_counter() - begin
-            table[name] = {"time [s]": seconds, **scores(means, x_test, y_test)}
-            if predicted is not None:
-                predicted[name] = means
-    table["oracle"] = {
-        "time [s]": float("nan"), "RMSE truth": 0.0, "RMSE obs": NOISE,
-        "NLL": -0.884, "coverage": 0.95, "width": 0.40,
+            predicted[name] = np.asarray(fit(*settings, x, y, x_test))
+            seconds[name] = time.perf_counter() - begin
+    table = scores(predicted, x_test, y_test)
+    table.insert(0, "time [s]", seconds)
+    table.loc["oracle"] = {  # knows the function and the noise
+        "RMSE truth": 0.0, "RMSE": NOISE, "NLL": -0.884, "CRPS": NOISE / np.sqrt(np.pi),
+        "coverage 0.95": 0.95, "width 0.95": 0.40,
     }  # fmt: skip
-    return table
+    return table, predicted
 
 
 def show(table):
     """Print the table."""
-    columns = list(next(iter(table.values())))
-    print(f"{'':32}" + "".join(f"{column:>12}" for column in columns))
-    for name, row in table.items():
-        cells = "".join(
-            f"{'-' if np.isnan(row[c]) else format(row[c], '.3f'):>12}" for c in columns
-        )
-        print(f"{name:32}{cells}")
+    print(table.to_string(float_format="{:.3f}".format, na_rep="-"))
 
 
-def picture(predicted, path="quickstart.png", seed=2):
+def picture(predicted, path="quickstart.png"):
     """Draw bands above and calibration below, for a MAP and a variational ensemble."""
     import matplotlib as mpl
 
@@ -178,10 +169,10 @@ def picture(predicted, path="quickstart.png", seed=2):
     figure, axes = plt.subplots(2, 2, figsize=(10, 7), gridspec_kw=grid, layout="constrained")
     for name, (above, below) in zip(PICTURED, axes.T, strict=True):
         means = predicted[name]
-        noise = NOISE * np.random.default_rng(seed).normal(size=(20, *means.shape))
-        draws = (means + noise).reshape(-1, means.shape[1])
-        plotting.plot_predictive(x_test, means, draws, data=(x, y), ax=above)
-        above.set(title=name, ylim=(-1.2, 1.8))
+        draws = with_noise(means)
+        members = means.reshape(MEMBERS, -1, means.shape[1])
+        plotting.plot_predictive(x_test, members, draws, data=(x, y), ax=above)
+        above.set(title=name.replace("the same, ", ""), ylim=(-1.2, 1.8))
         plotting.plot_calibration(draws, y_test, ax=below)
     axes[0, 0].legend(loc="upper left", fontsize=8)
     figure.savefig(path, dpi=120)
@@ -190,7 +181,7 @@ def picture(predicted, path="quickstart.png", seed=2):
 
 if __name__ == "__main__":
     print(f"{MEMBERS} members, {STEPS} steps; run times include compilation")
-    predicted = {}
-    show(fit_rows(predicted))
+    table, predicted = fit_rows()
+    show(table)
     picture(predicted)
     print("Bands and calibration are drawn in quickstart.png.")

@@ -10,10 +10,12 @@ import jax
 import numpy as np
 import numpyro
 from numpyro import handlers
+from numpyro.util import is_prng_key
 
-from numpyro_ensemble.collect import Draws, Sites, check_shapes, collect, computed, densities
+from numpyro_ensemble.collect import Computed, Draws, Sites, check_sites, collect, compute
 from numpyro_ensemble.predictive import EnsemblePredictive
 from numpyro_ensemble.primitives import check_count
+from numpyro_ensemble.results import name_members
 
 _PRIOR_DRAWS = 500
 
@@ -72,43 +74,73 @@ def to_arviz(
         ...         numpyro.sample("y", dist.Normal(mu, 1.0), obs=y)
         >>> runner = EnsembleMAP(model, numpyro.optim.Adam(0.1), ensemble_size=4)
         >>> result = runner.run(jax.random.key(0), 100, jnp.ones(3), progress_bar=False)
-        >>> data = to_arviz(runner, result, jnp.ones(3), num_samples=5)
+        >>> data = to_arviz(runner, result, jnp.ones(3), num_samples=10)
         >>> dict(data.posterior_predictive["y"].sizes)
-        {'chain': 4, 'draw': 5, 'rows': 3}
+        {'chain': 4, 'draw': 10, 'rows': 3}
     """
     rng_key = jax.random.key(0) if rng_key is None else rng_key
+    if not is_prng_key(rng_key):
+        raise ValueError(f"rng_key takes one key, jax.random.key(0) say; got {rng_key!r}.")
+    if prior is not False and prior is not True:
+        check_count("prior", prior)
     if num_samples is not None:
         check_count("num_samples", num_samples)
     keys = jax.random.split(rng_key, 4)
+    kwargs = {**kwargs, **getattr(inference, "static_kwargs", {})}
     draws = collect(inference, result, keys[0], num_samples, args, kwargs, on_failed)
     model = draws.model
-    sites = Sites.of(model, args, kwargs)
-    check_shapes(draws, sites)
-    groups: dict[str, dict[str, Any]] = {}
-    groups["posterior"] = {
-        name: value for name, value in draws.samples.items() if name in sites.latent
-    } | computed(draws, sites, keys[1], args, kwargs)
-    with_likelihood = log_likelihood and bool(sites.observed)
+    sites = Sites.of(model, args, kwargs, draws.samples)
+    check_sites(draws, sites)
+    if sites.subsampled:
+        warnings.warn(
+            f"the model subsamples {sorted(sites.subsampled)}: all groups are of one batch of "
+            f"rows. Use a model without subsampling in the runner's place for the whole data.",
+            stacklevel=2,
+        )
+        model = handlers.substitute(model, data=sites.subsampled)
+        draws = draws._replace(model=model)
+    with_likelihood = log_likelihood and bool(sites.observed) and not sites.discrete
+    if sites.discrete:
+        warnings.warn(
+            f"the latents {sorted(sites.discrete)} are discrete and were summed out: they, lp, "
+            f"log_likelihood and deterministic sites are left out. Sum them out in the model "
+            f"(MixtureSameFamily) to have these.",
+            stacklevel=2,
+        )
     if sites.factors and with_likelihood:
         warnings.warn(
             f"log_likelihood leaves out the factors {sorted(sites.factors)}: they belong to no "
             f"observation. Their terms are part of lp.",
             stacklevel=2,
         )
-    density, pointwise = densities(draws, sites, with_likelihood, args, kwargs)
-    groups["sample_stats"] = {"lp": density, **draws.stats}
-    if "log_q" in draws.stats:
-        groups["sample_stats"]["log_p"] = density
-    if with_likelihood:
-        groups["log_likelihood"] = pointwise
+    if with_likelihood and (draws.shape[1] < 4 or np.prod(draws.shape) < 25):
+        warnings.warn(
+            f"{draws.shape[0]} members of {draws.shape[1]} draws each are too few for az.loo: pass "
+            f"num_samples=100 (draws of a MAP estimate are all the same, so that only many members "
+            f"make LOO mean something), or log_likelihood=False where you do not need it.",
+            stacklevel=2,
+        )
+    values = compute(draws, sites, keys[1], with_likelihood, args, kwargs)
+    groups: dict[str, dict[str, Any]] = {}
+    groups["posterior"] = {name: draws.samples[name] for name in sites.latent}
+    groups["posterior"] |= values.deterministic
+    groups["sample_stats"] = _stats(draws, values)
+    groups["log_likelihood"] = values.pointwise
     free = handlers.uncondition(model)
     if posterior_predictive and sites.observed:
         predictive = EnsemblePredictive(
-            free, draws.samples, params=draws.params, batch_ndims=2, return_sites=sites.observed
+            free,
+            draws.samples,
+            params=draws.params,
+            num_samples=draws.shape[1],
+            batch_ndims=2,
+            return_sites=sites.observed,
         )
         groups["posterior_predictive"] = predictive(keys[2], *args, **kwargs)
     if prior:
-        groups |= _prior(free, draws, sites, int(prior), keys[3], args, kwargs)
+        groups |= _prior(
+            free, draws, sites, _PRIOR_DRAWS if prior is True else prior, keys[3], args, kwargs
+        )
     if sites.observed:
         groups["observed_data"] = sites.observed
     if constant_data is not None:
@@ -117,6 +149,21 @@ def to_arviz(
         groups["predictions"] = _group(predictions, draws.shape)
     dims = {**sites.dims, **(dims or {})}
     return _assemble(groups, draws, dims, dict(coords or {}))
+
+
+def _stats(draws: Draws, values: Computed) -> dict[str, Any]:
+    """Return the log densities, and warn of draws without a finite one."""
+    if values.density is None:
+        return {}
+    bad = ~np.isfinite(np.asarray(values.density))
+    if bad.any():
+        warnings.warn(
+            f"{bad.sum()} of {bad.size} draws have no finite log density (lp), of members "
+            f"{name_members(bad.any(axis=1))}: do not trust scores of them.",
+            stacklevel=3,
+        )
+    target = {"log_p": values.density} if "log_q" in draws.stats else {}
+    return {"lp": values.density, **target, **draws.stats}
 
 
 def _prior(
@@ -134,7 +181,7 @@ def _prior(
             f"prior draws are left out: the prior of {sites.improper} is improper.", stacklevel=3
         )
         return {}
-    size, number = draws.shape[0], _PRIOR_DRAWS if number == 1 else number
+    size = draws.shape[0]
     names = [*sites.latent, *sites.deterministic, *sites.observed]
     grouped: dict[str, Any] = {}
     if draws.params:
@@ -178,17 +225,17 @@ def _assemble(groups: dict[str, dict[str, Any]], draws: Draws, dims: dict, coord
     }
     if draws.seconds is not None:
         attrs["sampling_time"] = draws.seconds
+    attrs["ensemble_size"] = draws.ensemble_size
+    # a slash in a name, as of scopes, is a path to trees and refused by files
     groups = {
-        name: {site: np.asarray(value) for site, value in group.items()}
+        name: {site.replace("/", "."): np.asarray(value) for site, value in group.items()}
         for name, group in groups.items()
         if group
     }
-    if not makes_inference_data():  # a tree takes a slash in a name, as of scopes, for a path
-        groups = {
-            group: {site.replace("/", "."): value for site, value in sites.items()}
-            for group, sites in groups.items()
-        }
-        dims = {site.replace("/", "."): names for site, names in dims.items()}
+    dims = {
+        site.replace("/", "."): [dim.replace("/", ".") for dim in names]
+        for site, names in dims.items()
+    }
     coords = {"chain": draws.members, **coords}
     with warnings.catch_warnings():
         for text in ("More chains", "Found chain dimension"):  # there are many members on purpose

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
-from functools import cached_property, partial
+from functools import cached_property
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 from numpyro.infer import SVI
 from numpyro.infer.svi import SVIState
-from numpyro.infer.util import transform_fn
 
 from numpyro_ensemble.arguments import (
     BATCH,
@@ -27,6 +26,7 @@ from numpyro_ensemble.batching import Batches
 from numpyro_ensemble.density import Site
 from numpyro_ensemble.fingerprints import captured
 from numpyro_ensemble.guides import Filling, fill, is_set_up, set_up
+from numpyro_ensemble.member import Member
 from numpyro_ensemble.preflight import (
     STEM_AXES,
     Anatomy,
@@ -37,14 +37,14 @@ from numpyro_ensemble.preflight import (
 )
 from numpyro_ensemble.primitives import is_inexact
 from numpyro_ensemble.starts import all_alike, check_kept, check_starts, kept
-from numpyro_ensemble.training import keep_good, make_chunk
+from numpyro_ensemble.training import make_chunk
 
 if TYPE_CHECKING:
     from numpyro_ensemble.engine import Ensemble
     from numpyro_ensemble.options import RunOptions
 
 _QUICK = {"xla_backend_optimization_level": "0"}  # halves the time that starts take to compile
-_AXES = {TRACED: None, BATCH: None, MEMBER: 0}
+ARGUMENT_AXES = {TRACED: None, BATCH: None, MEMBER: 0}
 
 
 class Bound:
@@ -149,10 +149,8 @@ class Bound:
     @cached_property
     def _form(self) -> dict[str, Any]:
         """The shapes and dtypes of one member's parameters, as users see them."""
-        anatomy = self.anatomy
-        stacked = jax.eval_shape(
-            self._params_of, anatomy.state, anatomy.stems, self.arguments.dynamic
-        )
+        forms = (self.anatomy.state, self.anatomy.stems, self.arguments.dynamic)
+        stacked = jax.eval_shape(self._over_members("params"), *forms)
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), stacked)
 
     @property
@@ -188,7 +186,7 @@ class Bound:
             return state, Stems(constraints, filling), inside
 
         def every(keys: jax.Array, init_params: Any, dynamic: dict) -> tuple:
-            members = jax.vmap(one, in_axes=(0, axes, _AXES))
+            members = jax.vmap(one, in_axes=(0, axes, ARGUMENT_AXES))
             state, stems, inside = members(keys, init_params, dynamic)
             filling = stems.guide._replace(first=[leaf[0] for leaf in stems.guide.first])
             alike = all_alike(jax.vmap(self.engine.optim.get_params)(state.optim_state))
@@ -292,37 +290,17 @@ class Bound:
         return self._program(key, build, donate=(0,) if consume else ())
 
     def _updates(self, stable: bool, forward: bool) -> Callable:
-        def one(state: SVIState, stems: Stems, dynamic: dict, rows: Any) -> tuple:
-            scale = 1.0
-            if rows is not None and self.batches is not None:
-                scale = self.batches.total / rows.shape[-1]
-                taken = [leaf.at[rows].get(mode="promise_in_bounds") for leaf in dynamic[BATCH]]
-                dynamic = {**dynamic, BATCH: taken}
-            args, kwargs = self.arguments.rebuild(dynamic)
-            svi = self._svi(state, stems, dynamic, scale)
-            step = svi.stable_update if stable else svi.update
-            new, loss = step(state, *args, forward_mode_differentiation=forward, **kwargs)
-            if new.mutable_state is None:  # losses of several particles leave it alone
-                new = new._replace(mutable_state=state.mutable_state)
-            if not stable:
-                return new, loss
-            return keep_good(state, new, loss, counts=rows is not None)
-
         shared = self.batches is None or self.batches.shared
-        return jax.vmap(one, in_axes=(0, STEM_AXES, _AXES, None if shared else 0))
+
+        def one(state: SVIState, stems: Stems, dynamic: dict, rows: Any) -> tuple:
+            return self.member.update(state, stems, dynamic, rows, stable, forward)
+
+        return jax.vmap(one, in_axes=(0, STEM_AXES, ARGUMENT_AXES, None if shared else 0))
 
     def evaluate(self, state: SVIState) -> jax.Array:
         """Return the members' losses."""
-
-        def one(state: SVIState, stems: Stems, dynamic: dict) -> jax.Array:
-            args, kwargs = self.arguments.rebuild(dynamic)
-            svi = self._svi(state, stems, dynamic)
-            key = jax.random.split(state.rng_key)[1]  # as SVI.evaluate
-            params = {**svi.get_params(state), **(state.mutable_state or {})}
-            return svi.loss.loss(key, params, svi.model, svi.guide, *args, **kwargs)
-
         stems = self.known_stems(state)
-        program = self._program("evaluate", lambda: jax.vmap(one, in_axes=(0, STEM_AXES, _AXES)))
+        program = self._program("evaluate", lambda: self._over_members("loss"))
         return program(state, stems, self.arguments.dynamic)
 
     # Outcomes -----------------------------------------------------------------------------------
@@ -335,7 +313,7 @@ class Bound:
         """Return the members' parameters, and which members have nothing but finite values."""
 
         def final(state: SVIState, stems: Stems, dynamic: dict) -> tuple:
-            params = self._params_of(state, stems, dynamic)
+            params = self._over_members("params")(state, stems, dynamic)
             leaves = [x for x in jax.tree.leaves((params, state.mutable_state)) if is_inexact(x)]
             flags = [jnp.isfinite(x).reshape(self._size, -1).all(axis=1) for x in leaves]
             return params, jnp.stack([*flags, jnp.ones(self._size, bool)]).all(axis=0)
@@ -344,30 +322,19 @@ class Bound:
         once = not traces((state, stems, self.arguments.leaves))
         return self._program(("outcome", once), lambda: final, once=once)(state, stems, dynamic)
 
-    def _params_of(self, state: SVIState, stems: Stems, dynamic: dict) -> dict[str, Any]:
-        def one(state: SVIState, stems: Stems, dynamic: dict) -> dict:
-            args, kwargs = self.arguments.rebuild(dynamic)
-            params = self._svi(state, stems, dynamic).get_params(state)
-            return self.engine.member_params(self.anatomy.guide, params, args, kwargs)
-
-        return jax.vmap(one, in_axes=(0, STEM_AXES, _AXES))(state, stems, dynamic)
-
     # Parts --------------------------------------------------------------------------------------
 
-    def member_guide(self, stems: Stems, dynamic: dict) -> Callable:
-        """Return one member's guide, with the values of its own start in it."""
-        return fill(self.anatomy.guide, stems.guide, dynamic)
+    @property
+    def member(self) -> Member:
+        """One member's functions, of the arguments as they are now."""
+        return Member(self.engine, self.arguments, self.batches, self.anatomy)
 
-    def _svi(self, state: SVIState, stems: Stems, dynamic: dict, scale: float = 1.0) -> SVI:
-        """Return one member's plain SVI, past its `init`."""
-        guide = self.member_guide(stems, dynamic)
-        model, guide = self.engine.weighted(guide, scale, state.optim_state[0])
-        svi = SVI(model, guide, self.engine.optim, self.engine.loss)
-        stem = iter(stems.constraints)
-        leaves = [next(stem) if leaf is None else leaf for leaf in self.anatomy.leaves]
-        transforms = jax.tree.unflatten(self.anatomy.transforms, leaves)
-        svi.constrain_fn = partial(transform_fn, transforms)
-        return svi
+    def _over_members(self, name: str) -> Callable:
+        # `member` is asked for when traced: arrays of an earlier call may have changed since
+        def one(*given: Any) -> Any:
+            return getattr(self.member, name)(*given)
+
+        return jax.vmap(one, in_axes=(0, STEM_AXES, ARGUMENT_AXES))
 
     def _program(
         self, key: Any, build: Callable, *, donate: tuple[int, ...] = (), once: bool = False

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpyro.distributions as dist
 from numpyro import handlers
 from numpyro.infer import util
 
-from numpyro_ensemble.density import filled_trace
+from numpyro_ensemble.arguments import MEMBER
+from numpyro_ensemble.density import anatomy, filled_trace
 from numpyro_ensemble.draws import (
-    batch_for,
     check_failed,
     fill_model,
     finite_members,
@@ -22,8 +23,6 @@ from numpyro_ensemble.draws import (
 )
 from numpyro_ensemble.engine import Ensemble
 from numpyro_ensemble.handlers import is_factor, unwrapped
-from numpyro_ensemble.map import EnsembleMAP
-from numpyro_ensemble.primitives import combine, partition
 from numpyro_ensemble.results import EnsembleResult
 from numpyro_ensemble.vi import EnsembleVI
 
@@ -31,7 +30,7 @@ _VI_DRAWS = 100
 
 
 class Draws(NamedTuple):
-    """Draws of all members that have not failed."""
+    """Draws of members, all of them or those that have not failed."""
 
     model: Callable
     samples: dict[str, Any]  # (E, S, ...)
@@ -39,8 +38,20 @@ class Draws(NamedTuple):
     shape: tuple[int, int]
     stats: dict[str, Any]
     members: np.ndarray  # the members' own numbers
+    finite: np.ndarray
+    ensemble_size: int  # failed members included
     losses: Any = None
     seconds: float | None = None
+
+    def without_failed(self) -> Draws:
+        """Return the draws of the finite members."""
+        places = np.flatnonzero(self.finite)
+        taken = (self.samples, self.params, self.stats, self.members, self.losses)
+        samples, params, stats, members, losses = pick(taken, places)
+        return self._replace(
+            samples=samples, params=params, stats=stats, members=members, losses=losses,
+            shape=(places.size, self.shape[1]), finite=self.finite[places],
+        )  # fmt: skip
 
 
 def collect(
@@ -53,10 +64,48 @@ def collect(
     on_failed: str,
 ) -> Draws:
     """Return the draws of what was fitted, a runner's or those given for a model."""
-    if isinstance(inference, Ensemble):
-        if not isinstance(result, EnsembleResult):
-            raise TypeError(f"result takes what run returned, got {type(result).__name__}.")
-        return _fitted(inference, result, rng_key, num_samples, args, kwargs, on_failed)
+    if not isinstance(inference, Ensemble):
+        draws = _given(inference, result, num_samples)
+    elif not isinstance(result, EnsembleResult):
+        raise TypeError(f"result takes what run returned, got {type(result).__name__}.")
+    else:
+        if getattr(inference, "raw", False):
+            raise TypeError("to_arviz takes fits of NumPyro models, not of raw densities.")
+        _check_fit(inference, result, args, kwargs)
+        if isinstance(inference, EnsembleVI):
+            draws = _of_guides(inference, result, rng_key, num_samples or _VI_DRAWS, args, kwargs)
+        else:
+            draws = _of_points(inference, result, num_samples or 1, args, kwargs)
+    check_failed(draws.finite, on_failed)
+    return draws if draws.finite.all() else draws.without_failed()
+
+
+def _check_fit(runner: Ensemble, result: EnsembleResult, args: tuple, kwargs: dict) -> None:
+    """Raise a ValueError where the arguments are not such as the fit had, as far as it is known."""
+    bound = result._bound
+    if bound is None:
+        return
+    own = [label for label, _ in bound.arguments.labelled(MEMBER)]
+    if own:
+        raise ValueError(
+            f"the members were fitted to data of their own, member_args={own}: make ArviZ data of "
+            f"one at a time, to_arviz(runner.model, ...) with its draws and its data."
+        )
+    now = anatomy(runner.model, args, kwargs)
+    lost = [
+        name
+        for name, site in bound.sites.items()
+        if site.kind == "observed" and name in now and now[name].kind != "observed"
+    ]
+    if lost:
+        raise ValueError(
+            f"the sites {lost} were observed in the fit and are not with these arguments: pass "
+            f"the data as well."
+        )
+
+
+def _given(inference: Any, result: Any, num_samples: int | None) -> Draws:
+    """Return samples that the user has, of a model or of what has one."""
     model = getattr(inference, "model", inference)
     if not callable(model):
         raise TypeError(f"inference takes a runner or a model, got {inference!r}.")
@@ -65,92 +114,94 @@ def collect(
     shapes = {name: np.shape(value)[:2] for name, value in result.items()}
     if len(set(shapes.values())) != 1 or len(next(iter(shapes.values()))) != 2:
         raise ValueError(f"samples must lead with the same (E, S); got {shapes}.")
-    size, number = next(iter(shapes.values()))
-    if num_samples not in (None, number):
-        raise ValueError(f"num_samples={num_samples}, and the samples lead with {size, number}.")
-    finite = finite_members(dict(result), size)
-    check_failed(finite, on_failed, stacklevel=5)
-    members = np.flatnonzero(finite)
-    samples = {name: jnp.asarray(value)[members] for name, value in result.items()}
-    return Draws(model, samples, {}, (members.size, number), {}, members)
+    shape = next(iter(shapes.values()))
+    if num_samples not in (None, shape[1]):
+        raise ValueError(f"num_samples={num_samples}, and the samples lead with {shape}.")
+    samples = {name: jnp.asarray(value) for name, value in result.items()}
+    finite = finite_members(samples, shape[0])
+    return Draws(model, samples, {}, shape, {}, np.arange(shape[0]), finite, shape[0])
 
 
-def _fitted(
+def _of_guides(
+    runner: EnsembleVI, result: EnsembleResult, key: jax.Array, number: int, args: Any, kwargs: Any
+) -> Draws:
+    """Draw from the members' guides."""
+    samples, densities = runner.draws(key, result, number, args, kwargs, with_density=True)
+    own = {name: leaf for name, leaf in result.params.items() if name not in samples}
+    return _of_fit(runner, result, samples, own, number, densities)
+
+
+def _of_points(
+    runner: Ensemble, result: EnsembleResult, number: int, args: tuple, kwargs: dict
+) -> Draws:
+    """Repeat the members' estimates."""
+    sites = filled_trace(runner.model, args, kwargs)
+    latent = {name for name, site in sites.items() if site["type"] == "sample"}
+    unknown = sorted(result.params.keys() - sites.keys())
+    if unknown:
+        raise ValueError(f"the result is of another model: this one has no {unknown}.")
+    samples = {
+        name: jnp.broadcast_to(leaf[:, None], (len(leaf), number, *leaf.shape[1:]))
+        for name, leaf in result.params.items()
+        if name in latent
+    }
+    own = {name: leaf for name, leaf in result.params.items() if name not in latent}
+    return _of_fit(runner, result, samples, own, number, {})
+
+
+def _of_fit(
     runner: Ensemble,
     result: EnsembleResult,
-    rng_key: jax.Array,
-    num_samples: int | None,
-    args: tuple,
-    kwargs: dict,
-    on_failed: str,
+    samples: dict[str, Any],
+    own: dict[str, Any],
+    number: int,
+    stats: dict[str, Any],
 ) -> Draws:
-    finite = np.asarray(result.finite)
-    check_failed(finite, on_failed, stacklevel=5)
-    members = np.flatnonzero(finite)
-    stats: dict[str, Any] = {}
-    if isinstance(runner, EnsembleVI):
-        number = num_samples or _VI_DRAWS
-        samples, log_q = runner.draws_with_density(rng_key, result, number, args, kwargs)
-        if log_q is not None:
-            stats["log_q"] = log_q[members]
-        own = {name: leaf for name, leaf in result.params.items() if name not in samples}
-    elif isinstance(runner, EnsembleMAP) and isinstance(result.params, dict):
-        number = num_samples or 1
-        sites = filled_trace(runner.model, args, kwargs)
-        latent = {name for name, site in sites.items() if site["type"] == "sample"}
-        unknown = sorted(result.params.keys() - sites.keys())
-        if unknown:
-            raise ValueError(f"the result is of another model: this one has no {unknown}.")
-        samples = {
-            name: jnp.broadcast_to(leaf[:, None], (len(leaf), number, *leaf.shape[1:]))
-            for name, leaf in result.params.items()
-            if name in latent
-        }
-        own = {name: leaf for name, leaf in result.params.items() if name not in latent}
-    else:
-        raise TypeError("to_arviz takes fits of NumPyro models, not of raw densities.")
+    """Put together what a fit tells besides its draws."""
     params = {**own, **(result.state.mutable_state or {})}
-    arrays, shared = partition(params)
+    size, losses = runner.ensemble_size, np.asarray(result.losses)
     return Draws(
-        runner.model,
-        pick(samples, members),
-        combine(pick(arrays, members), shared),
-        (members.size, number),
-        stats,
-        members,
-        np.asarray(result.losses)[members],
-        result.seconds,
-    )
+        runner.model, samples, params, (size, number), stats, np.arange(size),
+        np.asarray(result.finite), size, losses, result.seconds,
+    )  # fmt: skip
 
 
 class Sites(NamedTuple):
     """What a trace of the model with its data tells."""
 
     latent: dict[str, Any]
+    discrete: list[str]  # latent ones that no fit has drawn
     deterministic: list[str]
-    observed: dict[str, Any]  # the data by name
+    observed: dict[str, Any]  # the data by name, NaN where it is masked
     factors: list[str]
     improper: list[str]
     dims: dict[str, list[str]]
+    names: set[str]
+    subsampled: dict[str, Any]  # the rows that this trace has drawn, by plate
 
     @classmethod
-    def of(cls, model: Callable, args: tuple, kwargs: dict) -> Sites:
+    def of(cls, model: Callable, args: tuple, kwargs: dict, drawn: Collection[str]) -> Sites:
         """Trace the model once, at an initialisation."""
-        sites = cls({}, [], {}, [], [], {})
-        for name, site in filled_trace(model, args, kwargs).items():
+        trace = filled_trace(model, args, kwargs)
+        sites = cls({}, [], [], {}, [], [], {}, set(trace), {})
+        for name, site in trace.items():
+            if site["type"] == "plate" and len(site["value"]) < site["args"][0]:
+                sites.subsampled[name] = site["value"]
             if site["type"] not in ("sample", "deterministic"):
                 continue
-            frames = sorted(site["cond_indep_stack"], key=lambda frame: frame.dim)
-            event = site.get("infer") or {}
-            names = [frame.name for frame in frames] + list(event.get("event_dims", []))
-            if names:
+            names = _dims(site)
+            if names is not None:
                 sites.dims[name] = names
             if site["type"] == "deterministic":
                 sites.deterministic.append(name)
             elif is_factor(site):
                 sites.factors.append(name)
             elif site["is_observed"]:
-                sites.observed[name] = np.asarray(site["value"])
+                sites.observed[name] = _seen(site)
+            elif site["fn"].is_discrete and (
+                name not in drawn or site["infer"].get("enumerate") == "parallel"
+            ):
+                sites.discrete.append(name)
             else:
                 sites.latent[name] = site["value"]
                 if type(unwrapped(site["fn"])).__name__ == "ImproperUniform":
@@ -158,11 +209,53 @@ class Sites(NamedTuple):
         return sites
 
 
-def check_shapes(draws: Draws, sites: Sites) -> None:
-    """Raise a ValueError where samples do not have the shape that the model's site has."""
+def _dims(site: dict[str, Any]) -> list[str] | None:
+    """Name the axes of a site by its plates and event dims; None where there are no names."""
+    shape = np.shape(site["value"])
+    frames = site["cond_indep_stack"]
+    events = list((site.get("infer") or {}).get("event_dims", []))
+    if site["type"] == "sample":
+        batch = len(shape) - site["fn"].event_dim
+    else:  # what follows the plates is of the event
+        batch = min(len(shape), max((-frame.dim for frame in frames), default=0))
+    names = [f"{site['name']}_dim_{i}" for i in range(len(shape))]
+    named = bool(events)
+    for frame in frames:
+        place = batch + frame.dim
+        if 0 <= place < len(shape) and shape[place] == frame.size:
+            names[place], named = frame.name, True
+    names[len(shape) - len(events) :] = events
+    return names if named else None
+
+
+def _seen(site: dict[str, Any]) -> np.ndarray:
+    """Return the data of a site, NaN where a mask leaves it out."""
+    value, fn = np.asarray(site["value"]), site["fn"]
+    mask: Any = True
+    while isinstance(fn, dist.MaskedDistribution | dist.ExpandedDistribution | dist.Independent):
+        if isinstance(fn, dist.MaskedDistribution):
+            mask = np.logical_and(mask, np.asarray(fn._mask))
+        fn = fn.base_dist
+    if np.all(mask):
+        return value
+    batch = value.shape[: value.ndim - site["fn"].event_dim]
+    mask = np.broadcast_to(mask, batch)
+    mask = mask.reshape(*batch, *[1] * (value.ndim - len(batch)))
+    return np.where(mask, value, np.nan)
+
+
+def check_sites(draws: Draws, sites: Sites) -> None:
+    """Raise a ValueError where samples are not those of the model."""
+    unknown = sorted(draws.samples.keys() - sites.names)
+    missing = sorted(sites.latent.keys() - draws.samples.keys())
+    if unknown or missing:
+        raise ValueError(
+            f"the samples are of another model: they lack {missing}, and have {unknown}, which "
+            f"this model does not."
+        )
     for name, value in sites.latent.items():
-        given = draws.samples.get(name)
-        if given is not None and given.shape[2:] != np.shape(value):
+        given = draws.samples[name]
+        if given.shape[2:] != np.shape(value):
             raise ValueError(
                 f"samples of {name!r} have shape {given.shape[2:]}, and the model, called with "
                 f"these arguments, {np.shape(value)}: pass the arguments of the fit; or, where the "
@@ -170,53 +263,43 @@ def check_shapes(draws: Draws, sites: Sites) -> None:
             )
 
 
-def computed(
-    draws: Draws, sites: Sites, rng_key: jax.Array, args: tuple, kwargs: dict
-) -> dict[str, Any]:
-    """Return the deterministic sites at each draw."""
-    names = [name for name in sites.deterministic if name not in draws.samples]
+class Computed(NamedTuple):
+    """What the model says of each draw; every array leads with `(E, S)`."""
+
+    deterministic: dict[str, Any]
+    density: Any
+    pointwise: dict[str, Any]
+
+
+def compute(
+    draws: Draws, sites: Sites, rng_key: jax.Array, pointwise: bool, args: tuple, kwargs: dict
+) -> Computed:
+    """Compute deterministic sites, log densities and pointwise log likelihoods in one program.
+
+    What depends on discrete sites that were summed out is left out.
+    """
+    if sites.discrete:
+        return Computed({}, None, {})
     given = {name: draws.samples[name] for name in sites.deterministic if name in draws.samples}
-    if not names:
-        return given
 
-    def one(key: jax.Array, known: dict) -> dict[str, Any]:
+    def one(where: tuple) -> Computed:
+        key, e, s = where
+        known = {**pick(draws.params, e), **pick(draws.samples, e, s)}
         trace = fill_model(draws.model, key, known, args, kwargs)
-        return {name: trace[name]["value"] for name in names}
-
-    return given | _over(draws, rng_key, one)
-
-
-def densities(
-    draws: Draws, sites: Sites, pointwise: bool, args: tuple, kwargs: dict
-) -> tuple[Any, dict[str, Any]]:
-    """Return the log density of each draw, and the log likelihood of each observation."""
-
-    def one(key: jax.Array, known: dict) -> tuple[jax.Array, dict[str, jax.Array]]:
+        names = [name for name in sites.deterministic if name not in given]
+        deterministic = {name: trace[name]["value"] for name in names}
         model = handlers.seed(draws.model, key)
         known = {name: value for name, value in known.items() if name not in sites.deterministic}
         density, _ = util.log_density(model, args, kwargs, known)
         if not pointwise:
-            return density, {}
+            return Computed(deterministic, density, {})
         filled = handlers.substitute(model, data=known)
         terms = util.log_likelihood(filled, {}, *args, batch_ndims=0, **kwargs)
-        return density, {name: terms[name] for name in sites.observed}
+        return Computed(deterministic, density, {name: terms[name] for name in sites.observed})
 
-    return _over(draws, jax.random.key(0), one)
-
-
-def _over(draws: Draws, rng_key: jax.Array, fn: Callable) -> Any:
-    """Map a function of a key and the known values over all draws, in one bounded program."""
     size, number = draws.shape
-    arrays, shared = partition(draws.params)
     member, draw = np.divmod(np.arange(size * number), number)
-
-    def one(where: tuple) -> Any:
-        key, e, s = where
-        return fn(key, {**combine(pick(arrays, e), shared), **pick(draws.samples, e, s)})
-
     keys = jax.random.split(rng_key, size * number)
-    forms = jax.eval_shape(one, jax.tree.map(lambda x: x[0], (keys, member, draw)))
-    bytes_each = sum(int(np.prod(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(forms))
-    at_once = batch_for(size * number, bytes_each)
-    values = jax.jit(lambda where: map_draws(one, where, at_once))((keys, member, draw))
-    return jax.tree.map(lambda x: x.reshape(size, number, *x.shape[1:]), values)
+    flat = jax.jit(lambda where: map_draws(one, where))((keys, member, draw))
+    values = jax.tree.map(lambda x: x.reshape(size, number, *x.shape[1:]), flat)
+    return values._replace(deterministic=given | values.deterministic)

@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpyro.distributions as dist
 from numpyro import handlers
-from numpyro.infer.autoguide import AutoGuide, AutoLaplaceApproximation
+from numpyro.infer.autoguide import AutoDelta, AutoGuide, AutoGuideList, AutoLaplaceApproximation
 from numpyro.infer.util import compute_log_probs
+from numpyro.primitives import _PYRO_STACK
 
-from numpyro_ensemble.density import filled_trace
+from numpyro_ensemble.arguments import arrange, has_tracers
+from numpyro_ensemble.fingerprints import captured
+from numpyro_ensemble.guides import is_set_up
+from numpyro_ensemble.handlers import unwrapped
 from numpyro_ensemble.primitives import is_inexact
 from numpyro_ensemble.results import name_members
 
-_ROOM = 1 << 28  # bytes that the draws of one batch may take, by the model's sites
-_HIDDEN = 4  # bytes of a draw's intermediate values, for each byte of its sites
+_ROOM = 1 << 28  # bytes that the draws of one batch may take
+_KEPT = 8  # sets of arguments whose programs are kept
 
 
 def draw_latents(
@@ -27,32 +33,127 @@ def draw_latents(
     """Draw once from one member's guide: all its sites but the observed ones, plates included."""
     if isinstance(guide, AutoGuide):
         return guide.sample_posterior(key, params, *args, **kwargs)
-    trace = _guide_trace(guide, key, params, args, kwargs)
-    return _latents(trace)
+    filled = handlers.substitute(handlers.seed(guide, key), data=params)
+    return _latents(handlers.trace(filled).get_trace(*args, **kwargs))
+
+
+class Density(NamedTuple):
+    """The log density of a draw under its guide, and the values that tell it of other guides."""
+
+    log_q: jax.Array
+    values: dict[str, Any]
 
 
 def draw_with_density(
     guide: Callable, key: jax.Array, params: dict, args: tuple, kwargs: dict
-) -> tuple[dict[str, Any], jax.Array | None]:
-    """Draw once from one member's guide, with the log density of the draw where it is known."""
-    if isinstance(guide, AutoLaplaceApproximation):  # called, it gives the mode
+) -> tuple[dict[str, Any], Density | None]:
+    """Draw once from one member's guide, with the density of the draw where it is known."""
+    if not _tells_density(guide):
         return draw_latents(guide, key, params, args, kwargs), None
-    seeded = handlers.seed(guide, key)
-    log_probs, trace = compute_log_probs(seeded, args, kwargs, params)
-    return _latents(trace), sum(log_probs.values(), jnp.zeros(()))
+    log_probs, trace = compute_log_probs(handlers.seed(guide, key), args, kwargs, params)
+    values = {
+        name: site["value"]
+        for name, site in trace.items()
+        if site["type"] == "plate"
+        or (site["type"] == "sample" and not isinstance(unwrapped(site["fn"]), dist.Delta))
+    }
+    if not any(trace[name]["type"] == "sample" for name in values):
+        return _latents(trace), None
+    return _latents(trace), Density(_total(log_probs), values)
 
 
-def _guide_trace(guide: Callable, key: jax.Array, params: dict, args: tuple, kwargs: dict) -> dict:
-    seeded = handlers.substitute(handlers.seed(guide, key), data=params)
-    return handlers.trace(seeded).get_trace(*args, **kwargs)
+def density_at(
+    guide: Callable, latents: dict, values: dict, params: dict, args: tuple, kwargs: dict
+) -> tuple[jax.Array, jax.Array]:
+    """Return a guide's log density at another guide's draw, and whether it is of the same draw.
+
+    It is not where a guide computes its latents from random values and parameters of its own.
+    """
+    filled = handlers.substitute(handlers.seed(guide, jax.random.key(0)), data=values)
+    log_probs, trace = compute_log_probs(filled, args, kwargs, params)
+    again = _latents(trace)
+    same = [jnp.isclose(again[name], value, rtol=1e-3).all() for name, value in latents.items()]
+    return _total(log_probs), jnp.stack(same).all()
+
+
+def _tells_density(guide: Callable) -> bool:
+    """Say whether calling a guide tells the density of what `draw_latents` draws."""
+    if isinstance(guide, AutoGuideList):
+        return all(map(_tells_density, guide))
+    return not isinstance(guide, AutoLaplaceApproximation | AutoDelta)
+
+
+def _total(log_probs: dict[str, jax.Array]) -> jax.Array:
+    return sum(log_probs.values(), jnp.zeros(()))
 
 
 def _latents(trace: dict) -> dict[str, Any]:
     return {
         name: site["value"]
         for name, site in trace.items()
-        if site["type"] == "plate" or (site["type"] == "sample" and not site["is_observed"])
+        if site["type"] == "plate"
+        or (
+            site["type"] == "sample"
+            and not site["is_observed"]
+            and not site["infer"].get("is_auxiliary")
+        )
     }
+
+
+class Programs:
+    """The programs made for the last few sets of arguments, which stay concrete in them."""
+
+    def __init__(self) -> None:
+        self._kept: OrderedDict[Any, Any] = OrderedDict()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_kept": OrderedDict()}
+
+    def get(
+        self,
+        build: Callable[[], Any],
+        model: Callable,
+        guide: Callable | None,
+        args: tuple,
+        kwargs: dict,
+        *others: Any,
+    ) -> Any:
+        """Return what was built for arguments of equal contents, or build it."""
+        arguments = arrange(model, args, kwargs)
+        if has_tracers(arguments.leaves):
+            return build()
+        around = captured(tuple(_PYRO_STACK))  # handlers that the call stands in
+        key = (arguments.key(), captured(model), captured(guide), around, *others)
+        if key not in self._kept:
+            self._kept[key] = build()
+            if len(self._kept) > _KEPT:
+                self._kept.popitem(last=False)
+        self._kept.move_to_end(key)
+        return self._kept[key]
+
+
+def check_guide(guide: Callable, params: dict, args: tuple, kwargs: dict) -> None:
+    """Raise a ValueError where a guide was not set up, or its parameters are not those given."""
+    if not is_set_up(guide):
+        raise ValueError(
+            "the guide was never called: take the one that was fitted, runner.guide, or call it "
+            "once with the arguments of the fit, handlers.seed(guide, rng_key)(*args)."
+        )
+    needed: set[str] = set()
+
+    def look() -> None:
+        seeded = handlers.seed(guide, jax.random.key(0))
+        for name, site in handlers.trace(seeded).get_trace(*args, **kwargs).items():
+            if site["type"] == "param":
+                needed.add(name)
+
+    jax.eval_shape(look)
+    missing = sorted(needed - params.keys())
+    if missing:
+        raise ValueError(
+            f"the guide has parameters {missing}, which are not among those given, "
+            f"{sorted(params)}: these are of another guide, or of a fit without one."
+        )
 
 
 def fill_model(
@@ -67,23 +168,49 @@ def fill_model(
     return handlers.trace(filled).get_trace(*args, **kwargs)
 
 
-def bytes_per_draw(model: Callable, args: tuple, kwargs: dict) -> int:
-    """Return the size of all values of a model's sites, traced abstractly."""
-    found: list[int] = []
+def peak_bytes(fn: Callable, *args: Any) -> int:
+    """Return how many bytes are alive at once, at most, in one call of a function.
 
-    def look() -> None:
-        for site in filled_trace(model, args, kwargs).values():
-            for leaf in jax.tree.leaves(site["value"]):
-                if hasattr(leaf, "dtype") and not jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
-                    found.append(int(np.prod(leaf.shape)) * leaf.dtype.itemsize)
+    Operations count one after the other, as traced; a compiler that fuses them needs less.
+    """
+    return _peak(jax.make_jaxpr(fn)(*args).jaxpr)
 
-    jax.eval_shape(look)
-    return sum(found)
+
+def _peak(jaxpr: Any) -> int:
+    last: dict[Any, int] = {}  # the last operation that needs each value
+    for i, eqn in enumerate(jaxpr.eqns):
+        last.update((var, i) for var in eqn.invars if not hasattr(var, "val"))
+    last.update((var, len(jaxpr.eqns)) for var in jaxpr.outvars if not hasattr(var, "val"))
+    alive = most = 0
+    made: dict[Any, int] = {}
+    for i, eqn in enumerate(jaxpr.eqns):
+        inside = [_peak(part) for value in eqn.params.values() for part in _parts(value)]
+        made.update((var, _size(var.aval)) for var in eqn.outvars if var in last)
+        alive += sum(made[var] for var in eqn.outvars if var in made)
+        most = max(most, alive + max(inside, default=0))
+        for var in {var for var in eqn.invars if not hasattr(var, "val") and last[var] == i}:
+            alive -= made.pop(var, 0)
+    return most
+
+
+def _parts(value: Any) -> list[Any]:
+    """Return the programs inside a parameter of an operation."""
+    if isinstance(value, tuple | list):
+        return [part for item in value for part in _parts(item)]
+    value = getattr(value, "jaxpr", value)
+    return [value] if hasattr(value, "eqns") else []
+
+
+def _size(aval: Any) -> int:
+    dtype = getattr(aval, "dtype", None)
+    if dtype is None or jnp.issubdtype(dtype, jax.dtypes.extended):
+        return 0
+    return int(np.prod(aval.shape)) * dtype.itemsize
 
 
 def batch_for(total: int, size: int) -> int:
     """Return how many draws of `size` bytes go at once; a divisor of their number is preferred."""
-    most = min(total, max(1, _ROOM // (_HIDDEN * max(size, 1))))
+    most = min(total, max(1, _ROOM // max(size, 1)))
     least = -(-total // most)
     for number in range(least, min(2 * least, total) + 1):
         if total % number == 0:
@@ -91,9 +218,11 @@ def batch_for(total: int, size: int) -> int:
     return most
 
 
-def map_draws(fn: Callable, draws: Any, batch_size: int) -> Any:
-    """Map a function over draws, so many at once, inside one program."""
+def map_draws(fn: Callable, draws: Any, batch_size: int | None = None) -> Any:
+    """Map a function over draws in one program: so many at once, or as many as there is room."""
     total = jax.tree.leaves(draws)[0].shape[0]
+    if batch_size is None:
+        batch_size = batch_for(total, peak_bytes(fn, pick(draws, 0)))
     if batch_size >= total:
         return jax.vmap(fn)(draws)
     return jax.lax.map(fn, draws, batch_size=batch_size)
@@ -102,6 +231,26 @@ def map_draws(fn: Callable, draws: Any, batch_size: int) -> Any:
 def pick(tree: Any, *index: Any) -> Any:
     """Take one entry along the leading axes of all arrays."""
     return jax.tree.map(lambda leaf: leaf[index], tree)
+
+
+def check_mixture(weights: Any, number: int, parts: str) -> Any:
+    """Return the weights of a mixture's parts, which need not add up to 1.
+
+    Raises:
+        ValueError: if there is not one for each part, or one is negative, or they add up to 0.
+    """
+    values = weights if has_tracers(weights) else np.asarray(weights, float)
+    if values.shape != (number,):
+        raise ValueError(
+            f"weights takes one number for each of {number} {parts}, got shape {values.shape}."
+        )
+    if has_tracers(weights):
+        return values
+    if not (np.isfinite(values).all() and (values >= 0).all()):
+        raise ValueError(f"weights takes finite numbers that are not negative, got {values}.")
+    if not values.sum() > 0:
+        raise ValueError("weights add up to 0.")
+    return values
 
 
 def finite_members(trees: Any, ensemble_size: int) -> np.ndarray:

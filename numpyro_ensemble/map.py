@@ -56,6 +56,8 @@ class EnsembleMAP(Ensemble):
         [0.75 0.75 0.75]
     """
 
+    raw = False  # of a density instead of a model
+
     def __init__(
         self,
         model: Callable,
@@ -144,6 +146,7 @@ class _RawMAP(EnsembleMAP):
     """The engine on a raw density, written as a model of one parameter and two factors."""
 
     data_sites = ("log_likelihood",)
+    raw = True
 
     def __init__(self, log_joint: Callable, init_fn: Callable, optim: Any, **options: Any) -> None:
         self._init_fn = init_fn

@@ -70,9 +70,14 @@ class RunOptions(NamedTuple):
         if self.batch_size is None:
             return None
         lengths = {label: np.shape(leaf)[0] for label, leaf in arguments.labelled(BATCH)}
+        if not lengths:
+            raise ValueError(
+                "batch_size found no array to batch: arguments that member_args names are not "
+                "batched, and a list counts as no array (numpy.asarray makes one)."
+            )
         if len(set(lengths.values())) != 1:
             raise ValueError(
-                f"batch_size needs arguments of one leading length, got {lengths or 'no array'}; "
+                f"batch_size needs arguments of one leading length, got {lengths}; "
                 f"name what is batched in batch_args=."
             )
         (total,) = set(lengths.values())

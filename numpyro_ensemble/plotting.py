@@ -11,9 +11,11 @@ from typing import Any
 import numpy as np
 from jax.typing import ArrayLike
 
+from numpyro_ensemble.primitives import check_count
 from numpyro_ensemble.scoring import calibration_curve, interval
 
 _INK, _WIDE, _NARROW, _FAILED = "#1b3a5c", "#c9d8e8", "#7fa3c7", "#b5482a"
+_STYLES = (("-", "o"), ("--", "s"), (":", "^"), ("-.", "D"))
 
 
 def _axes(ax: Any) -> Any:
@@ -39,12 +41,13 @@ def plot_predictive(
 
     Args:
         x: inputs `(N,)`.
-        means: `(S, N)` mean predictions of members or draws.
-        draws: `(S, N)` predictions with noise, for the total band.
+        means: mean predictions of members `(S, N)`, or of members and draws `(E, S, N)`, of which
+            the lines are the members' means.
+        draws: predictions with noise, `(S, N)` or `(E, S, N)`, for the total band.
         data: observed `(x, y)`.
         level: probability of the bands.
-        weights: weights `(S,)` of the means; `draws` are taken as they are.
-        max_members: number of lines drawn.
+        weights: weights of the leading axis of `means`; `draws` are taken as they are.
+        max_members: number of lines drawn, of members spread evenly over the leading axis.
         ax: matplotlib axes.
 
     Returns:
@@ -53,23 +56,33 @@ def plot_predictive(
     Raises:
         ValueError: if shapes do not fit.
     """
-    ax = _axes(ax)
+    check_count("max_members", max_members)
     x, means = np.asarray(x), np.asarray(means)
-    if means.ndim != 2 or x.shape != means.shape[1:]:
+    if means.ndim not in (2, 3) or not means.size or x.shape != means.shape[-1:]:
         raise ValueError(f"x of shape {x.shape} does not go with means of shape {means.shape}.")
+    lines = means if means.ndim == 2 else means.mean(axis=1)
+    if weights is not None and means.ndim == 3:
+        weights = np.repeat(np.asarray(weights), means.shape[1])
+    flat = means.reshape(-1, x.size)
     order = np.argsort(x)
+    ax = _axes(ax)
     if draws is not None:
-        low, high = (np.asarray(end[0]) for end in interval(draws, (level,)))
+        draws = np.asarray(draws)
+        if draws.ndim not in (2, 3) or draws.shape[-1:] != x.shape:
+            raise ValueError(f"x of shape {x.shape} does not go with draws of shape {draws.shape}.")
+        low, high = (np.asarray(end[0]) for end in interval(draws.reshape(-1, x.size), (level,)))
         label = f"{100 * level:g} % of observations"
         ax.fill_between(x[order], low[order], high[order], color=_WIDE, lw=0, label=label)
-    low, high = (np.asarray(end[0]) for end in interval(means, (level,), weights=weights))
+    low, high = (np.asarray(end[0]) for end in interval(flat, (level,), weights=weights))
     label = f"{100 * level:g} % of means"
     ax.fill_between(
         x[order], low[order], high[order], facecolor=_NARROW, edgecolor=_INK, lw=0.6, label=label
     )
-    for row in means[:max_members]:
-        ax.plot(x[order], row[order], color="white", lw=0.6, alpha=0.8)
-    centre = np.average(means, axis=0, weights=weights)
+    chosen = np.unique(np.linspace(0, len(lines) - 1, min(max_members, len(lines))).astype(int))
+    for i, row in enumerate(lines[chosen]):
+        label = "members" if i == 0 else "_members"
+        ax.plot(x[order], row[order], color=_INK, lw=0.5, ls=(0, (4, 2)), alpha=0.6, label=label)
+    centre = np.average(flat, axis=0, weights=weights)
     ax.plot(x[order], centre[order], color=_INK, lw=1.8, label="mean")
     if data is not None:
         ax.plot(*data, ls="", marker="o", ms=3.5, mfc="white", mec="black", label="data")
@@ -87,6 +100,8 @@ def plot_calibration(
 ) -> Any:
     """Draw the share of observations inside central intervals against their probability.
 
+    Curves on the same axes differ in their dashes and markers.
+
     Args:
         draws: `(S, N)` draws, or ArviZ data.
         y: the observations `(N,)`.
@@ -97,10 +112,16 @@ def plot_calibration(
     Returns:
         The axes.
     """
-    ax = _axes(ax)
     levels, shares = calibration_curve(draws, y, **options)
-    ax.plot([0, 1], [0, 1], color="0.5", lw=1, ls="--")
-    ax.plot(levels, np.asarray(shares), color=_INK, marker="o", ms=3, label=label)
+    ax = _axes(ax)
+    before = sum(line.get_gid() == "calibration" for line in ax.lines)
+    if not before:
+        ax.plot([0, 1], [0, 1], color="0.5", lw=1, ls="--")
+    ls, marker = _STYLES[before % len(_STYLES)]
+    ax.plot(
+        levels, np.asarray(shares), color=_INK, ls=ls, marker=marker, ms=3.5, label=label,
+        gid="calibration",
+    )  # fmt: skip
     ax.set(xlabel="probability of the interval", ylabel="observations inside")
     ax.set(xlim=(0, 1), ylim=(0, 1), aspect="equal")
     return ax
@@ -116,9 +137,11 @@ def plot_losses(result: Any, *, ax: Any = None) -> Any:
     Returns:
         The axes.
     """
-    ax = _axes(ax)
-    losses = np.asarray(getattr(result, "losses", result))
+    losses = np.asarray(getattr(result, "losses", result), float)
+    if losses.ndim != 2 or not losses.size:
+        raise ValueError(f"losses take the shape (E, num_steps), got {losses.shape}.")
     finite = np.asarray(getattr(result, "finite", np.isfinite(losses[:, -1])))
+    ax = _axes(ax)
     for row, good in zip(losses, finite, strict=True):
         steps = np.flatnonzero(np.isfinite(row))
         if good:
@@ -145,8 +168,10 @@ def plot_weights(weights: ArrayLike, *, ax: Any = None) -> Any:
     Returns:
         The axes.
     """
+    values = np.asarray(weights, float)
+    if values.ndim != 1 or not values.size or not (values >= 0).all():
+        raise ValueError(f"weights takes numbers (E,) that are not negative, got {weights}.")
     ax = _axes(ax)
-    values = np.asarray(weights)
     ax.bar(np.arange(len(values)), values, color=_NARROW, edgecolor=_INK)
     ax.axhline(1 / len(values), color="0.3", ls="--", lw=1, label="even")
     ax.set(xlabel="member", ylabel="weight")

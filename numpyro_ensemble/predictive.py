@@ -11,25 +11,20 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 from numpyro.infer import Predictive
-from numpyro.primitives import _PYRO_STACK
 from numpyro.util import is_prng_key
 
-from numpyro_ensemble.arguments import arrange, has_tracers
 from numpyro_ensemble.density import anatomy
 from numpyro_ensemble.draws import (
-    batch_for,
-    bytes_per_draw,
-    check_failed,
+    Programs,
+    check_guide,
     draw_latents,
-    finite_members,
     map_draws,
     pick,
 )
-from numpyro_ensemble.fingerprints import captured
-from numpyro_ensemble.primitives import check_count, combine, partition
-from numpyro_ensemble.results import EnsembleResult
+from numpyro_ensemble.given import read_given
+from numpyro_ensemble.primitives import check_count
 
-_KEPT = 8  # sets of arguments whose compiled programs are kept
+_DRAWN = ("latent", "discrete")  # kinds of sites
 
 
 class EnsemblePredictive:
@@ -111,103 +106,18 @@ class EnsemblePredictive:
         self.infer_discrete = infer_discrete
         self.condition_deterministic = condition_deterministic
         self.batch_size, self.parallel = batch_size, parallel
-        self._fitted: set[str] = set()
-        self._ended_well: Any = True
-        if isinstance(posterior_samples, EnsembleResult):
-            self._fitted = set(posterior_samples.params)
-            self._ended_well = posterior_samples.finite
-        self._read(posterior_samples, params, num_samples, batch_ndims)
-        self.grouped = group_by_member or self.batch_ndims == 2
-        if group_by_member and self._size is None:
+        given = read_given(posterior_samples, params, guide, num_samples, batch_ndims, on_failed)
+        if group_by_member and given.size is None:
             raise ValueError("group_by_member needs members: posterior_samples, or params.")
-        self._leave_out_failed(on_failed)
-        self.weights = self._check_weights(weights)
-        self._programs: dict[Any, Callable] = {}
-
-    # What was given -----------------------------------------------------------------------------
-
-    def _read(self, given: Any, params: Any, num_samples: int | None, ndims: int | None) -> None:
-        """Sort out samples, parameters and numbers of draws."""
-        samples = given
-        if isinstance(given, EnsembleResult):
-            if params is not None:
-                raise ValueError("params comes with the EnsembleResult: leave it out.")
-            if ndims not in (None, 1):
-                raise ValueError(f"an EnsembleResult has batch_ndims=1, got {ndims}.")
-            state = given.state.mutable_state or {}
-            samples, params = (
-                (None, {**given.params, **state}) if self.guide else (given.params, state)
-            )
-        for name, value in (("posterior_samples", samples), ("params", params)):
-            if value is not None and not isinstance(value, dict):
-                raise TypeError(
-                    f"{name} takes a dict by site name"
-                    + (" or an EnsembleResult" if name == "posterior_samples" else "")
-                    + f", got {type(value).__name__}."
-                )
-        # the parameters of a module are a tree, which Predictive takes as params alone
-        trees = {k: v for k, v in (samples or {}).items() if not hasattr(v, "shape")}
-        if trees:
-            samples = {k: v for k, v in samples.items() if k not in trees}
-            params = {**trees, **(params or {})}
-        if samples is not None and self.guide is not None:
-            raise ValueError("give either posterior_samples or a guide, not both.")
-        if ndims not in (None, 0, 1, 2):
-            raise ValueError(f"batch_ndims takes 0, 1 or 2, got {ndims}.")
-        self.batch_ndims = 1 if ndims is None else ndims
-        if self.batch_ndims == 2 and samples is None:
-            raise ValueError("batch_ndims=2 goes with posterior_samples alone.")
-        self.samples, self.params = samples or {}, params or {}
-        if self.batch_ndims == 0:
-            self.samples, self.params = jax.tree.map(
-                lambda leaf: jnp.asarray(leaf)[None], (self.samples, self.params)
-            )
-        lead = _leading(self.samples, 2 if self.batch_ndims == 2 else 1, "posterior_samples")
-        size = _leading(self.params, 1, "params")
-        if lead and size and lead[:1] != size:
-            raise ValueError(f"posterior_samples lead with {lead[:1]}, and params with {size}.")
-        self._size: int | None = (lead or size or (None,))[0]
-        if num_samples is None and not self.samples:
-            raise ValueError(
-                "num_samples is needed with a guide, and for predictions from the prior."
-            )
-        self.num_samples = lead[1] if lead and self.batch_ndims == 2 else num_samples or 1
-        if lead and self.batch_ndims == 2 and num_samples not in (None, lead[1], lead[0] * lead[1]):
-            raise ValueError(f"num_samples={num_samples}, and posterior_samples lead with {lead}.")
-
-    def _leave_out_failed(self, on_failed: str) -> None:
-        given = (self.samples, self.params)
-        self._finite = np.ones(self.ensemble_size, bool)
-        if self._size is None or has_tracers((given, self._ended_well)):
-            return
-        self._finite = finite_members(given, self.ensemble_size) & np.asarray(self._ended_well)
-        check_failed(self._finite, on_failed)
-        if not self._finite.all():
-            kept = np.flatnonzero(self._finite)
-            self.samples, self.params = (_members(tree, kept, self._size) for tree in given)
-            self._size = kept.size
-
-    def _check_weights(self, weights: ArrayLike | None) -> np.ndarray | None:
-        """Return the weights of the finite members, adding up to 1."""
-        if weights is None:
-            return None
-        values = np.asarray(weights, float)
-        if values.shape != self._finite.shape:
-            raise ValueError(
-                f"weights takes one number for each of {self._finite.size} members, got shape "
-                f"{values.shape}."
-            )
-        if not (np.isfinite(values).all() and (values >= 0).all()):
-            raise ValueError(f"weights takes finite numbers that are not negative, got {values}.")
-        values = values[self._finite]
-        if not values.sum() > 0:
-            raise ValueError("weights add up to 0 over the finite members.")
-        return values / values.sum()
+        self._given, self.num_samples = given, given.number
+        self.grouped = group_by_member or given.ndims == 2
+        self.weights = given.finite_weights(weights)
+        self._programs = Programs()
 
     @property
     def ensemble_size(self) -> int:
         """Number of members E, 1 where there are none."""
-        return 1 if self._size is None else self._size
+        return self._given.size or 1
 
     # The call -----------------------------------------------------------------------------------
 
@@ -221,22 +131,12 @@ class EnsemblePredictive:
         """
         if not is_prng_key(rng_key):
             raise ValueError(f"rng_key takes one key, jax.random.key(0) say; got {rng_key!r}.")
-        arguments = arrange(self.model, args, kwargs)
-        program = None
-        if not has_tracers(arguments.leaves):
-            around = captured(tuple(_PYRO_STACK))
-            key = (arguments.key(), captured(self.model), captured(self.guide), around)
-            program = self._programs.get(key)
-        if program is None:
-            self._check_model(args, kwargs)
-            program = self._build(args, kwargs)
-            if not has_tracers(arguments.leaves):
-                self._programs[key] = program
-                if len(self._programs) > _KEPT:
-                    del self._programs[next(iter(self._programs))]
+        program = self._programs.get(
+            lambda: self._build(args, kwargs), self.model, self.guide, args, kwargs
+        )
         member, draw = self._indices(rng_key)
-        predictions = program(rng_key, member, draw, self.samples, self.params)
-        if self.batch_ndims == 0:
+        predictions = program(rng_key, member, draw, self._given.samples, self._given.params)
+        if self._given.ndims == 0:
             return predictions if self.num_samples > 1 else pick(predictions, 0)
         if not self.grouped or self.weights is not None:
             return predictions
@@ -251,9 +151,13 @@ class EnsemblePredictive:
             return member, draw
         total = size * number
         key_place, key_first = jax.random.split(jax.random.fold_in(rng_key, total))
-        places = (jnp.arange(total) + jax.random.uniform(key_place, (total,))) / total
-        bounds = jnp.asarray(np.cumsum(self.weights)[:-1], places.dtype)
-        members = jnp.searchsorted(bounds, places, side="right")
+        # whole strata and the rest apart, or single precision would round a draw to the next member
+        bounds = np.minimum(np.cumsum(self.weights) * total, total)
+        bounds[np.flatnonzero(self.weights)[-1] :] = total
+        whole = np.floor(bounds)[:, None]
+        stratum, place = np.arange(total), jax.random.uniform(key_place, (total,))
+        ended = (whole < stratum) | ((whole == stratum) & (bounds[:, None] - whole <= place[None]))
+        members = ended.sum(axis=0)
         # a member's own draws are taken in turn, from a random one on
         rank = jnp.arange(total) - jnp.searchsorted(members, members, side="left")
         first = jax.random.randint(key_first, (size,), 0, number)
@@ -261,13 +165,31 @@ class EnsemblePredictive:
 
     def _check_model(self, args: tuple, kwargs: dict) -> None:
         sites = anatomy(self.model, args, kwargs)
-        if self._fitted and not self.guide:
-            unknown = sorted(self._fitted - sites.keys())
+        if self._given.fitted and not self.guide:
+            unknown = sorted(self._given.fitted - sites.keys())
             if unknown:
                 raise ValueError(
                     f"the result is of another model, which has {unknown}, or of a variational "
                     f"fit: that takes its guide along, guide=runner.guide."
                 )
+        for name, value in self._given.samples.items():
+            site, shape = sites.get(name), np.shape(value)[max(self._given.ndims, 1) :]
+            if site is not None and site.kind == "latent" and len(shape) != len(site.shape):
+                raise ValueError(
+                    f"each of the samples of {name!r} has shape {shape}, and the model's site "
+                    f"{site.shape}: batch_ndims says how many axes of the samples lead (2 for "
+                    f"members and draws), got {self._given.ndims}."
+                )
+        known = self._given.known
+        if known is not None:
+            new = [n for n, s in sites.items() if s.kind in _DRAWN and n not in known]
+            if new:
+                warnings.warn(
+                    f"{new} were no sites of the fitted model and are drawn from their prior.",
+                    stacklevel=6,
+                )
+        if self.guide is not None:
+            check_guide(self.guide, self._given.params, args, kwargs)
         observed = [
             name
             for name, site in sites.items()
@@ -277,23 +199,22 @@ class EnsemblePredictive:
             warnings.warn(
                 f"{observed} are observed in this call, so that what is returned for them is the "
                 f"data. Leave the observed arguments out, y=None say.",
-                stacklevel=3,
+                stacklevel=6,
             )
 
     def _build(self, args: tuple, kwargs: dict) -> Callable:
-        """Compile the program for these arguments, which stay concrete."""
+        """Check the model, and make the program for these arguments, which stay concrete."""
+        self._check_model(args, kwargs)
         total = self.ensemble_size * self.num_samples
+        at_once = self.batch_size
         if self.parallel is not None:
             at_once = total if self.parallel else 1
-        else:
-            at_once = self.batch_size or batch_for(total, bytes_per_draw(self.model, args, kwargs))
 
         def predict(rng_key: Any, member: Any, draw: Any, samples: Any, params: Any) -> Any:
-            arrays, shared = partition(params)
-            places = (member, draw) if self.batch_ndims == 2 else (member,)
+            places = (member, draw) if self._given.ndims == 2 else (member,)
             if self.guide is not None:
                 rng_key, guide_key = jax.random.split(rng_key)
-                samples = self._draw(guide_key, member, arrays, shared, args, kwargs)
+                samples = self._draw(guide_key, member, params, args, kwargs)
                 places = (np.arange(total),)
             keys = jax.random.split(rng_key, total) if total > 1 else rng_key[None]
 
@@ -303,7 +224,7 @@ class EnsemblePredictive:
                 predictive = Predictive(
                     self.model,
                     known,
-                    params=combine(pick(arrays, e), shared),
+                    params=pick(params, e),
                     num_samples=None if known else 1,
                     batch_ndims=0,
                     return_sites=self.return_sites,
@@ -318,41 +239,18 @@ class EnsemblePredictive:
         return jax.jit(predict)
 
     def _draw(
-        self, rng_key: jax.Array, member: Any, arrays: Any, shared: Any, args: tuple, kwargs: dict
+        self, rng_key: jax.Array, member: Any, params: Any, args: tuple, kwargs: dict
     ) -> dict[str, Any]:
         """Draw the latents of each prediction from the guide."""
 
         def draw(key: jax.Array, own: Any) -> dict[str, Any]:
-            return draw_latents(self.guide, key, combine(own, shared), args, kwargs)  # type: ignore[arg-type]
+            return draw_latents(self.guide, key, own, args, kwargs)  # type: ignore[arg-type]
 
         size, number = self.ensemble_size, self.num_samples
         keys = jax.random.split(rng_key, size * number)
-        if self.weights is not None or self._size is None:
-            return jax.vmap(lambda key, e: draw(key, pick(arrays, e)))(keys, member)
+        if self.weights is not None or self._given.size is None:
+            return jax.vmap(lambda key, e: draw(key, pick(params, e)))(keys, member)
         # what a guide computes from a member's parameters alone, it computes once
         many = jax.vmap(jax.vmap(draw, in_axes=(0, None)))
-        draws = many(keys.reshape(size, number, *keys.shape[1:]), arrays)
+        draws = many(keys.reshape(size, number, *keys.shape[1:]), params)
         return jax.tree.map(lambda x: x.reshape(size * number, *x.shape[2:]), draws)
-
-
-def _leading(tree: dict[str, Any], ndims: int, option: str) -> tuple[int, ...]:
-    """Return the leading shape that all arrays share, nothing where there is none."""
-    shapes = {
-        name: {np.shape(leaf)[:ndims] for leaf in jax.tree.leaves(value) if hasattr(leaf, "shape")}
-        for name, value in tree.items()
-    }
-    found = set().union(*shapes.values()) if shapes else set()
-    if len(found) > 1 or any(len(shape) < ndims for shape in found):
-        named = {name: sorted(values) for name, values in shapes.items()}
-        raise ValueError(
-            f"{option} must lead with the same {ndims} axes, of members"
-            f"{' and draws' if ndims == 2 else ''}; got {named}."
-        )
-    return next(iter(found), ())
-
-
-def _members(tree: Any, kept: np.ndarray, size: int) -> Any:
-    def take(leaf: Any) -> Any:
-        return leaf[kept] if np.shape(leaf)[:1] == (size,) else leaf
-
-    return jax.tree.map(take, tree)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -255,11 +256,7 @@ def check_state(state: Any, wanted: SVIState, ensemble_size: int) -> None:
         )
     expected, given = ((s.optim_state, s.mutable_state) for s in (wanted, state))
     if jax.tree.structure(expected) != jax.tree.structure(given):
-        raise ValueError(
-            "init_state is of another model, guide or optimiser: its parameters or the fields of "
-            f"its optimiser differ.\nexpected: {jax.tree.structure(expected)}\n"
-            f"got: {jax.tree.structure(given)}"
-        )
+        raise _other_state(wanted, state)
     check_size(state, ensemble_size)
     for want, leaf in zip(jax.tree.leaves(expected), jax.tree.leaves(given), strict=True):
         if want.shape != np.shape(leaf):
@@ -267,6 +264,23 @@ def check_state(state: Any, wanted: SVIState, ensemble_size: int) -> None:
                 f"init_state is of another model: a leaf has shape {np.shape(leaf)} where "
                 f"{want.shape} is expected."
             )
+
+
+def _other_state(wanted: SVIState, state: SVIState) -> ValueError:
+    """Return the error for a state of another form, with the names that differ if some do."""
+
+    def names(state: SVIState) -> set[str]:
+        # the states of some optimisers keep the names in the structure, as text here
+        text = str(jax.tree.structure((state.optim_state, state.mutable_state)))
+        return set(re.findall(r"'([^']+)': ", text))
+
+    expected, given = names(wanted), names(state)
+    if expected == given:
+        return ValueError("init_state is of another optimiser: the fields of its state differ.")
+    return ValueError(
+        f"init_state is of another model or guide: it lacks {sorted(expected - given)} and has "
+        f"{sorted(given - expected)}, which this fit does not know."
+    )
 
 
 def check_size(state: SVIState, ensemble_size: int) -> None:

@@ -66,8 +66,7 @@ class EnsembleResult(_Fields):
         losses = np.asarray(self.losses)
         score = np.full(self.ensemble_size, np.inf)
         for e in np.flatnonzero(np.asarray(self.finite)):
-            row = losses[e][np.isfinite(losses[e])]
-            score[e] = row[-_RANKED_LOSSES:].mean()
+            score[e] = last_losses(losses[e])
         order = np.argsort(score, kind="stable")
         return order[np.isfinite(score[order])]
 
@@ -101,6 +100,11 @@ class EnsembleResult(_Fields):
 
 def _inexact(leaves: list[Any]) -> list[Any]:
     return [leaf for leaf in leaves if is_inexact(leaf)]
+
+
+def last_losses(losses: np.ndarray) -> float:
+    """Return the mean of one member's last 100 finite losses."""
+    return losses[np.isfinite(losses)][-_RANKED_LOSSES:].mean()
 
 
 def name_members(flags: Any, limit: int = 10) -> str:

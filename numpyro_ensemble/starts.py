@@ -40,7 +40,10 @@ def check_starts(given: Any, form: dict[str, Any], ensemble_size: int | None) ->
         )
     unknown = sorted(given.keys() - form.keys())
     if unknown:
-        raise ValueError(f"init_params names {unknown}; the fit has {sorted(form)}.")
+        raise ValueError(
+            f"init_params names {unknown}; the fit's parameters are {sorted(form)}, in the form of "
+            f"result.params."
+        )
     values: dict[str, Any] = {}
     axes: dict[str, Any] = {}
     for name, value in given.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from functools import partial
 from typing import Any
 
 import jax
@@ -10,14 +11,18 @@ import numpy as np
 from jax.typing import ArrayLike
 from numpyro import handlers
 from numpyro.infer import Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO
-from numpyro.infer.autoguide import AutoLaplaceApproximation
+from numpyro.infer.autoguide import AutoGuide, AutoLaplaceApproximation
+from numpyro.util import is_prng_key
 
-from numpyro_ensemble.draws import draw_latents, draw_with_density, fill_model
+from numpyro_ensemble.arguments import has_tracers
+from numpyro_ensemble.bound import Bound
+from numpyro_ensemble.draws import Programs
 from numpyro_ensemble.engine import Ensemble
 from numpyro_ensemble.fingerprints import captured
 from numpyro_ensemble.handlers import check_weight, reweight
+from numpyro_ensemble.member_guides import MemberGuides
 from numpyro_ensemble.optimisers import choose_optimizer
-from numpyro_ensemble.preflight import STEM_AXES, check_size
+from numpyro_ensemble.preflight import check_size
 from numpyro_ensemble.primitives import check_count
 from numpyro_ensemble.results import EnsembleResult
 
@@ -88,6 +93,7 @@ class EnsembleVI(Ensemble):
             **static_kwargs,
         )
         self.kl_weight = kl_weight if callable(kl_weight) else self.prior_weight
+        self._drawing = Programs()
         if self.tempered and isinstance(guide, AutoLaplaceApproximation):
             raise ValueError(
                 f"kl_weight={kl_weight} does not go with AutoLaplaceApproximation: it takes its "
@@ -173,66 +179,70 @@ class EnsembleVI(Ensemble):
             Draws by site name. What the model computes from sites outside the guide comes from the
             same draw of these, which are returned as well.
         """
-        samples, _ = self._draw(rng_key, result, num_samples, args, kwargs, draw_latents)
+        samples, _ = self.draws(rng_key, result, num_samples, args, kwargs)
         if group_by_member:
             return samples
         total = self.ensemble_size * num_samples
         return jax.tree.map(lambda x: x.reshape(total, *x.shape[2:]), samples)
 
-    def draws_with_density(
+    def draws(
         self,
         rng_key: jax.Array,
         result: EnsembleResult,
         num_samples: int,
         args: tuple,
         kwargs: dict,
-    ) -> tuple[dict[str, jax.Array], jax.Array | None]:
-        """Return draws `(E, num_samples, ...)` and the log densities of the guides there.
+        with_density: bool = False,
+    ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+        """Draw `(E, num_samples, ...)` from the guides, then run the model on the draws.
 
-        There is no density, None, where a guide cannot tell it (`AutoLaplaceApproximation`).
+        The second value has the log density of each draw under its own guide, `log_q`, and under
+        the mixture of all, `log_q_mixture`, where they are wanted and known. They are not of point
+        masses, of `AutoLaplaceApproximation`, and where a support depends on another latent;
+        `log_q_mixture` needs a guide whose latents tell its density.
         """
-        return self._draw(rng_key, result, num_samples, args, kwargs, draw_with_density)
-
-    def _draw(
-        self,
-        rng_key: jax.Array,
-        result: EnsembleResult,
-        num_samples: int,
-        args: tuple,
-        kwargs: dict,
-        how: Callable,
-    ) -> tuple[dict[str, jax.Array], Any]:
-        """Draw from each member's guide, then run the model on the draws."""
         if not isinstance(result, EnsembleResult):
             raise TypeError(f"result takes what run returned, got {type(result).__name__}.")
+        if not is_prng_key(rng_key):
+            raise ValueError(f"rng_key takes one key, jax.random.key(0) say; got {rng_key!r}.")
         check_count("num_samples", num_samples)
         check_size(result.state, self.ensemble_size)
-        bound = result._bound or self._bindings.last
-        if bound is None:
-            raise RuntimeError("sample_posterior needs run or init to be called first.")
-        missing = sorted(bound.names - result.params.keys())
-        if missing:
-            raise ValueError(f"the result is of another fit: it lacks the parameters {missing}.")
+        bound = self._bound_of(result)
         kwargs = {**kwargs, **self.static_kwargs}
+        moving = isinstance(self.guide, AutoGuide) and bound.anatomy.stems.guide.supports
+        guides = MemberGuides(bound, args, kwargs, with_density and not moving)
 
-        def draw(key: jax.Array, params: dict, stems: Any) -> tuple[dict[str, jax.Array], Any]:
-            guide = bound.member_guide(stems, bound.arguments.dynamic)
-            guide_key, model_key = jax.random.split(key)
-            drawn = how(guide, guide_key, params, args, kwargs)
-            latents, log_q = drawn if isinstance(drawn, tuple) else (drawn, None)
-            trace = fill_model(self.model, model_key, {**params, **latents}, args, kwargs)
-            samples = {
-                name: site["value"]
-                for name, site in trace.items()
-                if site["type"] == "deterministic"
-                or (site["type"] == "sample" and not site["is_observed"])
-            }
-            return samples, log_q
+        def build() -> Callable:
+            return jax.jit(partial(guides.draw, num_samples))
 
-        keys = jax.random.split(rng_key, (self.ensemble_size, num_samples))
-        many = jax.vmap(jax.vmap(draw, in_axes=(0, None, None)), in_axes=(0, 0, STEM_AXES))
+        how = (bound, num_samples, guides.with_density)
+        program = self._drawing.get(build, self.model, self.guide, args, kwargs, *how)
         params = {**result.params, **(result.state.mutable_state or {})}
-        return jax.jit(many)(keys, params, bound.known_stems(result.state))
+        stems = bound.known_stems(result.state)
+        dynamic = bound.arguments.dynamic
+        samples, densities, known = program(rng_key, params, stems, dynamic)
+        if "log_q_mixture" in densities and not has_tracers(known) and not bool(known):
+            del densities["log_q_mixture"]
+        return samples, densities
+
+    def _bound_of(self, result: EnsembleResult) -> Bound:
+        """Return the programs of the fit that a result is of; it must be one of this runner's."""
+        bound = result._bound
+        if bound is not None and bound.engine is not self:
+            same = bound.engine.model is self.model and bound.engine.guide is self.guide
+            bound = bound if same else None
+        bound = bound or self._bindings.last
+        if bound is None:
+            raise RuntimeError(
+                "the result is of another runner, and this one has not been called yet: take the "
+                "runner that made it, or call init with the arguments of the fit first."
+            )
+        if bound.names != result.params.keys():
+            raise ValueError(
+                f"the result is of another fit: it has the parameters {sorted(result.params)}, and "
+                f"this runner's are {sorted(bound.names)}."
+            )
+        return bound
 
 
 def ensemble_vi(

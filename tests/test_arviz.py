@@ -1,22 +1,28 @@
 """ArviZ data of ensembles, on both of ArviZ's lines."""
 
+import contextlib
 import subprocess
 import sys
 
 import arviz as az
 import jax
+import jax.numpy as jnp
 import matplotlib as mpl
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
-from numpyro.infer import MCMC, NUTS, Trace_ELBO, util
+from numpyro import handlers
+from numpyro.infer import MCMC, NUTS, Trace_ELBO, TraceEnum_ELBO, util
 from numpyro.infer.autoguide import AutoLaplaceApproximation, AutoMultivariateNormal, AutoNormal
 from zoo import CASES, X, Y, ridge
 
 from numpyro_ensemble import EnsembleMAP, EnsembleVI, to_arviz
 from numpyro_ensemble.arviz import makes_inference_data
+
+# what the few draws of most tests are not asked for
+pytestmark = pytest.mark.filterwarnings("ignore:.*too few for az.loo")
 
 mpl.use("Agg")
 NEW = not makes_inference_data()
@@ -146,12 +152,7 @@ def test_a_guide_without_a_density(key):
 def test_map_members_are_chains(key):
     runner, result = fit_map(schools, key, GROUPS, Y)
     data = to_arviz(runner, result, GROUPS, Y)
-    assert dict(data["posterior"].sizes) == {
-        "chain": 4,
-        "draw": 1,
-        "group": 3,
-        "feature_dim": 2,
-    } or (data["posterior"]["weights"].shape == (4, 1, 2))
+    assert dict(data["posterior"].sizes) == {"chain": 4, "draw": 1, "group": 3, "feature": 2}
     assert_allclose(data["posterior"]["effect"][:, 0], result.params["effect"], rtol=1e-6)
     assert_allclose(data["posterior"]["twice"][:, 0], 2 * result.params["effect"], rtol=1e-6)
     more = to_arviz(runner, result, GROUPS, Y, num_samples=30, posterior_predictive=True)
@@ -202,7 +203,9 @@ def test_every_kind_of_model(name, key):
     case = CASES[name]
     runner = EnsembleMAP(case.model, ADAM, ensemble_size=2)
     result = runner.run(key, 2, *case.args, **case.kwargs, progress_bar=False)
-    data = to_arviz(runner, result, *case.args, num_samples=2, prior=3, **case.kwargs)
+    batch = "subsamples .* one batch" if name == "subsampled" else None
+    with pytest.warns(UserWarning, match=batch) if batch else contextlib.nullcontext():
+        data = to_arviz(runner, result, *case.args, num_samples=2, prior=3, **case.kwargs)
     assert {"posterior", "observed_data", "log_likelihood", "posterior_predictive"} <= groups_of(
         data
     )
@@ -273,12 +276,141 @@ def test_bad_input(vi_data, key):
         to_arviz(3, {})
     with pytest.raises(ValueError, match=r"samples must lead with the same \(E, S\)"):
         to_arviz(ridge, {"w": np.ones((2, 3, 2)), "v": np.ones((2, 4))}, X, Y)
-    with pytest.raises(ValueError, match="num_samples must be at least 1"):
-        to_arviz(runner, result, GROUPS, Y, num_samples=0)
+    for option, value in (("num_samples", 0), ("prior", -3)):
+        with pytest.raises(ValueError, match=f"{option} must be at least 1"):
+            to_arviz(runner, result, GROUPS, Y, **{option: value})
+    with pytest.raises(ValueError, match="rng_key takes one key"):
+        to_arviz(runner, result, GROUPS, Y, rng_key=0)
     mapped, fitted = fit_map(ridge, key, X, Y)
     other = EnsembleMAP(schools, ADAM, ensemble_size=4)
     with pytest.raises(ValueError, match=r"of another model: this one has no \['w'\]"):
         to_arviz(other, fitted, GROUPS, Y)
+
+
+def test_keywords_of_the_runner_are_the_models(key):
+    def model(y, scale=1.0):
+        mu = numpyro.sample("mu", dist.Normal(0.0, 1.0))
+        with numpyro.plate("row", len(y)):
+            numpyro.sample("y", dist.Normal(mu, scale), obs=y)
+
+    guide = AutoNormal(model)
+    runner = EnsembleVI(model, guide, ADAM, Trace_ELBO(), ensemble_size=2, scale=50.0)
+    result = runner.run(key, 2, Y, progress_bar=False)
+    data = to_arviz(runner, result, Y, num_samples=20)
+    mu = data["posterior"]["mu"].values[..., None]
+    assert_allclose(data["log_likelihood"]["y"], dist.Normal(mu, 50.0).log_prob(Y), rtol=1e-6)
+    assert data["posterior_predictive"]["y"].values.std() > 20
+
+
+def test_samples_of_another_model_are_refused(key):
+    def other(group, y):
+        numpyro.sample("b", dist.Normal(100.0, 1.0))
+        schools(group, y)
+
+    runner, result = fit_map(schools, key, GROUPS, Y)
+    more = EnsembleMAP(other, ADAM, ensemble_size=4)
+    for args in ((more, result, GROUPS, Y), (ridge, {"wew": np.ones((2, 3, 2))}, X, Y)):
+        with pytest.raises(ValueError, match=r"they lack \['[bw]'\]"):
+            to_arviz(*args)
+    with pytest.raises(ValueError, match=r"\['wew'\], which this model does not"):
+        to_arviz(ridge, {"wew": np.ones((2, 3, 2))}, X, Y)
+    vi, fitted = fit_vi(schools, key, GROUPS, Y)
+    others, _ = fit_vi(ridge, key, X, Y)
+    with pytest.raises(ValueError, match="the result is of another fit: it has the parameters"):
+        to_arviz(others, fitted, X, Y)
+    unused = EnsembleVI(ridge, AutoNormal(ridge), ADAM, Trace_ELBO(), ensemble_size=4)
+    with pytest.raises(RuntimeError, match="the result is of another runner"):
+        to_arviz(unused, fitted, X, Y)
+    with pytest.raises(ValueError, match=r"\['y'\] were observed in the fit.*pass the data"):
+        free = EnsembleMAP(line, ADAM, ensemble_size=2)
+        to_arviz(free, free.run(key, 2, 3.0, progress_bar=False))
+    with pytest.raises(TypeError, match="not of raw densities"):
+        raw = EnsembleMAP.from_log_joint(_density, lambda key: {"w": jax.random.normal(key)}, ADAM)
+        to_arviz(raw, raw.run(key, 2, progress_bar=False))
+
+
+def line(y=None):
+    numpyro.sample("y", dist.Normal(numpyro.sample("mu", dist.Normal(0.0, 1.0)), 1.0), obs=y)
+
+
+def _density(params):
+    return -(params["w"] ** 2).sum(), jnp.zeros(())
+
+
+def test_members_with_data_of_their_own_are_refused(key):
+    runner = EnsembleMAP(schools, ADAM, ensemble_size=2)
+    both = np.stack([Y, Y + 1.0])
+    result = runner.run(key, 2, GROUPS, both, member_args="y", progress_bar=False)
+    with pytest.raises(ValueError, match=r"data of their own, member_args=\['y'\]"):
+        to_arviz(runner, result, GROUPS, both)
+
+
+@pytest.mark.promotes_ranks
+def test_latents_that_were_summed_out_are_left_out(key):
+    def mixture(y):
+        mu = numpyro.sample("mu", dist.Normal(jnp.array([-2.0, 2.0]), 0.1).to_event(1))
+        with numpyro.plate("row", len(y)):
+            z = numpyro.sample("z", dist.Bernoulli(0.5), infer={"enumerate": "parallel"})
+            numpyro.sample("y", dist.Normal(mu[z.astype(int)], 0.3), obs=y)
+
+    guide = AutoNormal(handlers.block(mixture, hide=["z"]))
+    runner = EnsembleVI(mixture, guide, ADAM, TraceEnum_ELBO(), ensemble_size=2)
+    result = runner.run(key, 2, Y, progress_bar=False)
+    with pytest.warns(UserWarning, match=r"\['z'\] are discrete and were summed out"):
+        data = to_arviz(runner, result, Y, num_samples=200)
+    assert set(data["posterior"].data_vars) == {"mu"}
+    assert groups_of(data).isdisjoint({"log_likelihood", "sample_stats"})
+    assert data["posterior_predictive"]["y"].shape == (2, 200, 8)
+
+
+def test_plates_name_their_own_axes(key):
+    def model():
+        with numpyro.plate("a", 3, dim=-1), numpyro.plate("c", 2, dim=-3):
+            e = numpyro.sample("e", dist.Normal(0.0, 1.0))
+            numpyro.deterministic("total", e.sum())
+            numpyro.deterministic("twice", 2.0 * e)
+
+    runner, result = fit_map(model, key)
+    data = to_arviz(runner, result)["posterior"]
+    assert data["e"].dims[2:] == ("c", "e_dim_1", "a")
+    assert data["twice"].dims[2:] == ("c", "twice_dim_1", "a")
+    assert data["total"].dims[2:] == ()
+
+
+@pytest.mark.filterwarnings("ignore:.*")  # of ArviZ
+def test_names_of_scopes_survive_a_file(key, tmp_path):
+    def model(y):
+        with numpyro.handlers.scope(prefix="part"):
+            mu = numpyro.sample("mu", dist.Normal(0.0, 1.0))
+        with numpyro.plate("row", len(y)):
+            numpyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+
+    runner, result = fit_map(model, key, Y)
+    data = to_arviz(runner, result, Y)
+    data.to_netcdf(tmp_path / "fit.nc")
+    back = az.from_netcdf(tmp_path / "fit.nc")
+    assert_allclose(back["posterior"]["part.mu"][:, 0], result.params["part/mu"])
+
+
+@pytest.mark.promotes_ranks
+def test_draws_follow_supports_that_depend_on_latents(key):
+    def model(y):
+        low = numpyro.sample("low", dist.Normal(0.0, 1.0))
+        numpyro.sample("u", dist.Uniform(low, low + 1.0))
+        numpyro.sample("y", dist.Normal(low, 1.0).expand([8]).to_event(1), obs=y)
+
+    runner, result = fit_vi(model, key, Y)
+    data = to_arviz(runner, result, Y, num_samples=100)
+    inside = data["posterior"]["u"] - data["posterior"]["low"]
+    assert 0.0 <= inside.min() and inside.max() <= 1.0
+    assert set(data["sample_stats"].data_vars) == {"lp"}
+    assert np.isfinite(data["sample_stats"]["lp"]).all()
+
+
+def test_draws_without_a_density_are_reported():
+    samples = {"w": np.full((2, 20, 2), 1e200)}
+    with pytest.warns(UserWarning, match="40 of 40 draws have no finite log density.*0, 1"):
+        to_arviz(ridge, samples, X, Y, posterior_predictive=False)
 
 
 def test_importing_arviz_first_breaks_nothing():

@@ -16,7 +16,7 @@ import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 from numpyro.infer import Trace_ELBO
 from numpyro.infer.autoguide import AutoNormal
-from zoo import CASES, NNX, X, Y, hierarchy, ridge
+from zoo import CASES, NNX, X, Y, hierarchy, jit_once, ridge
 
 from numpyro_ensemble import EnsembleMAP, EnsembleVI
 
@@ -103,7 +103,7 @@ def test_every_method_works_under_jit_and_vmap_and_twice(make, key):
     mapped = jax.vmap(everything, in_axes=(0, None, None))(jax.random.split(key, 2), X, Y)
     assert mapped[0].shape == (2, 3)
     assert np.abs(mapped[4][0] - mapped[4][1]).min() > 0
-    fixed = jax.jit(lambda k: runner.run(k, 3, X, Y).losses)(key)
+    fixed = jit_once(lambda k: runner.run(k, 3, X, Y).losses)(key)
     same(fixed, plain.losses, **close)
     same(quiet(runner, key, 3, X, Y), plain)
 
@@ -336,7 +336,7 @@ def test_a_transformed_call_sees_its_own_data(make, w, key):
 def test_concrete_keys_inside_jit(make, key):
     runner = make(ridge)
     keys = jax.random.split(key, 3)
-    inside = jax.jit(lambda: runner.run(keys, 3, X, Y).losses)()
+    inside = jit_once(lambda: runner.run(keys, 3, X, Y).losses)()
     same(inside, quiet(runner, keys, 3, X, Y).losses, rtol=1e-8)
     slope = jax.jvp(lambda s: runner.run(key, 3, X, Y + s).losses[:, -1], (0.0,), (1.0,))[1]
     assert np.isfinite(slope).all()

@@ -78,7 +78,7 @@ def test_constructor(build, error, message):
         (
             {"init_params": {"v": 1.0}},
             ValueError,
-            r"init_params names \['v'\]; the fit has \['w'\]",
+            r"init_params names \['v'\]; the fit's parameters are \['w'\]",
         ),
         (
             {"init_params": {"w": np.ones(3)}},
@@ -134,8 +134,11 @@ def test_a_state_of_another_fit_is_refused(key):
     state = runner.init(key, X, Y)
     for other, message in (
         (EnsembleMAP(ridge, ADAM, ensemble_size=3), r"another ensemble size.*\(2,\).*=3"),
-        (EnsembleMAP(positive, ADAM, ensemble_size=2), "another model, guide or optimiser"),
-        (EnsembleMAP(ridge, optax.adam(0.1), ensemble_size=2), "another model, guide or optimiser"),
+        (
+            EnsembleMAP(positive, ADAM, ensemble_size=2),
+            r"lacks \['loc_auto_loc', .* and has \['w_a",
+        ),
+        (EnsembleMAP(ridge, optax.adam(0.1), ensemble_size=2), "another optimiser: the fields"),
     ):
         with pytest.raises(ValueError, match=message):
             quiet(other, key, 3, X, Y, init_state=state)

@@ -4,24 +4,28 @@ import sys
 from pathlib import Path
 
 import jax
+import matplotlib.pyplot as plt
 import numpy as np
+import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import quickstart
 
 
-def test_the_quickstart_scores_as_promised(capsys):
+@pytest.mark.promotes_ranks  # scoringrules does
+def test_the_quickstart_scores_as_promised(capsys, tmp_path):
     x, y, x_test, y_test = quickstart.make_data()
     assert (x.shape, x_test.shape) == ((80,), (200,))
-    oracle = quickstart.scores(quickstart.truth(x_test)[None], x_test, y_test)
-    assert abs(oracle["NLL"] + 0.884) < 0.1  # the oracle on these 200 points
+    oracle = quickstart.scores({"oracle": quickstart.truth(x_test)[None]}, x_test, y_test)
+    assert abs(oracle.loc["oracle", "NLL"] + 0.884) < 0.1  # the oracle on these 200 points
     with jax.enable_x64(False):  # as users run it, and in half the time
-        table = quickstart.fit_rows()
+        frame, predicted = quickstart.fit_rows()
+    table = frame.to_dict("index")
     constant = table["MAP, starts 0.5 * normal"]
     cosine = table["MAP, the same, cosine from 2e-2"]
     assert constant["NLL"] <= -0.75
     assert cosine["NLL"] <= -0.82
-    assert 0.90 <= cosine["coverage"] <= 0.98
+    assert 0.90 <= cosine["coverage 0.95"] <= 0.98
     for name in ("MAP, starts Uniform(-2, 2)", "MAP, starts from the prior"):
         assert table[name]["NLL"] > constant["NLL"] + 0.03  # starts decide
     full, tempered = table["VI, small starts, cosine"], table["VI, the same, kl_weight 0.1"]
@@ -30,6 +34,11 @@ def test_the_quickstart_scores_as_promised(capsys):
     assert tempered["NLL"] <= -0.70
     assert table["VI, defaults"]["NLL"] > full["NLL"] + 0.2  # an unconverged fit, not the family
     assert np.isclose(table["oracle"]["NLL"], -0.884)
-    quickstart.show(table)
+    quickstart.show(frame)
     printed = capsys.readouterr().out
     assert all(name in printed for name in table)
+    path = tmp_path / "quickstart.png"
+    quickstart.picture(predicted, path)
+    height, width, _ = plt.imread(path).shape
+    assert (width, height) == (1200, 840)
+    assert plt.imread(path).std() > 0.1  # something is drawn

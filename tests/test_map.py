@@ -11,7 +11,7 @@ import pytest
 from numpy.testing import assert_allclose
 from numpyro.infer import SVI, Predictive, Trace_ELBO, init_to_uniform, init_to_value
 from numpyro.infer.autoguide import AutoDelta
-from zoo import CASES, X, Y, ridge
+from zoo import CASES, X, Y, jit_once, ridge
 
 from numpyro_ensemble import EnsembleMAP, ensemble_map
 
@@ -117,7 +117,7 @@ def test_a_support_that_depends_on_other_latents_follows_them(key):
     # SVI freezes the interval (2, 5) that belongs to the first value of low
     guide = AutoDelta(model, init_loc_fn=init_to_value(values={"low": 2.0, "high": 3.0}))
     svi = SVI(model, guide, numpyro.optim.Adam(0.05), Trace_ELBO())
-    alone = jax.jit(lambda k: svi.run(k, 1500, y, progress_bar=False).params)(key)
+    alone = jit_once(lambda k: svi.run(k, 1500, y, progress_bar=False).params)(key)
     assert alone["high_auto_loc"] > 2.0
 
 

@@ -31,7 +31,14 @@ def test_predictions_are_drawn_on_the_axes_given():
     assert np.ptp(total[:, 1]) > np.ptp(narrow[:, 1])
     mean = next(line for line in ax.lines if line.get_label() == "mean")
     assert_allclose(mean.get_ydata(), MEANS.mean(0), atol=1e-12)
-    assert {"mean", "data"} <= {text.get_label() for text in ax.lines}
+    assert {"mean", "data", "members"} <= {text.get_label() for text in ax.lines}
+    grouped = np.arange(4.0)[:, None, None] + np.zeros((4, 25, 7))
+    lines = [
+        line for line in plotting.plot_predictive(X, grouped).lines if line.get_label() != "mean"
+    ]
+    assert [line.get_ydata()[0] for line in lines] == [0.0, 1.0, 2.0, 3.0]  # one for each member
+    with pytest.raises(ValueError, match="does not go with draws of shape"):
+        plotting.plot_predictive(X, MEANS, draws[:, :3])
     with pytest.raises(ValueError, match="does not go with means of shape"):
         plotting.plot_predictive(X[:3], MEANS)
 
@@ -40,6 +47,11 @@ def test_calibration_and_weights():
     ax = plotting.plot_calibration(np.tile(np.linspace(-2, 2, 101)[:, None], 7), X, label="fit")
     assert ax.lines[1].get_label() == "fit"
     assert len(ax.lines[1].get_xdata()) == 19
+    plotting.plot_calibration(np.tile(np.linspace(-1, 1, 101)[:, None], 7), X, ax=ax)
+    first, second = ax.lines[1:]
+    assert first.get_marker() != second.get_marker()  # and one diagonal for both
+    with pytest.raises(ValueError, match="weights takes numbers"):
+        plotting.plot_weights([[0.5], [0.5]])
     bars = plotting.plot_weights([0.2, 0.8])
     assert [bar.get_height() for bar in bars.patches] == [0.2, 0.8]
 
@@ -53,6 +65,8 @@ def test_failed_members_are_marked():
     assert [line.get_xdata()[-1] for line in ax.lines if line.get_marker() == "x"] == [2]
     assert "1 failed (dashed)" in ax.get_title()
     assert len(plotting.plot_losses(losses).lines) == 4
+    with pytest.raises(ValueError, match=r"losses take the shape \(E, num_steps\)"):
+        plotting.plot_losses(losses[0])
 
 
 class _State:

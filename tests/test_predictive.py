@@ -1,5 +1,7 @@
 """EnsemblePredictive against NumPyro's Predictive, member by member."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,9 +12,11 @@ from numpy.testing import assert_allclose, assert_array_equal
 from numpyro import handlers
 from numpyro.infer import Predictive, Trace_ELBO
 from numpyro.infer.autoguide import AutoLaplaceApproximation, AutoNormal
+from numpyro.primitives import mutable as numpyro_mutable
 from zoo import CASES, X, Y, ridge
 
 from numpyro_ensemble import EnsembleMAP, EnsemblePredictive, EnsembleResult, EnsembleVI
+from numpyro_ensemble.draws import map_draws, peak_bytes
 
 ADAM = numpyro.optim.Adam(0.05)
 
@@ -100,6 +104,21 @@ def test_modules_and_mutable_state_are_per_member(name, key):
         assert_allclose(draws[i], alone, rtol=1e-6)
 
 
+def test_state_that_is_not_real_is_per_member_too(key):
+    def model(y=None):
+        count = numpyro_mutable("count", {"n": jnp.zeros((), int)})
+        count["n"] = count["n"] + 1
+        numpyro.sample("y", dist.Normal(count["n"], 1e-6), obs=y)
+
+    result = EnsembleResult({}, _State({"count": {"n": jnp.array([2, 7])}}), jnp.zeros((2, 1)))
+    drawn = EnsemblePredictive(model, result, num_samples=1)(key)["y"]
+    assert_allclose(drawn, [3.0, 8.0], atol=1e-4)
+
+
+class _State(NamedTuple):
+    mutable_state: dict
+
+
 @pytest.mark.promotes_ranks
 @pytest.mark.parametrize("guide", [AutoNormal, AutoLaplaceApproximation])
 def test_a_guide_draws_with_each_members_parameters(guide, key):
@@ -151,6 +170,10 @@ def test_weights_resample_the_members(key):
     assert (members == 0).sum() in (1, 2) and (members == 2).sum() in (4, 5)  # strata of 1 / 6
     even = EnsemblePredictive(ridge_free, samples, weights=np.ones(3), **options)(key)["w"]
     assert_array_equal(np.sort(even), np.sort(samples["w"].ravel()))  # each draw once
+    with jax.enable_x64(False):  # single precision rounds a draw of a million to the next member
+        two = {"w": jnp.array([0.0, 1.0])}
+        many = EnsemblePredictive(ridge_free, two, num_samples=500_000, weights=[1.0, 0.0])
+        assert max(np.max(many._indices(jax.random.key(i))[0]) for i in range(30)) == 0
     guide = AutoNormal(ridge)
     result = fit(EnsembleVI(ridge, guide, ADAM, Trace_ELBO(), ensemble_size=2), key, X, Y)
     one = EnsemblePredictive(
@@ -193,6 +216,38 @@ def test_equal_arguments_compile_nothing(key, compile_count):
     assert count.count == 0, count.names
     jitted = jax.jit(lambda k, x: predictive(k, x))(key, INPUT)
     assert_allclose(jitted["y"], first["y"], rtol=1e-6)
+
+
+def test_draws_are_made_as_many_at_once_as_there_is_room(key):
+    weights = jnp.ones((1, 512))
+
+    def one(w):
+        hidden = jnp.tanh(jnp.ones((2000, 1)) @ (w * weights))
+        return (hidden @ weights.T)[:, 0]
+
+    alive = peak_bytes(one, 1.0)
+    assert 2000 * 512 * 8 <= alive <= 4 * 2000 * 512 * 8
+    draws = jnp.ones(300)
+    for fn, fits in ((lambda d: map_draws(one, d), True), (jax.vmap(one), False)):
+        memory = jax.jit(fn).lower(draws).compile().memory_analysis().temp_size_in_bytes
+        assert (memory < 2**29) == fits
+    assert "scan" in str(jax.make_jaxpr(lambda d: map_draws(one, d, 10))(draws))
+
+
+def test_one_member_alone(key):
+    ours = EnsemblePredictive(line, {"w": 0.5}, params={"slope": 0.4}, batch_ndims=0)(key, INPUT)
+    theirs = Predictive(line, {"w": jnp.array(0.5)}, params={"slope": 0.4}, batch_ndims=0)
+    assert_allclose(ours["y"], theirs(key, INPUT)["y"], rtol=1e-6)
+
+
+def test_sites_that_were_not_fitted_are_named(key):
+    def more(x, y=None):
+        numpyro.sample("b", dist.Normal(100.0, 1.0))
+        line(x, y)
+
+    result = fit(EnsembleMAP(line, ADAM, ensemble_size=2), key, INPUT, Y)
+    with pytest.warns(UserWarning, match=r"\['b'\] were no sites of the fitted model"):
+        EnsemblePredictive(more, result)(key, INPUT)
 
 
 def test_failed_members_are_left_out(key):
@@ -259,6 +314,22 @@ def test_a_result_of_another_model_is_refused(key):
         EnsemblePredictive(ridge, result)(key, X, None)
     with pytest.raises(ValueError, match="params comes with the EnsembleResult"):
         EnsemblePredictive(ridge, result, params={})
+
+
+def test_samples_with_an_axis_too_many_are_refused(key):
+    with pytest.raises(ValueError, match=r"'w' has shape \(7,\).*batch_ndims.*got 1"):
+        EnsemblePredictive(line, {"w": np.zeros((3, 7))}, params=SLOPES)(key, INPUT)
+
+
+def test_a_guide_must_be_that_of_the_fit(key):
+    result = fit(EnsembleMAP(ridge, ADAM, ensemble_size=2), key, X, Y)
+    guide = AutoNormal(ridge)
+    options = {"guide": guide, "num_samples": 2}
+    with pytest.raises(ValueError, match="the guide was never called: take the one.*runner.guide"):
+        EnsemblePredictive(ridge, result, **options)(key, X, None)
+    handlers.seed(guide, key)(X, Y)
+    with pytest.raises(ValueError, match=r"\['w_auto_loc', 'w_auto_scale'\], which are not among"):
+        EnsemblePredictive(ridge, result, **options)(key, X, None)
 
 
 def test_a_member_that_ended_badly_is_left_out(key):

@@ -8,12 +8,14 @@ import numpyro
 import numpyro.distributions as dist
 import pandas as pd
 import pytest
+import scipy.special
 import scipy.stats
+import scoringrules
 from numpy.testing import assert_allclose
 from numpyro.infer import Trace_ELBO
-from numpyro.infer.autoguide import AutoNormal
+from numpyro.infer.autoguide import AutoIAFNormal, AutoMultivariateNormal, AutoNormal
 
-from numpyro_ensemble import EnsembleMAP, EnsembleVI, scoring, to_arviz
+from numpyro_ensemble import EnsembleMAP, EnsemblePredictive, EnsembleVI, scoring, to_arviz
 from numpyro_ensemble.arviz import makes_inference_data
 
 MANY = 4000
@@ -48,6 +50,52 @@ def test_energy_score_of_vectors(key):
     first = np.linalg.norm(draws - SEEN, axis=1).mean()
     second = np.linalg.norm(draws[:, None] - draws[None], axis=2).mean()
     assert_allclose(scoring.energy_score(draws, SEEN), first - 0.5 * second, rtol=1e-5)
+    assert_allclose(
+        scoring.energy_score(draws, SEEN),
+        scoringrules.es_ensemble(SEEN, draws, m_axis=0, v_axis=1), rtol=1e-5,
+    )  # fmt: skip
+    slope = jax.grad(lambda m: scoring.energy_score(jnp.asarray(draws) * m, SEEN))(1.0)
+    step = [scoring.energy_score(draws * m, SEEN) for m in (1.001, 0.999)]
+    assert_allclose(slope, (step[0] - step[1]) / 2e-3, rtol=1e-2)
+
+
+@pytest.mark.promotes_ranks
+@pytest.mark.parametrize("score", ["rmse", "crps", "energy_score", "coverage", "pit"])
+def test_a_weight_is_a_repeated_draw(score, key):
+    draws = np.asarray(jax.random.normal(key, (40, 3)))
+    times = np.arange(40) % 3
+    function = getattr(scoring, score)
+    weighted = function(draws, SEEN, weights=times)
+    repeated = np.repeat(draws, times, axis=0)
+    assert_allclose(weighted, function(repeated, SEEN, weights=np.ones(len(repeated))), rtol=1e-5)
+    if score not in ("coverage", "pit"):
+        assert abs(weighted - function(draws, SEEN)).max() > 1e-4
+
+
+@pytest.mark.promotes_ranks
+def test_what_is_missing_is_left_out_or_refused(key):
+    draws = DRAWS.copy()
+    draws[7] = np.nan
+    for function in (scoring.crps, scoring.coverage, scoring.pit, scoring.rmse):
+        with pytest.warns(UserWarning, match="1 of 4000 draws are not finite and are left out"):
+            assert_allclose(function(draws, SEEN), function(np.delete(DRAWS, 7, axis=0), SEEN))
+    with pytest.raises(ValueError, match="none of the 2 draws is finite"):
+        scoring.coverage(np.full((2, 3), np.nan), SEEN)
+    with pytest.raises(ValueError, match=r"y has NaN at \[1\]"):
+        scoring.crps(DRAWS, np.array([0.0, np.nan, 1.0]))
+
+    def model(y, seen):
+        mu = numpyro.sample("mu", dist.Normal(0.0, 1.0))
+        with numpyro.plate("row", len(y)), numpyro.handlers.mask(mask=seen):
+            numpyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+
+    samples = {"mu": 0.3 * jax.random.normal(key, (2, 30))}
+    y, seen = np.array([1.0, 2.0, 0.0, -999.0]), np.array([True, True, False, False])
+    masked, short = to_arviz(model, samples, y, seen), to_arviz(model, samples, y[:2], seen[:2])
+    assert np.isnan(masked["observed_data"]["y"].values[2:]).all()
+    assert_allclose(scoring.nll(masked), scoring.nll(short), rtol=1e-6)
+    assert scoring.rmse(masked) < 3.0
+    assert scoring.summary({"fit": masked}).loc["fit", "NLL"] == pytest.approx(scoring.nll(short))
 
 
 @pytest.mark.promotes_ranks
@@ -150,7 +198,49 @@ def test_khat_tells_good_members_from_bad(fits):
     members, mixture = scoring.khat(fits[2])
     assert members[0] < 0.5  # the posterior itself: its ratios are constant but for rounding
     assert members[1] > 0.7 and members[2] > 0.5
-    assert mixture > 0.5
+    assert mixture < 0.5  # a mixture with the posterior in it: the ratio is at most 3
+
+
+def two_modes():
+    parts = dist.Normal(jnp.array([-10.0, 10.0]), 1.0)
+    numpyro.sample("z", dist.MixtureSameFamily(dist.Categorical(jnp.full(2, 0.5)), parts))
+
+
+@pytest.mark.promotes_ranks
+@pytest.mark.parametrize("guide", [AutoNormal, AutoMultivariateNormal, AutoIAFNormal])
+def test_members_in_one_mode_do_not_count_twice(guide, key):
+    runner = EnsembleVI(
+        two_modes, guide(two_modes), numpyro.optim.SGD(1e-12), Trace_ELBO(), ensemble_size=4
+    )
+    if guide is AutoIAFNormal:  # one dimension has no flow: its density needs an inverse only
+        with pytest.raises(ValueError, match="latent dim = 1"):
+            runner.run(key, 1, progress_bar=False)
+        return
+    loc, spread = np.array([-10.0, -10.0, -10.0, 10.0]), np.full(4, 1.05)
+    starts = {"z_auto_loc": loc, "z_auto_scale": spread}
+    if guide is AutoMultivariateNormal:
+        starts = {"auto_loc": loc[:, None], "auto_scale_tril": spread[:, None, None]}
+    result = runner.run(key, 1, init_params=starts, progress_bar=False)
+    data = to_arviz(runner, result, num_samples=500)
+    assert scoring.khat(data).mixture < 0.5
+    drawn = scoring.importance_resample(key, data)["z"]
+    assert abs((drawn < 0).mean() - 0.5) < 0.05
+    assert (data["posterior"]["z"].values < 0).mean() == 0.75  # as pooled draws would have it
+
+
+@pytest.mark.promotes_ranks
+def test_a_density_that_other_members_cannot_tell(key):
+    def guide(y):
+        loc = numpyro.param("loc", lambda key: jax.random.normal(key))
+        noise = numpyro.sample("noise", dist.Normal(0.0, 1.0), infer={"is_auxiliary": True})
+        numpyro.sample("mu", dist.Delta(loc + noise))
+
+    runner = EnsembleVI(conjugate, guide, numpyro.optim.SGD(1e-12), Trace_ELBO(), ensemble_size=2)
+    result = runner.run(key, 1, DATA, progress_bar=False)
+    data = to_arviz(runner, result, DATA, num_samples=50)
+    assert np.isnan(scoring.khat(data).mixture)
+    with pytest.raises(ValueError, match="does not tell the density of one member's draw"):
+        scoring.importance_resample(key, data)
 
 
 @pytest.mark.filterwarnings("ignore:Estimated shape parameter")
@@ -164,6 +254,8 @@ def test_psis_is_arvizs_own(key):
     data = az.from_dict(**groups) if makes_inference_data() else az.from_dict(groups)
     loo = az.loo(data, pointwise=True, reff=1.0)
     assert_allclose(np.ravel(loo.pareto_k), shape, rtol=1e-6)
+    pointwise = scipy.special.logsumexp(smoothed + terms[0].T, axis=1)
+    assert_allclose(pointwise, np.ravel(loo.loo_i if makes_inference_data() else loo.elpd_i))
     with pytest.raises(ValueError, match="PSIS needs 25 draws at least.*num_samples=100"):
         scoring.psis(np.zeros(3))
 
@@ -187,6 +279,47 @@ def test_resampling_goes_to_the_posterior(key):
     assert abs(raw.std() / spread - 1) > 0.3  # the draws as they were
 
 
+def elpd(data):
+    loo = az.loo(data)
+    return loo.elpd_loo if makes_inference_data() else loo.elpd
+
+
+@pytest.mark.promotes_ranks
+@pytest.mark.filterwarnings("ignore")  # ArviZ says where LOO is not to be trusted
+def test_weights_are_those_of_loo_and_go_on_to_scores(fits, key):
+    samples = {"mu": np.array([[1.5], [0.9], [1.1]]) + 0.3 * jax.random.normal(key, (3, 200))}
+    data = to_arviz(conjugate, samples, DATA)
+    single = [to_arviz(conjugate, {"mu": samples["mu"][e][None]}, DATA) for e in range(3)]
+    scores = np.array([elpd(part) for part in single])
+    exact = np.exp(scores - scores.max()) / np.exp(scores - scores.max()).sum()
+    weights = scoring.member_weights(data, "pseudo-bma")
+    assert_allclose(weights, exact, rtol=1e-3)
+    assert np.ptp(weights) > 0.01  # even weights are another thing
+    stacked = scoring.member_weights(data, "stacking")
+    terms = data["log_likelihood"]["y"].values
+    assert stacked.argmax() in scores.argsort()[1:]
+    assert_allclose(
+        scoring.nll(data, weights=weights),
+        scoring.nll(terms.reshape(600, 5), weights=np.repeat(weights, 200)), rtol=1e-6,
+    )  # fmt: skip
+
+
+def test_weights_of_members_that_failed_are_zero(key):
+    runner = EnsembleMAP(conjugate, numpyro.optim.Adam(0.1), ensemble_size=3)
+    starts = {"mu": np.array([0.0, np.nan, 1.0])}
+    with pytest.warns(UserWarning, match="not finite: 1"):
+        result = runner.run(key, 3, DATA, init_params=starts, progress_bar=False)
+    with pytest.warns(UserWarning, match="left out"):
+        data = to_arviz(runner, result, DATA, num_samples=20)
+    weights = scoring.member_weights(data, "elbo")
+    assert weights.shape == (3,) and weights[1] == 0
+    assert_allclose(weights.sum(), 1.0, rtol=1e-6)
+    with pytest.warns(UserWarning, match="left out"):
+        predictive = EnsemblePredictive(conjugate, result, weights=weights, return_sites=["mu"])
+    assert predictive(key, DATA)["mu"].shape == (2,)
+    assert np.isfinite(scoring.crps(data, weights=weights))
+
+
 @pytest.mark.filterwarnings("ignore")  # ArviZ says where LOO is not to be trusted
 @pytest.mark.parametrize("method", ["stacking", "pseudo-bma", "elbo", "uniform"])
 def test_weights_of_members(fits, method):
@@ -207,15 +340,36 @@ def test_bad_input(fits, key):
         scoring.crps(DRAWS)
     with pytest.raises(ValueError, match="weights takes one number for each of 4000 draws"):
         scoring.crps(DRAWS, SEEN, weights=np.ones(3))
-    with pytest.raises(ValueError, match="weights takes numbers that are not negative"):
+    with pytest.raises(ValueError, match="weights add up to 0"):
         scoring.rmse(DRAWS, SEEN, weights=np.zeros(MANY))
+    for wrong, message in (
+        (DRAWS[:0], "draws must lead with S draws"),
+        (data["posterior"], "expected draws as an array|no group"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=message):
+            scoring.crps(wrong, SEEN)
+    with pytest.raises(TypeError, match=r"unknown options \['wieghts'\]"):
+        scoring.crps(DRAWS, SEEN, wieghts=1)
+    with pytest.raises(ValueError, match=r"var_name must be one of \['y'\], got 'typo'"):
+        scoring.crps(data, var_name="typo")
+    with pytest.raises(TypeError, match="predictions takes a dict by row name"):
+        scoring.summary(DRAWS, SEEN)
+    with pytest.raises(ValueError, match=r"log_likelihood names \['b'\]; the rows are \['a'\]"):
+        scoring.summary({"a": DRAWS}, SEEN, log_likelihood={"b": DRAWS})
+    with pytest.raises(ValueError, match="and there are 3 observations"):
+        scoring.summary({"a": DRAWS}, SEEN, log_likelihood={"a": DRAWS[:, :2]})
     with pytest.raises(ValueError, match="levels takes probabilities"):
         scoring.coverage(DRAWS, SEEN, (95,))
     with pytest.raises(ValueError, match="method takes .*'waic'"):
         scoring.member_weights(data, "waic")
     runner = EnsembleMAP(conjugate, numpyro.optim.Adam(0.1), ensemble_size=4)
-    mapped = to_arviz(runner, runner.run(key, 3, DATA, progress_bar=False), DATA)
+    with pytest.warns(UserWarning, match="4 members of 1 draws each are too few for az.loo"):
+        mapped = to_arviz(runner, runner.run(key, 3, DATA, progress_bar=False), DATA)
     with pytest.raises(ValueError, match="LOO needs 25 draws per member.*num_samples=100"):
         scoring.member_weights(mapped)
+    with pytest.raises(ValueError, match="the draws of each member are all the same"):
+        scoring.member_weights(
+            to_arviz(runner, runner.run(key, 3, DATA, progress_bar=False), DATA, num_samples=30)
+        )
     with pytest.raises(ValueError, match="no log_q: importance weights need variational fits"):
         scoring.khat(mapped)

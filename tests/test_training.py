@@ -12,7 +12,7 @@ from numpyro import handlers
 from numpyro.infer import SVI, Trace_ELBO, init_to_uniform
 from numpyro.infer.autoguide import AutoDelta
 from numpyro.primitives import mutable
-from zoo import X, Y, ridge
+from zoo import X, Y, jit_once, ridge
 
 from numpyro_ensemble import EarlyStopping, EnsembleMAP, log_joint
 
@@ -344,7 +344,7 @@ def test_stable_update_skips_failed_steps_as_svi_does(key):
         numpyro.optim.Adam(0.1),
         Trace_ELBO(),
     )
-    single = jax.jit(lambda k: svi.run(k, 20, Y, stable_update=True, progress_bar=False))
+    single = jit_once(lambda k: svi.run(k, 20, Y, stable_update=True, progress_bar=False))
     for e, member_key in enumerate(jax.random.split(key, 2)):
         alone = single(member_key)
         assert 0 < np.isnan(alone.losses).sum() < 20

@@ -28,7 +28,7 @@ from numpyro.infer import (
     TraceMeanField_ELBO,
     autoguide,
 )
-from zoo import CASES, EQX, GROUP, NNX, Linen, X, Y, hierarchy, local_latents, ridge
+from zoo import CASES, EQX, GROUP, NNX, Linen, X, Y, hierarchy, jit_once, local_latents, ridge
 
 from numpyro_ensemble import EnsembleVI, ensemble_vi, reweight
 
@@ -155,7 +155,7 @@ def keeps_the_contract(runner, key, args, result, compile_count, transformed=Tru
 
     if not transformed:
         return
-    starts = jax.jit(jax.vmap(lambda k: runner.get_params(runner.init(k, *args))))(key[None])
+    starts = jit_once(jax.vmap(lambda k: runner.get_params(runner.init(k, *args))))(key[None])
     alone = runner.get_params(runner.init(key, *args))
     close(jax.tree.map(lambda leaf: leaf[0], starts), alone, rtol=1e-5, atol=1e-7)
 
@@ -171,7 +171,7 @@ def test_a_member_is_a_single_svi_for_every_autoguide(name, key, compile_count):
     assert guide.prototype_trace is not None  # set up, as by SVI.init
 
     svi = SVI(model, build(model), ADAM, Trace_ELBO())
-    single = jax.jit(lambda k: svi.run(k, STEPS, *args, progress_bar=False))
+    single = jit_once(lambda k: svi.run(k, STEPS, *args, progress_bar=False))
     alone = single(jax.random.split(key, 2)[1])
     assert_allclose(result.losses[1], alone.losses, rtol=1e-6)
     close(result.member(1).params, alone.params, rtol=1e-5, atol=1e-9)
@@ -307,7 +307,7 @@ def test_a_member_is_a_single_svi_for_guides_and_losses(name, key, compile_count
     with pytest.warns(UserWarning, match="start at the same") if alike else nullcontext():
         result = quiet(runner, key, STEPS, X, Y)
     svi = SVI(model, guide, optim, loss)
-    single = jax.jit(lambda k: svi.run(k, STEPS, X, Y, progress_bar=False))
+    single = jit_once(lambda k: svi.run(k, STEPS, X, Y, progress_bar=False))
     alone = single(jax.random.split(key, 2)[1])
     assert_allclose(result.losses[1], alone.losses, rtol=1e-6)
     close(result.member(1).params, alone.params, rtol=1e-5)
@@ -338,7 +338,7 @@ def test_every_optimiser_walks_as_under_svi(name, key):
     runner = EnsembleVI(ridge, random_guide, optim, Trace_ELBO(), ensemble_size=2)
     result = quiet(runner, key, STEPS, X, Y)
     svi = SVI(ridge, random_guide, optim, Trace_ELBO())
-    single = jax.jit(lambda k: svi.run(k, STEPS, X, Y, progress_bar=False))
+    single = jit_once(lambda k: svi.run(k, STEPS, X, Y, progress_bar=False))
     alone = single(jax.random.split(key, 2)[1])
     assert_allclose(result.losses[1], alone.losses, rtol=1e-6)
     close(result.member(1).params, alone.params, rtol=1e-5)
@@ -353,7 +353,7 @@ def test_no_call_depends_on_what_was_called_on_the_guide_before(key):
     first = runner.get_params(runner.init(key, X, Y))
     assert guide.prototype_trace is not None
     held = copy.copy(vars(guide))
-    jitted = jax.jit(lambda k: runner.get_params(runner.init(k, X, Y)))(key)
+    jitted = jit_once(lambda k: runner.get_params(runner.init(k, X, Y)))(key)
     mapped = jax.vmap(lambda k: runner.get_params(runner.init(k, X, Y)))(key[None])
     close(jitted, first, rtol=1e-6)
     close(jax.tree.map(lambda leaf: leaf[0], mapped), first, rtol=1e-6)
@@ -454,7 +454,7 @@ def test_static_keywords_reach_model_and_guide(key):
         return cls(model, autoguide.AutoNormal(model), ADAM, Trace_ELBO(), scale=3.0, **options)
 
     ours = quiet(build(EnsembleVI, ensemble_size=1), key[None], 3, Y)
-    theirs = jax.jit(lambda k: build(SVI).run(k, 3, Y, progress_bar=False).losses)(key)
+    theirs = jit_once(lambda k: build(SVI).run(k, 3, Y, progress_bar=False).losses)(key)
     assert_allclose(ours.losses[0], theirs, rtol=1e-9)
 
 
@@ -664,7 +664,7 @@ def test_bad_input_names_argument_and_remedy(key):
     runner = EnsembleVI(ridge, random_guide, ADAM, Trace_ELBO(), ensemble_size=2)
     with pytest.raises(ValueError, match=r"init_params\['loc'\] has shape \(3, 2\).*\(2, 2\)"):
         quiet(runner, key, 3, X, Y, init_params={"loc": np.ones((3, 2))})
-    with pytest.raises(ValueError, match=r"init_params names \['lco'\]; the fit has \['loc'"):
+    with pytest.raises(ValueError, match=r"names \['lco'\]; the fit's parameters are \['loc'"):
         quiet(runner, key, 3, X, Y, init_params={"lco": np.ones(2)})
     with pytest.raises(ValueError, match="static keywords .*'batch_size'.*functools.partial"):
         EnsembleVI(ridge, random_guide, ADAM, Trace_ELBO(), batch_size=3)

@@ -1,6 +1,7 @@
 """Models of every kind that an ensemble must run, small enough to compile fast."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -26,6 +27,10 @@ RNG = np.random.default_rng(0)
 X = RNG.normal(size=(8, 2)).round(2)
 Y = (X @ np.array([1.0, -1.0]) + 0.3 * RNG.normal(size=8)).round(2)
 GROUP = np.array([0, 0, 1, 1, 2, 2, 2, 0])
+
+
+# for programs that run once: half the compilation, the same numbers to rounding
+jit_once = partial(jax.jit, compiler_options={"xla_backend_optimization_level": "0"})
 
 
 class Case(NamedTuple):

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
+
+from numpyro_ensemble.arguments import has_tracers
+from numpyro_ensemble.draws import check_mixture
 
 
 def is_array(value: Any) -> bool:
@@ -16,60 +20,133 @@ def is_array(value: Any) -> bool:
 
 
 def group_of(data: Any, name: str) -> Any:
-    """Return a group of ArviZ data of either kind, None where it has none."""
+    """Return a group of ArviZ data of either kind, None where it has none.
+
+    Raises:
+        TypeError: if it is no ArviZ data.
+    """
     names = getattr(data, "children", None)
+    if names is None and not callable(getattr(data, "groups", None)):
+        raise TypeError(
+            f"expected draws as an array that leads with them, or ArviZ data (of to_arviz, say); "
+            f"got {type(data).__name__}."
+        )
     known = set(names) if names is not None else set(data.groups())
     return data[name] if name in known else None
 
 
-def variable(data: Any, group: str, var_name: str | None) -> jax.Array:
-    """Return a variable of ArviZ data, with chains and draws as one leading axis."""
+def name_of(found: Any, var_name: str | None) -> str:
+    """Return the name of a group's variable, which must be given where there are several."""
+    names = list(found.data_vars)
+    if var_name is None and len(names) == 1:
+        return names[0]
+    if var_name is None or var_name not in names:
+        raise ValueError(f"var_name must be one of {names}, got {var_name!r}.")
+    return var_name
+
+
+def variable(data: Any, group: str, var_name: str | None) -> tuple[str, jax.Array]:
+    """Return a variable of ArviZ data, with chains and draws as one leading axis, and its name."""
     found = group_of(data, group)
     if found is None:
         raise ValueError(f"the ArviZ data has no group {group!r}.")
-    names = list(found.data_vars)
-    if var_name is None and len(names) != 1:
-        raise ValueError(f"var_name must be one of {names}.")
-    values = found[var_name or names[0]].values
-    return jnp.asarray(values.reshape(-1, *values.shape[2:]))
+    name = name_of(found, var_name)
+    values = found[name].values
+    return name, jnp.asarray(values.reshape(-1, *values.shape[2:]))
+
+
+def observed(data: Any, name: str) -> np.ndarray | None:
+    """Return the observations of ArviZ data, NaN where they are masked; None if there are none."""
+    found = group_of(data, "observed_data")
+    return None if found is None or name not in found else found[name].values
 
 
 def read(
-    draws: Any,
-    y: ArrayLike | None,
-    *,
-    group: str = "posterior_predictive",
-    var_name: str | None = None,
-) -> tuple[jax.Array, jax.Array]:
-    """Return draws `(S, N)` and observations `(N,)`."""
-    if not is_array(draws):
-        data = draws
-        draws = variable(data, group, var_name)
-        if y is None:
-            seen = group_of(data, "observed_data")
-            name = var_name or next(iter(group_of(data, group).data_vars))
-            y = seen[name].values
+    draws: Any, y: ArrayLike | None, weights: Any = None, **where: Any
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """Return draws `(S, N)`, observations `(N,)` and weights `(S,)`.
+
+    Masked observations of ArviZ data, and draws that are not finite, are left out.
+    """
+    draws, name, data = find_draws(draws, **where)
+    if y is None and data is not None:
+        y = observed(data, name)
     if y is None:
         raise ValueError("y, the observations, is missing.")
-    draws, y = jnp.asarray(draws), jnp.asarray(y)
+    y = _real("y", y)
     if draws.shape[1:] != y.shape:
         raise ValueError(
             f"draws have shape {draws.shape} and y {y.shape}: draws must lead, (S, N) for (N,)."
         )
-    return draws.reshape(len(draws), -1), y.reshape(-1)
+    draws, y = draws.reshape(len(draws), -1), y.reshape(-1)
+    draws, p = without_failed(draws, weights, data, jnp.isfinite)
+    if has_tracers(y):
+        return draws, y, p
+    seen = ~np.isnan(np.asarray(y))
+    if data is None and not seen.all():
+        raise ValueError(
+            f"y has NaN at {np.flatnonzero(~seen)[:10].tolist()}: leave these observations out, "
+            f"and their columns of the draws."
+        )
+    return (draws, y, p) if seen.all() else (draws[:, seen], y[seen], p)
 
 
-def check_draw_weights(weights: Any, draws: jax.Array) -> jax.Array | None:
-    """Return one weight for each draw; they need not add up to 1."""
+def find_draws(
+    draws: Any, *, group: str = "posterior_predictive", var_name: str | None = None, **unknown: Any
+) -> tuple[jax.Array, str, Any]:
+    """Return draws `(S, ...)`, the variable's name, and the ArviZ data they are of, or None."""
+    if unknown:
+        raise TypeError(f"unknown options {sorted(unknown)}; there are weights, group, var_name.")
+    name, data = "", None
+    if not is_array(draws):
+        data = draws
+        name, draws = variable(data, group, var_name)
+    draws = _real("draws", draws)
+    if draws.ndim < 1 or not draws.size:
+        raise ValueError(f"draws must lead with S draws, (S, N); got shape {draws.shape}.")
+    return draws, name, data
+
+
+def without_failed(
+    rows: jax.Array, weights: Any, data: Any, good: Any
+) -> tuple[jax.Array, jax.Array | None]:
+    """Return the rows that are good in all places, and their weights; others are warned of."""
+    p = _check_weights(weights, len(rows), data)
+    if has_tracers(rows):
+        return rows, p
+    kept = np.asarray(good(rows).reshape(len(rows), -1).all(axis=1))
+    if kept.all():
+        return rows, p
+    if not kept.any():
+        raise ValueError(f"none of the {kept.size} draws is finite.")
+    warnings.warn(
+        f"{(~kept).sum()} of {kept.size} draws are not finite and are left out.", stacklevel=4
+    )
+    return rows[kept], None if p is None else p[kept]
+
+
+def _check_weights(weights: Any, number: int, data: Any) -> jax.Array | None:
+    """Return one weight for each draw, those of members spread over their draws."""
     if weights is None:
         return None
-    values = jnp.asarray(weights)
-    if values.shape != draws.shape[:1]:
-        raise ValueError(
-            f"weights takes one number for each of {len(draws)} draws, got shape {values.shape}."
-        )
-    if not isinstance(values, jax.core.Tracer) and not (
-        bool((values >= 0).all()) and float(values.sum()) > 0
-    ):
-        raise ValueError("weights takes numbers that are not negative and do not add up to 0.")
-    return values
+    if data is not None:
+        weights = _spread(weights, data)
+    return jnp.asarray(check_mixture(weights, number, "draws"))
+
+
+def _spread(weights: Any, data: Any) -> Any:
+    posterior = group_of(data, "posterior")
+    if posterior is None or np.ndim(weights) != 1:
+        return weights
+    sizes = posterior.sizes
+    weights = jnp.asarray(weights)
+    if len(weights) == posterior.attrs.get("ensemble_size", sizes["chain"]) > sizes["chain"]:
+        weights = weights[posterior.coords["chain"].values]
+    return jnp.repeat(weights, sizes["draw"]) if len(weights) == sizes["chain"] else weights
+
+
+def _real(name: str, values: Any) -> jax.Array:
+    values = jnp.asarray(values)
+    if jnp.iscomplexobj(values):
+        raise TypeError(f"{name} takes real numbers, got {values.dtype}.")
+    return values.astype(float) if values.dtype == bool else values

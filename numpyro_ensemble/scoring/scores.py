@@ -2,7 +2,9 @@
 
 Functions of draws take an array that leads with the draws, `(S, N)`, or ArviZ data, whose
 predictive draws and observations they then find. They return means over the observations, or with
-`pointwise=True` one value for each.
+`pointwise=True` one value for each. Observations that the model masks, and draws that are not
+finite, are left out. `weights` are those of the draws `(S,)`; ArviZ data takes those of the members
+as well.
 """
 
 from __future__ import annotations
@@ -15,12 +17,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
+from numpyro_ensemble.draws import map_draws
+from numpyro_ensemble.primitives import check_count
 from numpyro_ensemble.scoring.reading import (
-    check_draw_weights,
+    find_draws,
     group_of,
     is_array,
+    observed,
     read,
     variable,
+    without_failed,
 )
 
 LEVELS = (0.5, 0.8, 0.9, 0.95)
@@ -44,9 +50,8 @@ def rmse(draws: Any, y: ArrayLike | None = None, *, weights: Any = None, **where
         >>> print(f"{scoring.rmse(jnp.array([[0.0, 2.0], [2.0, 2.0]]), jnp.array([1.0, 3.0])):.3f}")
         0.707
     """
-    draws, y = read(draws, y, **where)
-    mean = jnp.average(draws, axis=0, weights=check_draw_weights(weights, draws))
-    return jnp.sqrt(jnp.mean((mean - y) ** 2))
+    draws, y, p = read(draws, y, weights, **where)
+    return jnp.sqrt(jnp.mean((jnp.average(draws, axis=0, weights=p) - y) ** 2))
 
 
 def nll(
@@ -74,12 +79,17 @@ def nll(
         >>> print(f"{scoring.nll(jnp.log(jnp.array([[0.2], [0.4]]))):.3f}")
         1.204
     """
+    data, seen = None, None
     if not is_array(log_likelihood):
-        log_likelihood = variable(log_likelihood, "log_likelihood", var_name)
+        data = log_likelihood
+        name, log_likelihood = variable(data, "log_likelihood", var_name)
+        seen = observed(data, name)
     terms = jnp.asarray(log_likelihood)
-    if terms.ndim < 2:
+    if terms.ndim < 2 or not terms.size:
         raise ValueError(f"log_likelihood takes (S, N), got shape {terms.shape}.")
-    p = check_draw_weights(weights, terms)
+    if seen is not None and seen.shape == terms.shape[1:] and np.isnan(seen).any():
+        terms = terms[:, ~np.isnan(seen)]
+    terms, p = without_failed(terms, weights, data, lambda rows: ~jnp.isnan(rows))
     p = jnp.full(len(terms), 1.0 / len(terms)) if p is None else p / p.sum()
     p = p.reshape(-1, *[1] * (terms.ndim - 1))
     # a weight of 0 leaves its draw out, whatever its likelihood
@@ -116,8 +126,7 @@ def crps(
     """
     import scoringrules
 
-    draws, y = read(draws, y, **where)
-    p = check_draw_weights(weights, draws)
+    draws, y, p = read(draws, y, weights, **where)
     if p is not None:
         p = jnp.broadcast_to(p[:, None], draws.shape)
     scores = scoringrules.crps_ensemble(y, draws, m_axis=0, ens_w=p, backend="jax")
@@ -138,17 +147,29 @@ def energy_score(
     Raises:
         ValueError: if shapes do not fit, or `y` is missing.
     """
-    import scoringrules
+    draws, y, p = read(draws, y, weights, **where)
+    return _energy_score(draws, y, jnp.full(len(draws), 1.0 / len(draws)) if p is None else p)
 
-    draws, y = read(draws, y, **where)
-    p = check_draw_weights(weights, draws)
-    return scoringrules.es_ensemble(y, draws, m_axis=0, v_axis=1, ens_w=p, backend="jax")
+
+@jax.jit
+def _energy_score(draws: jax.Array, y: jax.Array, p: jax.Array) -> jax.Array:
+    # scoringrules keeps all pairs (S, S, N), and its gradient at a pair of the same is NaN
+    p = p / p.sum()
+
+    def norm(x: jax.Array) -> jax.Array:
+        square = (x**2).sum(axis=-1)
+        return jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1.0)), 0.0)
+
+    spread = map_draws(lambda draw: p @ norm(draws - draw[None]), draws)
+    return p @ norm(draws - y[None]) - 0.5 * p @ spread
 
 
 def interval(
     draws: ArrayLike, levels: Sequence[float] = LEVELS, *, weights: Any = None
 ) -> jax.Array:
     """Return the ends of central intervals, `(2, levels, N)`.
+
+    Quantiles lie between draws; with weights they are draws, the first to reach the probability.
 
     Args:
         draws: `(S, N)` draws.
@@ -159,19 +180,25 @@ def interval(
         ValueError: if a level is not between 0 and 1.
     """
     level = np.asarray(levels, float)
-    if level.ndim != 1 or not ((level > 0) & (level < 1)).all():
+    if level.ndim != 1:
+        raise ValueError(f"levels takes a sequence of probabilities, got {levels}.")
+    if not ((level > 0) & (level < 1)).all():
         raise ValueError(f"levels takes probabilities between 0 and 1, got {levels}.")
     ends = jnp.stack([(1 - level) / 2, (1 + level) / 2])
-    draws = jnp.asarray(draws)
-    p = check_draw_weights(weights, draws)
+    draws, _, _ = find_draws(draws)
+    draws, p = without_failed(draws, weights, None, jnp.isfinite)
     if p is None:
         return jnp.quantile(draws, ends.ravel(), axis=0).reshape(*ends.shape, *draws.shape[1:])
     order = jnp.argsort(draws, axis=0)
-    heaped = jnp.cumsum((p / p.sum())[order], axis=0)  # (S, N)
-    below = (heaped[None, None] < ends[:, :, None, None]).sum(axis=2)
-    ranked = jnp.take_along_axis(draws, order, axis=0)
-    below = jnp.minimum(below, len(draws) - 1)
-    return jnp.take_along_axis(ranked[None, None], below[:, :, None], axis=2)[:, :, 0]
+    ranked = jnp.take_along_axis(draws, order, axis=0).reshape(len(draws), -1)
+    heaped = jnp.cumsum((p / p.sum())[order], axis=0).reshape(ranked.shape)
+
+    def column(ranked: jax.Array, heaped: jax.Array) -> jax.Array:
+        places = jnp.searchsorted(heaped, ends.ravel())
+        return ranked[jnp.minimum(places, len(ranked) - 1)]
+
+    values = jax.vmap(column, in_axes=1, out_axes=1)(ranked, heaped)
+    return values.reshape(*ends.shape, *draws.shape[1:])
 
 
 def coverage(
@@ -194,8 +221,8 @@ def coverage(
     Raises:
         ValueError: if shapes do not fit, or `y` is missing.
     """
-    draws, y = read(draws, y, **where)
-    low, high = interval(draws, levels, weights=weights)
+    draws, y, p = read(draws, y, weights, **where)
+    low, high = interval(draws, levels, weights=p)
     return ((low <= y[None]) & (y[None] <= high)).mean(axis=1)
 
 
@@ -210,9 +237,9 @@ def interval_width(
         weights: weights `(S,)` of the draws.
         **where: `group` and `var_name` of ArviZ data.
     """
-    if not is_array(draws):
-        draws, _ = read(draws, None, **where)
-    low, high = interval(draws, levels, weights=weights)
+    draws, _, data = find_draws(draws, **where)
+    draws, p = without_failed(draws.reshape(len(draws), -1), weights, data, jnp.isfinite)
+    low, high = interval(draws, levels, weights=p)
     return (high - low).mean(axis=1)
 
 
@@ -227,6 +254,7 @@ def calibration_curve(
         num_levels: number of levels between 0 and 1.
         **options: as for `coverage`.
     """
+    check_count("num_levels", num_levels)
     levels = np.arange(1, num_levels + 1) / (num_levels + 1)
     return levels, coverage(draws, y, tuple(levels), **options)
 
@@ -240,9 +268,9 @@ def pit(draws: Any, y: ArrayLike | None = None, *, weights: Any = None, **where:
         weights: weights `(S,)` of the draws.
         **where: `group` and `var_name` of ArviZ data.
     """
-    draws, y = read(draws, y, **where)
+    draws, y, p = read(draws, y, weights, **where)
     below = (draws < y[None]) + 0.5 * (draws == y[None])
-    return jnp.average(below, axis=0, weights=check_draw_weights(weights, draws))
+    return jnp.average(below, axis=0, weights=p)
 
 
 def variance_decomposition(means: ArrayLike, variances: ArrayLike = 0.0) -> dict[str, jax.Array]:
@@ -268,6 +296,15 @@ def variance_decomposition(means: ArrayLike, variances: ArrayLike = 0.0) -> dict
     return {"aleatoric": noise, "between": between, "within": within, "total": total}
 
 
+def _own(data: Any, y: ArrayLike | None, var_name: str | None) -> bool:
+    """Say whether ArviZ data has the log likelihood of these observations."""
+    if group_of(data, "log_likelihood") is None:
+        return False
+    name, _ = variable(data, "log_likelihood", var_name)
+    own = np.asarray(observed(data, name))
+    return y is None or np.array_equal(np.asarray(y), own, equal_nan=True)
+
+
 def summary(
     predictions: Mapping[str, Any],
     y: ArrayLike | None = None,
@@ -275,6 +312,7 @@ def summary(
     truth: ArrayLike | None = None,
     log_likelihood: Mapping[str, Any] | None = None,
     level: float = 0.95,
+    var_name: str | None = None,
 ) -> Any:
     """Return a pandas frame of scores, a row for each set of predictions.
 
@@ -282,22 +320,41 @@ def summary(
         predictions: draws `(S, N)`, or ArviZ data, by the row's name.
         y: the observations; ArviZ data has its own.
         truth: what the mean prediction is compared with besides.
-        log_likelihood: `(S, N)` by the row's name, for the column `NLL`.
+        log_likelihood: `(S, N)` by the row's name, for the column `NLL`; ArviZ data has its own,
+            of its own observations.
         level: of the intervals.
+        var_name: the observed site, where ArviZ data has several.
+
+    Raises:
+        TypeError: if predictions or log_likelihood do not come by name.
+        ValueError: if shapes or names do not fit.
     """
     import pandas as pd
 
+    for option, given in (("predictions", predictions), ("log_likelihood", log_likelihood or {})):
+        if not isinstance(given, Mapping):
+            raise TypeError(f"{option} takes a dict by row name, got {type(given).__name__}.")
+    terms = dict(log_likelihood or {})
+    unknown = sorted(terms.keys() - predictions.keys())
+    if unknown:
+        raise ValueError(f"log_likelihood names {unknown}; the rows are {sorted(predictions)}.")
     rows = {}
     for name, given in predictions.items():
-        draws, seen = read(given, y)
+        where = {} if is_array(given) else {"var_name": var_name}
+        draws, seen, _ = read(given, y, **where)
         row = {}
         if truth is not None:
             row["RMSE truth"] = rmse(draws, truth)
         row["RMSE"] = rmse(draws, seen)
-        if log_likelihood is not None and name in log_likelihood:
-            row["NLL"] = nll(log_likelihood[name])
-        elif not is_array(given) and group_of(given, "log_likelihood") is not None:
-            row["NLL"] = nll(given)
+        if name in terms:
+            if np.shape(terms[name])[1:] != np.shape(seen):
+                raise ValueError(
+                    f"log_likelihood[{name!r}] has shape {np.shape(terms[name])}, and there are "
+                    f"{len(seen)} observations."
+                )
+            row["NLL"] = nll(terms[name])
+        elif not is_array(given) and _own(given, y, var_name):
+            row["NLL"] = nll(given, var_name=var_name)
         row["CRPS"] = crps(draws, seen)
         row[f"coverage {level:g}"] = coverage(draws, seen, (level,))[0]
         row[f"width {level:g}"] = interval_width(draws, (level,))[0]

@@ -12,9 +12,10 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from numpyro_ensemble.arviz import makes_inference_data
-from numpyro_ensemble.scoring.reading import group_of
+from numpyro_ensemble.primitives import check_count
+from numpyro_ensemble.results import last_losses
+from numpyro_ensemble.scoring.reading import group_of, name_of
 
-_RANKED_LOSSES = 100
 _LEAST_DRAWS = 25  # fewer leave no tail that a Pareto distribution could be fitted to
 
 Method = Literal["stacking", "pseudo-bma", "elbo", "uniform"]
@@ -57,14 +58,16 @@ class Khat(NamedTuple):
     mixture: float
 
 
-def _ratios(data: Any) -> np.ndarray:
+def _ratios(data: Any, name: str = "log_q") -> np.ndarray:
     """Return the log importance ratios `(E, S)` of variational draws."""
     stats = group_of(data, "sample_stats")
     if stats is None or "log_q" not in stats:
         raise ValueError(
-            "the ArviZ data has no log_q: importance weights need variational fits, by to_arviz."
+            "the ArviZ data has no log_q: importance weights need variational fits, by to_arviz, "
+            "whose guide tells the density of its draws. Point masses (AutoDelta), "
+            "AutoLaplaceApproximation and supports that depend on other latents do not."
         )
-    return stats["log_p"].values - stats["log_q"].values
+    return stats["log_p"].values - stats[name].values
 
 
 def khat(data: Any) -> Khat:
@@ -74,20 +77,27 @@ def khat(data: Any) -> Khat:
         data: what `to_arviz` made of variational fits.
 
     Returns:
-        `Khat`: k-hat by member, and that of all draws together, each weighted by its own member's
-        density. Below 0.5 is good, above 0.7 bad.
+        `Khat`: k-hat by member, and that of all draws as draws of the equal mixture of all guides,
+        NaN where the guide does not tell the density of another member's draw. Below 0.5 is good,
+        above 0.7 bad.
 
     Raises:
         ValueError: if the data has no densities, or too few draws.
     """
-    ratios = _ratios(data)
-    return Khat(psis(ratios)[1], float(psis(ratios.reshape(-1))[1]))
+    mixture = float("nan")
+    members = psis(_ratios(data))[1]
+    if "log_q_mixture" in group_of(data, "sample_stats"):
+        mixture = float(psis(_ratios(data, "log_q_mixture").reshape(-1))[1])
+    return Khat(members, mixture)
 
 
 def importance_resample(
     rng_key: jax.Array, data: Any, num_samples: int | None = None
 ) -> dict[str, jax.Array]:
     """Resample the variational draws of all members towards the posterior.
+
+    They count as draws of the equal mixture of all guides, so that members that agree do not count
+    twice.
 
     Args:
         rng_key: one key.
@@ -101,6 +111,15 @@ def importance_resample(
         ValueError: if the data has no densities, or too few draws.
     """
     ratios = _ratios(data)
+    if ratios.shape[0] > 1:
+        if "log_q_mixture" not in group_of(data, "sample_stats"):
+            raise ValueError(
+                "the guide does not tell the density of one member's draw under another: resample "
+                "one member at a time, data.sel(chain=[e])."
+            )
+        ratios = _ratios(data, "log_q_mixture")
+    if num_samples is not None:
+        check_count("num_samples", num_samples)
     log_weights, shape = psis(ratios.reshape(-1))
     if shape > 0.7:
         warnings.warn(
@@ -118,7 +137,7 @@ def importance_resample(
 def member_weights(
     data: Any, method: Method = "stacking", *, var_name: str | None = None
 ) -> np.ndarray:
-    """Return weights `(E,)` of the members, adding up to 1.
+    """Return weights `(E,)` of the members, adding up to 1; 0 for those that failed.
 
     Args:
         data: what `to_arviz` made.
@@ -129,22 +148,29 @@ def member_weights(
     Raises:
         ValueError: for an unknown method, or if the data lacks what it needs.
     """
-    if method in ("stacking", "pseudo-bma"):
-        return _by_loo(data, method, var_name)
-    posterior = group_of(data, "posterior")
-    size = posterior.sizes["chain"]
-    if method == "uniform":
-        return np.full(size, 1 / size)
-    if method != "elbo":
+    if method not in ("stacking", "pseudo-bma", "elbo", "uniform"):
         raise ValueError(
             f'method takes "stacking", "pseudo-bma", "elbo" or "uniform", got {method!r}.'
         )
-    training = group_of(data, "training")
-    if training is None:
-        raise ValueError('method="elbo" needs the losses, which to_arviz keeps for runners alone.')
-    losses = training["loss"].values
-    score = np.array([row[np.isfinite(row)][-_RANKED_LOSSES:].mean() for row in losses])
-    return np.asarray(jax.nn.softmax(-jnp.asarray(score)))
+    posterior = group_of(data, "posterior")
+    size = posterior.sizes["chain"]
+    if method == "uniform":
+        values = np.full(size, 1 / size)
+    elif method == "elbo":
+        training = group_of(data, "training")
+        if training is None:
+            raise ValueError(
+                'method="elbo" needs the losses, which to_arviz keeps for runners alone.'
+            )
+        score = np.array([last_losses(row) for row in training["loss"].values])
+        values = np.asarray(jax.nn.softmax(-jnp.asarray(score)))
+    else:
+        values = _by_loo(data, method, var_name)
+    every = np.zeros(posterior.attrs.get("ensemble_size", size))
+    if len(every) == size:
+        return values
+    every[posterior.coords["chain"].values] = values
+    return every
 
 
 def _by_loo(data: Any, method: str, var_name: str | None) -> np.ndarray:
@@ -153,25 +179,28 @@ def _by_loo(data: Any, method: str, var_name: str | None) -> np.ndarray:
     found = group_of(data, "log_likelihood")
     if found is None:
         raise ValueError(f"method={method!r} needs the group log_likelihood.")
-    names = list(found.data_vars)
-    if var_name is None and len(names) > 1:
-        raise ValueError(f"var_name must be one of {names}.")
-    terms = found[var_name or names[0]].values
+    terms = found[name_of(found, var_name)].values
     size, number = terms.shape[:2]
+    if number > 1 and (np.ptp(terms, axis=1) == 0).all():
+        raise ValueError(
+            "the draws of each member are all the same, as MAP estimates are: LOO has nothing to "
+            'weigh within a member. Use method="elbo", or score held-out data.'
+        )
     if number < _LEAST_DRAWS:
         raise ValueError(
-            f"LOO needs {_LEAST_DRAWS} draws per member at least, got {number}: make the data with "
-            f"more, to_arviz(..., num_samples=100). The members of a MAP ensemble have one each; "
-            f'method="elbo" weighs them by their losses.'
+            f"LOO needs {_LEAST_DRAWS} draws per member at least, got {number}: make the data of "
+            f"variational fits with more, to_arviz(..., num_samples=100). The members of a MAP "
+            f'ensemble have one each; method="elbo" weighs them by their losses.'
         )
-    members = {}
+    members, legacy = {}, makes_inference_data()
     for e in range(size):
         groups = {
             "posterior": {"draw_number": np.arange(number)[None]},
             "log_likelihood": {"y": terms[e][None]},
         }
-        legacy = makes_inference_data()
         members[str(e)] = az.from_dict(**groups) if legacy else az.from_dict(groups)  # type: ignore[arg-type]
     kind: Any = "pseudo-BMA" if method == "pseudo-bma" else "stacking"
-    table = az.compare(members, method=kind)
-    return table["weight"].to_numpy(float)[np.argsort(table.index.astype(int))]
+    plain: Any = {} if legacy else {"round_to": "none"}
+    table = az.compare(members, method=kind, **plain)
+    values = table["weight"].to_numpy(float)[np.argsort(table.index.astype(int))]
+    return values / values.sum()

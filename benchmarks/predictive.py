@@ -1,0 +1,47 @@
+"""Time of predictions from an ensemble, against NumPyro's `Predictive` on the flattened draws.
+
+Run `python benchmarks/predictive.py [draws] [inputs]`; 16 members of 250 draws of the quickstart's
+network at 2,000 inputs by default. `Predictive` makes one draw after the other by default, or with
+`parallel=True` all at once. Both compile anew for each call of a new object; the second call of an
+`EnsemblePredictive` compiles nothing.
+"""
+
+import sys
+
+import jax
+import jax.numpy as jnp
+from common import in_turns, peak, report, uniform_start
+from numpyro.infer import Predictive
+from quickstart import model
+
+from numpyro_ensemble import EnsemblePredictive
+
+MEMBERS = 16
+
+
+def main(number, rows):
+    """Measure a first call and a second one, against both ways of NumPyro's."""
+    x = jnp.linspace(-12.0, 12.0, rows)
+    keys = jax.random.split(jax.random.key(0), (MEMBERS, number))
+    grouped = jax.vmap(jax.vmap(uniform_start))(keys)
+    flat = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), grouped)
+    kept = EnsemblePredictive(model, grouped, batch_ndims=2)
+    plain = {how: Predictive(model, flat, parallel=how) for how in (False, True)}
+    kept(jax.random.key(9), x)
+    print(f"{MEMBERS} members, {number} draws, {rows} inputs; peak memory {peak():.2f} GiB")
+
+    def first(key):
+        return EnsemblePredictive(model, grouped, batch_ndims=2)(key, x)
+
+    def second(key):
+        return kept(key, x)
+
+    for name, ours in (("first call", first), ("second call", second)):
+        for how, label in ((False, "one by one"), (True, "all at once")):
+            pairs = in_turns(ours, lambda key, how=how: plain[how](key, x), 5)
+            report(f"{name} / Predictive, {label}", pairs)
+            print(f"peak memory so far {peak():.2f} GiB")
+
+
+if __name__ == "__main__":
+    main(*(int(a) for a in sys.argv[1:3]) if len(sys.argv) > 1 else (250, 2000))

@@ -1,0 +1,78 @@
+"""One member, past its start: a plain `SVI` that steps and tells its loss and parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+from numpyro.infer import SVI
+from numpyro.infer.svi import SVIState
+from numpyro.infer.util import transform_fn
+
+from numpyro_ensemble.arguments import BATCH, Arguments
+from numpyro_ensemble.batching import Batches
+from numpyro_ensemble.guides import fill
+from numpyro_ensemble.preflight import Anatomy, Stems
+from numpyro_ensemble.training import keep_good
+
+if TYPE_CHECKING:
+    from numpyro_ensemble.engine import Ensemble
+
+
+class Member(NamedTuple):
+    """Pure functions of one member's state, what stems from its start, and its arguments."""
+
+    engine: Ensemble
+    arguments: Arguments
+    batches: Batches | None
+    anatomy: Anatomy
+
+    def guide(self, stems: Stems, dynamic: dict) -> Callable:
+        """Return the guide, with the values of the member's own start in it."""
+        return fill(self.anatomy.guide, stems.guide, dynamic)
+
+    def svi(self, state: SVIState, stems: Stems, dynamic: dict, scale: float = 1.0) -> SVI:
+        """Return a plain SVI, past its `init`."""
+        guide = self.guide(stems, dynamic)
+        model, guide = self.engine.weighted(guide, scale, state.optim_state[0])
+        svi = SVI(model, guide, self.engine.optim, self.engine.loss)
+        stem = iter(stems.constraints)
+        leaves = [next(stem) if leaf is None else leaf for leaf in self.anatomy.leaves]
+        transforms = jax.tree.unflatten(self.anatomy.transforms, leaves)
+        svi.constrain_fn = partial(transform_fn, transforms)
+        return svi
+
+    def update(
+        self, state: SVIState, stems: Stems, dynamic: dict, rows: Any, stable: bool, forward: bool
+    ) -> tuple[SVIState, jax.Array]:
+        """Take one step, on these rows of the batched arguments if there are any."""
+        scale = 1.0
+        if rows is not None and self.batches is not None:
+            scale = self.batches.total / rows.shape[-1]
+            taken = [leaf.at[rows].get(mode="promise_in_bounds") for leaf in dynamic[BATCH]]
+            dynamic = {**dynamic, BATCH: taken}
+        args, kwargs = self.arguments.rebuild(dynamic)
+        svi = self.svi(state, stems, dynamic, scale)
+        step = svi.stable_update if stable else svi.update
+        new, loss = step(state, *args, forward_mode_differentiation=forward, **kwargs)
+        if new.mutable_state is None:  # losses of several particles leave it alone
+            new = new._replace(mutable_state=state.mutable_state)
+        if not stable:
+            return new, loss
+        return keep_good(state, new, loss, counts=rows is not None)
+
+    def loss(self, state: SVIState, stems: Stems, dynamic: dict) -> jax.Array:
+        """Return the loss, with the randomness of the next step."""
+        args, kwargs = self.arguments.rebuild(dynamic)
+        svi = self.svi(state, stems, dynamic)
+        key = jax.random.split(state.rng_key)[1]  # as SVI.evaluate
+        params = {**svi.get_params(state), **(state.mutable_state or {})}
+        return svi.loss.loss(key, params, svi.model, svi.guide, *args, **kwargs)
+
+    def params(self, state: SVIState, stems: Stems, dynamic: dict) -> dict[str, Any]:
+        """Return the parameters, as users see them."""
+        args, kwargs = self.arguments.rebuild(dynamic)
+        params = self.svi(state, stems, dynamic).get_params(state)
+        return self.engine.member_params(self.anatomy.guide, params, args, kwargs)

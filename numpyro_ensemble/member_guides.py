@@ -1,0 +1,106 @@
+"""Draws from the guides of all members, in one program of bounded memory."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from numpyro_ensemble.bound import ARGUMENT_AXES, Bound
+from numpyro_ensemble.draws import (
+    Density,
+    density_at,
+    draw_latents,
+    draw_with_density,
+    fill_model,
+    map_draws,
+    pick,
+)
+from numpyro_ensemble.preflight import STEM_AXES, Stems
+
+
+class MemberGuides(NamedTuple):
+    """The guides of one fit, called with these arguments."""
+
+    bound: Bound
+    args: tuple
+    kwargs: dict[str, Any]
+    with_density: bool
+
+    def draw(
+        self, number: int, key: jax.Array, params: dict, stems: Stems, dynamic: dict
+    ) -> tuple[dict[str, Any], dict[str, jax.Array], jax.Array]:
+        """Return the model's sites `(E, number, ...)` at draws from the guides, and log densities.
+
+        The last value says whether the density under the mixture is that of the same draws.
+        """
+        size = self.bound.engine.ensemble_size
+        keys = jax.random.split(key, (size, number))
+        axes = (0, None, None, None), (0, 0, STEM_AXES, ARGUMENT_AXES)
+        many = jax.vmap(jax.vmap(self._latents, in_axes=axes[0]), in_axes=axes[1])
+        latents, density = many(keys, params, stems, dynamic)
+        samples = self._filled(keys, params, latents)
+        if density is None:
+            return samples, {}, jnp.asarray(True)
+        densities, known = {"log_q": density.log_q}, jnp.asarray(True)
+        mixture = self._mixture(latents, density, params, stems, dynamic)
+        if mixture is not None:
+            densities["log_q_mixture"], known = mixture
+        return samples, densities, known
+
+    def _latents(
+        self, key: jax.Array, params: dict, stems: Stems, dynamic: dict
+    ) -> tuple[dict[str, Any], Density | None]:
+        guide = self.bound.member.guide(stems, dynamic)
+        key = jax.random.split(key)[0]
+        if self.with_density:
+            return draw_with_density(guide, key, params, self.args, self.kwargs)
+        return draw_latents(guide, key, params, self.args, self.kwargs), None
+
+    def _filled(self, keys: jax.Array, params: dict, latents: dict) -> dict[str, Any]:
+        """Run the model on the draws, as many at once as there is room for."""
+        model = self.bound.engine.model
+        size, number = keys.shape[:2]
+
+        def one(where: tuple) -> dict[str, Any]:
+            key, e, s = where
+            known = {**pick(params, e), **pick(latents, e, s)}
+            key = jax.random.split(key)[1]
+            trace = fill_model(model, key, known, self.args, self.kwargs)
+            return {
+                name: site["value"]
+                for name, site in trace.items()
+                if site["type"] == "deterministic"
+                or (site["type"] == "sample" and not site["is_observed"])
+            }
+
+        member, place = np.divmod(np.arange(size * number), number)
+        samples = map_draws(one, (keys.reshape(size * number, *keys.shape[2:]), member, place))
+        return jax.tree.map(lambda x: x.reshape(size, number, *x.shape[1:]), samples)
+
+    def _mixture(
+        self, latents: dict, density: Density, params: dict, stems: Stems, dynamic: dict
+    ) -> tuple[jax.Array, jax.Array] | None:
+        """Return the log density of all draws under the equal mixture of all guides."""
+        size, number = density.log_q.shape
+        flat = jax.tree.map(
+            lambda x: x.reshape(size * number, *x.shape[2:]), (latents, density.values)
+        )
+
+        def under(params: dict, stems: Stems, dynamic: dict) -> tuple[jax.Array, jax.Array]:
+            guide = self.bound.member.guide(stems, dynamic)
+
+            def at(draw: tuple) -> tuple[jax.Array, jax.Array]:
+                return density_at(guide, draw[0], draw[1], params, self.args, self.kwargs)
+
+            return map_draws(at, flat)
+
+        try:
+            every = jax.vmap(under, in_axes=(0, STEM_AXES, ARGUMENT_AXES))
+            log_q, same = every(params, stems, dynamic)
+        except NotImplementedError:  # flows that cannot be inverted
+            return None
+        mixture = jax.nn.logsumexp(log_q, axis=0) - np.log(size)
+        return mixture.reshape(size, number), same.all()
