@@ -1,0 +1,184 @@
+"""Many-chain kernels against NumPyro's NUTS: speed, convergence, correctness, calibration.
+
+Run `python benchmarks/mcmc.py speed irt [repeats]` (or `radon`) for effective draws a second,
+compilation included, in turns with NUTS; `chains irt` for 16 to 1,024 chains; `moments [problem]`
+for means and standard deviations against theory or a long NUTS run; `sbc` for calibration.
+"""
+
+import statistics
+import sys
+import time
+import warnings
+
+import arviz as az
+import jax
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+from mcmc_problems import PROBLEMS, known_moments
+from numpyro.infer import MCMC, NUTS
+
+from numpyro_ensemble.mcmc import MEADS, ChEES
+
+warnings.filterwarnings("ignore", category=FutureWarning)
+KERNELS = {"MEADS": MEADS, "ChEES": ChEES, "NUTS": NUTS}
+
+
+def run(name, problem, key, num_chains=64, num_warmup=1000, num_samples=1000, **options):
+    """Run one kernel; return draws `(C, N, ...)`, wall seconds and seconds of the processor."""
+    model, args = PROBLEMS[problem]
+    if name == "NUTS":
+        num_chains, num_warmup = 4, num_warmup // 2
+    mcmc = MCMC(
+        KERNELS[name](model, **options),
+        num_warmup=num_warmup,
+        num_samples=num_samples,
+        num_chains=num_chains,
+        chain_method="vectorized",
+        progress_bar=False,
+    )
+    begin, begin_cpu = time.perf_counter(), time.process_time()
+    mcmc.run(key, *args)
+    draws = jax.block_until_ready(mcmc.get_samples(group_by_chain=True))
+    times = time.perf_counter() - begin, time.process_time() - begin_cpu
+    return {k: np.asarray(v) for k, v in draws.items()}, *times
+
+
+def figures(draws):
+    """Return the largest R-hat and the smallest bulk and tail ESS over all parameters."""
+    data = az.convert_to_dataset(draws)
+    tables = az.rhat(data), az.ess(data), az.ess(data, method="tail")
+    largest, bulk, tail = (
+        op([op(np.asarray(table[name])) for name in table.data_vars])
+        for table, op in zip(tables, (np.max, np.min, np.min), strict=True)
+    )
+    return float(largest), float(bulk), float(tail)
+
+
+def line(label, draws, wall, cpu):
+    """Print the figures of one run; return effective draws a second, and of the processor's."""
+    rhat, bulk, tail = figures(draws)
+    print(
+        f"{label:24} R-hat {rhat:.4f}, ESS bulk {bulk:6.0f} tail {tail:6.0f}, {wall:6.1f} s: "
+        f"{bulk / wall:6.1f} a second; processor {cpu:6.1f} s: {bulk / cpu:6.1f}",
+        flush=True,
+    )
+    return bulk / wall, bulk / cpu
+
+
+def speed(problem="irt", repeats="2", *names):
+    """Compare effective draws a second in turns, everything compiled anew in each run."""
+    rates = {name: [] for name in (*(names or ("MEADS", "ChEES")), "NUTS")}
+    for i in range(int(repeats)):
+        for name in rates if i % 2 else reversed(rates):
+            jax.clear_caches()
+            outcome = run(name, problem, jax.random.key(i))
+            rates[name].append(line(f"{problem}, {name}, key {i}", *outcome))
+    for name in rates:
+        ratios = np.array(rates[name]) / np.array(rates["NUTS"])
+        wall, cpu = map(statistics.median, ratios.T)
+        print(f"{name} / NUTS: {wall:.2f} by the clock, {cpu:.2f} by the processor")
+
+
+def chains(problem="irt", *names):
+    """Show 16 to 1,024 chains, with fewer draws from each the more there are."""
+    for name in names or ("MEADS", "ChEES"):
+        for num_chains in (16, 64, 256, 1024):
+            draws = max(1000 * 64 // num_chains, 100) if num_chains > 64 else 1000
+            warmup = 1000 if num_chains <= 64 else 500
+            outcome = run(name, problem, jax.random.key(0), num_chains, warmup, draws)
+            line(f"{name}, {num_chains} chains x {draws}", *outcome)
+
+
+def moments(*problems):
+    """Compare means and standard deviations with theory, or with a long run of NUTS."""
+    known = known_moments()
+    for problem in problems or PROBLEMS:
+        reference = known.get(problem)
+        longest = None
+        if reference is None:
+            longest, *_ = run("NUTS", problem, jax.random.key(99), 4, 2000, 5000)
+        for name in ("MEADS", "ChEES", "NUTS"):
+            draws, *_ = run(name, problem, jax.random.key(1))
+            scores = np.concatenate(
+                [
+                    z_scores(draws[k], (reference or {}).get(k), longest and longest[k])
+                    for k in draws
+                ]
+            )
+            rhat, bulk, _ = figures(draws)
+            print(
+                f"{problem:18} {name:6} largest |z| of {scores.size:4}: {np.abs(scores).max():5.2f}"
+                f", mean z^2 {np.mean(scores**2):5.2f}, R-hat {rhat:.4f}, ESS {bulk:.0f}",
+                flush=True,
+            )
+
+
+def z_scores(draws, truth, longest):
+    """Return errors of mean and variance in standard errors; without a truth none."""
+    if truth is None and longest is None:
+        return np.zeros(0)
+    mean, sd = truth or (longest.mean((0, 1)), longest.std((0, 1)))
+    scores = []
+    for power, expected in ((1, 0.0), (2, np.asarray(sd) ** 2)):
+        value = (draws - mean) ** power
+        error = value.var((0, 1)) / ess(value)
+        if longest is not None:
+            other = (longest - mean) ** power
+            error = error + other.var((0, 1)) / ess(other)
+            expected = other.mean((0, 1))
+        scores.append(np.ravel((value.mean((0, 1)) - expected) / np.sqrt(error)))
+    return np.concatenate(scores)
+
+
+def ess(draws):
+    """Return the effective sample size of means."""
+    data = az.convert_to_dataset({"x": draws})
+    return np.asarray(az.ess(data, method="mean")["x"])
+
+
+def small(y=None):
+    """A mean and a scale, and five observations of them."""
+    mu = numpyro.sample("mu", dist.Normal(0, 1))
+    s = numpyro.sample("s", dist.HalfNormal(1))
+    with numpyro.plate("row", 5):
+        return numpyro.sample("y", dist.Normal(mu, s), obs=y)
+
+
+def sbc(datasets="200", *names):
+    """Rank true values among posterior draws, and test that ranks are uniform."""
+    from scipy.stats import chisquare
+
+    number, bins, kept = int(datasets), 10, 99
+    prior = numpyro.infer.Predictive(small, num_samples=number)(jax.random.key(0))
+    for name in names or ("MEADS", "ChEES"):
+        mcmc = MCMC(
+            KERNELS[name](small),
+            num_warmup=300,
+            num_samples=100,
+            num_chains=16,
+            chain_method="vectorized",
+            progress_bar=False,
+        )
+
+        @jax.jit
+        def draw(key, y, mcmc=mcmc):
+            mcmc.run(key, y)
+            return mcmc.get_samples()
+
+        ranks = {"mu": [], "s": []}
+        for i in range(number):
+            draws = draw(jax.random.fold_in(jax.random.key(1), i), prior["y"][i])
+            pick = np.random.default_rng(i).choice(1600, kept, replace=False)
+            for site in ranks:
+                below = np.asarray(draws[site])[pick] < float(prior[site][i])
+                ranks[site].append(int(below.sum()))
+        for site, values in ranks.items():
+            histogram = np.histogram(values, bins, (0, kept + 1))[0]
+            p = chisquare(histogram).pvalue
+            print(f"{name} {site:3} ranks {histogram.tolist()}, p = {p:.3f}", flush=True)
+
+
+if __name__ == "__main__":
+    command, *rest = sys.argv[1:] or ["speed"]
+    {"speed": speed, "chains": chains, "moments": moments, "sbc": sbc}[command](*rest)

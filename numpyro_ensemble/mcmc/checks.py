@@ -1,0 +1,92 @@
+"""Whether chains can start where they are."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from blackjax.adaptation.meads_adaptation import maximum_eigenvalue
+
+from numpyro_ensemble.mcmc.target import flat, site_of
+
+_NAMED = 10
+_FREEZING = 1e3  # the largest eigenvalue above which steps are a 60th of the scale, or less
+_FAR = 5.0  # times the virial of the typical set
+
+
+class Survey(NamedTuple):
+    """What is known of a start."""
+
+    finite: jax.Array  # (C,), whether density and gradient are
+    varies: jax.Array  # (d,), whether the chains differ in a coordinate, in every fold
+    eigenvalue: jax.Array  # (K,), the largest one of the scaled gradients
+    virial: jax.Array  # mean of -(z - mean) * gradient, which is 1 in the typical set
+
+
+def survey(log_density: Any, z: Any, num_folds: int) -> tuple[Any, jax.Array, Any, Survey]:
+    """Return positions, log densities, gradients and what is known of them."""
+    z = jax.tree.map(lambda x: jnp.asarray(x, jnp.result_type(x, float)), z)
+    values, grads = jax.vmap(jax.value_and_grad(log_density))(z)
+    rows, slopes = flat(z), flat(grads)
+    finite = jnp.isfinite(values) & jnp.isfinite(slopes).all(axis=1)
+    folds = rows.reshape(num_folds, -1, rows.shape[1])
+    scale = folds.std(axis=1)
+    scaled = slopes.reshape(folds.shape) * scale[:, None]
+    varies = (scale > 0).all(axis=0)
+    eigenvalues = jax.vmap(maximum_eigenvalue)(scaled)
+    virial = -((rows - rows.mean(axis=0, keepdims=True)) * slopes).mean()
+    return z, values, grads, Survey(finite, varies, eigenvalues, virial)
+
+
+def check_start(name: str, z: Any, found: Survey) -> None:
+    """Raise or warn where chains cannot start, or would not get away from, where they are.
+
+    Raises:
+        ValueError: if a chain has no finite density, or all agree in a coordinate.
+    """
+    if isinstance(found.finite, jax.core.Tracer):
+        return
+    finite = np.asarray(found.finite)
+    if not finite.all():
+        wrong = np.flatnonzero(~finite)
+        shown = ", ".join(map(str, wrong[:_NAMED])) + (", ..." if len(wrong) > _NAMED else "")
+        raise ValueError(
+            f"{len(wrong)} of {len(finite)} chains start where the log density or its gradient is "
+            f"not finite: {shown}. Leave init_params out, so that {name} finds its start, or take "
+            f"it from numpyro_ensemble.mcmc.starts."
+        )
+    varies = np.asarray(found.varies)
+    if not varies.all():
+        site = site_of(z, int(np.flatnonzero(~varies)[0]))
+        raise ValueError(
+            f"The chains start at the same value of {site!r}, which makes its scale zero. Spread "
+            f"them: add noise to init_params, or take them from numpyro_ensemble.mcmc.starts."
+        )
+    largest, virial = float(np.max(np.asarray(found.eigenvalue))), float(found.virial)
+    if largest > _FREEZING and virial > _FAR:
+        warnings.warn(
+            f"{name} starts far from the typical set, where its chains may freeze: the largest "
+            f"eigenvalue of the scaled gradients is {largest:.1e} (1 to 100 is usual), so that "
+            f"steps are {0.5 / largest**0.5:.1e} of the scale. Leave init_params out, with "
+            f'start="nuts", or take them from numpyro_ensemble.mcmc.starts.',
+            stacklevel=4,
+        )
+
+
+def check_count(name: str, value: Any) -> None:
+    """Raise where an option is not an integer of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise TypeError(f"{name} takes an integer, got {value!r}.")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}.")
+
+
+def check_positive(name: str, value: Any) -> None:
+    """Raise where an option is not a finite number above 0."""
+    if isinstance(value, bool) or not isinstance(value, int | float | np.number):
+        raise TypeError(f"{name} takes a number, got {value!r}.")
+    if not (np.isfinite(value) and value > 0):
+        raise ValueError(f"{name} takes a finite number above 0, got {value}.")

@@ -1,0 +1,94 @@
+"""Convergence of many short chains."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+from jax.typing import ArrayLike
+from scipy.special import ndtri
+from scipy.stats import rankdata
+
+_METHODS = ("rank", "identity")
+
+
+def rhat_nested(samples: Any, superchains: ArrayLike, *, method: str = "rank") -> Any:
+    """Compute nested R-hat, for many chains that are too short for R-hat each (Margossian et al.).
+
+    Chains that start at the same point make a superchain. What is compared is the means of
+    superchains, so that a chain may be as short as one draw. It tells whether chains have
+    forgotten where they started, and is 1 or more. `arviz.rhat_nested` is the same, for one
+    parameter or ArviZ data, from ArviZ 1.0 on.
+
+    Args:
+        samples: draws `(C, N, ...)`, or a dict of them: `mcmc.get_samples(group_by_chain=True)`.
+        superchains: `(C,)` the number of each chain's starting point; each has as many chains.
+            After `starts.from_nuts` with S starts that is `np.arange(C) % S`.
+        method: "rank" is the larger one of that of ranks and of folded ranks, on halves of chains;
+            "identity" takes draws as they are.
+
+    Returns:
+        Nested R-hat of each parameter, in the form of the samples.
+
+    Raises:
+        ValueError: if superchains do not fit the chains, or differ in size.
+
+    Example:
+        >>> import numpy as np
+        >>> from numpyro_ensemble.mcmc import rhat_nested
+        >>> draws = np.random.default_rng(0).normal(size=(64, 20))
+        >>> print(rhat_nested(draws, np.arange(64) % 4).round(1))
+        1.0
+    """
+    if method not in _METHODS:
+        raise ValueError(f"method takes one of {list(_METHODS)}, got {method!r}.")
+    superchains = np.asarray(superchains)
+    _, groups, sizes = np.unique(superchains, return_inverse=True, return_counts=True)
+    if superchains.ndim != 1 or len(sizes) < 2 or (sizes != sizes[0]).any():
+        raise ValueError(
+            f"superchains takes the number of each chain's starting point, at least 2 of them with "
+            f"as many chains each; got {sizes.tolist()} chains."
+        )
+
+    def of_one(draws: Any) -> np.ndarray:
+        draws = np.asarray(draws, float)
+        if draws.ndim < 2 or len(draws) != len(superchains):
+            raise ValueError(
+                f"samples takes draws (C, N, ...) of {len(superchains)} chains, got shape "
+                f"{draws.shape}. Use get_samples(group_by_chain=True)."
+            )
+        columns = np.moveaxis(draws.reshape(*draws.shape[:2], -1), 2, 0)
+        values = [_by_method(column, groups, method) for column in columns]
+        return np.array(values).reshape(draws.shape[2:])[()]
+
+    return jax.tree.map(of_one, samples)
+
+
+def _by_method(draws: np.ndarray, groups: np.ndarray, method: str) -> float:
+    if method == "identity":
+        return _nested(draws, groups)
+    half = draws.shape[1] // 2
+    if half < 1:
+        raise ValueError('samples of one draw a chain have no halves: use method="identity".')
+    halves = np.concatenate([draws[:, :half], draws[:, -half:]])
+    groups = np.concatenate([groups, groups])
+    folded = np.abs(halves - np.median(halves))
+    return max(_nested(_normal_scores(halves), groups), _nested(_normal_scores(folded), groups))
+
+
+def _normal_scores(draws: np.ndarray) -> np.ndarray:
+    ranks = rankdata(draws, axis=None).reshape(draws.shape)
+    return ndtri((ranks - 0.375) / (draws.size + 0.25))
+
+
+def _nested(draws: np.ndarray, groups: np.ndarray) -> float:
+    """Return nested R-hat, equation 8 of Margossian et al. (2024)."""
+    order = np.argsort(groups, kind="stable")
+    number = groups.max() + 1
+    means = draws.mean(axis=1)[order].reshape(number, -1)
+    variances = draws.var(axis=1, ddof=1) if draws.shape[1] > 1 else np.zeros(len(draws))
+    within = variances[order].reshape(number, -1).mean(axis=1)
+    if means.shape[1] > 1:  # equation 7
+        within = within + means.var(axis=1, ddof=1)
+    return float(np.sqrt(1.0 + means.mean(axis=1).var(ddof=1) / within.mean()))

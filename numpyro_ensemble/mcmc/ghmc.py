@@ -1,0 +1,95 @@
+"""One step of BlackJAX's generalized HMC for all chains, from which every chain recovers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from blackjax.mcmc import ghmc
+from blackjax.mcmc.ghmc import GHMCState
+from blackjax.mcmc.metrics import LowRankInverseMassMatrix, default_metric
+from jax.flatten_util import ravel_pytree
+
+from numpyro_ensemble.mcmc.target import all_finite, choose
+
+
+def first_momentum(key: jax.Array, z: Any, scale: jax.Array) -> tuple[Any, jax.Array]:
+    """Draw one chain's momentum and slice variable."""
+    momentum_key, slice_key = jax.random.split(key)
+    row, unravel = ravel_pytree(z)
+    momentum = unravel(jax.random.normal(momentum_key, row.shape, row.dtype) / scale)
+    return momentum, jax.random.uniform(slice_key, (), row.dtype, -1.0, 1.0)
+
+
+class Outcome(NamedTuple):
+    """What is known of steps of all chains, summed over the steps: each field is `(C,)`."""
+
+    energy: jax.Array  # after the last step
+    accept_prob: jax.Array
+    num_divergences: jax.Array
+
+
+def ghmc_step(
+    keys: jax.Array,
+    chains: GHMCState,
+    log_density: Callable,
+    step_size: jax.Array,
+    scale: Any,
+    damping: jax.Array,
+    drift: jax.Array,
+) -> tuple[GHMCState, Outcome]:
+    """Move every chain one step.
+
+    A chain whose proposal has no finite density or gradient stays where it was, with its momentum
+    reversed, as after any rejection, and counts as diverged. BlackJAX rejects it too, but
+    multiplies its slice variable by 0 times infinity, and leaves it to the compiler what that is.
+
+    Args:
+        keys: `(C,)`.
+        chains: BlackJAX's state, with a leading chain axis.
+        log_density: of one chain's position.
+        step_size: `(C,)`.
+        scale: `(C, d)` standard deviations, or one low-rank metric for all chains.
+        damping: `(C,)`.
+        drift: `(C,)`.
+    """
+    low_rank = isinstance(scale, LowRankInverseMassMatrix)
+    move = jax.vmap(ghmc.build_kernel(), in_axes=(0, 0, None, 0, None if low_rank else 0, 0, 0))
+    new, info = move(keys, chains, log_density, step_size, scale, damping, drift)
+    before = (chains.slice + 1.0 + drift) % 2 - 1.0
+    stayed = chains._replace(momentum=jax.tree.map(jnp.negative, info.momentum), slice=before)
+    whole = all_finite(new.logdensity, new.logdensity_grad)
+    new = choose(whole, new, stayed)
+    new = new._replace(slice=jnp.where(jnp.isfinite(new.slice), new.slice, before))
+    energy = kinetic_energy(scale, new.momentum) - new.logdensity
+    return new, Outcome(energy, info.acceptance_rate, (info.is_divergent | ~whole).astype(int))
+
+
+def ghmc_steps(
+    keys: jax.Array, num_steps: Any, chains: GHMCState, *parameters: Any
+) -> tuple[GHMCState, Outcome]:
+    """Make the first `num_steps` of as many steps as there are rows of keys `(S, C)`."""
+    if keys.shape[0] == 1:
+        return ghmc_step(keys[0], chains, *parameters)
+
+    def body(j: jax.Array, carry: tuple) -> tuple:
+        new, so_far = carry
+        new, this = ghmc_step(keys[j], new, *parameters)
+        return new, Outcome(
+            this.energy,
+            so_far.accept_prob + this.accept_prob,
+            so_far.num_divergences + this.num_divergences,
+        )
+
+    zeros = jnp.zeros_like(chains.logdensity)
+    nothing = Outcome(zeros, zeros, jnp.zeros(zeros.shape, int))
+    return jax.lax.fori_loop(0, num_steps, body, (chains, nothing))
+
+
+def kinetic_energy(scale: Any, momentum: Any) -> jax.Array:
+    """Return the kinetic energy of each chain."""
+    if isinstance(scale, LowRankInverseMassMatrix):
+        return jax.vmap(default_metric(scale).kinetic_energy)(momentum)
+    return jax.vmap(lambda s, p: default_metric(s**2).kinetic_energy(p))(scale, momentum)

@@ -1,0 +1,260 @@
+"""What the kernels share: NumPyro's `MCMCKernel` over all chains at once."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from numpyro.infer import init_to_uniform
+from numpyro.infer.mcmc import MCMCKernel
+from numpyro.util import is_prng_key
+
+from numpyro_ensemble.mcmc.checks import Survey, check_start, survey
+from numpyro_ensemble.mcmc.progress import Progress
+from numpyro_ensemble.mcmc.searches import STARTS
+from numpyro_ensemble.mcmc.target import Target
+
+
+class _Fields(NamedTuple):
+    i: jax.Array
+    z: Any
+    z_grad: Any
+    potential_energy: jax.Array
+    energy: jax.Array
+    r: Any
+    slice: Any
+    num_steps: jax.Array
+    accept_prob: jax.Array
+    mean_accept_prob: jax.Array
+    diverging: jax.Array
+    num_divergences: jax.Array
+    adapt_state: Any
+    rng_key: jax.Array
+
+
+class ChainsState(_Fields):
+    """The state of all chains; every array has a leading chain axis, so any can be collected.
+
+    Attributes:
+        i: number of iterations made.
+        z: unconstrained values.
+        z_grad: gradient of the potential energy.
+        potential_energy: negative log density of `z`.
+        energy: potential and kinetic energy.
+        r: momentum, where it persists.
+        slice: the slice variable of generalized HMC.
+        num_steps: leapfrog steps of this iteration.
+        accept_prob: acceptance probability of this iteration.
+        mean_accept_prob: its mean since the start or the end of warm-up.
+        diverging: whether a step of this iteration diverged.
+        num_divergences: how many steps diverged since the start or the end of warm-up.
+        adapt_state: what is adapted, `step_size` among it.
+        rng_key: one key for each chain.
+    """
+
+    __slots__ = ()
+
+    def _replace(self, /, **changes: Any) -> ChainsState:  # type: ignore[override]
+        """Replace fields; MCMC gives ensemble kernels one key, which is split for the chains."""
+        if is_prng_key(changes.get("rng_key")):
+            changes["rng_key"] = jax.random.split(changes["rng_key"], self.i.shape[0])
+        return super()._replace(**changes)
+
+
+class ManyChainKernel(MCMCKernel):
+    """A kernel that adapts over all chains at once.
+
+    A subclass says how many chains it needs, starts its adaptation, and makes one iteration.
+    """
+
+    def __init__(
+        self,
+        model: Callable | None = None,
+        potential_fn: Callable | None = None,
+        *,
+        start: str | Callable = "nuts",
+        init_strategy: Callable = init_to_uniform,
+    ) -> None:
+        self._target = Target(model, potential_fn, init_strategy)
+        if not callable(start) and start not in STARTS:
+            raise ValueError(f"start takes one of {sorted(STARTS)} or a function, got {start!r}.")
+        self._start = start
+        # MCMC runs init at every run of a kernel that has none; here a state is all `sample` needs
+        self._sample_fn = self.sample
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in vars(self).items() if k != "_sample_fn"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _sample_fn=self.sample)
+
+    @property
+    def model(self) -> Callable | None:
+        """The NumPyro model."""
+        return self._target.model
+
+    @property
+    def sample_field(self) -> str:
+        """The field that holds the draws."""
+        return "z"
+
+    @property
+    def default_fields(self) -> tuple[str, ...]:
+        """The fields that are collected unasked."""
+        return ("z", "diverging")
+
+    @property
+    def is_ensemble_kernel(self) -> bool:
+        """True: the progress bar speaks of all chains together."""
+        return True
+
+    def postprocess_fn(self, args: tuple, kwargs: dict) -> Callable:
+        """Return the map from one chain's unconstrained values to the model's sites."""
+        # MCMC calls it once outside its program, where the model would run operation by operation
+        return self._target.compiled(
+            "constrain",
+            lambda z, args, kwargs: self._target.constrain(args, kwargs)(z),
+            args,
+            kwargs,
+        )
+
+    def get_diagnostics_str(self, state: ChainsState) -> str:
+        """Return step size, acceptance and divergences over all chains, for the progress bar."""
+        step_size = float(np.mean(np.asarray(state.adapt_state.step_size)))
+        accepted = float(np.mean(np.asarray(state.mean_accept_prob)))
+        steps = int(np.max(np.asarray(state.num_steps)))
+        diverged = int(np.sum(np.asarray(state.num_divergences)))
+        return (
+            f"{steps} steps of size {step_size:.2e}. acc. prob={accepted:.2f}, "
+            f"{diverged} divergences in {state.i.shape[0]} chains"
+        )
+
+    def init(
+        self,
+        rng_key: jax.Array,
+        num_warmup: int,
+        init_params: Any = None,
+        model_args: tuple = (),
+        model_kwargs: dict | None = None,
+    ) -> ChainsState:
+        """Find the chains' start, or check the one that is given, and return their state.
+
+        Raises:
+            ValueError: for chains that cannot be adapted together, or cannot start where they are.
+        """
+        args, kwargs = model_args, model_kwargs or {}
+        name = type(self).__name__
+        if is_prng_key(rng_key):
+            raise ValueError(
+                f"{name} adapts over all chains at once and was given one alone. Write "
+                f'MCMC({name}(model), num_chains=64, chain_method="vectorized", ...).'
+            )
+        num_chains = rng_key.shape[0]
+        self._check_chains(num_chains)
+        names = self._target.check(args, kwargs)
+        keys = jax.vmap(lambda key: jax.random.split(key, 3))(rng_key)
+        if init_params is None:
+            init_params = self._find_start(keys[0, 2], num_chains, args, kwargs)
+        if names is not None:
+            _check_names(init_params, names)
+        first = self._target.compiled(
+            ("first", num_warmup), partial(self._first, num_warmup), args, kwargs
+        )
+        state, found = first(init_params, keys)
+        check_start(name, state.z, found)
+        return state
+
+    def _find_start(self, key: jax.Array, num_chains: int, args: tuple, kwargs: dict) -> Any:
+        if callable(self._start):
+            return self._start(key, num_chains, *args, **kwargs)
+        if self._target.model is None:
+            raise ValueError(
+                "A kernel with a potential_fn needs to be told where its chains start: "
+                "mcmc.run(key, init_params=...), with a leading axis of num_chains."
+            )
+        return STARTS[self._start](self._target, key, num_chains, args, kwargs)
+
+    def _first(
+        self, num_warmup: int, z: Any, keys: jax.Array, args: tuple, kwargs: dict
+    ) -> tuple[ChainsState, Survey]:
+        """Return the state of chains that have not moved, and what is known of their start."""
+        z, log_density, grad, found = survey(
+            self._target.log_density(args, kwargs), z, self._num_folds
+        )
+        num_chains = log_density.shape[0]
+        zeros = jnp.zeros_like(log_density)
+        state = ChainsState(
+            i=jnp.zeros(num_chains, int),
+            z=z,
+            z_grad=jax.tree.map(jnp.negative, grad),
+            potential_energy=-log_density,
+            energy=-log_density,
+            r=None,
+            slice=None,
+            num_steps=jnp.zeros(num_chains, int),
+            accept_prob=zeros,
+            mean_accept_prob=zeros,
+            diverging=jnp.zeros(num_chains, bool),
+            num_divergences=jnp.zeros(num_chains, int),
+            adapt_state=None,
+            rng_key=keys[:, 0],
+        )
+        progress = Progress.start(num_warmup, num_chains)
+        return self._first_adaptation(keys[:, 1], state, progress, found), found
+
+    def sample(self, state: ChainsState, model_args: tuple, model_kwargs: dict) -> ChainsState:
+        """Make one iteration of all chains: one step of the scheme in warm-up, else one draw.
+
+        Raises:
+            ValueError: if nothing was ever adapted.
+        """
+        progress = state.adapt_state.progress
+        if progress.remaining is None:
+            raise ValueError(
+                f"num_warmup=0 leaves {type(self).__name__} unadapted. Give MCMC a num_warmup, or "
+                f"set mcmc.post_warmup_state to the state of a run that had one."
+            )
+        log_density = self._target.log_density(model_args, model_kwargs)
+        keys = jax.vmap(jax.random.split)(state.rng_key)
+        new = self._iterate(keys[:, 1], state, log_density)
+        n = jnp.where(progress.warming, progress.iteration, state.i - progress.iteration) + 1
+        mean = jnp.where(n == 1, 0.0, state.mean_accept_prob)
+        mean = mean + (new.accept_prob - mean) / n
+        return new._replace(
+            i=state.i + 1,
+            rng_key=keys[:, 0],
+            mean_accept_prob=mean.astype(state.mean_accept_prob.dtype),
+            num_divergences=jnp.where(n == 1, 0, state.num_divergences) + new.num_divergences,
+        )
+
+    # What a subclass adds -----------------------------------------------------------------------
+
+    _num_folds = 1
+
+    @abstractmethod
+    def _check_chains(self, num_chains: int) -> None:
+        """Raise a ValueError where so many chains cannot be adapted together."""
+
+    @abstractmethod
+    def _first_adaptation(
+        self, keys: jax.Array, state: ChainsState, progress: Progress, found: Survey
+    ) -> ChainsState:
+        """Return the state with its first momentum and adaptation."""
+
+    @abstractmethod
+    def _iterate(self, keys: jax.Array, state: ChainsState, log_density: Callable) -> ChainsState:
+        """Make one iteration; `num_divergences` of what is returned counts those of it alone."""
+
+
+def _check_names(init_params: Any, names: tuple[str, ...]) -> None:
+    if not isinstance(init_params, dict) or set(init_params) != set(names):
+        got = sorted(init_params) if isinstance(init_params, dict) else type(init_params).__name__
+        raise ValueError(
+            f"init_params takes unconstrained values by the names of the latent sites, "
+            f"{sorted(names)}; got {got}."
+        )

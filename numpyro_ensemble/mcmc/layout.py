@@ -1,0 +1,61 @@
+"""How many chains a density is evaluated for at once: a matter of speed alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+from jax.extend.core import jaxprs_in_params
+
+_FEW = 4  # chains at once: on IRT with 64 chains 1.9 ms for a gradient of all, instead of 4.2
+
+
+def laid_out(log_density: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """Return the same function `(z, data)`, whose gradient for many chains is laid out as suits it.
+
+    XLA's CPU code for the gradient of an index, `a[group]`, takes two to three times as long for
+    all chains at once as for a few at a time. Everything else it does best for all at once.
+    The function may close over nothing that is traced.
+    """
+    if jax.default_backend() != "cpu":
+        return log_density
+    both = jax.value_and_grad(log_density)
+
+    @jax.custom_batching.custom_vmap
+    def of_one(z: Any, data: Any) -> tuple[jax.Array, Any]:
+        return both(z, data)
+
+    @of_one.def_vmap
+    def of_many(axis_size: int, batched: Any, z: Any, data: Any) -> tuple[Any, Any]:
+        plain = all(jax.tree.leaves(batched[0])) and not any(jax.tree.leaves(batched[1]))
+        if plain and axis_size > _FEW and _scatters(both, z, data):
+            size = next(n for n in range(_FEW, 0, -1) if axis_size % n == 0)
+            out = jax.lax.map(lambda z: both(z, data), z, batch_size=size)
+        else:
+            axes = jax.tree.map(lambda flag: 0 if flag else None, batched)
+            out = jax.vmap(both, in_axes=tuple(axes), axis_size=axis_size)(z, data)
+        return out, jax.tree.map(lambda _: True, out)
+
+    @jax.custom_vjp
+    def density(z: Any, data: Any) -> jax.Array:
+        return log_density(z, data)
+
+    def backward(grad: Any, seed: jax.Array) -> tuple[Any, None]:
+        return jax.tree.map(lambda g: g * seed, grad), None
+
+    density.defvjp(of_one, backward)
+    return density
+
+
+def _scatters(fn: Callable, z: Any, data: Any) -> bool:
+    """Say whether a function adds to indexed places, for one of many chains."""
+    one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), z)
+    return "scatter-add" in _primitives(jax.make_jaxpr(fn)(one, data).jaxpr)
+
+
+def _primitives(jaxpr: Any) -> Iterator[str]:
+    for equation in jaxpr.eqns:
+        yield equation.primitive.name
+        for inner in jaxprs_in_params(equation.params):
+            yield from _primitives(inner)

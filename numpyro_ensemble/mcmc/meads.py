@@ -1,0 +1,144 @@
+"""MEADS: generalized HMC whose step size, scale and damping come from the other chains."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from blackjax.mcmc.ghmc import GHMCState
+from numpyro.infer import init_to_uniform
+
+from numpyro_ensemble.mcmc.checks import Survey, check_count, check_positive
+from numpyro_ensemble.mcmc.ghmc import first_momentum
+from numpyro_ensemble.mcmc.kernel import ChainsState, ManyChainKernel
+from numpyro_ensemble.mcmc.meads_scheme import Scheme, meads_start, meads_step
+from numpyro_ensemble.mcmc.progress import Progress
+
+_FEWEST = 4  # chains in a fold, for its standard deviations to mean something
+
+
+class MEADS(ManyChainKernel):
+    """Generalized HMC over many chains, adapted by MEADS (Hoffman and Sountsov, 2022).
+
+    For `MCMC(MEADS(model), num_chains=64, chain_method="vectorized", ...)`. Every chain takes its
+    step size, scale and damping from other chains; no trajectory length is needed, since momentum
+    persists from step to step. The kernel finds its start alone.
+
+    Args:
+        model: a NumPyro model whose latents are continuous.
+        potential_fn: a potential energy instead of a model; `MCMC.run` needs `init_params` then.
+        num_folds: number of folds K, a divisor of the number of chains.
+        step_size_multiplier: of the step size that the gradients suggest.
+        damping_slowdown: how slowly the floor of the damping falls; larger is slower.
+        steps_per_draw: steps between two draws; a draw costs so many gradients.
+        low_rank_rank: number of directions of a low-rank metric shared by all chains, for strong
+            correlations; None is a diagonal scale for each fold.
+        low_rank_window_fraction: the part of warm-up after which its positions are pooled.
+        start: where chains start: "nuts", "pathfinder", "init" (`init_strategy` alone: MEADS
+            freezes far from the typical set), or a function `(rng_key, num_chains, *args,
+            **kwargs)` that returns what `MCMC.run` takes as `init_params`.
+        init_strategy: a NumPyro initialisation strategy, from which the start is looked for.
+
+    Raises:
+        TypeError, ValueError: if an argument is of the wrong kind or out of range.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, numpyro, numpyro.distributions as dist
+        >>> from numpyro.infer import MCMC
+        >>> from numpyro_ensemble.mcmc import MEADS
+        >>> def model(y):
+        ...     mu = numpyro.sample("mu", dist.Normal(0.0, 1.0))
+        ...     with numpyro.plate("data", len(y)):
+        ...         numpyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+        >>> mcmc = MCMC(MEADS(model), num_warmup=200, num_samples=200, num_chains=32,
+        ...             chain_method="vectorized", progress_bar=False)
+        >>> mcmc.run(jax.random.key(0), jnp.ones(3))
+        >>> mcmc.get_samples(group_by_chain=True)["mu"].shape
+        (32, 200)
+    """
+
+    def __init__(
+        self,
+        model: Callable | None = None,
+        potential_fn: Callable | None = None,
+        *,
+        num_folds: int = 4,
+        step_size_multiplier: float = 0.5,
+        damping_slowdown: float = 1.0,
+        steps_per_draw: int = 8,
+        low_rank_rank: int | None = None,
+        low_rank_window_fraction: float = 0.5,
+        start: str | Callable = "nuts",
+        init_strategy: Callable = init_to_uniform,
+    ) -> None:
+        super().__init__(model, potential_fn, start=start, init_strategy=init_strategy)
+        check_count("num_folds", num_folds)
+        check_count("steps_per_draw", steps_per_draw)
+        check_count("low_rank_rank", 1 if low_rank_rank is None else low_rank_rank)
+        check_positive("step_size_multiplier", step_size_multiplier)
+        check_positive("damping_slowdown", damping_slowdown)
+        window = low_rank_window_fraction
+        if not 0.0 <= window <= 1.0:
+            raise ValueError(f"low_rank_window_fraction takes 0 to 1, got {window}.")
+        self._scheme = Scheme(
+            num_folds, step_size_multiplier, damping_slowdown, low_rank_rank, window
+        )
+        self._num_folds = num_folds
+        self._steps_per_draw = steps_per_draw
+
+    def _check_chains(self, num_chains: int) -> None:
+        num_folds = self._scheme.num_folds
+        if num_chains % num_folds:
+            lower = num_chains - num_chains % num_folds
+            raise ValueError(
+                f"num_chains={num_chains} is not a multiple of num_folds={num_folds}. Run "
+                f"{lower + num_folds} chains, or give MEADS another num_folds."
+            )
+        if num_chains < _FEWEST * num_folds:
+            raise ValueError(
+                f"num_chains={num_chains} leaves {num_chains // num_folds} chains in each of "
+                f"num_folds={num_folds} folds, fewer than {_FEWEST}. Run "
+                f"{_FEWEST * num_folds} chains or more (64, say), or fewer folds."
+            )
+
+    def _first_adaptation(
+        self, keys: jax.Array, state: ChainsState, progress: Progress, found: Survey
+    ) -> ChainsState:
+        grad = jax.tree.map(jnp.negative, state.z_grad)
+        adaptation = meads_start(state.z, grad, progress, self._scheme)
+        momentum, slice_ = jax.vmap(first_momentum)(keys, state.z, adaptation.scale)
+        return state._replace(r=momentum, slice=slice_, adapt_state=adaptation)
+
+    def _iterate(self, keys: jax.Array, state: ChainsState, log_density: Callable) -> ChainsState:
+        drawn = jax.vmap(lambda key: jax.random.split(key, self._steps_per_draw + 1))(keys)
+        chains = GHMCState(
+            state.z,
+            state.r,
+            -state.potential_energy,
+            jax.tree.map(jnp.negative, state.z_grad),
+            state.slice,
+        )
+        warming = state.adapt_state.progress.warming
+        chains, adaptation, outcome = meads_step(
+            drawn[:, 1:].swapaxes(0, 1),
+            drawn[0, 0],
+            chains,
+            state.adapt_state,
+            log_density,
+            self._scheme,
+        )
+        steps = jnp.where(warming, 1, self._steps_per_draw)
+        return state._replace(
+            z=chains.position,
+            z_grad=jax.tree.map(jnp.negative, chains.logdensity_grad),
+            potential_energy=-chains.logdensity,
+            energy=outcome.energy,
+            r=chains.momentum,
+            slice=chains.slice,
+            num_steps=jnp.broadcast_to(steps, state.num_steps.shape).astype(state.num_steps.dtype),
+            accept_prob=outcome.accept_prob / steps,
+            diverging=outcome.num_divergences > 0,
+            num_divergences=outcome.num_divergences,
+            adapt_state=adaptation,
+        )

@@ -1,0 +1,208 @@
+"""The pure step of MEADS, Algorithm 3 of Hoffman and Sountsov (2022)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from blackjax.adaptation.meads_adaptation import maximum_eigenvalue
+from blackjax.mcmc.ghmc import GHMCState
+
+from numpyro_ensemble.mcmc.ghmc import Outcome, ghmc_steps
+from numpyro_ensemble.mcmc.low_rank import LowRank
+from numpyro_ensemble.mcmc.progress import Progress
+from numpyro_ensemble.mcmc.target import choose, flat, per_chain
+
+
+class Sums(NamedTuple):
+    """Sums over iterations: of `1 / step_size**2`, of the scale and of the damping's rate gamma."""
+
+    curvature: jax.Array  # (C,)
+    scale: jax.Array  # (C, d)
+    gamma: jax.Array  # (C,)
+
+
+class MEADSAdaptation(NamedTuple):
+    """What MEADS adapts, for each chain.
+
+    Attributes:
+        step_size: `(C,)`.
+        scale: `(C, d)`, standard deviations of the unconstrained coordinates.
+        damping: `(C,)`, alpha, the part of the momentum that each step renews.
+        drift: `(C,)`, delta, how far each step moves the slice variable.
+        slot: `(C,)`, each chain's place in the folds: places are shuffled, and chains stay.
+        progress: how far warm-up has come.
+        low_rank: the low-rank metric and what it is made of, or None.
+        sums: of what draws are made with, over the last half of warm-up, or None.
+    """
+
+    step_size: jax.Array
+    scale: jax.Array
+    damping: jax.Array
+    drift: jax.Array
+    slot: jax.Array
+    progress: Progress
+    low_rank: LowRank | None = None
+    sums: Sums | None = None
+
+
+class Scheme(NamedTuple):
+    """The constants of Algorithm 3 of Hoffman and Sountsov (2022), and of its low-rank metric.
+
+    `plain` is the scheme as BlackJAX has it: draws are made with the last step's parameters.
+    """
+
+    num_folds: int = 4
+    step_size_multiplier: float = 0.5
+    damping_slowdown: float = 1.0
+    rank: int | None = None
+    window_fraction: float = 0.5
+    plain: bool = False
+
+
+def meads_start(z: Any, grad: Any, progress: Progress, scheme: Scheme) -> MEADSAdaptation:
+    """Return the adaptation of chains that have not moved yet."""
+    rows = flat(z)
+    num_chains, size = rows.shape
+    none = jnp.zeros(num_chains, rows.dtype)
+    low_rank = None
+    if scheme.rank is not None:
+        low_rank = LowRank.start(num_chains, size, scheme.rank, rows.dtype)
+    slot = jnp.arange(num_chains)
+    sums = None if scheme.plain else Sums(none, jnp.zeros_like(rows), none)
+    empty = MEADSAdaptation(none, rows, none, none, slot, progress, None, sums)
+    return _adapt(rows, flat(grad), empty, scheme)._replace(low_rank=low_rank)
+
+
+def meads_step(
+    keys: jax.Array,
+    shuffle_key: jax.Array,
+    chains: GHMCState,
+    adaptation: MEADSAdaptation,
+    log_density: Callable,
+    scheme: Scheme,
+) -> tuple[GHMCState, MEADSAdaptation, Outcome]:
+    """Make one iteration: one step of Algorithm 3 in warm-up, else one step for each row of keys.
+
+    Args:
+        keys: `(S, C)`.
+        shuffle_key: for the folds.
+        chains: BlackJAX's state, with a leading chain axis.
+        adaptation: the state of the scheme.
+        log_density: of one chain's position.
+        scheme: its constants.
+    """
+    warming = adaptation.progress.warming
+    adaptation = jax.lax.cond(
+        warming,
+        lambda a: _adapt(flat(chains.position), flat(chains.logdensity_grad), a, scheme),
+        lambda a: a,
+        adaptation,
+    )
+    new, outcome = ghmc_steps(
+        keys[:, adaptation.slot],
+        jnp.where(warming, 1, keys.shape[0]),
+        chains,
+        log_density,
+        adaptation.step_size,
+        adaptation.scale if adaptation.low_rank is None else adaptation.low_rank.metric,
+        adaptation.damping,
+        adaptation.drift,
+    )
+    # line 4: all folds but k = t mod K move
+    resting = adaptation.progress.iteration % scheme.num_folds == _fold(adaptation, scheme)
+    if scheme.num_folds > 1:
+        new = choose(warming & resting, chains, new)
+    adaptation = jax.lax.cond(
+        warming,
+        lambda a: _end_step(shuffle_key, flat(new.position), a, scheme),
+        lambda a: a,
+        adaptation,
+    )
+    return new, adaptation, outcome
+
+
+def _fold(adaptation: MEADSAdaptation, scheme: Scheme) -> jax.Array:
+    return adaptation.slot // (adaptation.slot.shape[0] // scheme.num_folds)
+
+
+def _inverse(permutation: jax.Array) -> jax.Array:
+    places = jnp.arange(permutation.shape[0])
+    return places.at[permutation].set(places)
+
+
+def _adapt(
+    rows: jax.Array, slopes: jax.Array, adaptation: MEADSAdaptation, scheme: Scheme
+) -> MEADSAdaptation:
+    """Set each fold's parameters: scale and step size from its left neighbour, damping its own."""
+    order = _inverse(adaptation.slot)
+    shape = (scheme.num_folds, -1, rows.shape[1])
+    folds, gradients = rows[order].reshape(shape), slopes[order].reshape(shape)
+    scales = folds.std(axis=1)
+    # lines 7 and 8: the step size, no more than 1, from the scaled gradients
+    largest = jax.vmap(maximum_eigenvalue)(gradients * scales[:, None])
+    step_sizes = jnp.minimum(scheme.step_size_multiplier / jnp.sqrt(largest), 1.0)
+    step_sizes, lent_scales = jnp.roll(step_sizes, 1), jnp.roll(scales, 1, axis=0)
+    low_rank, whitened = adaptation.low_rank, folds / scales[:, None]
+    if low_rank is not None:
+        low_rank = low_rank.observe(rows, adaptation.progress, scheme.window_fraction)
+        whitened = low_rank.whiten(folds)
+    # line 9: the damping, no less than the floor that falls with time
+    centred = whitened - whitened.mean(axis=1, keepdims=True)
+    floor = scheme.damping_slowdown / ((adaptation.progress.iteration[0] + 1) * step_sizes)
+    gamma = jnp.maximum(1.0 / jnp.sqrt(jax.vmap(maximum_eigenvalue)(centred)), floor)
+    alpha = 1.0 - jnp.exp(-2.0 * step_sizes * gamma)
+    fold = _fold(adaptation, scheme)
+    return adaptation._replace(
+        step_size=step_sizes[fold],
+        scale=lent_scales[fold],
+        damping=alpha[fold],
+        drift=alpha[fold] / 2,
+        low_rank=low_rank,
+    )
+
+
+def _end_step(
+    key: jax.Array, rows: jax.Array, adaptation: MEADSAdaptation, scheme: Scheme
+) -> MEADSAdaptation:
+    """Shuffle the folds every K steps, and settle the parameters after the last one."""
+    progress, num_chains = adaptation.progress, rows.shape[0]
+    slot = adaptation.slot
+    if scheme.num_folds > 1:
+        moved = _inverse(jax.random.permutation(key, num_chains))[slot]
+        slot = jnp.where((progress.iteration[0] + 1) % scheme.num_folds == 0, moved, slot)
+
+    if adaptation.sums is not None:
+        adaptation = adaptation._replace(sums=_add(adaptation, adaptation.sums))
+    settled = jax.lax.cond(progress.ending, lambda a: _settle(a, rows), lambda a: a, adaptation)
+    return settled._replace(slot=slot, progress=progress.next())
+
+
+def _add(a: MEADSAdaptation, sums: Sums) -> Sums:
+    late = (a.progress.iteration[0] >= a.progress.total // 2).astype(a.step_size.dtype)
+    gamma = -jnp.log1p(-a.damping) / (2.0 * a.step_size)
+    return Sums(
+        *(s + late * x for s, x in zip(sums, (a.step_size**-2, a.scale, gamma), strict=True))
+    )
+
+
+def _settle(a: MEADSAdaptation, rows: jax.Array) -> MEADSAdaptation:
+    """Choose what draws are made with.
+
+    The eigenvalue that one fold's gradients give is noisy, and steps that are too long are rejected
+    often, which turns the momentum round: one over the mean of eigenvalues is about the best step.
+    """
+    step_size, scale, damping, drift = (x.mean(axis=0) for x in a[:4])
+    if a.sums is not None:
+        number = a.progress.total - a.progress.total // 2
+        curvature, scale, gamma = (x.mean(axis=0) / number for x in a.sums)
+        step_size = curvature**-0.5
+        damping = 1.0 - jnp.exp(-2.0 * step_size * gamma)
+        drift = damping / 2
+    new = per_chain((step_size, scale, damping, drift), rows.shape[0])
+    low_rank = None if a.low_rank is None else a.low_rank.settle(rows)
+    values = dict(zip(("step_size", "scale", "damping", "drift"), new, strict=True))
+    values = {name: x.astype(getattr(a, name).dtype) for name, x in values.items()}
+    return a._replace(low_rank=low_rank, **values)

@@ -1,0 +1,134 @@
+"""The programs that look for a start: each returns unconstrained values with a chain axis."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from blackjax.util import psis_weights
+from blackjax.vi.multipathfinder import multi_approximate
+from numpyro.infer.hmc import hmc
+
+from numpyro_ensemble.mcmc.target import Target
+
+
+def nuts(
+    target: Target, key: jax.Array, num_chains: int, args: tuple, kwargs: dict, **options: Any
+) -> Any:
+    """Start a target's chains by NUTS."""
+    options = dict(num_starts=4, num_warmup=200, num_draws=100, jitter=0.1) | options
+    fn = partial(_draw_nuts, target=target, num_chains=num_chains, **options)
+    name = ("nuts", num_chains, *sorted(options.items()))
+    return target.compiled(name, fn, args, kwargs)(key)
+
+
+def _draw_nuts(
+    key: jax.Array,
+    args: tuple,
+    kwargs: dict,
+    *,
+    target: Target,
+    num_chains: int,
+    num_starts: int,
+    num_warmup: int,
+    num_draws: int,
+    jitter: float,
+) -> Any:
+    start_key, run_key, spread_key = jax.random.split(key, 3)
+    first = target.initial(jax.random.split(start_key, num_starts), args, kwargs)
+    log_density = target.log_density(args, kwargs)
+    start, step = hmc(potential_fn=lambda z: -log_density(z), algo="NUTS")
+
+    def run(z: Any, key: jax.Array) -> Any:
+        def body(i: jax.Array, carry: tuple) -> tuple:
+            state = step(carry[0])
+            at = jnp.maximum(i - num_warmup, 0)
+            kept = jax.tree.map(lambda kept, new: kept.at[at].set(new), carry[1], state.z)
+            return state, kept
+
+        room = jax.tree.map(lambda x: jnp.zeros((num_draws, *x.shape), x.dtype), z)
+        state = start(z, num_warmup, rng_key=key)
+        return jax.lax.fori_loop(0, num_warmup + num_draws, body, (state, room))[1]
+
+    keys = jax.random.split(run_key, num_starts)
+    if jax.default_backend() == "cpu":  # no chain waits for another
+        draws = jax.lax.map(lambda pair: run(*pair), (first, keys))
+    else:
+        draws = jax.vmap(run)(first, keys)
+    return spread(spread_key, draws, num_chains, jitter)
+
+
+def spread(key: jax.Array, draws: Any, num_chains: int, jitter: float) -> Any:
+    """Deal draws `(S, M, ...)` to chains: chain c is of start c mod S, and its draws are far apart.
+
+    Uniform noise of `jitter` times the standard deviation within a start is added, as where the
+    MEADS tutorial spreads one position: here it tells apart draws that are dealt twice.
+    """
+    num_starts, num_draws = jax.tree.leaves(draws)[0].shape[:2]
+    chain = jnp.arange(num_chains)
+    each = -(-num_chains // num_starts)
+    place = (chain // num_starts + 1) * num_draws // each - 1
+    keys = iter(jax.random.split(key, len(jax.tree.leaves(draws))))
+
+    def deal(x: jax.Array) -> jax.Array:
+        taken = x[chain % num_starts, place]
+        scale = jitter * x.std(axis=1)[chain % num_starts]
+        noise = jax.random.uniform(next(keys), taken.shape, taken.dtype, -(3**0.5), 3**0.5)
+        return taken + scale.astype(taken.dtype) * noise
+
+    return jax.tree.map(deal, draws)
+
+
+def pathfinder(
+    target: Target, key: jax.Array, num_chains: int, args: tuple, kwargs: dict, **options: Any
+) -> Any:
+    """Start a target's chains by Pathfinder."""
+    options = dict(num_paths=4, max_iterations=50) | options
+    fn = partial(_draw_pathfinder, target=target, num_chains=num_chains, **options)
+    name = ("pathfinder", num_chains, *sorted(options.items()))
+    return target.compiled(name, fn, args, kwargs)(key)
+
+
+def _draw_pathfinder(
+    key: jax.Array,
+    args: tuple,
+    kwargs: dict,
+    *,
+    target: Target,
+    num_chains: int,
+    num_paths: int,
+    max_iterations: int,
+) -> Any:
+    start_key, path_key, pick_key = jax.random.split(key, 3)
+    first = target.initial(jax.random.split(start_key, num_paths), args, kwargs)
+    each = -(-2 * num_chains // num_paths)
+    with jax.numpy_rank_promotion("allow"):  # BlackJAX does, whatever the user's setting
+        state, _ = multi_approximate(
+            path_key,
+            target.log_density(args, kwargs),
+            first,
+            num_samples=each,
+            maxiter=max_iterations,
+            maxls=100,
+        )
+        log_weights, _ = psis_weights((state.logp - state.logq).ravel())
+    # without replacement (Gumbel's trick), for chains must differ
+    noise = jax.random.gumbel(pick_key, log_weights.shape, log_weights.dtype)
+    ranked = jnp.where(jnp.isfinite(log_weights), log_weights, -1e30) + noise
+    _, chosen = jax.lax.top_k(ranked, num_chains)
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[chosen], state.samples)
+
+
+def initial(target: Target, key: jax.Array, num_chains: int, args: tuple, kwargs: dict) -> Any:
+    """Start a target's chains by its initialisation strategy alone."""
+
+    def fn(key: jax.Array, args: tuple, kwargs: dict) -> Any:
+        return target.initial(jax.random.split(key, num_chains), args, kwargs)
+
+    return target.compiled(("init", num_chains), fn, args, kwargs)(key)
+
+
+STARTS: dict[str, Callable] = {"nuts": nuts, "pathfinder": pathfinder, "init": initial}

@@ -1,0 +1,198 @@
+"""Where chains start: in the typical set, all different.
+
+Each function returns unconstrained values by site with a leading chain axis: what
+`MCMC.run(init_params=...)` takes, for the kernels of this package and for NUTS alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.flatten_util import ravel_pytree
+from numpyro.infer import init_to_uniform
+from numpyro.infer.util import unconstrain_fn
+
+from numpyro_ensemble.mcmc.checks import check_count
+from numpyro_ensemble.mcmc.searches import nuts, pathfinder
+from numpyro_ensemble.mcmc.target import Target
+
+_PROBES = 32  # random directions in which the curvature is measured
+
+
+def from_nuts(
+    rng_key: jax.Array,
+    model: Callable,
+    num_chains: int,
+    *args: Any,
+    num_starts: int = 4,
+    num_warmup: int = 200,
+    num_draws: int = 100,
+    jitter: float = 0.1,
+    init_strategy: Callable = init_to_uniform,
+    **kwargs: Any,
+) -> dict[str, jax.Array]:
+    """Start at the draws of a few short NUTS chains.
+
+    Args:
+        rng_key: one key.
+        model: a NumPyro model.
+        num_chains: number of chains C to come.
+        *args: arguments of the model.
+        num_starts: number of NUTS chains S; chain c starts at a draw of chain `c % S`.
+        num_warmup: iterations of NUTS that are thrown away.
+        num_draws: iterations from which starts are taken, as far apart as possible.
+        jitter: uniform noise, in standard deviations of the draws of one NUTS chain.
+        init_strategy: where NUTS starts.
+        **kwargs: keyword arguments of the model.
+
+    Example:
+        >>> import jax, numpyro, numpyro.distributions as dist
+        >>> from numpyro_ensemble.mcmc import starts
+        >>> def model():
+        ...     numpyro.sample("x", dist.Normal(0.0, 1.0).expand([3]))
+        >>> starts.from_nuts(jax.random.key(0), model, 64)["x"].shape
+        (64, 3)
+    """
+    target = Target(model, init_strategy=init_strategy)
+    target.check(args, kwargs)
+    options = {"num_starts": num_starts, "num_warmup": num_warmup, "num_draws": num_draws}
+    for name, value in {"num_chains": num_chains, **options}.items():
+        check_count(name, value)
+    return nuts(target, rng_key, num_chains, args, kwargs, jitter=jitter, **options)
+
+
+def from_pathfinder(
+    rng_key: jax.Array,
+    model: Callable,
+    num_chains: int,
+    *args: Any,
+    num_paths: int = 4,
+    max_iterations: int = 50,
+    init_strategy: Callable = init_to_uniform,
+    **kwargs: Any,
+) -> dict[str, jax.Array]:
+    """Start at draws of multi-path Pathfinder, resampled by their smoothed importance weights.
+
+    Args:
+        rng_key: one key.
+        model: a NumPyro model.
+        num_chains: number of chains C to come.
+        *args: arguments of the model.
+        num_paths: number of paths of L-BFGS.
+        max_iterations: the most steps of each.
+        init_strategy: where the paths start.
+        **kwargs: keyword arguments of the model.
+    """
+    target = Target(model, init_strategy=init_strategy)
+    target.check(args, kwargs)
+    options = {"num_paths": num_paths, "max_iterations": max_iterations}
+    for name, value in {"num_chains": num_chains, **options}.items():
+        check_count(name, value)
+    return pathfinder(target, rng_key, num_chains, args, kwargs, **options)
+
+
+def from_ensemble(
+    runner: Any,
+    result: Any,
+    *args: Any,
+    num_chains: int = 64,
+    rng_key: jax.Array | None = None,
+    jitter: float | None = None,
+    **kwargs: Any,
+) -> dict[str, jax.Array]:
+    """Start at the members of an ensemble of MAP or variational fits.
+
+    Chain c starts at member `c % E`, of those that are finite: at a draw of its guide, or at its
+    mode. Normal noise is added, scaled by the standard deviation of the guide or, at a mode, by
+    the curvature of the density.
+
+    Args:
+        runner: an `EnsembleMAP` or `EnsembleVI`.
+        result: what its `run` returned.
+        *args: arguments of the model, those of the fit.
+        num_chains: number of chains C to come.
+        rng_key: one key; `jax.random.key(0)` if it is left out.
+        jitter: scale of the noise; None is 0.1 for draws of a guide and 1 for modes.
+        **kwargs: keyword arguments of the model.
+
+    Raises:
+        ValueError: if no member is finite.
+    """
+    check_count("num_chains", num_chains)
+    key = jax.random.key(0) if rng_key is None else rng_key
+    draw_key, noise_key = jax.random.split(key)
+    members = np.flatnonzero(np.asarray(result.finite))
+    if not members.size:
+        raise ValueError("No member of the result is finite, so that no chain can start at one.")
+    chosen = members[np.arange(num_chains) % members.size]
+    draws_guide = hasattr(runner, "sample_posterior")
+    each = -(-num_chains // members.size)
+    if draws_guide:
+        draws = runner.sample_posterior(
+            draw_key, result, *args, num_samples=max(each, _PROBES), group_by_member=True, **kwargs
+        )
+    else:
+        draws = jax.tree.map(lambda x: x[:, None], result.params)
+    target = Target(runner.model)
+    names = target.check(args, kwargs) or ()
+    draws = {name: draws[name] for name in names}
+    scale = 0.1 if draws_guide else 1.0
+    place = np.arange(num_chains) // members.size if draws_guide else np.zeros(num_chains, int)
+    deal = partial(_around, target=target, modes=not draws_guide)
+    return target.compiled(("ensemble", draws_guide), deal, args, kwargs)(
+        noise_key, draws, chosen, place, jnp.asarray(scale if jitter is None else jitter)
+    )
+
+
+def _around(
+    key: jax.Array,
+    draws: Any,
+    chosen: jax.Array,
+    place: jax.Array,
+    jitter: jax.Array,
+    args: tuple,
+    kwargs: dict,
+    *,
+    target: Target,
+    modes: bool,
+) -> Any:
+    """Unconstrain draws `(E, n, ...)`, and add noise to those that chains start at."""
+    model = target.prepared(args, kwargs)
+
+    def free(values: Any) -> Any:
+        return unconstrain_fn(model, args, kwargs, values)
+
+    z = jax.vmap(jax.vmap(free))(draws)
+    if modes:
+        keys = jax.random.split(jax.random.fold_in(key, 0), jax.tree.leaves(z)[0].shape[0])
+        at_modes = jax.tree.map(lambda x: x[:, 0], z)
+        scales = jax.vmap(partial(_widths, target.smooth_density(args, kwargs)))(keys, at_modes)
+    else:
+        scales = jax.tree.map(lambda x: x.std(axis=1), z)
+    keys = iter(jax.random.split(key, len(jax.tree.leaves(z))))
+
+    def deal(x: jax.Array, scale: jax.Array) -> jax.Array:
+        taken = x[chosen, place]
+        noise = jax.random.normal(next(keys), taken.shape, taken.dtype)
+        return taken + (jitter * scale[chosen] * noise).astype(taken.dtype)
+
+    return jax.tree.map(deal, z, scales)
+
+
+def _widths(log_density: Callable, key: jax.Array, z: Any) -> Any:
+    """Return how wide the density is along each coordinate, from its curvature there."""
+    row, unravel = ravel_pytree(z)
+    gradient = jax.grad(lambda row: log_density(unravel(row)))
+
+    def probe(key: jax.Array) -> jax.Array:
+        direction = jax.random.rademacher(key, row.shape, row.dtype)
+        return direction * jax.jvp(gradient, (row,), (direction,))[1]
+
+    # Hutchinson's estimate of the diagonal of the Hessian
+    curvature = jnp.abs(jax.vmap(probe)(jax.random.split(key, _PROBES)).mean(axis=0))
+    return unravel(1.0 / jnp.sqrt(jnp.maximum(curvature, 1.0)))

@@ -1,0 +1,70 @@
+"""The pure step of ChEES against BlackJAX's own adaptation, from the same chains and keys."""
+
+import blackjax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from blackjax.mcmc import dynamic_hmc
+
+from numpyro_ensemble.mcmc.chees import Scheme, chees_start, chees_step
+from numpyro_ensemble.mcmc.progress import Progress
+
+NUM_CHAINS, NUM_STEPS = 8, 30
+SCALES = jnp.array([0.3, 2.0])
+
+
+def log_density(z):
+    """A correlated Gaussian of three dimensions in two leaves."""
+    b = z["b"] / SCALES
+    return -0.5 * (z["a"] - b[0]) ** 2 - 0.5 * (b**2).sum()
+
+
+def ours(key, start, scheme):
+    """Drive the pure step with the keys that BlackJAX makes of its one."""
+    init = jax.vmap(lambda z: dynamic_hmc.init(z, log_density, 0))(start)
+    chains = init._replace(random_generator_arg=jnp.zeros((), int))
+    step_size = jnp.asarray(0.1)
+    progress = Progress.start(NUM_STEPS, NUM_CHAINS)
+    adaptation = chees_start(start, step_size, step_size, progress, scheme)
+
+    def step(carry, key):
+        chains, adaptation, _ = chees_step(
+            jax.random.split(key, NUM_CHAINS), *carry, log_density, scheme
+        )
+        return (chains, adaptation), adaptation.trajectory_length[0]
+
+    return jax.lax.scan(step, (chains, adaptation), jax.random.split(key, NUM_STEPS))
+
+
+@pytest.mark.promotes_ranks  # BlackJAX does
+def test_the_step_is_blackjax(key):
+    start_key, key = jax.random.split(key)
+    start = {
+        "a": jax.random.normal(start_key, (NUM_CHAINS,)),
+        "b": jax.random.normal(key, (NUM_CHAINS, 2)) * SCALES,
+    }
+    scheme = Scheme(0.05, 0.651, momentum=0.9, memory=0.999, plain=True)
+
+    def theirs(key, start):
+        adaptation = blackjax.chees_adaptation(log_density, NUM_CHAINS)
+        optim = optax.adam(0.05)
+        (states, parameters), _ = adaptation.run(key, start, 0.1, optim, NUM_STEPS)
+        return states, parameters["step_size"], parameters["integration_steps_params"][0]
+
+    (states, step_size, most), ((chains, adaptation), _) = jax.jit(
+        lambda *inputs: (theirs(*inputs), ours(*inputs, scheme))
+    )(key, start)
+    for name in start:
+        np.testing.assert_allclose(chains.position[name], states.position[name], rtol=1e-6)
+    np.testing.assert_allclose(adaptation.step_size, step_size, rtol=1e-6)
+    ratio = adaptation.trajectory_length / adaptation.step_size
+    np.testing.assert_allclose(ratio, most, rtol=1e-6)
+    assert chains.random_generator_arg == states.random_generator_arg[0] == NUM_STEPS
+    # their sequence knows the run's length, ours does not
+    index = jnp.arange(2000)
+    own = jax.vmap(lambda i: dynamic_hmc.halton_sequence(i, 11))(index)
+    np.testing.assert_array_equal(
+        jax.vmap(lambda i: dynamic_hmc.halton_sequence(i, 30))(index), own
+    )

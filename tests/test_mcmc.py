@@ -1,0 +1,201 @@
+"""What every many-chain kernel does inside NumPyro's `MCMC`, and what it refuses."""
+
+import pickle
+from functools import partial
+
+import arviz as az
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import pytest
+from numpyro.diagnostics import effective_sample_size
+from numpyro.infer import MCMC, NUTS, Predictive, init_to_uniform
+
+from numpyro_ensemble import reweight
+from numpyro_ensemble.mcmc import MEADS, ChEES
+from numpyro_ensemble.mcmc.kernel import ChainsState
+
+KERNELS = [partial(MEADS, start="init"), partial(ChEES, start="init")]
+NAMES = ["MEADS", "ChEES"]
+FIELDS = (
+    "potential_energy",
+    "accept_prob",
+    "diverging",
+    "energy",
+    "num_steps",
+    "adapt_state.step_size",
+)
+Y = np.array([1.2, 0.4, 0.8, 1.1])
+CHAINS, DRAWS = 16, 120
+
+
+def model(y=None):
+    """A mean with a known posterior, and a scale that the data say nothing of."""
+    mu = numpyro.sample("mu", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
+    s = numpyro.sample("s", dist.HalfNormal(1.0))
+    numpyro.deterministic("twice", 2 * s)
+    with numpyro.plate("row", 4):
+        numpyro.sample("y", dist.Normal(mu[0], 1.0), obs=y)
+
+
+def sampler(kernel, draws=DRAWS, warmup=100, **options):
+    options = {"chain_method": "vectorized", "progress_bar": False, "num_chains": CHAINS} | options
+    return MCMC(kernel, num_warmup=warmup, num_samples=draws, **options)
+
+
+def z_scores(draws, mean):
+    """Return how many standard errors the means of draws `(C, N)` are away from the truth."""
+    error = draws.std() / np.sqrt(effective_sample_size(np.asarray(draws)))
+    return abs(draws.mean() - mean) / error
+
+
+@pytest.fixture(scope="module", params=KERNELS, ids=NAMES)
+def fitted(request):
+    mcmc = sampler(request.param(model))
+    with jax.numpy_rank_promotion("raise"):
+        mcmc.run(jax.random.key(1), Y, extra_fields=FIELDS)
+    return mcmc
+
+
+@pytest.mark.core
+def test_draws_agree_with_the_posterior(fitted):
+    draws = fitted.get_samples(group_by_chain=True)
+    assert draws["mu"].shape == (CHAINS, DRAWS, 2) and draws["twice"].shape == (CHAINS, DRAWS)
+    assert fitted.get_samples()["s"].shape == (CHAINS * DRAWS,)
+    mean = Y.sum() / 5
+    assert z_scores(draws["mu"][..., 0], mean) < 4
+    assert z_scores(draws["mu"][..., 0], Y.mean()) > 6  # the likelihood alone
+    assert z_scores(draws["s"], np.sqrt(2 / np.pi)) < 4
+    assert z_scores((draws["mu"][..., 0] - mean) ** 2, 1 / 5) < 4
+    assert z_scores((draws["mu"][..., 0] - mean) ** 2, 1.0) > 6  # the prior alone
+    np.testing.assert_allclose(draws["twice"], 2 * draws["s"])
+
+
+def test_what_mcmc_does_with_draws(fitted, capsys):
+    fields = fitted.get_extra_fields(group_by_chain=True)
+    assert {name: x.shape for name, x in fields.items()} == dict.fromkeys(FIELDS, (CHAINS, DRAWS))
+    assert (fields["energy"] > fields["potential_energy"]).all()
+    assert ((fields["accept_prob"] > 0) & (fields["accept_prob"] <= 1)).all()
+    assert (fields["num_steps"] >= 1).all() and not fields["diverging"].any()
+    step_size = fields["adapt_state.step_size"]
+    assert (step_size == step_size[0, 0]).all() and 0 < step_size[0, 0] < 3
+    fitted.print_summary()
+    printed = capsys.readouterr().out
+    assert "mu[0]" in printed and "Number of divergences: 0" in printed and "twice" not in printed
+    data = az.from_numpyro(fitted)
+    posterior, stats = data["posterior"], data["sample_stats"]
+    assert posterior["mu"].shape == (CHAINS, DRAWS, 2) and posterior["s"].shape == (CHAINS, DRAWS)
+    expected = {"lp", "acceptance_rate", "diverging", "energy", "n_steps", "step_size"}
+    assert expected <= set(stats.data_vars)
+    assert float(az.rhat(data)["mu"].max()) < 1.1
+    predictive = Predictive(model, fitted.get_samples())
+    assert predictive(jax.random.key(2))["y"].shape == (CHAINS * DRAWS, 4)
+
+
+def test_a_state_goes_on(fitted, compile_count):
+    last = fitted.post_warmup_state = fitted.last_state
+    keys = fitted.post_warmup_state.rng_key  # as NumPyro's documentation has it
+    with compile_count() as compilations:
+        fitted.run(keys, Y)
+    assert compilations.count < 12, compilations.names
+    assert (fitted.last_state.i == last.i + DRAWS).all()
+    assert (fitted.last_state.adapt_state.step_size == last.adapt_state.step_size).all()
+    assert jax.tree.structure(fitted.last_state) == jax.tree.structure(last)
+    # an adapted state of another MCMC, with another num_warmup
+    other = pickle.loads(pickle.dumps(sampler(type(fitted.sampler)(model), warmup=0)))
+    other.post_warmup_state = last
+    other.run(keys, Y)
+    np.testing.assert_array_equal(other.get_samples()["s"], fitted.get_samples()["s"])
+
+
+def test_warmup_and_thinning():
+    starts = []
+
+    def start(key, num_chains, y):
+        starts.append(num_chains)
+        mu, s = jax.random.normal(key, (2, num_chains))
+        return {"mu": jnp.stack([mu, -mu], axis=1), "s": 0.1 * s}
+
+    mcmc = sampler(ChEES(model, start=start), draws=20, warmup=30, thinning=5)
+    key = jax.random.PRNGKey(0)  # arrays of typed keys cannot be collected
+    mcmc.warmup(key, Y, collect_warmup=True, extra_fields=ChainsState._fields)
+    assert mcmc.get_samples(group_by_chain=True)["s"].shape == (CHAINS, 6)
+    states = mcmc.get_extra_fields(group_by_chain=True)
+    assert all(x.shape[:2] == (CHAINS, 6) for x in jax.tree.leaves(states))
+    state = mcmc.post_warmup_state
+    assert (state.adapt_state.progress.remaining == 0).all()
+    mcmc.run(jax.random.PRNGKey(1), Y)
+    assert mcmc.get_samples(group_by_chain=True)["s"].shape == (CHAINS, 4)
+    assert (mcmc.last_state.i == 50).all()
+    assert starts == [CHAINS]  # in warm-up, never by run
+
+
+def test_the_density_is_that_of_the_arguments(compile_count):
+    near = init_to_uniform(radius=1.0)
+    mcmc = sampler(ChEES(model, start="init", init_strategy=near), jit_model_args=True)
+    others = []
+    for shift in (0.0, 5.0, -5.0):
+        with compile_count() as compilations:
+            mcmc.run(jax.random.key(0), Y + shift)
+        others.append([name for name in compilations.names if "_fori_collect_loop" not in name])
+        draws = mcmc.get_samples(group_by_chain=True)["mu"][..., 0]
+        assert z_scores(draws, (Y + shift).sum() / 5) < 4
+        if shift:
+            assert z_scores(draws, Y.sum() / 5) > 6  # the first data set
+    assert others[1:] == [[], []], others  # MCMC compiles its loop at every run
+
+
+def test_chains_keep_their_identity():
+    def potential(z):  # two modes, so far apart that no chain can cross
+        return 0.5 * ((jnp.abs(z) - 50.0) ** 2).sum()
+
+    signs = jnp.where(jnp.arange(CHAINS) % 3 == 0, -1.0, 1.0)[:, None]
+    start = signs * (50.0 + jax.random.normal(jax.random.key(0), (CHAINS, 2)))
+    kernel = MEADS(potential_fn=potential, step_size_multiplier=0.02)
+    mcmc = sampler(kernel, draws=40, warmup=40)
+    key = jax.random.PRNGKey(1)
+    fields = ChainsState._fields
+    mcmc.warmup(key, init_params=start, collect_warmup=True, extra_fields=fields)
+    states = mcmc.get_extra_fields(group_by_chain=True)
+    assert all(x.shape[:2] == (CHAINS, 40) for x in jax.tree.leaves(states))
+    for _ in range(2):
+        draws = mcmc.get_samples(group_by_chain=True)
+        assert (jnp.sign(draws) == signs[:, None]).all()  # BlackJAX moves chains about
+        assert (draws[:, -1] != draws[:, 0]).all()
+        mcmc.run(jax.random.PRNGKey(2))
+    assert mcmc.last_state.adapt_state.slot.tolist() != list(range(CHAINS))
+
+
+def test_progress_speaks_of_all_chains(fitted):
+    line = fitted.sampler.get_diagnostics_str(fitted.last_state)
+    assert "steps of size" in line and "acc. prob=" in line
+    assert line.endswith(f"0 divergences in {CHAINS} chains")
+    assert fitted.sampler.is_ensemble_kernel
+
+
+def positive():
+    """A scale with a half-normal prior, and two observations around 0."""
+    s = numpyro.sample("s", dist.HalfNormal(1.0))
+    numpyro.sample("y", dist.Normal(0.0, s), obs=np.array([0.4, -0.3]))
+
+
+@pytest.mark.parametrize("kernel", [*KERNELS, NUTS], ids=[*NAMES, "NUTS"])
+def test_cold_posteriors(kernel):
+    cold, warm = 8.0, 2.0
+    model = reweight(positive, prior=cold, likelihood=warm)
+    mcmc = sampler(kernel(model), draws=200, warmup=150)
+    start = {"s": 0.5 * jax.random.normal(jax.random.key(1), (CHAINS,))}  # the same for all three
+    mcmc.run(jax.random.key(0), init_params=start)
+    draws = np.log(mcmc.get_samples(group_by_chain=True)["s"])
+    s = np.linspace(1e-3, 4, 20_000)
+    log_density = -cold * s**2 / 2 - warm * (2 * np.log(s) + 0.25 / (2 * s**2))
+
+    def mean_log(log_density):
+        weights = np.exp(log_density - log_density.max())
+        return (weights * np.log(s)).sum() / weights.sum()
+
+    assert z_scores(draws, mean_log(log_density)) < 4
+    # as if NumPyro's factor for the change of variables belonged to the likelihood
+    assert z_scores(draws, mean_log(log_density + (warm - 1) * np.log(s))) > 8

@@ -1,0 +1,166 @@
+"""What the many-chain kernels refuse, and what they recover from."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import pytest
+from blackjax.mcmc import ghmc
+from numpyro.infer import MCMC
+
+from numpyro_ensemble.mcmc import MEADS, ChEES
+from numpyro_ensemble.mcmc.ghmc import ghmc_step
+
+KERNELS = [MEADS, ChEES]
+CHAINS = 16
+
+
+def model(y=0.5):
+    mu = numpyro.sample("mu", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
+    numpyro.sample("y", dist.Normal(mu.sum(), 1.0), obs=y)
+
+
+def run(kernel, warmup=10, init_params=None, **options):
+    options = {"chain_method": "vectorized", "progress_bar": False, "num_chains": CHAINS} | options
+    mcmc = MCMC(kernel, num_warmup=warmup, num_samples=10, **options)
+    mcmc.run(jax.random.key(0), init_params=init_params)
+    return mcmc
+
+
+def start(num_chains=CHAINS):
+    return {"mu": jax.random.normal(jax.random.key(1), (num_chains, 2))}
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_chains_that_cannot_be_adapted_together(kernel):
+    write = rf'MCMC\({kernel.__name__}\(model\), num_chains=64, chain_method="vectorized"'
+    for options in ({"num_chains": 1}, {"chain_method": "sequential"}, {"chain_method": jax.vmap}):
+        with pytest.raises(ValueError, match=write):
+            run(kernel(model), **options)
+    few = "4 chains or more" if kernel is ChEES else "16 chains or more"
+    for num_chains in (2, 8)[: 1 + (kernel is MEADS)]:
+        with pytest.raises(ValueError, match=few if num_chains != 2 else "chains"):
+            run(kernel(model), num_chains=num_chains)
+
+
+def test_folds():
+    with pytest.raises(ValueError, match="num_chains=18 is not a multiple of num_folds=4. Run 20"):
+        run(MEADS(model), num_chains=18)
+    with pytest.raises(ValueError, match="leaves 2 chains in each of num_folds=8"):
+        run(MEADS(model, num_folds=8))
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_models_that_cannot_be_sampled(kernel):
+    def discrete():
+        z = numpyro.sample("z", dist.Bernoulli(0.5))
+        numpyro.sample("mu", dist.Normal(z, 1.0))
+
+    def delta():
+        numpyro.sample("mu", dist.Normal(numpyro.sample("m", dist.Delta(1.0)), 1.0))
+
+    with pytest.raises(ValueError, match="'z' is discrete .*Sum it out"):
+        run(kernel(discrete))
+    with pytest.raises(ValueError, match="'m' is a Delta.*numpyro.deterministic"):
+        run(kernel(delta))
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_no_warm_up(kernel):
+    with pytest.raises(ValueError, match="num_warmup=0 leaves .*mcmc.post_warmup_state"):
+        run(kernel(model), 0, start())
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_starts_that_cannot_be_used(kernel):
+    bad = start()["mu"].at[jnp.array([3, 7]), 0].set(jnp.nan)
+    with pytest.raises(ValueError, match="2 of 16 chains start .*not finite: 3, 7. Leave"):
+        run(kernel(model), init_params={"mu": bad})
+    alike = start()["mu"].at[:, 1].set(0.25)
+    with pytest.raises(ValueError, match="same value of 'mu'.*add noise"):
+        run(kernel(model), init_params={"mu": alike})
+    with pytest.raises(ValueError, match=r"latent sites, \['mu'\]; got \['nu'\]"):
+        run(kernel(model), init_params={"nu": bad})
+    with pytest.raises(ValueError, match="potential_fn needs to be told"):
+        run(kernel(potential_fn=lambda z: 0.5 * (z**2).sum()))
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_options(kernel):
+    for wrong in ({}, {"model": model, "potential_fn": model}):
+        with pytest.raises(ValueError, match="one of model and potential_fn"):
+            kernel(**wrong)
+    with pytest.raises(TypeError, match="model takes a function"):
+        kernel(3)
+    with pytest.raises(ValueError, match=r"start takes one of \['init', 'nuts', 'pathfinder'\]"):
+        kernel(model, start="prior")
+    with pytest.raises(TypeError, match="init_strategy"):
+        kernel(model, init_strategy=0.0)
+    with pytest.raises(TypeError, match="num_folds takes an integer"):
+        MEADS(model, num_folds=2.0)
+    with pytest.raises(ValueError, match="steps_per_draw must be at least 1"):
+        MEADS(model, steps_per_draw=0)
+    for name in ("step_size_multiplier", "damping_slowdown"):
+        with pytest.raises(ValueError, match=f"{name} takes a finite number above 0"):
+            MEADS(model, **{name: 0.0})
+    with pytest.raises(ValueError, match="low_rank_window_fraction takes 0 to 1"):
+        MEADS(model, low_rank_window_fraction=2.0)
+    for name in ("step_size", "learning_rate"):
+        with pytest.raises(ValueError, match=f"{name} takes a finite number above 0"):
+            ChEES(model, **{name: -1.0})
+    with pytest.raises(ValueError, match="target_accept_prob takes 0 to 1"):
+        ChEES(model, target_accept_prob=1.0)
+
+
+def cliff(z):
+    """A Gaussian potential that is not a number beyond 1.5."""
+    return jnp.where(z[0] > 1.5, jnp.nan, 0.5 * (z**2).sum())
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_chain_that_falls_off_comes_back(kernel):
+    z = jax.random.normal(jax.random.key(2), (CHAINS, 2)).clip(max=1.4)
+    options = {"step_size_multiplier": 1.0} if kernel is MEADS else {"target_accept_prob": 0.5}
+    mcmc = MCMC(
+        kernel(potential_fn=cliff, **options),
+        num_warmup=50,
+        num_samples=300,
+        num_chains=CHAINS,
+        chain_method="vectorized",
+        progress_bar=False,
+    )
+    mcmc.run(jax.random.key(0), init_params=z)
+    draws = mcmc.get_samples(group_by_chain=True)
+    diverging = mcmc.get_extra_fields(group_by_chain=True)["diverging"]
+    assert jnp.isfinite(draws).all() and (draws[..., 0] <= 1.5).all()
+    assert (diverging.sum(axis=1) > 0).mean() > 0.5
+    assert (mcmc.last_state.num_divergences >= diverging.sum(axis=1)).all()
+    moved = (jnp.diff(draws[:, -50:], axis=1) != 0).any(axis=(1, 2))
+    assert moved.all()  # long after its first fall
+
+
+def bent(z):
+    """A potential whose gradient is not a number beyond 1.5, though its value is one."""
+    return 0.5 * (z**2).sum() + jnp.where(z[0] < 1.5, jnp.sqrt(1.5 - z[0]), 0.0)
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("potential", [cliff, bent])
+def test_a_step_off_the_edge(key, potential):
+    def density(z):
+        return -potential(z)
+
+    z = jnp.array([[1.4, 0.0]])
+    chains = jax.vmap(lambda z, k: ghmc.init(z, density, k))(z, key[None])
+    chains = chains._replace(momentum=jnp.array([[9.0, 0.0]]))
+    given = (jnp.full(1, 0.2), jnp.ones((1, 2)), jnp.full(1, 1e-6), jnp.full(1, 0.005))
+    step = jax.jit(ghmc_step, static_argnums=2)
+    ours, outcome = step(key[None], chains, density, *given)
+    assert outcome.num_divergences == 1
+    np.testing.assert_array_equal(ours.position, z)
+    np.testing.assert_array_equal(ours.logdensity_grad, chains.logdensity_grad)
+    np.testing.assert_allclose(ours.slice, (chains.slice + 1.005) % 2 - 1, rtol=1e-5)
+    assert ours.momentum[0, 0] < -8  # it turns back
+    again, outcome = step(jax.random.split(key, 1), ours, density, *given)
+    assert again.position[0, 0] < 1.4 and outcome.num_divergences == 0

@@ -1,0 +1,94 @@
+"""The pure step of MEADS against BlackJAX's own adaptation, from the same chains and keys."""
+
+import blackjax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from blackjax.mcmc import ghmc
+
+from numpyro_ensemble.mcmc.meads_scheme import Scheme, meads_start, meads_step
+from numpyro_ensemble.mcmc.progress import Progress
+
+NUM_CHAINS, NUM_STEPS = 12, 21
+SCALES = jnp.array([0.3, 2.0])
+
+
+def log_density(z):
+    """A correlated Gaussian of three dimensions in two leaves."""
+    b = z["b"] / SCALES
+    return -0.5 * (z["a"] - b[0]) ** 2 - 0.5 * (b**2).sum()
+
+
+def positions(key):
+    key_a, key_b = jax.random.split(key)
+    b = jax.random.normal(key_b, (NUM_CHAINS, 2)) * SCALES[None]
+    return {"a": jax.random.normal(key_a, (NUM_CHAINS,)), "b": b}
+
+
+def ours(key, start, scheme):
+    """Drive the pure step with the keys that BlackJAX makes of its one."""
+    init_key, adapt_key = jax.random.split(key)
+    chains = jax.vmap(lambda z, k: ghmc.init(z, log_density, k))(
+        start, jax.random.split(init_key, NUM_CHAINS)
+    )
+    progress = Progress.start(NUM_STEPS, NUM_CHAINS)
+    adaptation = meads_start(start, chains.logdensity_grad, progress, scheme)
+
+    def step(carry, key):
+        keys = jax.random.split(key, NUM_CHAINS + 1)
+        chains, adaptation, _ = meads_step(keys[None, :-1], keys[-1], *carry, log_density, scheme)
+        return (chains, adaptation), None
+
+    keys = jax.random.split(adapt_key, NUM_STEPS)
+    return jax.lax.scan(step, (chains, adaptation), keys)[0]
+
+
+def theirs(key, start, scheme):
+    adaptation = blackjax.meads_adaptation(
+        log_density,
+        NUM_CHAINS,
+        num_folds=scheme.num_folds,
+        step_size_multiplier=scheme.step_size_multiplier,
+        damping_slowdown=scheme.damping_slowdown,
+        low_rank_rank=scheme.rank,
+        low_rank_window_fraction=scheme.window_fraction,
+    )
+    (states, parameters), _ = adaptation.run(key, start, NUM_STEPS)
+    return states, parameters
+
+
+@pytest.mark.promotes_ranks  # BlackJAX does
+@pytest.mark.parametrize(
+    "scheme",
+    [Scheme(4, 0.4, 2.0, plain=True), Scheme(1, rank=2, window_fraction=0.2, plain=True)],
+    ids=["folds", "rank"],
+)
+def test_the_step_is_blackjax(key, scheme):
+    start = positions(jax.random.fold_in(key, 1))
+    (states, expected), (chains, adaptation) = jax.jit(
+        lambda *inputs: (theirs(*inputs, scheme), ours(*inputs, scheme))
+    )(key, start)
+    assert adaptation.progress.remaining[0] == 0
+    # chains keep their places, and slots say where BlackJAX has them
+    order = jnp.argsort(adaptation.slot)
+    for name in start:
+        np.testing.assert_allclose(chains.position[name][order], states.position[name], rtol=1e-6)
+    assert np.allclose(adaptation.slot, np.arange(NUM_CHAINS)) == (scheme.num_folds == 1)
+    found = {
+        "step_size": adaptation.step_size,
+        "alpha": adaptation.damping,
+        "delta": adaptation.drift,
+    }
+    for name, value in found.items():
+        np.testing.assert_allclose(value, expected[name], rtol=1e-6)
+    metric = expected["momentum_inverse_scale"]
+    if scheme.rank is None:
+        scale = np.concatenate([np.atleast_1d(metric["a"]), metric["b"]])
+        np.testing.assert_allclose(adaptation.scale[0], scale, rtol=1e-6)
+    else:
+        ours_, low = adaptation.low_rank.metric, adaptation.low_rank
+        np.testing.assert_allclose(ours_.lam, metric.lam, rtol=1e-6)
+        np.testing.assert_allclose(ours_.sigma, metric.sigma, rtol=1e-6)
+        np.testing.assert_allclose(abs(ours_.U.T @ metric.U), np.eye(2), atol=1e-6)
+        assert low.number[0] == NUM_CHAINS * (NUM_STEPS - 4)  # from a fifth of warm-up on

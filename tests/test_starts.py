@@ -1,0 +1,123 @@
+"""Starts of chains, what is known of them, and nested R-hat."""
+
+import arviz as az
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import pytest
+from numpyro.infer import MCMC, Trace_ELBO, init_to_sample
+from numpyro.infer.autoguide import AutoNormal
+
+from numpyro_ensemble import EnsembleMAP, EnsembleVI
+from numpyro_ensemble.mcmc import MEADS, rhat_nested, starts
+from numpyro_ensemble.mcmc.searches import initial
+from numpyro_ensemble.mcmc.target import Target
+
+X = np.random.default_rng(0).normal(size=(40, 3))
+Y = X @ np.array([1.0, -2.0, 0.5]) + 0.2 * np.random.default_rng(1).normal(size=40)
+
+
+def model(x, y=None):
+    w = numpyro.sample("w", dist.Normal(0.0, 3.0).expand([3]).to_event(1))
+    s = numpyro.sample("s", dist.HalfNormal(1.0))
+    numpyro.deterministic("first", w[0])
+    with numpyro.plate("row", len(x)):
+        numpyro.sample("y", dist.Normal(x @ w, s), obs=y)
+
+
+def run(kernel, init_params=None, chains=16, warmup=60, draws=40, **options):
+    options = {"num_warmup": warmup, "num_samples": draws, "num_chains": chains} | options
+    mcmc = MCMC(kernel, chain_method="vectorized", progress_bar=False, **options)
+    mcmc.run(jax.random.key(0), X, Y, init_params=init_params)
+    return mcmc
+
+
+def distances(z):
+    """Return how far starts are from the posterior, in its standard deviations."""
+    mean = np.linalg.lstsq(X, Y)[0]
+    sd = 0.2 * np.sqrt(np.diag(np.linalg.inv(X.T @ X)))
+    return (np.asarray(z["w"]) - mean) / sd
+
+
+def check(z, chains):
+    assert z["w"].shape == (chains, 3) and z["s"].shape == (chains,) and set(z) == {"w", "s"}
+    assert len(np.unique(z["w"][:, 0])) == chains
+    away = distances(z)
+    assert (abs(away.mean(axis=0)) < 1.5).all() and (0.3 < away.std(axis=0)).all()
+    assert (away.std(axis=0) < 2.0).all()
+
+
+@pytest.mark.promotes_ranks  # NumPyro's guides do
+def test_starts_from_ensembles():
+    optim = numpyro.optim.Adam(0.05)
+    fits = EnsembleMAP(model, optim, ensemble_size=3)
+    result = fits.run(jax.random.key(0), 400, X, Y, progress_bar=False)
+    z = starts.from_ensemble(fits, result, X, Y, num_chains=16)
+    check(z, 16)
+    still = starts.from_ensemble(fits, result, X, Y, num_chains=3, jitter=0.0)
+    np.testing.assert_allclose(still["w"], result.params["w"], rtol=1e-5)
+    np.testing.assert_allclose(np.exp(still["s"]), result.params["s"], rtol=1e-5)
+    vi = EnsembleVI(model, AutoNormal(model), optim, Trace_ELBO(), ensemble_size=2)
+    result = vi.run(jax.random.key(0), 400, X, Y, progress_bar=False)
+    z = starts.from_ensemble(vi, result, X, Y, num_chains=10, rng_key=jax.random.key(3))
+    assert z["w"].shape == (10, 3) and len(np.unique(z["w"][:, 0])) == 10
+    broken = result._replace(params={k: v * jnp.nan for k, v in result.params.items()})
+    with pytest.raises(ValueError, match="No member"):
+        starts.from_ensemble(vi, broken, X, Y)
+
+
+def test_the_kernel_finds_its_start(compile_count):
+    kernel = MEADS(model)
+    keys = jax.random.split(jax.random.key(1), 16)
+    check(kernel.init(keys, 80, None, (X, Y)).z, 16)
+    prior = initial(Target(model), keys[0], 16, (X, Y), {})
+    assert distances(prior).std() > 10  # what "init" alone gives
+    with compile_count() as compilations:
+        kernel.init(keys, 80, None, (X + 0.1, Y))  # other data of the same shape
+    assert compilations.count == 0, compilations.names
+    mcmc = run(kernel, chains=16, warmup=80, draws=60)
+    draws = mcmc.get_samples(group_by_chain=True)
+    assert (abs(distances({"w": draws["w"].mean(axis=(0, 1))[None]})) < 0.5).all()
+    rhat = max(float(x.max()) for x in az.rhat(az.from_numpyro(mcmc)).data_vars.values())
+    assert rhat < 1.1
+    nested = rhat_nested(draws, np.arange(16) % 4)
+    assert nested["w"].shape == (3,) and nested["s"].shape == ()
+    assert max(x.max() for x in jax.tree.leaves(nested)) < 1.1
+
+
+def test_pathfinder_finds_the_typical_set():
+    check(starts.from_pathfinder(jax.random.key(0), model, 16, X, Y, num_paths=2), 16)
+
+
+def test_a_start_that_would_freeze_is_reported():
+    kernel = MEADS(model, start="init", init_strategy=init_to_sample)
+    with pytest.warns(UserWarning, match=r"far from the typical set.*largest eigenvalue.*\"nuts\""):
+        kernel.init(jax.random.split(jax.random.key(0), 16), 10, None, (X, Y))
+
+
+@pytest.mark.core
+def test_nested_rhat():
+    rng = np.random.default_rng(0)
+    draws = rng.normal(size=(12, 10, 2))
+    groups = np.arange(12) % 3
+    shifted = draws + np.array([0.0, 2.0])[None, None] * groups[:, None, None]
+    good, bad = rhat_nested(shifted, groups)
+    assert good < 1.1 and bad > 1.5
+    # chains that forget nothing, though each superchain is at ease with itself: R-hat by the
+    # formula from means of superchains -1 and 1 and variances 1
+    exact = np.repeat([-1.0, 1.0], 6)[:, None] + np.tile([-1.0, 1.0], (12, 5))
+    within = np.var([-1.0, 1.0] * 5, ddof=1)
+    expected = np.sqrt(1 + 2.0 / within)
+    assert np.isclose(rhat_nested(exact, np.repeat([0, 1], 6), method="identity"), expected)
+    assert np.isfinite(rhat_nested(draws[:, :1], groups, method="identity")).all()
+    if hasattr(az, "rhat_nested"):
+        for method in ("rank", "identity"):
+            theirs = az.rhat_nested(shifted[..., 1], superchain_ids=groups, method=method)
+            assert np.isclose(rhat_nested(shifted[..., 1], groups, method=method), theirs)
+    for wrong in (np.zeros(12, int), np.arange(12) // 5, np.arange(6) % 2):
+        with pytest.raises(ValueError, match="superchains takes|samples takes draws"):
+            rhat_nested(draws, wrong)
+    with pytest.raises(ValueError, match="method takes"):
+        rhat_nested(draws, groups, method="split")
