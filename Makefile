@@ -17,6 +17,8 @@ show_version := import sys; print("%d.%d.%d" % sys.version_info[:3])
 VERSION := $(shell $(PYTHON) -c '$(show_version)' 2>/dev/null)
 SOURCES := $(wildcard numpyro_ensemble tests docs/conf.py examples benchmarks)
 PYTEST := $(BIN)/pytest -q -n $(JOBS)
+# Tests compile much and compute little; the runs in float32 have XLA's default.
+QUICK := --xla_backend_optimization_level=0
 
 .PHONY: help demo test docs format clean
 .DEFAULT_GOAL := help
@@ -59,7 +61,7 @@ test: $(call ready,test) ## check format, lint, types and doctests, and run all 
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/mypy
 	$(PYTEST) --junitxml=$(CACHE)/reports/doctests.xml --doctest-modules numpyro_ensemble
-	$(PYTEST) --junitxml=$(CACHE)/reports/float64.xml
+	XLA_FLAGS="$(QUICK) $$XLA_FLAGS" $(PYTEST) --junitxml=$(CACHE)/reports/float64.xml
 	JAX_ENABLE_X64=0 $(PYTEST) --junitxml=$(CACHE)/reports/float32.xml -m core
 	JAX_CHECK_TRACER_LEAKS=1 $(PYTEST) --junitxml=$(CACHE)/reports/leaks.xml -m leaks
 	@$(BIN)/python -c "$$count_tests" $(CACHE)/reports/*.xml
