@@ -20,7 +20,7 @@ PYTEST := $(BIN)/pytest -q -n $(JOBS)
 # Tests compile much and compute little; the runs in float32 have XLA's default.
 QUICK := --xla_backend_optimization_level=0
 
-.PHONY: help demo test docs format clean
+.PHONY: help demo test long docs format clean
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -61,10 +61,13 @@ test: $(call ready,test) ## check format, lint, types and doctests, and run all 
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/mypy
 	$(PYTEST) --junitxml=$(CACHE)/reports/doctests.xml --doctest-modules numpyro_ensemble
-	XLA_FLAGS="$(QUICK) $$XLA_FLAGS" $(PYTEST) --junitxml=$(CACHE)/reports/float64.xml
-	JAX_ENABLE_X64=0 $(PYTEST) --junitxml=$(CACHE)/reports/float32.xml -m core
+	XLA_FLAGS="$(QUICK) $$XLA_FLAGS" $(PYTEST) -m "not long and not single" --junitxml=$(CACHE)/reports/float64.xml
+	JAX_ENABLE_X64=0 $(PYTEST) --junitxml=$(CACHE)/reports/float32.xml -m "core and not long"
 	JAX_CHECK_TRACER_LEAKS=1 $(PYTEST) --junitxml=$(CACHE)/reports/leaks.xml -m leaks
 	@$(BIN)/python -c "$$count_tests" $(CACHE)/reports/*.xml
+
+long: $(call ready,test) ## run the tests that `make test` leaves out
+	XLA_FLAGS="$(QUICK) $$XLA_FLAGS" $(PYTEST) -m long
 
 define count_tests
 import sys

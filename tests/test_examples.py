@@ -21,6 +21,8 @@ def test_benchmarks_ask_for_what_there_is(path):
     runpy.run_path(str(path), run_name="imported")
 
 
+@pytest.mark.core
+@pytest.mark.single
 @pytest.mark.promotes_ranks  # scoringrules does
 def test_the_quickstart_scores_as_promised(capsys, tmp_path):
     x, y, x_test, y_test = quickstart.make_data()

@@ -110,6 +110,7 @@ def test_a_state_goes_on(fitted, compile_count):
     np.testing.assert_array_equal(other.get_samples()["s"], fitted.get_samples()["s"])
 
 
+@pytest.mark.long
 def test_warmup_and_thinning():
     starts = []
 
@@ -147,6 +148,7 @@ def test_the_density_is_that_of_the_arguments(compile_count):
     assert others[1:] == [[], []], others  # MCMC compiles its loop at every run
 
 
+@pytest.mark.long
 def test_chains_keep_their_identity():
     def potential(z):  # two modes, so far apart that no chain can cross
         return 0.5 * ((jnp.abs(z) - 50.0) ** 2).sum()
@@ -181,6 +183,7 @@ def positive():
     numpyro.sample("y", dist.Normal(0.0, s), obs=np.array([0.4, -0.3]))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kernel", [*KERNELS, NUTS], ids=[*NAMES, "NUTS"])
 def test_cold_posteriors(kernel):
     cold, warm = 8.0, 2.0

@@ -118,6 +118,7 @@ def cliff(z):
     return jnp.where(z[0] > 1.5, jnp.nan, 0.5 * (z**2).sum())
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_a_chain_that_falls_off_comes_back(kernel):
     z = jax.random.normal(jax.random.key(2), (CHAINS, 2)).clip(max=1.4)

@@ -87,6 +87,7 @@ def test_the_kernel_finds_its_start(compile_count):
     assert max(x.max() for x in jax.tree.leaves(nested)) < 1.1
 
 
+@pytest.mark.long
 def test_pathfinder_finds_the_typical_set():
     check(starts.from_pathfinder(jax.random.key(0), model, 16, X, Y, num_paths=2), 16)
 

@@ -121,6 +121,11 @@ GUIDES = {
 }  # fmt: skip
 
 
+# other models for guides that are in the list already
+LONG = dict.fromkeys(
+    ("AutoNormal, local latents", "AutoNormal, network", "AutoDelta, dependent support"),
+    pytest.mark.long,
+)
 # started under jit and vmap; the others are traced so
 TRANSFORMED = {"AutoNormal", "AutoLaplaceApproximation", "AutoBNAFNormal", "AutoGuideList"}
 
@@ -167,7 +172,7 @@ def keeps_the_contract(runner, key, args, result, compile_count, transformed=Tru
 
 
 @pytest.mark.promotes_ranks
-@pytest.mark.parametrize("name", GUIDES)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=LONG.get(n, ())) for n in GUIDES])
 def test_a_member_is_a_single_svi_for_every_autoguide(name, key, compile_count):
     build, model, args = GUIDES[name]
     guide = build(model)
