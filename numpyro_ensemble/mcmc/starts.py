@@ -174,11 +174,11 @@ def _around(
         scales = jax.vmap(partial(_widths, target.smooth_density(args, kwargs)))(keys, at_modes)
     else:
         scales = jax.tree.map(lambda x: x.std(axis=1), z)
-    keys = iter(jax.random.split(key, len(jax.tree.leaves(z))))
+    leaf_keys = iter(jax.random.split(key, len(jax.tree.leaves(z))))
 
     def deal(x: jax.Array, scale: jax.Array) -> jax.Array:
         taken = x[chosen, place]
-        noise = jax.random.normal(next(keys), taken.shape, taken.dtype)
+        noise = jax.random.normal(next(leaf_keys), taken.shape, taken.dtype)
         return taken + (jitter * scale[chosen] * noise).astype(taken.dtype)
 
     return jax.tree.map(deal, z, scales)
