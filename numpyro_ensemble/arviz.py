@@ -13,8 +13,8 @@ from numpyro import handlers
 from numpyro.util import is_prng_key
 
 from numpyro_ensemble.collect import Computed, Draws, Sites, check_sites, collect, compute
+from numpyro_ensemble.handlers import check_count
 from numpyro_ensemble.predictive import EnsemblePredictive
-from numpyro_ensemble.primitives import check_count
 from numpyro_ensemble.results import name_members
 
 _PRIOR_DRAWS = 500
@@ -91,35 +91,11 @@ def to_arviz(
     model = draws.model
     sites = Sites.of(model, args, kwargs, draws.samples)
     check_sites(draws, sites)
+    with_likelihood = log_likelihood and bool(sites.observed) and not sites.discrete
+    _tell(draws, sites, with_likelihood)
     if sites.subsampled:
-        warnings.warn(
-            f"the model subsamples {sorted(sites.subsampled)}: all groups are of one batch of "
-            f"rows. Use a model without subsampling in the runner's place for the whole data.",
-            stacklevel=2,
-        )
         model = handlers.substitute(model, data=sites.subsampled)
         draws = draws._replace(model=model)
-    with_likelihood = log_likelihood and bool(sites.observed) and not sites.discrete
-    if sites.discrete:
-        warnings.warn(
-            f"the latents {sorted(sites.discrete)} are discrete and were summed out: they, lp, "
-            f"log_likelihood and deterministic sites are left out. Sum them out in the model "
-            f"(MixtureSameFamily) to have these.",
-            stacklevel=2,
-        )
-    if sites.factors and with_likelihood:
-        warnings.warn(
-            f"log_likelihood leaves out the factors {sorted(sites.factors)}: they belong to no "
-            f"observation. Their terms are part of lp.",
-            stacklevel=2,
-        )
-    if with_likelihood and (draws.shape[1] < 4 or np.prod(draws.shape) < 25):
-        warnings.warn(
-            f"{draws.shape[0]} members of {draws.shape[1]} draws each are too few for az.loo: pass "
-            f"num_samples=100 (draws of a MAP estimate are all the same, so that only many members "
-            f"make LOO mean something), or log_likelihood=False where you do not need it.",
-            stacklevel=2,
-        )
     values = compute(draws, sites, keys[1], with_likelihood, args, kwargs)
     groups: dict[str, dict[str, Any]] = {}
     groups["posterior"] = {name: draws.samples[name] for name in sites.latent}
@@ -149,6 +125,36 @@ def to_arviz(
         groups["predictions"] = _group(predictions, draws.shape)
     dims = {**sites.dims, **(dims or {})}
     return _assemble(groups, draws, dims, dict(coords or {}))
+
+
+def _tell(draws: Draws, sites: Sites, with_likelihood: bool) -> None:
+    """Warn of what the groups leave out, or what they are not enough for."""
+    if sites.subsampled:
+        warnings.warn(
+            f"the model subsamples {sorted(sites.subsampled)}: all groups are of one batch of "
+            f"rows. Use a model without subsampling in the runner's place for the whole data.",
+            stacklevel=3,
+        )
+    if sites.discrete:
+        warnings.warn(
+            f"the latents {sorted(sites.discrete)} are discrete and were summed out: they, lp, "
+            f"log_likelihood and deterministic sites are left out. Sum them out in the model "
+            f"(MixtureSameFamily) to have these.",
+            stacklevel=3,
+        )
+    if sites.factors and with_likelihood:
+        warnings.warn(
+            f"log_likelihood leaves out the factors {sorted(sites.factors)}: they belong to no "
+            f"observation. Their terms are part of lp.",
+            stacklevel=3,
+        )
+    if with_likelihood and (draws.shape[1] < 4 or np.prod(draws.shape) < 25):
+        warnings.warn(
+            f"{draws.shape[0]} members of {draws.shape[1]} draws each are too few for az.loo: pass "
+            f"num_samples=100 (draws of a MAP estimate are all the same, so that only many members "
+            f"make LOO mean something), or log_likelihood=False where you do not need it.",
+            stacklevel=3,
+        )
 
 
 def _stats(draws: Draws, values: Computed) -> dict[str, Any]:

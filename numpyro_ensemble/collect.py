@@ -18,7 +18,7 @@ from numpyro_ensemble.draws import (
     check_failed,
     fill_model,
     finite_members,
-    map_draws,
+    map_member_draws,
     pick,
 )
 from numpyro_ensemble.engine import Ensemble
@@ -297,9 +297,6 @@ def compute(
         terms = util.log_likelihood(filled, {}, *args, batch_ndims=0, **kwargs)
         return Computed(deterministic, density, {name: terms[name] for name in sites.observed})
 
-    size, number = draws.shape
-    member, draw = np.divmod(np.arange(size * number), number)
-    keys = jax.random.split(rng_key, size * number)
-    flat = jax.jit(lambda where: map_draws(one, where))((keys, member, draw))
-    values = jax.tree.map(lambda x: x.reshape(size, number, *x.shape[1:]), flat)
+    keys = jax.random.split(rng_key, draws.shape)
+    values = jax.jit(lambda keys: map_member_draws(one, keys))(keys)
     return values._replace(deterministic=given | values.deterministic)

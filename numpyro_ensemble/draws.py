@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
+from jax.extend.core import jaxprs_in_params
 from numpyro import handlers
 from numpyro.infer.autoguide import AutoDelta, AutoGuide, AutoGuideList, AutoLaplaceApproximation
 from numpyro.infer.util import compute_log_probs
@@ -184,21 +185,13 @@ def _peak(jaxpr: Any) -> int:
     alive = most = 0
     made: dict[Any, int] = {}
     for i, eqn in enumerate(jaxpr.eqns):
-        inside = [_peak(part) for value in eqn.params.values() for part in _parts(value)]
+        inside = map(_peak, jaxprs_in_params(eqn.params))
         made.update((var, _size(var.aval)) for var in eqn.outvars if var in last)
         alive += sum(made[var] for var in eqn.outvars if var in made)
         most = max(most, alive + max(inside, default=0))
         for var in {var for var in eqn.invars if not hasattr(var, "val") and last[var] == i}:
             alive -= made.pop(var, 0)
     return most
-
-
-def _parts(value: Any) -> list[Any]:
-    """Return the programs inside a parameter of an operation."""
-    if isinstance(value, tuple | list):
-        return [part for item in value for part in _parts(item)]
-    value = getattr(value, "jaxpr", value)
-    return [value] if hasattr(value, "eqns") else []
 
 
 def _size(aval: Any) -> int:
@@ -226,6 +219,14 @@ def map_draws(fn: Callable, draws: Any, batch_size: int | None = None) -> Any:
     if batch_size >= total:
         return jax.vmap(fn)(draws)
     return jax.lax.map(fn, draws, batch_size=batch_size)
+
+
+def map_member_draws(fn: Callable, keys: jax.Array) -> Any:
+    """Map `fn((key, member, draw))` over keys `(E, S)`, and give the values these leading axes."""
+    size, number = keys.shape[:2]
+    member, draw = np.divmod(np.arange(size * number), number)
+    flat = map_draws(fn, (keys.reshape(size * number, *keys.shape[2:]), member, draw))
+    return jax.tree.map(lambda x: x.reshape(size, number, *x.shape[1:]), flat)
 
 
 def pick(tree: Any, *index: Any) -> Any:

@@ -22,11 +22,11 @@ from numpyro_ensemble.bindings import Bindings
 from numpyro_ensemble.bound import Bound
 from numpyro_ensemble.fingerprints import captured
 from numpyro_ensemble.guides import Filling, fresh, take_out
-from numpyro_ensemble.handlers import check_names, check_weight, reweight
+from numpyro_ensemble.handlers import check_count, check_names, check_weight, reweight
 from numpyro_ensemble.optimisers import loopable
 from numpyro_ensemble.options import RunOptions, refuse_clashes
 from numpyro_ensemble.preflight import check_size, check_state
-from numpyro_ensemble.primitives import check_count, member_keys
+from numpyro_ensemble.primitives import member_keys
 from numpyro_ensemble.results import EnsembleResult, name_members
 from numpyro_ensemble.starts import start_forms
 from numpyro_ensemble.training import (

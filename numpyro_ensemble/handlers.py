@@ -132,6 +132,14 @@ def check_names(option: str, names: Collection[str]) -> tuple[str, ...]:
     return tuple(names)
 
 
+def check_count(name: str, value: Any) -> None:
+    """Raise where an option is not an integer of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise TypeError(f"{name} takes an integer, got {value!r}.")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}.")
+
+
 def is_zero(weight: ArrayLike) -> bool:
     """Say whether a weight is known now to be 0, so that its term is dropped altogether."""
     return not isinstance(weight, jax.core.Tracer) and bool(weight == 0)

@@ -16,6 +16,7 @@ from numpyro_ensemble.draws import (
     draw_with_density,
     fill_model,
     map_draws,
+    map_member_draws,
     pick,
 )
 from numpyro_ensemble.preflight import STEM_AXES, Stems
@@ -62,7 +63,6 @@ class MemberGuides(NamedTuple):
     def _filled(self, keys: jax.Array, params: dict, latents: dict) -> dict[str, Any]:
         """Run the model on the draws, as many at once as there is room for."""
         model = self.bound.engine.model
-        size, number = keys.shape[:2]
 
         def one(where: tuple) -> dict[str, Any]:
             key, e, s = where
@@ -76,9 +76,7 @@ class MemberGuides(NamedTuple):
                 or (site["type"] == "sample" and not site["is_observed"])
             }
 
-        member, place = np.divmod(np.arange(size * number), number)
-        samples = map_draws(one, (keys.reshape(size * number, *keys.shape[2:]), member, place))
-        return jax.tree.map(lambda x: x.reshape(size, number, *x.shape[1:]), samples)
+        return map_member_draws(one, keys)
 
     def _mixture(
         self, latents: dict, density: Density, params: dict, stems: Stems, dynamic: dict

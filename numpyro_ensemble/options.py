@@ -13,7 +13,7 @@ from numpyro.infer.svi import SVIState
 
 from numpyro_ensemble.arguments import BATCH, MEMBER, Arguments
 from numpyro_ensemble.batching import Batches
-from numpyro_ensemble.primitives import check_count
+from numpyro_ensemble.handlers import check_count
 from numpyro_ensemble.training import EarlyStopping
 
 

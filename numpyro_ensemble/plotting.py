@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from jax.typing import ArrayLike
 
-from numpyro_ensemble.primitives import check_count
+from numpyro_ensemble.handlers import check_count
 from numpyro_ensemble.scoring import calibration_curve, interval
 
 _INK, _WIDE, _NARROW, _FAILED = "#1b3a5c", "#c9d8e8", "#7fa3c7", "#b5482a"

@@ -22,7 +22,7 @@ from numpyro_ensemble.draws import (
     pick,
 )
 from numpyro_ensemble.given import read_given
-from numpyro_ensemble.primitives import check_count
+from numpyro_ensemble.handlers import check_count
 
 _DRAWN = ("latent", "discrete")  # kinds of sites
 

@@ -12,7 +12,7 @@ import optax
 from jax.typing import ArrayLike
 from numpyro.util import is_prng_key
 
-from numpyro_ensemble.handlers import check_weight, is_zero
+from numpyro_ensemble.handlers import check_count, check_weight, is_zero
 
 
 class _Array:
@@ -107,14 +107,6 @@ def member_keys(rng_key: Any, ensemble_size: int, *, name: str = "rng_key") -> j
             f"{type(rng_key).__name__} and shape {shape}."
         )
     return rng_key
-
-
-def check_count(name: str, value: Any) -> None:
-    """Raise where an option is not an integer of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, int | np.integer):
-        raise TypeError(f"{name} takes an integer, got {value!r}.")
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}.")
 
 
 def stack_members(init_fn: Callable, keys: jax.Array) -> Any:

@@ -76,14 +76,6 @@ def check_start(name: str, z: Any, found: Survey) -> None:
         )
 
 
-def check_count(name: str, value: Any) -> None:
-    """Raise where an option is not an integer of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, int | np.integer):
-        raise TypeError(f"{name} takes an integer, got {value!r}.")
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}.")
-
-
 def check_positive(name: str, value: Any) -> None:
     """Raise where an option is not a finite number above 0."""
     if isinstance(value, bool) or not isinstance(value, int | float | np.number):

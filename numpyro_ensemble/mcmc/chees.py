@@ -15,7 +15,8 @@ from blackjax.mcmc.dynamic_hmc import DynamicHMCState
 from blackjax.mcmc.metrics import default_metric
 from numpyro.infer import init_to_uniform
 
-from numpyro_ensemble.mcmc.checks import Survey, check_count, check_positive
+from numpyro_ensemble.handlers import check_count
+from numpyro_ensemble.mcmc.checks import Survey, check_positive
 from numpyro_ensemble.mcmc.kernel import ChainsState, ManyChainKernel
 from numpyro_ensemble.mcmc.progress import Progress
 from numpyro_ensemble.mcmc.target import all_finite, choose, flat, per_chain, shared

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from blackjax.mcmc.ghmc import GHMCState
 from numpyro.infer import init_to_uniform
 
-from numpyro_ensemble.mcmc.checks import Survey, check_count, check_positive
+from numpyro_ensemble.handlers import check_count
+from numpyro_ensemble.mcmc.checks import Survey, check_positive
 from numpyro_ensemble.mcmc.ghmc import first_momentum
 from numpyro_ensemble.mcmc.kernel import ChainsState, ManyChainKernel
 from numpyro_ensemble.mcmc.meads_scheme import Scheme, meads_start, meads_step

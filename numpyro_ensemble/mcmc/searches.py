@@ -15,13 +15,18 @@ from numpyro.infer.hmc import hmc
 from numpyro_ensemble.mcmc.target import Target
 
 
-def nuts(
-    target: Target, key: jax.Array, num_chains: int, args: tuple, kwargs: dict, **options: Any
+def search(
+    draw: Callable,
+    target: Target,
+    key: jax.Array,
+    num_chains: int,
+    args: tuple,
+    kwargs: dict,
+    **options: Any,
 ) -> Any:
-    """Start a target's chains by NUTS."""
-    options = dict(num_starts=4, num_warmup=200, num_draws=100, jitter=0.1) | options
-    fn = partial(_draw_nuts, target=target, num_chains=num_chains, **options)
-    name = ("nuts", num_chains, *sorted(options.items()))
+    """Start a target's chains by one of the programs below, compiled."""
+    fn = partial(draw, target=target, num_chains=num_chains, **options)
+    name = (draw.__name__, num_chains, *sorted(options.items()))
     return target.compiled(name, fn, args, kwargs)(key)
 
 
@@ -32,10 +37,10 @@ def _draw_nuts(
     *,
     target: Target,
     num_chains: int,
-    num_starts: int,
-    num_warmup: int,
-    num_draws: int,
-    jitter: float,
+    num_starts: int = 4,
+    num_warmup: int = 200,
+    num_draws: int = 100,
+    jitter: float = 0.1,
 ) -> Any:
     start_key, run_key, spread_key = jax.random.split(key, 3)
     first = target.initial(jax.random.split(start_key, num_starts), args, kwargs)
@@ -82,16 +87,6 @@ def spread(key: jax.Array, draws: Any, num_chains: int, jitter: float) -> Any:
     return jax.tree.map(deal, draws)
 
 
-def pathfinder(
-    target: Target, key: jax.Array, num_chains: int, args: tuple, kwargs: dict, **options: Any
-) -> Any:
-    """Start a target's chains by Pathfinder."""
-    options = dict(num_paths=4, max_iterations=50) | options
-    fn = partial(_draw_pathfinder, target=target, num_chains=num_chains, **options)
-    name = ("pathfinder", num_chains, *sorted(options.items()))
-    return target.compiled(name, fn, args, kwargs)(key)
-
-
 def _draw_pathfinder(
     key: jax.Array,
     args: tuple,
@@ -99,8 +94,8 @@ def _draw_pathfinder(
     *,
     target: Target,
     num_chains: int,
-    num_paths: int,
-    max_iterations: int,
+    num_paths: int = 4,
+    max_iterations: int = 50,
 ) -> Any:
     start_key, path_key, pick_key = jax.random.split(key, 3)
     first = target.initial(jax.random.split(start_key, num_paths), args, kwargs)
@@ -122,13 +117,14 @@ def _draw_pathfinder(
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[chosen], state.samples)
 
 
-def initial(target: Target, key: jax.Array, num_chains: int, args: tuple, kwargs: dict) -> Any:
-    """Start a target's chains by its initialisation strategy alone."""
-
-    def fn(key: jax.Array, args: tuple, kwargs: dict) -> Any:
-        return target.initial(jax.random.split(key, num_chains), args, kwargs)
-
-    return target.compiled(("init", num_chains), fn, args, kwargs)(key)
+def _draw_initial(
+    key: jax.Array, args: tuple, kwargs: dict, *, target: Target, num_chains: int
+) -> Any:
+    return target.initial(jax.random.split(key, num_chains), args, kwargs)
 
 
+# by NUTS, by Pathfinder, and by the initialisation strategy alone
+nuts, pathfinder, initial = (
+    partial(search, draw) for draw in (_draw_nuts, _draw_pathfinder, _draw_initial)
+)
 STARTS: dict[str, Callable] = {"nuts": nuts, "pathfinder": pathfinder, "init": initial}

@@ -17,7 +17,7 @@ from jax.flatten_util import ravel_pytree
 from numpyro.infer import init_to_uniform
 from numpyro.infer.util import unconstrain_fn
 
-from numpyro_ensemble.mcmc.checks import check_count
+from numpyro_ensemble.handlers import check_count
 from numpyro_ensemble.mcmc.searches import nuts, pathfinder
 from numpyro_ensemble.mcmc.target import Target
 
@@ -58,11 +58,8 @@ def from_nuts(
         >>> starts.from_nuts(jax.random.key(0), model, 64)["x"].shape
         (64, 3)
     """
-    target = Target(model, init_strategy=init_strategy)
-    target.check(args, kwargs)
     options = {"num_starts": num_starts, "num_warmup": num_warmup, "num_draws": num_draws}
-    for name, value in {"num_chains": num_chains, **options}.items():
-        check_count(name, value)
+    target = _checked(model, init_strategy, args, kwargs, num_chains=num_chains, **options)
     return nuts(target, rng_key, num_chains, args, kwargs, jitter=jitter, **options)
 
 
@@ -88,12 +85,20 @@ def from_pathfinder(
         init_strategy: where the paths start.
         **kwargs: keyword arguments of the model.
     """
+    options = {"num_paths": num_paths, "max_iterations": max_iterations}
+    target = _checked(model, init_strategy, args, kwargs, num_chains=num_chains, **options)
+    return pathfinder(target, rng_key, num_chains, args, kwargs, **options)
+
+
+def _checked(
+    model: Callable, init_strategy: Callable, args: tuple, kwargs: dict, **counts: Any
+) -> Target:
+    """Return the target of a search, after the checks of the model and of its numbers."""
     target = Target(model, init_strategy=init_strategy)
     target.check(args, kwargs)
-    options = {"num_paths": num_paths, "max_iterations": max_iterations}
-    for name, value in {"num_chains": num_chains, **options}.items():
+    for name, value in counts.items():
         check_count(name, value)
-    return pathfinder(target, rng_key, num_chains, args, kwargs, **options)
+    return target
 
 
 def from_ensemble(

@@ -10,9 +10,9 @@ from numpyro_ensemble.scoring.scores import (
     nll,
     pit,
     rmse,
-    summary,
     variance_decomposition,
 )
+from numpyro_ensemble.scoring.table import summary
 from numpyro_ensemble.scoring.weights import (
     Khat,
     importance_resample,
