@@ -17,7 +17,7 @@ from numpyro.infer.autoguide import AutoDelta, AutoGuide, AutoGuideList, AutoLap
 from numpyro.infer.util import compute_log_probs
 from numpyro.primitives import _PYRO_STACK
 
-from numpyro_ensemble.arguments import arrange, has_tracers
+from numpyro_ensemble.arguments import FIXED, arrange, has_tracers
 from numpyro_ensemble.fingerprints import captured
 from numpyro_ensemble.guides import is_set_up
 from numpyro_ensemble.handlers import unwrapped
@@ -118,10 +118,14 @@ class Programs:
         args: tuple,
         kwargs: dict,
         *others: Any,
+        jit_model_args: bool = False,
     ) -> Any:
-        """Return what was built for arguments of equal contents, or build it."""
-        arguments = arrange(model, args, kwargs)
-        if has_tracers(arguments.leaves):
+        """Return what was built for arguments of equal contents, or build it.
+
+        With `jit_model_args`, arrays of any contents will do: the program takes them as inputs.
+        """
+        arguments = arrange(model, args, kwargs, jit_model_args=jit_model_args)
+        if has_tracers(arguments.select(FIXED)):
             return build()
         around = captured(tuple(_PYRO_STACK))  # handlers that the call stands in
         key = (arguments.key(), captured(model), captured(guide), around, *others)

@@ -16,7 +16,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from numpyro import handlers
 from numpyro.infer import MCMC, NUTS, Trace_ELBO, TraceEnum_ELBO, util
 from numpyro.infer.autoguide import AutoLaplaceApproximation, AutoMultivariateNormal, AutoNormal
-from zoo import CASES, X, Y, ridge
+from zoo import CASES, X, Y, chosen, ridge
 
 from numpyro_ensemble import EnsembleMAP, EnsembleVI, to_arviz
 from numpyro_ensemble.arviz import makes_inference_data
@@ -161,6 +161,7 @@ def test_map_members_are_chains(key):
     assert more["posterior_predictive"]["y"].values.std(axis=1).min() > 0.2
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore")  # those of ArviZ and pandas
 def test_arviz_takes_them_from_here(vi_data, key, tmp_path):
     runner, result, data = vi_data
@@ -195,8 +196,11 @@ def test_predictions_for_other_data(vi_data):
 
 @pytest.mark.parametrize(
     "name",
-    ["subsampled", "partly_observed", "batch_norm", "random_eqx_net"],
-)  # fmt: skip
+    chosen(
+        ["subsampled", "partly_observed", "batch_norm", "random_eqx_net"],
+        {"subsampled", "partly_observed"},
+    ),
+)
 @pytest.mark.promotes_ranks
 @pytest.mark.filterwarnings("ignore:All 2 members start")
 def test_every_kind_of_model(name, key):
@@ -302,6 +306,7 @@ def test_keywords_of_the_runner_are_the_models(key):
     assert data["posterior_predictive"]["y"].values.std() > 20
 
 
+@pytest.mark.long
 def test_samples_of_another_model_are_refused(key):
     def other(group, y):
         numpyro.sample("b", dist.Normal(100.0, 1.0))
@@ -392,6 +397,7 @@ def test_names_of_scopes_survive_a_file(key, tmp_path):
     assert_allclose(back["posterior"]["part.mu"][:, 0], result.params["part/mu"])
 
 
+@pytest.mark.long
 @pytest.mark.promotes_ranks
 def test_draws_follow_supports_that_depend_on_latents(key):
     def model(y):

@@ -11,16 +11,10 @@ from numpy.testing import assert_allclose
 from numpyro import handlers
 from numpyro.infer import init_to_uniform
 from numpyro.infer.util import log_density
-from zoo import CASES, X, Y, ridge
+from zoo import CASES, X, Y, chosen, ridge
 
 from numpyro_ensemble import log_joint
 from numpyro_ensemble.density import anatomy
-
-PROMOTES = ("correlation", "local_latents")  # NumPyro's LKJCholesky and Dirichlet promote ranks
-ALL = [
-    pytest.param(name, marks=[pytest.mark.promotes_ranks] if name in PROMOTES else [])
-    for name in sorted(CASES)
-]
 
 
 def tolerance():
@@ -36,7 +30,7 @@ def starts(model, args, kwargs):
     return {name: site["value"] for name, site in {**latent, **params}.items()}
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", chosen(sorted(CASES)))
 def test_the_parts_add_up_to_the_log_density(name, key):
     model, args, kwargs = CASES[name]
 

@@ -11,7 +11,7 @@ import pytest
 from numpy.testing import assert_allclose
 from numpyro.infer import SVI, Predictive, Trace_ELBO, init_to_uniform, init_to_value
 from numpyro.infer.autoguide import AutoDelta
-from zoo import CASES, X, Y, jit_once, ridge
+from zoo import CASES, X, Y, chosen, jit_once, ridge
 
 from numpyro_ensemble import EnsembleMAP, ensemble_map
 
@@ -26,14 +26,13 @@ def leaves_close(ours, theirs, **tolerance):
     jax.tree.map(lambda a, b: assert_allclose(a, b, **tolerance), ours, theirs)
 
 
-PROMOTES = ("correlation", "local_latents")  # NumPyro's LKJCholesky and Dirichlet promote ranks
-NAMES = [
-    pytest.param(name, marks=[pytest.mark.promotes_ranks] if name in PROMOTES else [])
-    for name in sorted(set(CASES) - {"dependent_support"})
-]
+QUICK = {
+    "ridge", "hierarchy", "subsampled", "with_param", "flax_net", "eqx_net", "partly_observed",
+    "with_factor", "simplex",
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", chosen(sorted(set(CASES) - {"dependent_support"}), QUICK))
 def test_a_member_is_a_single_run(name, key):
     case = CASES[name]
     runner = EnsembleMAP(case.model, numpyro.optim.Adam(0.05), ensemble_size=3)
@@ -173,6 +172,7 @@ def test_starts_may_be_given(key):
     assert_allclose(result.params["scale"], expected, rtol=1e-6)
 
 
+@pytest.mark.long
 def test_starts_of_parameters_and_of_modules_may_be_given(key):
     case = CASES["eqx_net"]
     runner = EnsembleMAP(case.model, numpyro.optim.SGD(1e-12), ensemble_size=2)

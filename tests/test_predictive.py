@@ -120,7 +120,9 @@ class _State(NamedTuple):
 
 
 @pytest.mark.promotes_ranks
-@pytest.mark.parametrize("guide", [AutoNormal, AutoLaplaceApproximation])
+@pytest.mark.parametrize(
+    "guide", [AutoNormal, pytest.param(AutoLaplaceApproximation, marks=pytest.mark.long)]
+)
 def test_a_guide_draws_with_each_members_parameters(guide, key):
     guide = guide(ridge)
     result = fit(EnsembleVI(ridge, guide, ADAM, Trace_ELBO(), ensemble_size=2), key, X, Y)

@@ -207,7 +207,14 @@ def two_modes():
 
 
 @pytest.mark.promotes_ranks
-@pytest.mark.parametrize("guide", [AutoNormal, AutoMultivariateNormal, AutoIAFNormal])
+@pytest.mark.parametrize(
+    "guide",
+    [
+        AutoNormal,
+        pytest.param(AutoMultivariateNormal, marks=pytest.mark.long),
+        pytest.param(AutoIAFNormal, marks=pytest.mark.long),
+    ],
+)
 def test_members_in_one_mode_do_not_count_twice(guide, key):
     runner = EnsembleVI(
         two_modes, guide(two_modes), numpyro.optim.SGD(1e-12), Trace_ELBO(), ensemble_size=4

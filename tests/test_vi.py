@@ -28,7 +28,20 @@ from numpyro.infer import (
     TraceMeanField_ELBO,
     autoguide,
 )
-from zoo import CASES, EQX, GROUP, NNX, Linen, X, Y, hierarchy, jit_once, local_latents, ridge
+from zoo import (
+    CASES,
+    EQX,
+    GROUP,
+    NNX,
+    Linen,
+    X,
+    Y,
+    chosen,
+    hierarchy,
+    jit_once,
+    local_latents,
+    ridge,
+)
 
 from numpyro_ensemble import EnsembleVI, ensemble_vi, reweight
 
@@ -121,11 +134,12 @@ GUIDES = {
 }  # fmt: skip
 
 
-# other models for guides that are in the list already
-LONG = dict.fromkeys(
-    ("AutoNormal, local latents", "AutoNormal, network", "AutoDelta, dependent support"),
-    pytest.mark.long,
-)
+QUICK = {
+    "AutoNormal", "AutoMultivariateNormal", "AutoLaplaceApproximation", "AutoDAIS",
+    "AutoGuideList",
+    "constant param", "particles by a callable", "mean field", "Renyi", "graph",
+    "enumeration", "amortised", "empty guide",
+}  # fmt: skip
 # started under jit and vmap; the others are traced so
 TRANSFORMED = {"AutoNormal", "AutoLaplaceApproximation", "AutoBNAFNormal", "AutoGuideList"}
 
@@ -172,7 +186,7 @@ def keeps_the_contract(runner, key, args, result, compile_count, transformed=Tru
 
 
 @pytest.mark.promotes_ranks
-@pytest.mark.parametrize("name", [pytest.param(n, marks=LONG.get(n, ())) for n in GUIDES])
+@pytest.mark.parametrize("name", chosen(GUIDES, QUICK))
 def test_a_member_is_a_single_svi_for_every_autoguide(name, key, compile_count):
     build, model, args = GUIDES[name]
     guide = build(model)
@@ -311,7 +325,7 @@ PAIRS = {
 
 
 @pytest.mark.promotes_ranks
-@pytest.mark.parametrize("name", PAIRS)
+@pytest.mark.parametrize("name", chosen(PAIRS, QUICK))
 def test_a_member_is_a_single_svi_for_guides_and_losses(name, key, compile_count):
     model, guide, loss, optim = PAIRS[name]
     runner = EnsembleVI(model, guide, optim, loss, ensemble_size=2)
@@ -344,7 +358,7 @@ OPTIMISERS = {
 }
 
 
-@pytest.mark.parametrize("name", OPTIMISERS)
+@pytest.mark.parametrize("name", chosen(OPTIMISERS, {"optax chain", "schedule"}))
 def test_every_optimiser_walks_as_under_svi(name, key):
     optim = OPTIMISERS[name]
     runner = EnsembleVI(ridge, random_guide, optim, Trace_ELBO(), ensemble_size=2)
@@ -582,6 +596,7 @@ def test_sample_posterior_draws_from_all_members(key):
     assert_allclose(grouped["nu"].mean(1), 2 * result.params["loc"], atol=1e-4)
 
 
+@pytest.mark.long
 @pytest.mark.promotes_ranks
 def test_a_blocked_autoguide_with_deterministic_sites_fits(key):
     blocked = handlers.block(handlers.seed(with_deterministic, jax.random.key(1)), hide=["nu"])
@@ -641,6 +656,7 @@ def test_weights_are_refused_where_the_estimator_would_be_wrong(key):
     )  # fmt: skip
 
 
+@pytest.mark.long
 def test_why_the_score_term_refuses_a_weight(key):
     """The gradient of TraceGraph_ELBO under a weight is not that of the weighted bound."""
     weight = 0.3
@@ -741,6 +757,7 @@ def test_several_particles_leave_mutable_state_alone(key):
     )
 
 
+@pytest.mark.long
 @pytest.mark.promotes_ranks
 def test_a_step_with_other_data_is_a_step_of_the_same_fit(key):
     """As after `SVI.init`: guide and constraints are those of the start, whatever comes later."""
@@ -775,6 +792,7 @@ def test_an_autoguide_inside_a_function_is_refused(key):
     assert inner.prototype_trace is None
 
 
+@pytest.mark.long
 @pytest.mark.promotes_ranks
 def test_a_result_knows_the_constraints_of_its_own_fit(key):
     def model(top, y):

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
+import pytest
 from flax import linen, nnx
 from numpyro import handlers
 from numpyro.contrib.module import (
@@ -31,6 +32,21 @@ GROUP = np.array([0, 0, 1, 1, 2, 2, 2, 0])
 
 # for programs that run once: half the compilation, the same numbers to rounding
 jit_once = partial(jax.jit, compiler_options={"xla_backend_optimization_level": "0"})
+
+
+PROMOTES = ("correlation", "local_latents")  # NumPyro's LKJCholesky and Dirichlet promote ranks
+
+
+def chosen(names, quick=None):
+    """Parametrise by names, in their order; all but the quick ones are left to `make long`."""
+    return [
+        pytest.param(
+            name,
+            marks=[pytest.mark.promotes_ranks] * (name in PROMOTES)
+            + [pytest.mark.long] * (quick is not None and name not in quick),
+        )
+        for name in names
+    ]
 
 
 class Case(NamedTuple):

@@ -1,0 +1,50 @@
+"""Gaussian processes as functions: kernels, a distribution, and posterior paths."""
+
+from numpyro_ensemble.gp.distribution import GaussianProcess
+from numpyro_ensemble.gp.features import Features, draw_features
+from numpyro_ensemble.gp.finite import Coregion, Linear
+from numpyro_ensemble.gp.kernels import Constant, Kernel
+from numpyro_ensemble.gp.paths import Paths, draw_paths
+from numpyro_ensemble.gp.pathwise import Moments, Pathwise
+from numpyro_ensemble.gp.sparse import (
+    CollapsedSparseGP,
+    ExpectedLikelihood,
+    choose_inducing,
+    sparse_gp,
+)
+from numpyro_ensemble.gp.stationary import (
+    RBF,
+    Cosine,
+    Matern12,
+    Matern32,
+    Matern52,
+    Periodic,
+    RationalQuadratic,
+)
+from numpyro_ensemble.gp.whiten import WhitenReparam
+
+__all__ = [
+    "RBF",
+    "CollapsedSparseGP",
+    "Constant",
+    "Coregion",
+    "Cosine",
+    "ExpectedLikelihood",
+    "Features",
+    "GaussianProcess",
+    "Kernel",
+    "Linear",
+    "Matern12",
+    "Matern32",
+    "Matern52",
+    "Moments",
+    "Paths",
+    "Pathwise",
+    "Periodic",
+    "RationalQuadratic",
+    "WhitenReparam",
+    "choose_inducing",
+    "draw_features",
+    "draw_paths",
+    "sparse_gp",
+]

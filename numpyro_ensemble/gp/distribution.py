@@ -1,0 +1,204 @@
+"""A Gaussian process at its inputs, as a NumPyro distribution."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpyro.distributions as dist
+from jax.scipy.linalg import cho_solve, solve_triangular
+from jax.typing import ArrayLike
+from numpyro.distributions import constraints
+from numpyro.util import is_prng_key
+
+from numpyro_ensemble.gp.inputs import (
+    EXACT,
+    as_inputs,
+    as_mean,
+    check_finite,
+    diagonal,
+    mean_at,
+)
+from numpyro_ensemble.gp.kernels import Kernel
+from numpyro_ensemble.gp.paths import Paths, draw_paths
+from numpyro_ensemble.gp.solvers import covariance, default_jitter
+
+
+class GaussianProcess(dist.Distribution):
+    """Values of a Gaussian process, with noise or without, at inputs; one event of shape `(N,)`.
+
+    Args:
+        kernel: a kernel.
+        X: inputs `(N, D)` or `(N,)`.
+        noise: variance of the noise, one number or `(N,)`.
+        mean_fn: a number, or a function of the inputs `(N, D) -> (N,)`.
+        jitter: what is added to the diagonal, as a part of the model (default: `4 N eps` times the
+            mean variance).
+        observed: which values count, `(N,)`; the others may be NaN. `handlers.mask` sets it too.
+
+    Raises:
+        ValueError: for shapes that do not match, or inputs that are not finite.
+
+    Example:
+        >>> import jax.numpy as jnp, numpyro, numpyro.distributions as dist
+        >>> from numpyro_ensemble.gp import RBF, GaussianProcess
+        >>> def model(X, y=None):
+        ...     lengthscale = numpyro.sample("lengthscale", dist.LogNormal(0.0, 1.0))
+        ...     noise = numpyro.sample("noise", dist.HalfNormal(0.1))
+        ...     gp = GaussianProcess(RBF(lengthscale=lengthscale), X, noise)
+        ...     numpyro.sample("y", gp, obs=y)
+        >>> gp = GaussianProcess(RBF(), jnp.linspace(0.0, 1.0, 5), noise=0.1)
+        >>> gp.event_shape
+        (5,)
+    """
+
+    arg_constraints: dict[str, Any] = {}
+    support = constraints.real_vector
+    pytree_data_fields = ("kernel", "X", "noise", "mean_fn", "jitter", "observed")
+
+    def __init__(
+        self,
+        kernel: Kernel,
+        X: ArrayLike,
+        noise: ArrayLike = 0.0,
+        mean_fn: Any = None,
+        jitter: ArrayLike | None = None,
+        *,
+        observed: ArrayLike | None = None,
+        validate_args: bool | None = None,
+    ) -> None:
+        if not isinstance(kernel, Kernel):
+            raise TypeError(f"kernel takes a kernel of numpyro_ensemble.gp, got {kernel!r}.")
+        self.kernel, self.X = kernel, as_inputs(X)
+        check_finite("X", self.X)
+        diagonal("noise", noise, self.X)
+        self.noise, self.mean_fn, self.jitter = noise, as_mean(mean_fn), jitter
+        if observed is not None and jnp.shape(observed) != (len(self.X),):
+            raise ValueError(f"observed takes shape ({len(self.X)},), got {jnp.shape(observed)}.")
+        self.observed = None if observed is None else jnp.asarray(observed, bool)
+        super().__init__((), (len(self.X),), validate_args=validate_args)
+
+    # Moments ------------------------------------------------------------------------------------
+
+    @property
+    def variances(self) -> jax.Array:
+        """Variance of the noise for each input."""
+        return diagonal("noise", self.noise, self.X)
+
+    @property
+    def added(self) -> jax.Array:
+        """What is added to the kernel matrix's diagonal: noise and jitter."""
+        jitter = default_jitter(self.kernel, self.X) if self.jitter is None else self.jitter
+        return self.variances + jnp.asarray(jitter)
+
+    @property
+    def mean(self) -> jax.Array:
+        """Mean `(N,)`."""
+        return mean_at(self.mean_fn, self.X)
+
+    @property
+    def variance(self) -> jax.Array:
+        """Variance `(N,)`, noise and jitter included."""
+        return self.kernel.diagonal(self.X) + self.added
+
+    @property
+    def covariance_matrix(self) -> jax.Array:
+        """Covariance `(N, N)`, noise and jitter included."""
+        return covariance(self.kernel, self.X, self.added, None)
+
+    def scale_tril(self) -> jax.Array:
+        """Return the Cholesky factor of the covariance; NaN where there is none."""
+        return jnp.linalg.cholesky(covariance(self.kernel, self.X, self.added, self.observed))
+
+    # The distribution ---------------------------------------------------------------------------
+
+    def sample(self, key: jax.Array, sample_shape: tuple[int, ...] = ()) -> jax.Array:
+        """Draw values, noise and jitter included."""
+        if not is_prng_key(key):
+            raise ValueError(f"key takes one key, jax.random.key(0) say; got {key!r}.")
+        L = jnp.linalg.cholesky(self.covariance_matrix)
+        normal = jax.random.normal(key, (*sample_shape, len(self.X)), L.dtype)
+        values = jnp.einsum("ij,...j->...i", L, normal, precision=EXACT)
+        return jnp.broadcast_to(self.mean, values.shape) + values
+
+    def log_prob(self, value: ArrayLike, intermediates: Any = None) -> jax.Array:
+        """Return the log density of values `(..., N)`, of those observed if there is a mask."""
+        value = self._checked(value)
+        L = self.scale_tril()
+        left = self._centred(value)
+        flat = left.reshape(-1, len(self.X))
+        white = solve_triangular(L, flat.T, lower=True)
+        number = len(self.X) if self.observed is None else self.observed.sum()
+        constant = jnp.log(jnp.diagonal(L)).sum() + 0.5 * number * jnp.log(2.0 * jnp.pi)
+        return (-0.5 * (white**2).sum(axis=0) - constant).reshape(left.shape[:-1])
+
+    def _checked(self, value: ArrayLike) -> jax.Array:
+        value = jnp.asarray(value)
+        if value.shape[-1:] != (len(self.X),):
+            raise ValueError(
+                f"a Gaussian process at {len(self.X)} inputs has values (..., {len(self.X)}), got "
+                f"{value.shape}."
+            )
+        if self.observed is None:
+            try:
+                check_finite("the value of a Gaussian process", value)
+            except ValueError as error:
+                raise ValueError(
+                    f"{error} Missing observations are left out by GaussianProcess(..., "
+                    f"observed=~jnp.isnan(y))."
+                ) from None
+        return value
+
+    def _centred(self, value: jax.Array) -> jax.Array:
+        mean = jnp.broadcast_to(self.mean, value.shape)
+        if self.observed is None:
+            return value - mean
+        return jnp.where(jnp.broadcast_to(self.observed, value.shape), value - mean, 0.0)
+
+    def mask(self, mask: Any) -> dist.Distribution:
+        """Leave observations out, by a mask `(N,)` of those that count."""
+        if jnp.shape(mask) != self.event_shape:
+            return super().mask(mask)
+        observed = mask if self.observed is None else jnp.asarray(mask) & self.observed
+        parts = (self.kernel, self.X, self.noise, self.mean_fn, self.jitter)
+        return GaussianProcess(*parts, observed=observed)
+
+    # The posterior ------------------------------------------------------------------------------
+
+    def predict(
+        self, values: ArrayLike, X_new: ArrayLike, full_cov: bool = False
+    ) -> tuple[jax.Array, jax.Array]:
+        """Return the exact moments of the function, without noise, given values at the inputs.
+
+        Args:
+            values: `(N,)`.
+            X_new: inputs `(M, D)` or `(M,)`.
+            full_cov: return the covariance `(M, M)`, not the variance `(M,)`.
+        """
+        values, X_new = self._checked(values), as_inputs(X_new, "X_new")
+        L, cross = self.scale_tril(), self.kernel.matrix(self.X, X_new)
+        if self.observed is not None:
+            cross = jnp.where(self.observed[:, None], cross, 0.0)
+        white = solve_triangular(L, cross, lower=True)
+        mean = jnp.matmul(cross.T, cho_solve((L, True), self._centred(values)), precision=EXACT)
+        mean = mean_at(self.mean_fn, X_new) + mean
+        if full_cov:
+            inner = jnp.matmul(white.T, white, precision=EXACT)
+            return mean, self.kernel.matrix(X_new, X_new) - inner
+        left = self.kernel.diagonal(X_new) - (white**2).sum(axis=0)
+        return mean, jnp.maximum(left, 0.0)
+
+    def draw_paths(self, rng_key: jax.Array, values: ArrayLike, **options: Any) -> Paths:
+        """Draw functions given values at the inputs; options as of `gp.draw_paths`."""
+        return draw_paths(
+            rng_key,
+            self.kernel,
+            self.X,
+            values,
+            noise=self.noise,
+            mean_fn=self.mean_fn,
+            jitter=self.jitter,
+            observed=self.observed,
+            **options,
+        )

@@ -1,0 +1,173 @@
+"""Random features: finitely many columns whose products approximate a kernel."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from numpyro_ensemble.gp.inputs import EXACT, as_inputs
+from numpyro_ensemble.gp.kernels import Kernel
+from numpyro_ensemble.gp.spectra import sobol
+from numpyro_ensemble.handlers import check_count
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Block:
+    """Features of one product of kernels: sines and cosines, times the columns of the others.
+
+    Attributes:
+        spectral: the factors with a spectral density, whose phases add up.
+        frequencies: `(M, D)` for each of them.
+        amplitudes: `(M,)`, or None without such factors.
+        finite: the factors with finitely many features.
+    """
+
+    spectral: tuple[Kernel, ...]
+    frequencies: tuple[jax.Array, ...]
+    amplitudes: jax.Array | None
+    finite: tuple[Kernel, ...]
+
+    def __call__(self, X: jax.Array) -> jax.Array:
+        """Evaluate the columns at a matrix of inputs."""
+        columns = jnp.ones((len(X), 1), X.dtype)
+        if self.amplitudes is not None:
+            phase = sum(
+                jnp.matmul(factor.inputs(X), w.T, precision=EXACT)
+                for factor, w in zip(self.spectral, self.frequencies, strict=True)
+            )
+            waves = (jnp.cos(phase), jnp.sin(phase))
+            columns = jnp.concatenate([self.amplitudes[None, :] * wave for wave in waves], axis=1)
+        for factor in self.finite:
+            more = factor.columns(X)
+            columns = (columns[:, :, None] * more[:, None, :]).reshape(len(X), -1)
+        return columns
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Features:
+    """Features of a kernel: one block of columns for each of its terms."""
+
+    blocks: tuple[Block, ...]
+
+    def __call__(self, X: ArrayLike) -> jax.Array:
+        """Return the columns `(N, F)` at inputs; `phi(X1) @ phi(X2).T` approximates the kernel."""
+        X = as_inputs(X)
+        return jnp.concatenate([block(X) for block in self.blocks], axis=1)
+
+    def sizes(self, dim: int) -> list[int]:
+        """Return the number of columns of each block."""
+        x = jax.ShapeDtypeStruct((1, dim), jnp.result_type(float))
+        return [jax.eval_shape(block, x).shape[1] for block in self.blocks]
+
+
+def check_num_features(num_features: int) -> int:
+    """Return a number of columns, which come in pairs.
+
+    Raises:
+        ValueError: if it is odd, or below 2.
+    """
+    check_count("num_features", num_features)
+    if num_features % 2:
+        raise ValueError(
+            f"num_features counts columns, a sine and a cosine for each frequency: it must be even "
+            f"and at least 2, got {num_features}."
+        )
+    return num_features
+
+
+def draw_features(rng_key: jax.Array, kernel: Kernel, num_features: int, X: ArrayLike) -> Features:
+    """Draw random features of a kernel.
+
+    Kernels with finitely many features (Linear, Constant, Cosine) have these; the other terms of
+    a sum share the columns equally.
+
+    Args:
+        rng_key: one key.
+        kernel: a kernel.
+        num_features: number of columns: even, a sine and a cosine for each frequency.
+        X: inputs, of which only the number of columns and the dtype matter.
+
+    Raises:
+        ValueError: if `num_features` is odd or below 2.
+        NotImplementedError: for a kernel without a spectral density or a feature map.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from numpyro_ensemble.gp import RBF, draw_features
+        >>> X = jnp.linspace(0.0, 1.0, 5)
+        >>> features = draw_features(jax.random.key(0), RBF(), 64, X)
+        >>> bool(abs(features(X) @ features(X).T - RBF()(X)).max() < 0.05)
+        True
+    """
+    check_num_features(num_features)
+    X = as_inputs(X)[:1]
+    plans = [_Plan(term, X) for term in kernel.terms()]
+    fixed = sum(plan.fixed or 0 for plan in plans)
+    sharing = sum(plan.fixed is None for plan in plans)
+    share = max(2, (num_features - fixed) // max(sharing, 1))
+    keys = jax.random.split(rng_key, len(plans))
+    return Features(tuple(plan.draw(key, share) for key, plan in zip(keys, plans, strict=True)))
+
+
+class _Plan:
+    """What the features of one term will be: its factors, sorted, and how many columns."""
+
+    def __init__(self, term: Kernel, X: jax.Array) -> None:
+        self.spectral = tuple(f for f in term.factors() if f.is_spectral)
+        self.finite = tuple(f for f in term.factors() if not f.is_spectral)
+        self.dtype = X.dtype
+        self.dims = [jax.eval_shape(f.inputs, X).shape[1] for f in self.spectral]
+        self.tensor = 1  # columns of the finite factors together
+        for factor in self.finite:
+            self.tensor *= jax.eval_shape(factor.columns, X).shape[1]
+
+    def _series(self, number: int) -> Any:
+        if len(self.spectral) != 1:
+            return None
+        return self.spectral[0].series(number, self.dims[0])
+
+    @property
+    def fixed(self) -> int | None:
+        """Number of columns, if it is not for us to choose."""
+        if not self.spectral:
+            return self.tensor
+        few = jax.eval_shape(lambda: self._series(2))
+        if few is None or len(few.weights) == 2:
+            return None
+        return 2 * len(few.weights) * self.tensor
+
+    def draw(self, rng_key: jax.Array, columns: int) -> Block:
+        """Draw frequencies for so many columns, or as many as there are."""
+        if not self.spectral:
+            return Block((), (), None, self.finite)
+        number = max(1, columns // self.tensor // 2)
+        series = self._series(number)
+        if series is not None:
+            frequencies, weights = [series.frequencies], series.weights
+        else:
+            frequencies, weights = self._random(rng_key, number)
+        variance = jnp.asarray(1.0, self.dtype)
+        for factor in self.spectral:
+            variance = variance * factor.scale()
+        amplitudes = jnp.sqrt(variance * weights.astype(self.dtype) / len(weights))
+        waves = tuple(w.astype(self.dtype) for w in frequencies)
+        return Block(self.spectral, waves, amplitudes, self.finite)
+
+    def _random(self, rng_key: jax.Array, number: int) -> tuple[list[jax.Array], jax.Array]:
+        """Draw each factor's frequencies and component independently; weights multiply."""
+        pairs = list(zip(self.spectral, self.dims, strict=True))
+        counts = [factor.num_uniforms(dim) for factor, dim in pairs]
+        uniforms = sobol(rng_key, number, sum(counts), self.dtype)
+        frequencies, weights, start = [], jnp.ones(number, self.dtype), 0
+        for (factor, dim), count in zip(pairs, counts, strict=True):
+            w, squared = factor.spectrum(uniforms[:, start : start + count], dim)
+            frequencies.append(w)
+            weights = weights * squared
+            start += count
+        return frequencies, weights

@@ -1,0 +1,190 @@
+"""Inputs of kernels, hyperparameters, and functions as pytrees of arrays."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+
+EXACT = jax.lax.Precision.HIGHEST  # of distances, phases and all that is built on them
+
+
+def is_traced(value: Any) -> bool:
+    """Say whether nothing is known of a value but its shape."""
+    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(value))
+
+
+def as_inputs(X: ArrayLike, name: str = "X") -> jax.Array:
+    """Return inputs as a matrix `(N, D)` of floats; one axis counts as `(N, 1)`.
+
+    Raises:
+        ValueError: if there are more than two axes, or entries are not finite.
+    """
+    X = jnp.asarray(X)
+    if X.ndim not in (1, 2):
+        raise ValueError(f"{name} takes inputs of shape (N, D) or (N,), got {X.shape}.")
+    if not jnp.issubdtype(X.dtype, jnp.floating):
+        X = X.astype(jnp.result_type(float))
+    return X[:, None] if X.ndim == 1 else X
+
+
+def check_finite(name: str, values: ArrayLike) -> None:
+    """Raise a ValueError that counts and locates entries that are not finite, if they are known."""
+    if is_traced(values):
+        return
+    bad = np.argwhere(~np.isfinite(np.asarray(values)))
+    if len(bad):
+        places = ", ".join(str(tuple(map(int, place))).replace(",)", ")") for place in bad[:5])
+        more = ", ..." if len(bad) > 5 else ""
+        raise ValueError(
+            f"{name} has {len(bad)} of {np.size(values)} entries that are not finite, "
+            f"at {places}{more}."
+        )
+
+
+def hyperparameter(owner: str, name: str, value: Any, *, vector: bool = False) -> Any:
+    """Return a positive number, or one for each dimension where `vector` says so.
+
+    Raises:
+        ValueError: for another shape, or a value that is known not to be positive.
+    """
+    shape = jnp.shape(value)
+    if len(shape) > (1 if vector else 0) or 0 in shape:
+        allowed = "a number, or one for each dimension, (D,)" if vector else "one number"
+        raise ValueError(
+            f"{owner}: {name} takes {allowed}, got shape {shape}. A kernel holds one draw of its "
+            f"hyperparameters; use jax.vmap, or Pathwise, for many."
+        )
+    if not is_traced(value) and not (np.asarray(value) > 0).all():
+        raise ValueError(f"{owner}: {name} must be positive, got {np.asarray(value)}.")
+    return float(value) if isinstance(value, int) else value
+
+
+def per_dimension(owner: str, name: str, value: Any, X: jax.Array) -> jax.Array:
+    """Spread a hyperparameter over the columns of inputs.
+
+    Raises:
+        ValueError: if it has another number of entries than the inputs have columns.
+    """
+    value = jnp.asarray(value, X.dtype) if is_plain(value) else jnp.asarray(value)
+    if value.ndim and value.shape != (X.shape[1],):
+        raise ValueError(
+            f"{owner}: {name} has shape {value.shape}, and the inputs it works on have "
+            f"{X.shape[1]} columns."
+        )
+    return jnp.broadcast_to(value, (X.shape[1],))
+
+
+def is_plain(value: Any) -> bool:
+    """Say whether a value is a Python number, which has no dtype of its own."""
+    return isinstance(value, bool | int | float)
+
+
+@jax.tree_util.register_pytree_node_class
+class Function:
+    """A callable whose arrays are leaves and whose other parts are fixed.
+
+    Modules are pytrees already, but may hold activation functions and the like; the arrays of a
+    `functools.partial` are taken out too. A plain function has no leaves.
+    """
+
+    def __init__(self, fn: Callable) -> None:
+        leaves, treedef = jax.tree.flatten(_opened(fn))
+        is_array = [isinstance(leaf, jax.Array | np.ndarray) for leaf in leaves]
+        self.arrays = [leaf for leaf, array in zip(leaves, is_array, strict=True) if array]
+        self.rest = tuple(
+            None if array else leaf for leaf, array in zip(leaves, is_array, strict=True)
+        )
+        self.is_array, self.treedef = tuple(is_array), treedef
+
+    def __call__(self, *args: Any) -> Any:
+        """Call the function."""
+        arrays = iter(self.arrays)
+        leaves = [
+            next(arrays) if array else rest
+            for rest, array in zip(self.rest, self.is_array, strict=True)
+        ]
+        return jax.tree.unflatten(self.treedef, leaves)(*args)
+
+    def tree_flatten(self) -> tuple[list, tuple]:
+        """Return the arrays, and what is fixed."""
+        return self.arrays, (self.rest, self.is_array, self.treedef)
+
+    @classmethod
+    def tree_unflatten(cls, fixed: tuple, arrays: list) -> Function:
+        """Put the parts together again."""
+        self = object.__new__(cls)
+        self.arrays = list(arrays)
+        self.rest, self.is_array, self.treedef = fixed
+        return self
+
+    def closes_over_tracers(self) -> bool:
+        """Say whether a fixed part holds values that are only known inside a transformation."""
+        return any(
+            is_traced([cell.cell_contents for cell in getattr(part, "__closure__", None) or ()])
+            for part in self.rest
+            if part is not None
+        )
+
+
+def _opened(fn: Callable) -> Callable:
+    if isinstance(fn, functools.partial) and not isinstance(fn, jax.tree_util.Partial):
+        return jax.tree_util.Partial(_opened(fn.func), *fn.args, **fn.keywords)
+    return fn
+
+
+def as_mean(mean_fn: Any) -> Any:
+    """Return what a mean is given as: None, one number, or a function of the inputs.
+
+    Raises:
+        TypeError: if it is neither.
+    """
+    if mean_fn is None or isinstance(mean_fn, Function):
+        return mean_fn
+    if callable(mean_fn):
+        return Function(mean_fn)
+    if jnp.shape(mean_fn) != ():
+        raise TypeError(
+            f"mean_fn takes one number or a function of the inputs, got shape {jnp.shape(mean_fn)}."
+        )
+    return mean_fn
+
+
+def mean_at(mean_fn: Any, X: jax.Array) -> jax.Array:
+    """Evaluate a mean at inputs `(N, D)`.
+
+    Raises:
+        ValueError: if it does not return one number for each input.
+    """
+    if mean_fn is None:
+        return jnp.zeros(len(X), X.dtype)
+    if not callable(mean_fn):
+        return jnp.broadcast_to(jnp.asarray(mean_fn), (len(X),))
+    mean = jnp.asarray(mean_fn(X))
+    if mean.shape != (len(X),):
+        raise ValueError(
+            f"mean_fn must return shape ({len(X)},) for {len(X)} inputs, got {mean.shape}."
+        )
+    return mean
+
+
+def diagonal(name: str, value: Any, X: jax.Array) -> jax.Array:
+    """Return a variance for each input, from one number or one for each.
+
+    Raises:
+        ValueError: for another shape, or values that are known to be negative or not finite.
+    """
+    shape = jnp.shape(value)
+    if shape not in ((), (len(X),)):
+        raise ValueError(
+            f"{name} takes one variance, or one for each of the {len(X)} inputs, got shape {shape}."
+        )
+    if not is_traced(value) and not (np.asarray(value) >= 0).all():
+        raise ValueError(f"{name} is a variance and not negative, got {np.asarray(value)}.")
+    value = jnp.asarray(value, X.dtype) if is_plain(value) else jnp.asarray(value)
+    return jnp.broadcast_to(value, (len(X),))

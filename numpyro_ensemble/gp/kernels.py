@@ -1,0 +1,332 @@
+"""Kernels: pytrees with hyperparameters as leaves, and their algebra."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from numpyro_ensemble.gp.inputs import Function, as_inputs, hyperparameter
+
+
+class Spectrum(NamedTuple):
+    """Frequencies `(M, D)` of random features and their squared amplitudes `(M,)`, 1 on average."""
+
+    frequencies: jax.Array
+    weights: jax.Array
+
+
+class Kernel:
+    """A covariance function; subclasses give `matrix`, `diagonal` and the features they have.
+
+    Kernels add and multiply, with each other and with positive numbers, which may be NumPyro
+    samples.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from numpyro_ensemble.gp import RBF, Periodic
+        >>> kernel = 0.5 * RBF(lengthscale=2.0) + RBF() * Periodic(period=1.0)
+        >>> kernel(jnp.linspace(0.0, 1.0, 3), jnp.zeros(2)).shape
+        (3, 2)
+    """
+
+    _leaves: ClassVar[tuple[str, ...]] = ()
+    _fixed: ClassVar[tuple[str, ...]] = ()
+    _positive: ClassVar[tuple[str, ...]] = ()
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        jax.tree_util.register_pytree_with_keys(
+            cls, cls._flatten_with_keys, partial(_unflatten, cls)
+        )
+
+    def _flatten_with_keys(self) -> tuple[tuple, tuple]:
+        leaves = tuple(
+            (jax.tree_util.GetAttrKey(name), getattr(self, name)) for name in self._leaves
+        )
+        return leaves, tuple(getattr(self, name) for name in self._fixed)
+
+    def __repr__(self) -> str:
+        fields = ", ".join(f"{name}={getattr(self, name)!r}" for name in self._leaves + self._fixed)
+        return f"{type(self).__name__}({fields})"
+
+    # The covariance -----------------------------------------------------------------------------
+
+    def __call__(self, X1: ArrayLike, X2: ArrayLike | None = None) -> jax.Array:
+        """Return the covariances `(N1, N2)` of inputs `(N1, D)` and `(N2, D)`; `(N,)` is `(N, 1)`.
+
+        Raises:
+            ValueError: if the inputs have another number of columns than the kernel needs.
+        """
+        X1 = as_inputs(X1, "X1")
+        X2 = X1 if X2 is None else as_inputs(X2, "X2")
+        if X1.shape[1] != X2.shape[1]:
+            raise ValueError(f"X1 has {X1.shape[1]} columns, and X2 has {X2.shape[1]}.")
+        return self.matrix(X1, X2)
+
+    def diag(self, X: ArrayLike) -> jax.Array:
+        """Return the variances `(N,)` at inputs."""
+        return self.diagonal(as_inputs(X))
+
+    def matrix(self, X1: jax.Array, X2: jax.Array) -> jax.Array:
+        """Return the covariances of two matrices of inputs."""
+        raise NotImplementedError(f"{type(self).__name__} does not define matrix(X1, X2).")
+
+    def diagonal(self, X: jax.Array) -> jax.Array:
+        """Return the variances at a matrix of inputs."""
+        return jax.vmap(lambda x: self.matrix(x[None], x[None])[0, 0])(X)
+
+    def is_valid(self) -> jax.Array:
+        """Say, traced values included, whether all hyperparameters are positive."""
+        positive = [(jnp.asarray(getattr(self, name)) > 0).all() for name in self._positive]
+        return jnp.stack([jnp.asarray(True), *positive]).all()
+
+    # The algebra --------------------------------------------------------------------------------
+
+    def __add__(self, other: Any) -> Kernel:
+        return Sum(self, _as_kernel(other))
+
+    def __radd__(self, other: Any) -> Kernel:
+        return Sum(_as_kernel(other), self)
+
+    def __mul__(self, other: Any) -> Kernel:
+        return Product(self, _as_kernel(other))
+
+    def __rmul__(self, other: Any) -> Kernel:
+        return Product(_as_kernel(other), self)
+
+    def warp(self, fn: Callable) -> Kernel:
+        """Put a function `(N, D) -> (N, D')` in front of the inputs: a warp, or a network."""
+        return Warped(self, fn)
+
+    def with_features(self, feature_map: Callable) -> Kernel:
+        """Give the kernel features `X -> (N, F)` whose products are, or approximate, its values."""
+        return Featured(self, feature_map)
+
+    def terms(self) -> list[Kernel]:
+        """Return the kernels that this one is the sum of, products multiplied out."""
+        return [self]
+
+    def factors(self) -> list[Kernel]:
+        """Return the kernels that this one is the product of."""
+        return [self]
+
+    # Features -----------------------------------------------------------------------------------
+
+    is_spectral: ClassVar[bool] = False
+
+    def inputs(self, X: jax.Array) -> jax.Array:
+        """Return the inputs that the kernel's own frequencies belong to."""
+        return X
+
+    def num_uniforms(self, dim: int) -> int:
+        """Return how many uniform numbers one random frequency in `dim` dimensions takes."""
+        raise NotImplementedError
+
+    def spectrum(self, uniforms: jax.Array, dim: int) -> Spectrum:
+        """Turn uniform numbers `(M, num_uniforms)` into frequencies."""
+        raise NotImplementedError
+
+    def series(self, number: int, dim: int) -> Spectrum | None:
+        """Return frequencies that are not random, with weights that add up to M, if it has them."""
+        return None
+
+    def scale(self) -> Any:
+        """Return the variance of a kernel with a spectral density."""
+        return getattr(self, "variance", 1.0)
+
+    def columns(self, X: jax.Array) -> jax.Array:
+        """Return the features `(N, F)` of a kernel that has finitely many."""
+        raise NotImplementedError(
+            f"{type(self).__name__} has no spectral density that is known. Give it features: "
+            f"kernel.with_features(fn), with fn(X) -> (N, F)."
+        )
+
+
+def _unflatten(cls: type, fixed: tuple, leaves: tuple) -> Any:
+    self: Any = object.__new__(cls)
+    for name, value in zip(cls._leaves, leaves, strict=True):  # type: ignore[attr-defined]
+        setattr(self, name, value)
+    for name, value in zip(cls._fixed, fixed, strict=True):  # type: ignore[attr-defined]
+        setattr(self, name, value)
+    return self
+
+
+def _as_kernel(value: Any) -> Kernel:
+    return value if isinstance(value, Kernel) else Constant(value)
+
+
+# Composition ------------------------------------------------------------------------------------
+
+
+class _Pair(Kernel):
+    _leaves: ClassVar[tuple[str, ...]] = ("left", "right")
+
+    def __init__(self, left: Kernel, right: Kernel) -> None:
+        self.left, self.right = left, right
+
+    def is_valid(self) -> jax.Array:
+        return self.left.is_valid() & self.right.is_valid()
+
+
+class Sum(_Pair):
+    """The sum of two kernels."""
+
+    def matrix(self, X1: jax.Array, X2: jax.Array) -> jax.Array:
+        return self.left.matrix(X1, X2) + self.right.matrix(X1, X2)
+
+    def diagonal(self, X: jax.Array) -> jax.Array:
+        return self.left.diagonal(X) + self.right.diagonal(X)
+
+    def terms(self) -> list[Kernel]:
+        return self.left.terms() + self.right.terms()
+
+
+class Product(_Pair):
+    """The product of two kernels."""
+
+    def matrix(self, X1: jax.Array, X2: jax.Array) -> jax.Array:
+        return self.left.matrix(X1, X2) * self.right.matrix(X1, X2)
+
+    def diagonal(self, X: jax.Array) -> jax.Array:
+        return self.left.diagonal(X) * self.right.diagonal(X)
+
+    def terms(self) -> list[Kernel]:
+        return [Product(a, b) for a in self.left.terms() for b in self.right.terms()]
+
+    def factors(self) -> list[Kernel]:
+        return self.left.factors() + self.right.factors()
+
+
+class _Wrapped(Kernel):
+    _leaves: ClassVar[tuple[str, ...]] = ("kernel", "fn")
+
+    def __init__(self, kernel: Kernel, fn: Callable) -> None:
+        self.kernel, self.fn = kernel, Function(fn)
+
+    def is_valid(self) -> jax.Array:
+        return self.kernel.is_valid()
+
+
+class Warped(_Wrapped):
+    """A kernel of transformed inputs."""
+
+    def _map(self, X: jax.Array) -> jax.Array:
+        mapped = as_inputs(self.fn(X), "the input map's result")
+        if len(mapped) != len(X):
+            raise ValueError(f"the input map returned {len(mapped)} rows for {len(X)} inputs.")
+        return mapped
+
+    def matrix(self, X1: jax.Array, X2: jax.Array) -> jax.Array:
+        return self.kernel.matrix(self._map(X1), self._map(X2))
+
+    def diagonal(self, X: jax.Array) -> jax.Array:
+        return self.kernel.diagonal(self._map(X))
+
+    def terms(self) -> list[Kernel]:
+        return [_warped(term, self.fn) for term in self.kernel.terms()]
+
+    def factors(self) -> list[Kernel]:
+        return [_warped(factor, self.fn) for factor in self.kernel.factors()]
+
+    @property
+    def is_spectral(self) -> bool:  # type: ignore[override]
+        return self.kernel.is_spectral
+
+    def inputs(self, X: jax.Array) -> jax.Array:
+        return self.kernel.inputs(self._map(X))
+
+    def num_uniforms(self, dim: int) -> int:
+        return self.kernel.num_uniforms(dim)
+
+    def spectrum(self, uniforms: jax.Array, dim: int) -> Spectrum:
+        return self.kernel.spectrum(uniforms, dim)
+
+    def series(self, number: int, dim: int) -> Spectrum | None:
+        return self.kernel.series(number, dim)
+
+    def scale(self) -> Any:
+        return self.kernel.scale()
+
+    def columns(self, X: jax.Array) -> jax.Array:
+        return self.kernel.columns(self._map(X))
+
+
+def _warped(kernel: Kernel, fn: Function) -> Warped:
+    return _unflatten(Warped, (), (kernel, fn))
+
+
+class Featured(_Wrapped):
+    """A kernel with a feature map of the user's."""
+
+    def matrix(self, X1: jax.Array, X2: jax.Array) -> jax.Array:
+        return self.kernel.matrix(X1, X2)
+
+    def diagonal(self, X: jax.Array) -> jax.Array:
+        return self.kernel.diagonal(X)
+
+    def columns(self, X: jax.Array) -> jax.Array:
+        columns = jnp.asarray(self.fn(X))
+        if columns.ndim != 2 or len(columns) != len(X):
+            raise ValueError(f"the feature map returned {columns.shape} for {len(X)} inputs.")
+        return columns
+
+
+# Kernels with hyperparameters ---------------------------------------------------------------------
+
+
+class Atom(Kernel):
+    """A kernel with a variance and hyperparameters, over all columns of the inputs or some."""
+
+    _leaves: ClassVar[tuple[str, ...]] = ("variance",)
+    _fixed: ClassVar[tuple[str, ...]] = ("active_dims",)
+    _positive: ClassVar[tuple[str, ...]] = ("variance",)
+
+    def __init__(self, variance: Any, active_dims: int | Sequence[int] | None) -> None:
+        self.variance = self._number("variance", variance)
+        dims = (active_dims,) if isinstance(active_dims, int) else active_dims
+        self.active_dims = None if dims is None else tuple(map(int, dims))
+
+    def _number(self, name: str, value: Any, *, vector: bool = False) -> Any:
+        return hyperparameter(type(self).__name__, name, value, vector=vector)
+
+    def inputs(self, X: jax.Array) -> jax.Array:
+        if self.active_dims is None:
+            return X
+        if any(not -X.shape[1] <= i < X.shape[1] for i in self.active_dims):
+            raise ValueError(
+                f"{type(self).__name__}: active_dims={self.active_dims}, and the inputs have "
+                f"{X.shape[1]} columns."
+            )
+        return X[:, self.active_dims]
+
+    def matrix(self, X1: jax.Array, X2: jax.Array) -> jax.Array:
+        return self.variance * self.correlation(self.inputs(X1), self.inputs(X2))
+
+    def correlation(self, X1: jax.Array, X2: jax.Array) -> jax.Array:
+        """Return the kernel with variance 1 of the inputs that it works on."""
+        raise NotImplementedError
+
+
+class Constant(Atom):
+    """The kernel of functions that are one random constant.
+
+    Args:
+        variance: one number.
+    """
+
+    def __init__(self, variance: Any = 1.0) -> None:
+        super().__init__(variance, None)
+
+    def correlation(self, X1: jax.Array, X2: jax.Array) -> jax.Array:
+        return jnp.ones((len(X1), len(X2)), X1.dtype)
+
+    def diagonal(self, X: jax.Array) -> jax.Array:
+        return jnp.full(len(X), self.variance, jnp.result_type(X, self.variance))
+
+    def columns(self, X: jax.Array) -> jax.Array:
+        return jnp.sqrt(self.variance) * jnp.ones((len(X), 1), X.dtype)

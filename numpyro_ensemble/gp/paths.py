@@ -1,0 +1,484 @@
+"""Posterior functions: Matheron's rule on one random basis, or several."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+
+from numpyro_ensemble.gp.features import Features, check_num_features, draw_features
+from numpyro_ensemble.gp.inputs import (
+    EXACT,
+    as_inputs,
+    as_mean,
+    check_finite,
+    diagonal,
+    is_traced,
+    mean_at,
+)
+from numpyro_ensemble.gp.kernels import Kernel
+from numpyro_ensemble.gp.solvers import SOLVERS, by_rows, default_jitter, solve
+from numpyro_ensemble.handlers import check_count
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Paths:
+    """Functions drawn from a posterior Gaussian process: `paths(X_new) -> (num_paths, N_new)`.
+
+    A pytree of arrays: it can be jitted, mapped, differentiated, indexed, concatenated, saved with
+    the leaves of `jax.tree.flatten`, and conditioned further with `update`. No randomness is left.
+
+    From many draws of the hyperparameters all arrays have a leading axis of draws, and the paths of
+    one draw follow each other.
+
+    Attributes:
+        kernel: the kernel, or the kernels of all draws.
+        mean_fn: None, a number or a function.
+        points: inputs `(N, D)` that the functions were conditioned at.
+        features: `B` random bases.
+        weights: of the bases' columns, `(B, Q, F)`; `Q` paths share a basis.
+        order: where each path is among the `B * Q`, `(P,)`.
+        alpha: weights of the kernel functions at the points, `(P, N)`.
+        right: what the prior functions and noise leave of the values, `(P, N)`.
+        diagonal: noise and jitter at the points, `(N,)`.
+        noise: as given, a number or `(N,)`.
+        observed: which values count, `(N,)`, or None.
+        residuals: relative residuals of the solves, `(P,)`; 0 for a Cholesky factor.
+        ok: whether each path's solve succeeded, `(P,)`.
+        seed: of the noise of later updates.
+    """
+
+    kernel: Kernel
+    mean_fn: Any
+    points: jax.Array
+    features: Features
+    weights: jax.Array
+    order: jax.Array
+    alpha: jax.Array
+    right: jax.Array
+    diagonal: jax.Array
+    noise: jax.Array
+    observed: jax.Array | None
+    residuals: jax.Array
+    ok: jax.Array
+    seed: jax.Array
+    solver: str = field(metadata={"static": True})
+    tolerance: float | None = field(metadata={"static": True})
+
+    @property
+    def num_paths(self) -> int:
+        """Number of functions, of all draws together."""
+        return int(np.prod(self.alpha.shape[:-1]))
+
+    @property
+    def num_draws(self) -> int | None:
+        """Number of draws of the hyperparameters, None without an axis of them."""
+        return self.alpha.shape[0] if self.alpha.ndim == 3 else None
+
+    def __len__(self) -> int:
+        return self.num_paths
+
+    # Evaluation ---------------------------------------------------------------------------------
+
+    def __call__(self, X: ArrayLike) -> jax.Array:
+        """Evaluate all paths at inputs `(N, D)`, or `(N,)` in one dimension: `(num_paths, N)`."""
+        return _evaluate(self, self._inputs(X))
+
+    def prior(self, X: ArrayLike) -> jax.Array:
+        """Evaluate the prior functions that the paths were made of, without the mean."""
+        X = self._inputs(X)
+        if self.num_draws is None:
+            return self._prior(X).T
+        return jax.lax.map(lambda paths: paths._prior(X).T, self).reshape(-1, len(X))
+
+    def each(self, X: ArrayLike) -> jax.Array:
+        """Evaluate each path at inputs of its own, `(num_paths, N, D)`: `(num_paths, N)`."""
+        X = jnp.asarray(X)
+        if X.ndim != 3 or len(X) != self.num_paths:
+            raise ValueError(f"each takes inputs ({self.num_paths}, N, D), got shape {X.shape}.")
+        return jax.vmap(lambda i, x: self[i]._at(x)[0])(jnp.arange(self.num_paths), X)
+
+    def _inputs(self, X: ArrayLike) -> jax.Array:
+        X = as_inputs(X)
+        if X.shape[1] != self.points.shape[-1]:
+            raise ValueError(
+                f"the paths are functions of {self.points.shape[-1]} columns, got {X.shape[1]}."
+            )
+        return X
+
+    def _at(self, X: jax.Array) -> jax.Array:
+        def rows(X: jax.Array) -> jax.Array:
+            cross = self.kernel.matrix(X, self.points)
+            return self._prior(X) + jnp.matmul(cross, self.alpha.T, precision=EXACT)
+
+        width = max(len(self.points), self.weights.shape[0] * self.weights.shape[2])
+        return by_rows(rows, X, width).T + mean_at(self.mean_fn, X)[None, :]
+
+    def _prior(self, X: jax.Array) -> jax.Array:
+        def one(features: Features, weights: jax.Array) -> jax.Array:
+            return jnp.matmul(features(X), weights.T, precision=EXACT)
+
+        each = jax.vmap(one, out_axes=1)(self.features, self.weights)
+        return each.reshape(len(X), -1)[:, self.order]
+
+    # Parts --------------------------------------------------------------------------------------
+
+    def __getitem__(self, index: Any) -> Paths:
+        """Take some of the paths; a single one is left as a set of one."""
+        places: Any = np.arange(self.num_paths)
+        if isinstance(index, jax.core.Tracer):
+            places = jnp.asarray(index)
+            if not jnp.issubdtype(places.dtype, jnp.integer):
+                raise TypeError(f"inside a transformation paths take whole numbers, got {index!r}.")
+        else:
+            places = places[np.asarray(index) if isinstance(index, jax.Array) else index]
+        if places.ndim == 0:
+            return self._one(places)
+        if self.num_draws is None and not is_traced(places):
+            return self._some(places)
+        return jax.vmap(self._one)(jnp.asarray(places))
+
+    def _one(self, i: Any) -> Paths:
+        if self.num_draws is not None:
+            draw, i = jnp.divmod(i, self.alpha.shape[1])
+            return jax.tree.map(lambda leaf: leaf[draw], self)._one(i)
+        basis, place = jnp.divmod(self.order[i], self.weights.shape[1])
+        return replace(
+            self,
+            features=jax.tree.map(lambda leaf: leaf[basis][None], self.features),
+            weights=self.weights[basis, place][None, None],
+            order=jnp.zeros(1, int),
+            **{
+                name: getattr(self, name)[i][None] for name in ("alpha", "right", "residuals", "ok")
+            },
+        )
+
+    def _some(self, places: np.ndarray) -> Paths:
+        """Take known paths, which stay sorted by their bases."""
+        basis, within = np.divmod(np.asarray(self.order)[places], self.weights.shape[1])
+        used, basis = np.unique(basis, return_inverse=True)
+        most = int(np.bincount(basis).max(initial=1))
+        order, kept = np.empty(len(places), int), np.zeros((len(used), most), int)
+        for b in range(len(used)):
+            mine = np.flatnonzero(basis == b)
+            kept[b, : len(mine)] = within[mine]
+            order[mine] = b * most + np.arange(len(mine))
+        return replace(
+            self,
+            features=jax.tree.map(lambda leaf: leaf[used], self.features),
+            weights=self.weights[used[:, None], kept],
+            order=jnp.asarray(order),
+            **{name: getattr(self, name)[places] for name in ("alpha", "right", "residuals", "ok")},
+        )
+
+    def components(self) -> list[Paths]:
+        """Return the paths of each term of the kernel's sum, which add up to the paths.
+
+        The mean goes with the first.
+        """
+        terms = self.kernel.terms()
+        sizes = self.features.sizes(self.points.shape[-1])
+        ends = np.cumsum(sizes)
+        return [
+            replace(
+                self,
+                kernel=term,
+                mean_fn=None if i else self.mean_fn,
+                features=Features((self.features.blocks[i],)),
+                weights=self.weights[..., ends[i] - sizes[i] : ends[i]],
+            )
+            for i, term in enumerate(terms)
+        ]
+
+    @staticmethod
+    def concatenate(parts: list[Paths]) -> Paths:
+        """Put sets of paths together, which must be of equal shapes.
+
+        Raises:
+            ValueError: if they are not, or are of different kernels.
+        """
+        stacked = [
+            part if part.num_draws is not None else jax.tree.map(lambda leaf: leaf[None], part)
+            for part in parts
+        ]
+        forms = {
+            (jax.tree.structure(part), tuple(x.shape[1:] for x in jax.tree.leaves(part)))
+            for part in stacked
+        }
+        if len(forms) != 1:
+            raise ValueError(
+                "paths are concatenated where their kernels are of one form and their numbers of "
+                "points, features and paths agree."
+            )
+        return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *stacked)
+
+    # Conditioning -------------------------------------------------------------------------------
+
+    def update(
+        self,
+        X: ArrayLike,
+        values: ArrayLike,
+        *,
+        noise: ArrayLike | None = None,
+        rng_key: jax.Array | None = None,
+    ) -> Paths:
+        """Condition the same functions on more points.
+
+        Args:
+            X: inputs `(M, D)` or `(M,)`.
+            values: `(M,)`, or `(num_paths, M)` for values of each path's own (pending points).
+            noise: variance of the values (default: that of the paths, if it is one number).
+            rng_key: of the noise drawn here (default: one kept from when the paths were drawn).
+
+        Raises:
+            ValueError: if shapes do not match, or the noise is not known.
+        """
+        X, values = self._inputs(X), jnp.asarray(values)
+        check_finite("X", X)
+        check_finite("values", values)
+        if values.shape not in ((len(X),), (self.num_paths, len(X))):
+            raise ValueError(
+                f"values take shape ({len(X)},) or ({self.num_paths}, {len(X)}), got "
+                f"{values.shape}."
+            )
+        if noise is None and self.noise.ndim > (self.num_draws is not None):
+            raise ValueError("the paths have a noise for each point: say that of the new values.")
+        if self.num_draws is None:
+            values = jnp.broadcast_to(values, (self.num_paths, len(X)))
+            more = self._more(X, values, noise, rng_key)
+        else:
+            shape = (*self.alpha.shape[:2], len(X))
+            values = jnp.broadcast_to(values, (self.num_paths, len(X))).reshape(shape)
+            keys = None if rng_key is None else jax.random.split(rng_key, len(values))
+            more = jax.lax.map(lambda a: a[0]._more(X, a[1], noise, a[2]), (self, values, keys))
+        check_solved(more)
+        return more
+
+    def _more(self, X: jax.Array, values: jax.Array, noise: Any, key: jax.Array | None) -> Paths:
+        noise = self.noise if noise is None else noise
+        jitter = default_jitter(self.kernel, self.points)
+        added = diagonal("noise", noise, X) + jitter
+        if key is None:
+            key = jax.random.fold_in(jax.random.wrap_key_data(self.seed), len(self.points))
+        error = jnp.sqrt(added)[None, :] * jax.random.normal(key, values.shape, values.dtype)
+        right = values - mean_at(self.mean_fn, X)[None, :] - self._prior(X).T - error
+        observed = self.observed
+        if observed is not None:
+            observed = jnp.concatenate([observed, jnp.ones(len(X), bool)])
+        whole = replace(
+            self,
+            points=jnp.concatenate([self.points, X]),
+            diagonal=jnp.concatenate([self.diagonal, added]),
+            right=jnp.concatenate([self.right, right], axis=1),
+            noise=self.noise if self.noise.ndim == 0 else jnp.concatenate([self.noise, added]),
+            observed=observed,
+        )
+        return whole._solved()
+
+    def _solved(self) -> Paths:
+        solution = solve(
+            self.kernel,
+            self.points,
+            self.diagonal,
+            self.observed,
+            self.right,
+            self.solver,
+            self.tolerance,
+        )
+        return replace(self, alpha=solution.values, residuals=solution.residuals, ok=solution.ok)
+
+
+@jax.jit
+def _evaluate(paths: Paths, X: jax.Array) -> jax.Array:
+    if paths.num_draws is None:
+        return paths._at(X)
+    if paths.num_draws == 1:
+        return jax.tree.map(lambda leaf: leaf[0], paths)._at(X)
+    return jax.lax.map(lambda each: each._at(X), paths).reshape(-1, len(X))
+
+
+def check_solved(paths: Paths) -> None:
+    """Raise a ValueError where it is known that the paths' solves failed."""
+    if is_traced(paths.ok) or bool(paths.ok.all()):
+        return
+    bad = np.flatnonzero(~np.asarray(paths.ok).reshape(-1))
+    if paths.solver == "cg":
+        worst = float(jnp.nanmax(paths.residuals))
+        raise ValueError(
+            f"{len(bad)} of {paths.num_paths} paths did not converge (largest relative residual "
+            f"{worst:.1e}): more noise, a larger tolerance, or solver='cholesky'."
+        )
+    raise ValueError(
+        f"the kernel matrix could not be factored for {len(bad)} of {paths.num_paths} paths: "
+        f"inputs that repeat or nearly so, hyperparameters that are no numbers, or too little "
+        f"noise or jitter for {paths.points.dtype}."
+    )
+
+
+def contradictions(points: jax.Array, values: jax.Array, noise: jax.Array, jitter: Any) -> Any:
+    """Say whether values at equal inputs differ although there is no noise."""
+    order = jnp.lexsort(points.T)
+    points, values, noise = points[order], values[..., order], noise[order]
+    equal = (points[1:] == points[:-1]).all(axis=1) & (noise[1:] + noise[:-1] == 0)
+    apart = jnp.abs(jnp.diff(values, axis=-1)) > 20.0 * jnp.sqrt(jitter)
+    return (equal & apart.reshape(-1, len(equal)).any(axis=0)).any()
+
+
+def check_options(num_paths: int, num_bases: int, num_features: int, solver: str) -> None:
+    """Raise an error for options that no paths can be drawn with."""
+    check_count("num_paths", num_paths)
+    check_count("num_bases", num_bases)
+    check_num_features(num_features)
+    if solver not in SOLVERS:
+        raise ValueError(f"solver takes one of {SOLVERS}, got {solver!r}.")
+
+
+def draw_paths(
+    rng_key: jax.Array,
+    kernel: Kernel,
+    points: ArrayLike,
+    values: ArrayLike,
+    *,
+    noise: ArrayLike = 0.0,
+    mean_fn: Any = None,
+    jitter: ArrayLike | None = None,
+    observed: ArrayLike | None = None,
+    num_paths: int = 1,
+    num_features: int = 1024,
+    num_bases: int = 4,
+    solver: str = "cholesky",
+    tolerance: float | None = None,
+) -> Paths:
+    """Draw functions from the posterior of a Gaussian process, by Matheron's rule.
+
+    Args:
+        rng_key: one key: one set of functions.
+        kernel: a kernel, one draw of its hyperparameters.
+        points: inputs `(N, D)` or `(N,)`: data of an exact process, inputs of a latent one, or
+            inducing points.
+        values: `(N,)`, or `(num_paths, N)` for each path its own: observations, latent values, or
+            values at the inducing points.
+        noise: variance of the values, one number or `(N,)`; 0 for latent values.
+        mean_fn: a number, or a function of the inputs (a pytree, such as a module).
+        jitter: what is added to the diagonal (default: `4 N eps` of the mean variance).
+        observed: which values count, `(N,)`; the others may be NaN.
+        num_paths: number of functions.
+        num_features: columns of a random basis, even.
+        num_bases: random bases, which the paths share evenly: the error that a basis makes is not
+            removed by more paths.
+        solver: "cholesky", or "cg" for conjugate gradients in memory that grows with N.
+        tolerance: relative residual of conjugate gradients (default: the root of the precision).
+
+    Raises:
+        ValueError: for shapes that do not match, values that are not finite, or solves that fail.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from numpyro_ensemble.gp import RBF, draw_paths
+        >>> X = jnp.linspace(0.0, 6.0, 20)
+        >>> paths = draw_paths(jax.random.key(0), RBF(), X, jnp.sin(X), noise=0.01, num_paths=5)
+        >>> paths(jnp.array([1.5, 3.0])).shape
+        (5, 2)
+        >>> jax.grad(lambda x: paths(x[None])[0, 0])(1.5).shape
+        ()
+    """
+    if not isinstance(kernel, Kernel):
+        raise TypeError(f"kernel takes a kernel of numpyro_ensemble.gp, got {kernel!r}.")
+    check_options(num_paths, num_bases, num_features, solver)
+    points, values = as_inputs(points, "points"), jnp.asarray(values)
+    if values.shape not in ((len(points),), (num_paths, len(points))):
+        raise ValueError(
+            f"values take shape ({len(points)},), one for each point, or ({num_paths}, "
+            f"{len(points)}), got {values.shape}."
+        )
+    check_finite("points", points)
+    if observed is None:
+        check_finite("values", values)
+    else:
+        observed = jnp.asarray(observed, bool)
+        if observed.shape != (len(points),):
+            raise ValueError(f"observed takes shape ({len(points)},), got {observed.shape}.")
+    mean_fn = as_mean(mean_fn)
+    extra = default_jitter(kernel, points) if jitter is None else jnp.asarray(jitter)
+    variances = diagonal("noise", noise, points)
+    if observed is None and not is_traced((points, values, variances, extra)):
+        if contradictions(points, values, variances, extra):
+            raise ValueError(
+                "values at equal points differ although noise is 0: give the noise's variance, or "
+                "average them."
+            )
+    dtype = jnp.result_type(points.dtype, values.dtype)
+    paths = _draw(
+        rng_key,
+        jax.tree.map(jnp.asarray, (kernel, mean_fn)),
+        points,
+        values.astype(dtype),
+        jnp.asarray(noise, dtype),
+        jnp.asarray(extra, dtype),
+        observed,
+        num_paths=num_paths,
+        num_features=num_features,
+        num_bases=min(num_bases, num_paths),
+        solver=solver,
+        tolerance=tolerance,
+    )
+    check_solved(paths)
+    return paths
+
+
+@partial(jax.jit, static_argnames=("num_paths", "num_features", "num_bases", "solver", "tolerance"))
+def _draw(
+    rng_key: jax.Array,
+    process: tuple[Kernel, Any],
+    points: jax.Array,
+    values: jax.Array,
+    noise: jax.Array,
+    jitter: jax.Array,
+    observed: jax.Array | None,
+    *,
+    num_paths: int,
+    num_features: int,
+    num_bases: int,
+    solver: str,
+    tolerance: float | None,
+) -> Paths:
+    """Draw features, weights and noise, and solve for what they leave of the values."""
+    kernel, mean_fn = process
+    key_features, key_weights, key_noise, key_later = jax.random.split(rng_key, 4)
+    features = jax.vmap(lambda key: draw_features(key, kernel, num_features, points))(
+        jax.random.split(key_features, num_bases)
+    )
+    width = sum(jax.tree.map(lambda leaf: leaf[0], features).sizes(points.shape[1]))
+    shape = (num_bases, -(-num_paths // num_bases), width)
+    total = diagonal("noise", noise, points) + jitter
+    normal = jax.random.normal(key_noise, (num_paths, len(points)), values.dtype)
+    paths = Paths(
+        kernel=kernel,
+        mean_fn=mean_fn,
+        points=points,
+        features=features,
+        weights=jax.random.normal(key_weights, shape, values.dtype),
+        order=jnp.arange(num_paths),
+        alpha=jnp.zeros_like(normal),
+        right=jnp.zeros_like(normal),
+        diagonal=total,
+        noise=noise,
+        observed=observed,
+        residuals=jnp.zeros_like(normal[:, 0]),
+        ok=jnp.ones(num_paths, bool),
+        seed=jax.random.key_data(key_later),
+        solver=solver,
+        tolerance=tolerance,
+    )
+    values = jnp.broadcast_to(values, normal.shape)
+    left = values - mean_at(mean_fn, points)[None, :] - paths._prior(points).T
+    right = left - jnp.sqrt(total)[None, :] * normal
+    if observed is not None:
+        right = jnp.where(observed[None, :], right, 0.0)
+    return replace(paths, right=right)._solved()

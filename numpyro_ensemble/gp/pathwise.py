@@ -1,0 +1,500 @@
+"""Functions from the samples of any inference, called as NumPyro's `Predictive` is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from numpyro import handlers
+from numpyro.util import is_prng_key
+
+from numpyro_ensemble.arguments import TRACED, Arguments, arrange
+from numpyro_ensemble.draws import Programs, map_draws
+from numpyro_ensemble.gp.inputs import Function
+from numpyro_ensemble.gp.paths import Paths, check_options, contradictions
+from numpyro_ensemble.gp.sites import Answer, Site, find_sites
+from numpyro_ensemble.gp.solvers import default_jitter
+from numpyro_ensemble.handlers import check_count
+from numpyro_ensemble.results import EnsembleResult
+
+_FAILURES = {  # flags of a draw, and what is said of it
+    "finite": "has values that are not finite",
+    "valid": "has hyperparameters that are not positive",
+    "agrees": "has different values at equal inputs without noise",
+    "solved": "has a kernel matrix that could not be solved with",
+}
+
+
+class Moments(NamedTuple):
+    """Mean and variance of a function over all draws."""
+
+    mean: jax.Array
+    variance: jax.Array
+
+
+class Pathwise:
+    """Posterior functions of the Gaussian processes in a model, called as `Predictive` is.
+
+    `pathwise(rng_key, X_new)` draws functions for each posterior draw and runs the model on them at
+    the new inputs. One key is one set of functions, wherever they are evaluated: calls with the
+    same key agree. Latent processes return their values, observed ones `{name}` with noise and
+    `{name}_f` without; other sites that were not sampled are drawn on top.
+
+    Args:
+        model: the NumPyro model that was fitted.
+        posterior_samples: a dict by site name, from any inference, or the result of a MAP ensemble.
+        *args: arguments of the fit.
+        params: the model's parameters: of its own shapes, or for each draw.
+        batch_ndims: number of leading axes of the samples, 0, 1 or 2.
+        return_sites: names of the sites to return (default: all that were not given).
+        num_paths: functions for each draw.
+        num_features: columns of a random basis, even.
+        num_bases: random bases for each draw (default: one, and four for a single draw).
+        batch_size: draws made at once (default: as many as fit into a quarter of a gigabyte).
+        group_by_draw: return `(S, num_paths, ...)`.
+        solver: "cholesky" or "cg".
+        tolerance: relative residual of conjugate gradients.
+        **kwargs: keyword arguments of the fit.
+
+    Raises:
+        ValueError: for a model without a Gaussian process, samples that lack a latent, and draws
+            that no functions can be made of.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, numpyro, numpyro.distributions as dist
+        >>> from numpyro_ensemble.gp import RBF, GaussianProcess, Pathwise
+        >>> def model(X, y=None):
+        ...     lengthscale = numpyro.sample("lengthscale", dist.LogNormal(0.0, 1.0))
+        ...     kernel = RBF(lengthscale=lengthscale)
+        ...     numpyro.sample("y", GaussianProcess(kernel, X, noise=0.01), obs=y)
+        >>> X = jnp.linspace(0.0, 6.0, 20)
+        >>> samples = {"lengthscale": jnp.array([0.9, 1.0, 1.1])}
+        >>> pathwise = Pathwise(model, samples, X, jnp.sin(X), num_paths=2)
+        >>> pathwise(jax.random.key(0), jnp.linspace(0.0, 6.0, 50))["y_f"].shape
+        (6, 50)
+    """
+
+    def __init__(
+        self,
+        model: Callable,
+        posterior_samples: Any,
+        *args: Any,
+        params: dict[str, Any] | None = None,
+        batch_ndims: int = 1,
+        return_sites: Collection[str] | None = None,
+        num_paths: int = 1,
+        num_features: int = 1024,
+        num_bases: int | None = None,
+        batch_size: int | None = None,
+        group_by_draw: bool = False,
+        solver: str = "cholesky",
+        tolerance: float | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if not callable(model):
+            raise TypeError(f"model takes a callable with NumPyro primitives, got {model!r}.")
+        if batch_size is not None:
+            check_count("batch_size", batch_size)
+        if isinstance(return_sites, str):
+            raise TypeError(f"return_sites takes a collection of names, got {return_sites!r}.")
+        self.model, self.args, self.kwargs = model, args, kwargs
+        self.samples, self.num_draws = _flat_samples(posterior_samples, batch_ndims)
+        bases = num_bases or (4 if self.num_draws == 1 else 1)
+        check_options(num_paths, bases, num_features, solver)
+        self.num_paths, self._bases = num_paths, min(bases, num_paths)
+        self._each = -(-num_paths // self._bases)  # paths of one basis
+        self._options = {
+            "num_features": num_features,
+            "num_bases": self._bases,
+            "solver": solver,
+            "tolerance": tolerance,
+        }
+        self.return_sites = None if return_sites is None else list(return_sites)
+        self.batch_size, self.group_by_draw = batch_size, group_by_draw
+        self.shared: dict[str, Any] = {}
+        self.params = self._per_draw(params or {})
+        self._programs = Programs()
+        self._concrete = False  # whether the model looks at the values of its arguments
+        self._check_model()
+
+    # What is given ------------------------------------------------------------------------------
+
+    def _per_draw(self, params: dict[str, Any]) -> dict[str, Any]:
+        """Return the parameters of each draw; those of the model's own shapes are shared."""
+        first = {name: value[0] for name, value in self.samples.items()}
+        own: dict[str, Any] = {}
+
+        def look() -> None:
+            seeded = handlers.seed(self.model, jax.random.key(0))
+            filled = handlers.substitute(seeded, data=first)
+            for name, site in handlers.trace(filled).get_trace(*self.args, **self.kwargs).items():
+                if site["type"] == "param":
+                    own[name] = jax.tree.map(jnp.shape, site["value"])
+
+        if not params:
+            return {}
+        jax.eval_shape(look)
+        each = {}
+        for name in params.keys() & own.keys():  # the others are a guide's
+            shapes = jax.tree.leaves(own[name], is_leaf=lambda s: isinstance(s, tuple))
+            given = [jnp.shape(leaf) for leaf in jax.tree.leaves(params[name])]
+            if given == shapes:
+                self.shared[name] = params[name]
+            elif given == [(self.num_draws, *shape) for shape in shapes]:
+                each[name] = jax.tree.map(jnp.asarray, params[name])
+            else:
+                raise ValueError(
+                    f"params[{name!r}] has shapes {given}: the model's are {shapes}, or each with "
+                    f"a leading ({self.num_draws},) of draws."
+                )
+        return each
+
+    def _check_model(self) -> None:
+        """Raise a ValueError for a model that functions cannot be found in."""
+        unknown: list[str] = []
+        names: dict[str, bool] = {}
+
+        def look() -> None:
+            sites, missing = self._find(*self._draw(0))
+            unknown.extend(missing)
+            names.update((name, site.observed) for name, site in sites.items())
+
+        jax.eval_shape(look)
+        if unknown:
+            raise ValueError(
+                f"{unknown} are neither observed nor among the samples, {sorted(self.samples)}: "
+                f"give the samples of all latents, and the data of the fit after them."
+            )
+        if not names:
+            raise ValueError(
+                "the model has no Gaussian process: a site with gp.GaussianProcess, WhitenReparam, "
+                "sparse_gp or CollapsedSparseGP."
+            )
+
+    def _draw(self, i: int) -> tuple[dict, dict]:
+        return jax.tree.map(lambda leaf: leaf[i], (self.samples, self.params))
+
+    def _find(self, sample: dict, params: dict) -> tuple[dict[str, Site], list[str]]:
+        return find_sites(self.model, self._known(sample, params), self.args, self.kwargs)
+
+    def _known(self, sample: dict, params: dict) -> dict[str, Any]:
+        return {**sample, **params, **self.shared}
+
+    # Drawing ------------------------------------------------------------------------------------
+
+    def _functions(self, rng_key: jax.Array, sites: dict[str, Site]) -> dict[str, Paths]:
+        """Draw the functions of one posterior draw; copies of a process follow each other."""
+        keys = jax.random.split(rng_key, len(sites))
+        paths = {}
+        number = self._bases * self._each
+        for key, (name, site) in zip(keys, sorted(sites.items()), strict=True):
+            values = jnp.tile(site.flat(), (number, 1))
+            draw = site.process.draw_paths
+            paths[name] = draw(key, values, num_paths=len(values), **self._options)
+        return paths
+
+    def _flags(self, sites: dict[str, Site], paths: dict[str, Paths]) -> dict[str, Any]:
+        """Return, for each site, whether all is well with it."""
+        flags = {}
+        for name, site in sites.items():
+            process = site.process
+            observed = getattr(process, "observed", None)
+            values = site.flat() if observed is None else jnp.where(observed[None], site.flat(), 0)
+            agrees = jnp.asarray(True)
+            if site.values.shape[-1] == len(process.X):
+                jitter = default_jitter(process.kernel, process.X)
+                noise = process.variances if observed is None else process.variances + ~observed
+                agrees = ~contradictions(process.X, values, noise, jitter)
+            flags[name] = {
+                "finite": jnp.isfinite(values).all(),
+                "valid": process.kernel.is_valid() & (process.variances >= 0).all(),
+                "agrees": agrees,
+                "solved": paths[name].ok.all(),
+            }
+        return flags
+
+    def _check_flags(self, flags: dict[str, dict[str, jax.Array]]) -> None:
+        for name, of_site in flags.items():
+            for flag, said in _FAILURES.items():
+                bad = np.flatnonzero(~np.asarray(of_site[flag]))
+                if len(bad):
+                    some = f"{bad[:5].tolist()}{' and more' if len(bad) > 5 else ''}"
+                    raise ValueError(
+                        f"{name!r} {said} in {len(bad)} of {self.num_draws} posterior draws: "
+                        f"{some}."
+                    )
+
+    def draw(self, rng_key: jax.Array) -> dict[str, Paths]:
+        """Return the functions themselves, of each process and all draws.
+
+        They are those that a call with this key evaluates. Copies of a process, in a plate, follow
+        each other within a path.
+
+        Raises:
+            TypeError: if a kernel or a mean holds values in a function that is no pytree.
+        """
+
+        def one(given: tuple) -> Any:
+            key, sample, params = given
+            sites, _ = self._find(sample, params)
+            paths = self._functions(jax.random.split(key)[0], sites)
+            for name, drawn in paths.items():
+                parts = jax.tree.leaves(drawn, is_leaf=lambda part: isinstance(part, Function))
+                if any(isinstance(p, Function) and p.closes_over_tracers() for p in parts):
+                    raise TypeError(
+                        f"the kernel or the mean of {name!r} uses a function that closes over "
+                        f"latents or parameters: give it as a pytree, functools.partial(fn, "
+                        f"values) or a module."
+                    )
+            return paths, self._flags(sites, paths)
+
+        build = partial(self._mapped, one)
+        program = self._programs.get(build, self.model, None, self.args, self.kwargs, "draw")
+        paths, flags = program(*self._inputs(rng_key))
+        self._check_flags(flags)
+        return self._trim(paths)
+
+    def _trim(self, paths: dict[str, Paths]) -> dict[str, Paths]:
+        if self._bases * self._each == self.num_paths:
+            return paths
+        kept = {}
+        for name, drawn in paths.items():
+            copies = drawn.alpha.shape[1] // (self._bases * self._each)
+            number = self.num_paths * copies
+            parts = {
+                k: getattr(drawn, k)[:, :number]
+                for k in ("order", "alpha", "right", "residuals", "ok")
+            }
+            kept[name] = replace(drawn, **parts)
+        return kept
+
+    def _mapped(self, one: Callable) -> Callable:
+        def program(*inputs: Any) -> Any:
+            return map_draws(one, inputs, self.batch_size)
+
+        return jax.jit(program)
+
+    def _inputs(self, rng_key: jax.Array) -> tuple:
+        if not is_prng_key(rng_key):
+            raise ValueError(f"rng_key takes one key, jax.random.key(0) say; got {rng_key!r}.")
+        return jax.random.split(rng_key, self.num_draws), self.samples, self.params
+
+    # The call -----------------------------------------------------------------------------------
+
+    def __call__(self, rng_key: jax.Array, *args: Any, **kwargs: Any) -> dict[str, jax.Array]:
+        """Return values by site name, samples and paths leading: `(S * num_paths, ...)`.
+
+        Args:
+            rng_key: one key: one set of functions, and one draw of the noise.
+            *args: arguments of the model at the new inputs; leave the data out (None).
+            **kwargs: keyword arguments of the model.
+        """
+        inputs = self._inputs(rng_key)
+        values, flags, stayed = self._run(self._predict, inputs, args, kwargs)
+        self._check_flags(flags)
+        self._check_stayed(stayed, args, kwargs)
+        number = self._bases * self._each
+
+        def arrange_paths(x: jax.Array) -> jax.Array:
+            x = x.reshape(self.num_draws, number, *x.shape[3:])[:, : self.num_paths]
+            return x if self.group_by_draw else x.reshape(-1, *x.shape[2:])
+
+        return {name: arrange_paths(value) for name, value in values.items()}
+
+    def moments(self, *args: Any, **kwargs: Any) -> dict[str, Moments]:
+        """Return exact mean and variance of each function over the mixture of all draws.
+
+        By site name, `{name}_f` for observed processes; nothing is random.
+        """
+        inputs = (self.samples, self.params)
+        per_draw, stayed = self._run(self._moments, inputs, args, kwargs)
+        self._check_stayed(stayed, args, kwargs)
+        return {
+            name: Moments(mean.mean(axis=0), variance.mean(axis=0) + mean.var(axis=0))
+            for name, (mean, variance) in per_draw.items()
+        }
+
+    def _run(self, one: Callable, inputs: tuple, args: tuple, kwargs: dict) -> Any:
+        """Run a program over all draws; arrays among the model's arguments are its inputs.
+
+        A model that looks at their values has them concrete, and is compiled for each.
+        """
+        while True:
+            traced = not self._concrete
+            arguments = arrange(self.model, args, kwargs, jit_model_args=traced)
+
+            program = self._programs.get(
+                partial(self._mapped_call, one, arguments),
+                self.model,
+                None,
+                args,
+                kwargs,
+                one.__name__,
+                jit_model_args=traced,
+            )
+            try:
+                return program(arguments.dynamic if traced else {TRACED: []}, *inputs)
+            except (
+                jax.errors.ConcretizationTypeError,
+                jax.errors.TracerArrayConversionError,
+                jax.errors.NonConcreteBooleanIndexError,
+            ):
+                if self._concrete:
+                    raise
+                self._concrete = True
+
+    def _mapped_call(self, one: Callable, arguments: Arguments) -> Callable:
+        def program(dynamic: Any, *inputs: Any) -> Any:
+            call = arguments.rebuild(dynamic)
+            return map_draws(lambda given: one(call, *given), inputs, self.batch_size)
+
+        return jax.jit(program)
+
+    def _predict(self, call: tuple, rng_key: jax.Array, sample: dict, params: dict) -> Any:
+        """Run the model at the new inputs on the functions of one posterior draw."""
+        sites, _ = self._find(sample, params)
+        path_key, noise_key = jax.random.split(rng_key)
+        paths = self._functions(path_key, sites)
+        copies = {name: site.flat().shape[0] for name, site in sites.items()}
+        shape = (self._bases, self._each)
+
+        def grouped(name: str, leaf: jax.Array) -> jax.Array:
+            return leaf.reshape(*shape, copies[name], leaf.shape[-1])
+
+        # the bases and what goes with each path: mapped over bases, then over their paths
+        features = {name: drawn.features for name, drawn in paths.items()}
+        own = {
+            name: (grouped(name, drawn.weights), grouped(name, drawn.alpha))
+            for name, drawn in paths.items()
+        }
+        keys = jax.random.split(noise_key, shape)
+
+        def run(features: dict, own: dict, key: jax.Array) -> Any:
+            functions = {
+                name: partial(_values, paths[name], features[name], own[name], sites[name].copies)
+                for name in paths
+            }
+            return self._call(call, self._known(sample, params), functions, sites, key)
+
+        over_paths = jax.vmap(run, in_axes=(None, 0, 0))
+        values, stayed = jax.vmap(over_paths)(features, own, keys)
+        stayed = jax.tree.map(lambda same: same.all(), stayed)
+        return values, self._flags(sites, paths), stayed
+
+    def _call(
+        self, call: tuple, known: dict, functions: dict, sites: dict[str, Site], key: jax.Array
+    ) -> tuple[dict, dict]:
+        """Run the model once; return the sites that were asked for, and which inputs stayed."""
+        key_model, key_noise = jax.random.split(key)
+
+        def value(site: dict[str, Any]) -> Any:
+            return None if site["type"] == "deterministic" else known.get(site["name"])
+
+        model = handlers.substitute(
+            self.model, substitute_fn=lambda site: None if site["name"] in sites else value(site)
+        )
+        answer = Answer(model, functions, sites, key_noise)
+        args, kwargs = call
+        with handlers.seed(rng_seed=key_model):
+            trace = handlers.trace(answer).get_trace(*args, **kwargs)
+        values = {
+            name: site["value"]
+            for name, site in trace.items()
+            if site["type"] == "deterministic"
+            or (site["type"] == "sample" and name not in self.samples)
+        }
+        values.update(answer.values)
+        if self.return_sites is not None:
+            unknown = sorted(set(self.return_sites) - values.keys())
+            if unknown:
+                raise ValueError(
+                    f"return_sites names {unknown}; the sites to return are {sorted(values)}."
+                )
+            values = {name: values[name] for name in self.return_sites}
+        return values, answer.stayed
+
+    def _moments(self, call: tuple, sample: dict, params: dict) -> Any:
+        sites, _ = self._find(sample, params)
+        moments: dict[str, tuple] = {}
+
+        def conditional(name: str, X: jax.Array) -> jax.Array:
+            site = sites[name]
+            predict = jax.vmap(lambda values: site.process.predict(values, X))
+            mean, variance = predict(site.flat())
+            mean, variance = (a.reshape(*site.copies, len(X)) for a in (mean, variance))
+            moments[f"{name}_f" if site.observed else name] = (mean, variance)
+            return mean
+
+        functions = {name: partial(conditional, name) for name in sites}
+        keep, self.return_sites = self.return_sites, None
+        try:
+            known = self._known(sample, params)
+            _, stayed = self._call(call, known, functions, sites, jax.random.key(0))
+        finally:
+            self.return_sites = keep
+        return moments, stayed
+
+    def _check_stayed(self, stayed: dict[str, Any], args: tuple, kwargs: dict) -> None:
+        """Raise a ValueError for a process that has not moved to the new inputs."""
+        same = [name for name, of_draw in stayed.items() if np.asarray(of_draw).all()]
+        if not same or len(same) < len(stayed) or not self._moved(args, kwargs):
+            return
+        raise ValueError(
+            f"the inputs of {same} are the same at the new arguments as in the fit: inducing "
+            f"points, it seems, whose values alone do not tell the function elsewhere. Write the "
+            f"model with gp.sparse_gp, or take the functions from draw(rng_key)."
+        )
+
+    def _moved(self, args: tuple, kwargs: dict) -> bool:
+        before = [np.asarray(x) for x in jax.tree.leaves((self.args, self.kwargs)) if jnp.ndim(x)]
+        now = [np.asarray(x) for x in jax.tree.leaves((args, kwargs)) if jnp.ndim(x)]
+        return any(not any(np.array_equal(x, old) for old in before) for x in now)
+
+
+def _values(
+    paths: Paths,
+    features: Any,
+    own: tuple[jax.Array, jax.Array],
+    copies: tuple[int, ...],
+    X: jax.Array,
+) -> jax.Array:
+    """Evaluate one path, all copies of it, at inputs: `(*copies, N)`."""
+    weights, alpha = own
+    one = replace(
+        paths,
+        features=jax.tree.map(lambda leaf: leaf[None], features),
+        weights=weights[None],
+        order=jnp.arange(len(alpha)),
+        alpha=alpha,
+    )
+    return one(X).reshape(*copies, -1)
+
+
+def _flat_samples(samples: Any, batch_ndims: int) -> tuple[dict[str, jax.Array], int]:
+    """Return samples with one leading axis, and their number."""
+    if isinstance(samples, EnsembleResult):
+        samples, batch_ndims = samples.params, 1
+    if not isinstance(samples, dict):
+        raise TypeError(
+            f"posterior_samples takes a dict by site name or an EnsembleResult, got "
+            f"{type(samples).__name__}."
+        )
+    if batch_ndims not in (0, 1, 2):
+        raise ValueError(f"batch_ndims takes 0, 1 or 2, got {batch_ndims}.")
+    samples = {name: jnp.asarray(value) for name, value in samples.items()}
+    lead = {name: value.shape[:batch_ndims] for name, value in samples.items()}
+    if len(set(lead.values())) > 1 or any(len(shape) < batch_ndims for shape in lead.values()):
+        raise ValueError(
+            f"posterior_samples must lead with the same {batch_ndims} axes, got {lead}."
+        )
+    shape = next(iter(lead.values()), ())
+    number = int(np.prod(shape))
+    if not number:
+        raise ValueError("posterior_samples hold no draw.")
+    flat = {name: x.reshape(number, *x.shape[batch_ndims:]) for name, x in samples.items()}
+    return flat, number

@@ -1,0 +1,153 @@
+"""Solves with a kernel matrix plus a diagonal: by Cholesky, or by conjugate gradients."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.scipy.linalg import cho_factor, cho_solve
+from jax.scipy.sparse.linalg import cg
+
+from numpyro_ensemble.gp.inputs import EXACT
+from numpyro_ensemble.gp.kernels import Kernel
+
+RANK = 100  # of the preconditioner
+_ENTRIES = 1 << 22  # of the kernel matrix that are held at once
+
+SOLVERS = ("cholesky", "cg")
+
+
+class Solution(NamedTuple):
+    """Solutions, and how well they solve.
+
+    Attributes:
+        values: one row for each right-hand side.
+        residuals: the norm of each residual, relative to that of its right-hand side.
+        ok: whether each solve is to be trusted.
+    """
+
+    values: jax.Array
+    residuals: jax.Array
+    ok: jax.Array
+
+
+def default_jitter(kernel: Kernel, X: jax.Array) -> jax.Array:
+    """Return what is added to a kernel matrix's diagonal so that it can be factored.
+
+    The rounding of a matrix of N rows is of this size.
+    """
+    diag = kernel.diagonal(X)
+    return 4 * len(X) * jnp.finfo(diag.dtype).eps * diag.mean()
+
+
+def covariance(
+    kernel: Kernel, X: jax.Array, diagonal: jax.Array, observed: jax.Array | None
+) -> jax.Array:
+    """Return `K + diag`; rows and columns of what is not observed are those of the identity."""
+    K = kernel.matrix(X, X) + jnp.diag(diagonal)
+    if observed is None:
+        return K
+    both = observed[:, None] & observed[None, :]
+    return jnp.where(both, K, jnp.eye(len(X), dtype=K.dtype))
+
+
+def solve(
+    kernel: Kernel,
+    X: jax.Array,
+    diagonal: jax.Array,
+    observed: jax.Array | None,
+    right: jax.Array,
+    solver: str,
+    tolerance: float | None,
+) -> Solution:
+    """Solve `(K + diag) x = b` for each row b of `right`, which is 0 where nothing is observed."""
+    if solver == "cholesky":
+        factor = cho_factor(covariance(kernel, X, diagonal, observed), lower=True)
+        values = cho_solve(factor, right.T).T
+        ok = jnp.isfinite(values).all(axis=1)
+        return Solution(values, jnp.where(ok, 0.0, jnp.nan), ok)
+    return _conjugate_gradients(kernel, X, diagonal, observed, right, tolerance)
+
+
+def _conjugate_gradients(
+    kernel: Kernel,
+    X: jax.Array,
+    diagonal: jax.Array,
+    observed: jax.Array | None,
+    right: jax.Array,
+    tolerance: float | None,
+) -> Solution:
+    if tolerance is None:
+        tolerance = float(jnp.finfo(right.dtype).eps) ** 0.5
+    if observed is not None:
+        diagonal = jnp.where(observed, diagonal, 1.0)
+    seen = jnp.ones(len(X), right.dtype) if observed is None else observed.astype(right.dtype)
+
+    def product(v: jax.Array) -> jax.Array:
+        return seen * times(kernel, X, X, seen * v) + diagonal * v
+
+    precondition = _preconditioner(kernel, X, diagonal, seen)
+    run = partial(cg, product, tol=tolerance, maxiter=min(1000, 2 * len(X)), M=precondition)
+    values = jax.vmap(lambda b: run(b)[0])(right)
+    left_over = jnp.linalg.norm(right - jax.vmap(product)(values), axis=1)
+    residuals = left_over / jnp.maximum(jnp.linalg.norm(right, axis=1), jnp.finfo(right.dtype).tiny)
+    # what is computed here again differs from the recurrence by rounding
+    return Solution(values, residuals, residuals <= 10 * tolerance)
+
+
+def times(kernel: Kernel, X1: jax.Array, X2: jax.Array, v: jax.Array) -> jax.Array:
+    """Multiply `kernel(X1, X2)` with a vector, a block of rows at a time."""
+    return by_rows(
+        lambda rows: jnp.matmul(kernel.matrix(rows, X2), v, precision=EXACT), X1, len(X2)
+    )
+
+
+def by_rows(fn, X: jax.Array, width: int):  # type: ignore[no-untyped-def]
+    """Apply `fn` to blocks of rows of X whose results, `width` wide, are held one at a time."""
+    rows = max(1, _ENTRIES // max(width, 1))
+    if len(X) <= rows:
+        return fn(X)
+    blocks = -(-len(X) // rows)
+    rows = -(-len(X) // blocks)
+    filled = jnp.concatenate([X, jnp.repeat(X[-1:], blocks * rows - len(X), axis=0)])
+    results = jax.lax.map(fn, filled.reshape(blocks, rows, *X.shape[1:]))
+    return results.reshape(blocks * rows, *results.shape[2:])[: len(X)]
+
+
+def _preconditioner(kernel: Kernel, X: jax.Array, diagonal: jax.Array, seen: jax.Array):  # type: ignore[no-untyped-def]
+    """Return `v -> (L L' + diag)^-1 v`, with L of low rank by greedy pivots, by Woodbury."""
+    L = seen[:, None] * pivoted_cholesky(kernel, X, min(RANK, len(X)), seen)[0]
+    scaled = L / diagonal[:, None]
+    inner = jnp.eye(L.shape[1], dtype=L.dtype) + jnp.matmul(L.T, scaled, precision=EXACT)
+    factor = cho_factor(inner, lower=True)
+
+    def apply(v: jax.Array) -> jax.Array:
+        return v / diagonal - scaled @ cho_solve(factor, scaled.T @ v)
+
+    return apply
+
+
+def pivoted_cholesky(
+    kernel: Kernel, X: jax.Array, rank: int, seen: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """Return `(L, pivots)`, a factor `(N, rank)` of the kernel matrix and the rows it is made of.
+
+    Each pivot is where most of the variance is left: a greedy choice of inducing points.
+    """
+    variance = kernel.diagonal(X)
+    variance = variance if seen is None else seen * variance
+    floor = jnp.finfo(variance.dtype).eps * variance.max()
+
+    def step(i: jax.Array, state: tuple) -> tuple:
+        L, left, pivots = state
+        pivot = jnp.argmax(left)
+        row = kernel.matrix(X[pivot][None], X)[0] - L @ L[pivot]
+        column = jnp.where(left[pivot] > floor, row / jnp.sqrt(jnp.maximum(left[pivot], floor)), 0)
+        left = jnp.maximum(left - column**2, 0.0).at[pivot].set(0.0)
+        return L.at[:, i].set(column), left, pivots.at[i].set(pivot)
+
+    start = (jnp.zeros((len(X), rank), variance.dtype), variance, jnp.zeros(rank, int))
+    L, _, pivots = jax.lax.fori_loop(0, rank, step, start)
+    return L, pivots
