@@ -120,7 +120,9 @@ def test_densities_are_numpyros(vi_data, key):
 
 
 @pytest.mark.promotes_ranks
-@pytest.mark.parametrize("guide", [AutoNormal, AutoMultivariateNormal])
+@pytest.mark.parametrize(
+    "guide", [AutoNormal, pytest.param(AutoMultivariateNormal, marks=pytest.mark.long)]
+)
 def test_the_log_density_of_the_guide(guide, key):
     """Of a positive latent: normal in its logarithm, so the change of variables shows."""
 

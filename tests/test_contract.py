@@ -40,6 +40,12 @@ def make(request):
     return RUNNERS[request.param][0]
 
 
+# the engine is one: what costs most with a guide is left to `make long` there
+QUICK_IN_MAP = pytest.mark.parametrize(
+    "make", ["map", pytest.param("vi", marks=pytest.mark.long)], indirect=True
+)
+
+
 @pytest.fixture
 def w(make):
     """Give the name under which a runner has the location of site w."""
@@ -157,6 +163,7 @@ def test_data_that_a_model_takes_from_its_surroundings_is_never_stale(make, key)
     assert np.abs(after - before).min() > 0.1
 
 
+@QUICK_IN_MAP
 def test_model_arguments_stay_concrete(make, key):
     seen = []
 
@@ -316,6 +323,7 @@ def test_a_partial_model_and_keywords_run(make, key):
     same(quiet(make(ridge), key, 3, y=Y, x=X), plain)
 
 
+@QUICK_IN_MAP
 def test_a_transformed_call_sees_its_own_data(make, w, key):
     """What one trace has learnt of its data must not serve another's."""
 
@@ -333,6 +341,7 @@ def test_a_transformed_call_sees_its_own_data(make, w, key):
     same(runner.get_params(result.state), result.params)
 
 
+@QUICK_IN_MAP
 def test_concrete_keys_inside_jit(make, key):
     runner = make(ridge)
     keys = jax.random.split(key, 3)

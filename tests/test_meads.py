@@ -61,8 +61,12 @@ def theirs(key, start, scheme):
 @pytest.mark.promotes_ranks  # BlackJAX does
 @pytest.mark.parametrize(
     "scheme",
-    [Scheme(4, 0.4, 2.0, plain=True), Scheme(1, rank=2, window_fraction=0.2, plain=True)],
-    ids=["folds", "rank"],
+    [
+        pytest.param(Scheme(4, 0.4, 2.0, plain=True), id="folds"),
+        pytest.param(
+            Scheme(1, rank=2, window_fraction=0.2, plain=True), id="rank", marks=pytest.mark.long
+        ),
+    ],
 )
 def test_the_step_is_blackjax(key, scheme):
     start = positions(jax.random.fold_in(key, 1))

@@ -267,6 +267,7 @@ def test_psis_is_arvizs_own(key):
         scoring.psis(np.zeros(3))
 
 
+@pytest.mark.long
 def test_resampling_goes_to_the_posterior(key):
     runner = EnsembleVI(
         conjugate, AutoNormal(conjugate), numpyro.optim.SGD(1e-12), Trace_ELBO(), ensemble_size=2

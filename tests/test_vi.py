@@ -137,7 +137,7 @@ GUIDES = {
 QUICK = {
     "AutoNormal", "AutoMultivariateNormal", "AutoLaplaceApproximation", "AutoDAIS",
     "AutoGuideList",
-    "constant param", "particles by a callable", "mean field", "Renyi", "graph",
+    "constant param", "mean field", "graph",
     "enumeration", "amortised", "empty guide",
 }  # fmt: skip
 # started under jit and vmap; the others are traced so
@@ -545,6 +545,7 @@ def correlated():
     numpyro.sample("x", dist.MultivariateNormal(jnp.zeros(2), cov))
 
 
+@pytest.mark.long
 @pytest.mark.promotes_ranks
 def test_full_rank_finds_a_correlation_that_mean_field_cannot(key):
     optim = optax.adam(optax.cosine_decay_schedule(0.05, 1500))

@@ -16,7 +16,7 @@ from numpyro_ensemble.handlers import check_count
 
 
 @jax.tree_util.register_dataclass
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Block:
     """Features of one product of kernels: sines and cosines, times the columns of the others.
 
@@ -49,7 +49,7 @@ class Block:
 
 
 @jax.tree_util.register_dataclass
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Features:
     """Features of a kernel: one block of columns for each of its terms."""
 

@@ -27,7 +27,7 @@ from numpyro_ensemble.handlers import check_count
 
 
 @jax.tree_util.register_dataclass
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Paths:
     """Functions drawn from a posterior Gaussian process: `paths(X_new) -> (num_paths, N_new)`.
 
@@ -69,7 +69,7 @@ class Paths:
     ok: jax.Array
     seed: jax.Array
     solver: str = field(metadata={"static": True})
-    tolerance: float | None = field(metadata={"static": True})
+    tolerance: jax.Array | None = None
 
     @property
     def num_paths(self) -> int:
@@ -183,7 +183,9 @@ class Paths:
         The mean goes with the first.
         """
         terms = self.kernel.terms()
-        sizes = self.features.sizes(self.points.shape[-1])
+        first = (0,) if self.num_draws is None else (0, 0)
+        features = jax.tree.map(lambda leaf: leaf[first], self.features)
+        sizes = features.sizes(self.points.shape[-1])
         ends = np.cumsum(sizes)
         return [
             replace(
@@ -247,16 +249,11 @@ class Paths:
                 f"values take shape ({len(X)},) or ({self.num_paths}, {len(X)}), got "
                 f"{values.shape}."
             )
+        if noise is not None:
+            diagonal("noise", noise, X)
         if noise is None and self.noise.ndim > (self.num_draws is not None):
             raise ValueError("the paths have a noise for each point: say that of the new values.")
-        if self.num_draws is None:
-            values = jnp.broadcast_to(values, (self.num_paths, len(X)))
-            more = self._more(X, values, noise, rng_key)
-        else:
-            shape = (*self.alpha.shape[:2], len(X))
-            values = jnp.broadcast_to(values, (self.num_paths, len(X))).reshape(shape)
-            keys = None if rng_key is None else jax.random.split(rng_key, len(values))
-            more = jax.lax.map(lambda a: a[0]._more(X, a[1], noise, a[2]), (self, values, keys))
+        more = _update(self, X, values, noise, rng_key)
         check_solved(more)
         return more
 
@@ -301,6 +298,16 @@ def _evaluate(paths: Paths, X: jax.Array) -> jax.Array:
     if paths.num_draws == 1:
         return jax.tree.map(lambda leaf: leaf[0], paths)._at(X)
     return jax.lax.map(lambda each: each._at(X), paths).reshape(-1, len(X))
+
+
+@jax.jit
+def _update(paths: Paths, X: jax.Array, values: jax.Array, noise: Any, key: Any) -> Paths:
+    values = jnp.broadcast_to(values, (paths.num_paths, len(X)))
+    if paths.num_draws is None:
+        return paths._more(X, values, noise, key)
+    values = values.reshape(*paths.alpha.shape[:2], len(X))
+    keys = None if key is None else jax.random.split(key, len(values))
+    return jax.lax.map(lambda a: a[0]._more(X, a[1], noise, a[2]), (paths, values, keys))
 
 
 def check_solved(paths: Paths) -> None:
@@ -426,13 +433,13 @@ def draw_paths(
         num_features=num_features,
         num_bases=min(num_bases, num_paths),
         solver=solver,
-        tolerance=tolerance,
+        tolerance=None if tolerance is None else jnp.asarray(tolerance, dtype),
     )
     check_solved(paths)
     return paths
 
 
-@partial(jax.jit, static_argnames=("num_paths", "num_features", "num_bases", "solver", "tolerance"))
+@partial(jax.jit, static_argnames=("num_paths", "num_features", "num_bases", "solver"))
 def _draw(
     rng_key: jax.Array,
     process: tuple[Kernel, Any],
@@ -446,7 +453,7 @@ def _draw(
     num_features: int,
     num_bases: int,
     solver: str,
-    tolerance: float | None,
+    tolerance: jax.Array | None,
 ) -> Paths:
     """Draw features, weights and noise, and solve for what they leave of the values."""
     kernel, mean_fn = process

@@ -60,7 +60,7 @@ def solve(
     observed: jax.Array | None,
     right: jax.Array,
     solver: str,
-    tolerance: float | None,
+    tolerance: float | jax.Array | None,
 ) -> Solution:
     """Solve `(K + diag) x = b` for each row b of `right`, which is 0 where nothing is observed."""
     if solver == "cholesky":
@@ -77,7 +77,7 @@ def _conjugate_gradients(
     diagonal: jax.Array,
     observed: jax.Array | None,
     right: jax.Array,
-    tolerance: float | None,
+    tolerance: float | jax.Array | None,
 ) -> Solution:
     if tolerance is None:
         tolerance = float(jnp.finfo(right.dtype).eps) ** 0.5

@@ -125,7 +125,7 @@ class ExpectedLikelihood(dist.Distribution):
         *,
         validate_args: bool | None = None,
     ) -> None:
-        if not callable(likelihood):
+        if not callable(likelihood) or isinstance(likelihood, dist.Distribution):
             raise TypeError(
                 f"likelihood takes a function of f, lambda f: dist.Normal(f, 0.1) say; got "
                 f"{likelihood!r}."

@@ -97,15 +97,18 @@ def scale_mixture(uniforms: jax.Array, alpha: Any, widening: float) -> tuple[jax
 def bessel_weights(concentration: jax.Array, number: int) -> jax.Array:
     """Return `exp(-z) I_k(z)` for k below `number`, for each z: `(number, D)`.
 
-    Ratios of neighbours come from the backward recurrence, which is stable (Gautschi, 1967).
+    Ratios of neighbours come from the backward recurrence, which is stable (Gautschi, 1967); it
+    starts at a bound that is nearly reached (Amos, 1974).
     """
 
     def step(above: jax.Array, k: jax.Array) -> tuple[jax.Array, jax.Array]:
         ratio = concentration / (2.0 * k + concentration * above)
         return ratio, ratio
 
-    orders = jnp.arange(1, number + 32, dtype=concentration.dtype)
-    _, ratios = jax.lax.scan(step, jnp.zeros_like(concentration), orders, reverse=True)
+    top = number + 32
+    start = concentration / (top - 0.5 + jnp.sqrt((top + 0.5) ** 2 + concentration**2))
+    orders = jnp.arange(1, top, dtype=concentration.dtype)
+    _, ratios = jax.lax.scan(step, start, orders, reverse=True)
     first = i0e(concentration)[None]
     return jnp.concatenate([first, first * jnp.cumprod(ratios[: number - 1], axis=0)])
 

@@ -1,0 +1,254 @@
+"""Posterior functions of Gaussian processes: accuracy, speed and memory.
+
+Run `python benchmarks/gp.py basis` for the error of the random basis, `speed` for drawing and
+evaluating paths (in turns with GPJax and BoTorch where they are installed), `reference` for a whole
+`Pathwise` call against Python loops, `large` for conjugate gradients, `co2` for Mauna Loa, `hsgp`
+for a baseline of another kind.
+"""
+
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+from common import in_turns, peak, report, timed
+from numpyro.infer import MCMC, NUTS
+
+from numpyro_ensemble.gp import (
+    RBF,
+    GaussianProcess,
+    Matern52,
+    Pathwise,
+    Periodic,
+    RationalQuadratic,
+    draw_features,
+    draw_paths,
+)
+
+
+def points(number, dim=2, seed=0):
+    return np.random.default_rng(seed).uniform(size=(number, dim))
+
+
+def implied(features, kernel, X, X_new, noise):
+    """Return the posterior covariance that paths on one basis have."""
+    A = jnp.linalg.solve(kernel(X) + noise * jnp.eye(len(X)), kernel(X, X_new)).T
+    M = features(X_new) - A @ features(X)
+    return M @ M.T + noise * A @ A.T
+
+
+def basis():
+    """Print the relative error of the posterior covariance, N = 512, D = 2, 1,024 features."""
+    numpyro.enable_x64()
+    X, X_new, noise = points(512), points(100, seed=1), 0.01
+    for kernel in (RBF(1.0, 0.25), Matern52(1.0, 0.25)):
+        A = jnp.linalg.solve(kernel(X) + noise * jnp.eye(512), kernel(X, X_new)).T
+        exact = kernel(X_new) - A @ kernel(X, X_new)
+        each = [
+            implied(draw_features(jax.random.key(s), kernel, 1024, X), kernel, X, X_new, noise)
+            for s in range(8)
+        ]
+        four = [sum(each[i : i + 4]) / 4 for i in (0, 4)]
+        one, several = (
+            np.mean([jnp.linalg.norm(S - exact) / jnp.linalg.norm(exact) for S in some])
+            for some in (each, four)
+        )
+        print(f"{type(kernel).__name__}: one basis {one:.3f}, four {several:.3f}")
+
+
+def speed(repeats=7):
+    """Time 256 paths of 512 points, drawn and then evaluated at 1,000."""
+    X, X_new = jnp.asarray(points(512)), jnp.asarray(points(1000, seed=1))
+    y = jnp.sin(6 * X.sum(axis=1))
+    kernel = RBF(1.0, 0.25)
+
+    def ours(key):
+        return draw_paths(key, kernel, X, y, noise=0.01, num_paths=256)
+
+    paths, key = ours(jax.random.key(0)), jax.random.key(1)
+    paths(X_new)
+    rows = {"draw": lambda: ours(key), "evaluate": lambda: paths(X_new)}
+    rows |= gpjax_rows(X, y, X_new) | botorch_rows(X, y, X_new)
+    for call in rows.values():
+        call()
+    times = {name: [] for name in rows}
+    for _ in range(repeats):
+        for name, call in rows.items():
+            times[name].append(timed(call))
+    for name, seconds in times.items():
+        print(f"{name:20} {np.median(seconds):.3f} s [{min(seconds):.3f}, {max(seconds):.3f}]")
+    print(f"peak {peak():.2f} GiB")
+
+
+def gpjax_rows(X, y, X_new):
+    try:
+        import gpjax
+    except ImportError:
+        return {}
+    prior = gpjax.gps.Prior(
+        mean_function=gpjax.mean_functions.Zero(),
+        kernel=gpjax.kernels.RBF(lengthscale=0.25, variance=1.0, n_dims=2),
+    )
+    posterior = prior * gpjax.likelihoods.Gaussian(num_datapoints=len(X), obs_stddev=0.1)
+    data = gpjax.Dataset(X=X, y=y[:, None])
+
+    def draw():
+        return posterior.sample_approx(256, data, jax.random.key(0), num_features=512)
+
+    sample = draw()
+    return {"draw, GPJax": lambda: draw()(X_new[:1]), "evaluate, GPJax": lambda: sample(X_new)}
+
+
+def botorch_rows(X, y, X_new):
+    try:
+        import torch
+        from botorch.models import SingleTaskGP
+        from botorch.sampling.pathwise import draw_matheron_paths
+    except ImportError:
+        return {}
+    X, y, X_new = (torch.tensor(np.asarray(a)).double() for a in (X, y, X_new))
+    model = SingleTaskGP(X, y[:, None], torch.full_like(y[:, None], 0.01))
+    draw = lambda: draw_matheron_paths(model, torch.Size([256]))  # noqa: E731
+    sample = draw()
+    return {"draw, BoTorch": draw, "evaluate, BoTorch": lambda: sample(X_new).detach().numpy()}
+
+
+def reference_model(X, y=None):
+    variance = numpyro.sample("variance", dist.LogNormal(0.0, 1.0))
+    lengthscale = numpyro.sample("lengthscale", dist.LogNormal(-1.0, 1.0))
+    noise = numpyro.sample("noise", dist.LogNormal(-3.0, 1.0))
+    numpyro.sample("y", GaussianProcess(RBF(variance, lengthscale), X, noise), obs=y)
+
+
+def reference(repeats=7):
+    """Time 8 paths for each of 120 draws at 200 points, against Python loops over the draws."""
+    numpyro.enable_x64()
+    rng = np.random.default_rng(0)
+    X = np.sort(rng.uniform(0, 3, 28))
+    y = np.sin(3 * X) + 0.3 * np.cos(11 * X) + 0.15 * rng.normal(size=28)
+    mcmc = MCMC(NUTS(reference_model), num_warmup=300, num_samples=120, progress_bar=False)
+    mcmc.run(jax.random.key(0), X, y)
+    samples, grid = mcmc.get_samples(), jnp.linspace(0, 3, 200)
+    pathwise = Pathwise(reference_model, samples, X, y, num_paths=8, return_sites=["y_f"])
+
+    def one(key, draw):
+        kernel = RBF(draw["variance"], draw["lengthscale"])
+        paths = draw_paths(key, kernel, X, y, noise=draw["noise"], num_paths=8, num_bases=1)
+        return paths(grid)
+
+    cached = jax.jit(one)
+    keys = jax.random.split(jax.random.key(1), 120)
+    draws = [{name: value[i] for name, value in samples.items()} for i in range(120)]
+
+    def loop(fn):
+        return [fn(key, draw) for key, draw in zip(keys, draws, strict=True)]
+
+    def compiling():
+        return [
+            jax.jit(lambda k, d: one(k, d))(k, d) for k, d in zip(keys[:5], draws[:5], strict=True)
+        ]
+
+    first = timed(lambda: pathwise(jax.random.key(1), grid))
+    loop(cached)
+    pairs = in_turns(lambda key: pathwise(key, grid), lambda key: loop(cached), repeats)
+    report("warm Pathwise / loop over a cached function", pairs, 1.1)
+    anew = timed(compiling) * len(draws) / 5
+    print(
+        f"first call {first:.2f} s; a loop that compiles at each draw {anew:.1f} s (from 5 draws)"
+    )
+
+
+def large(number=15_000):
+    """Compare conjugate gradients with Cholesky."""
+    number = int(number)
+    X, X_new = points(number), points(500, seed=1)
+    truth = lambda X: np.sin(6 * X[:, 0]) * np.cos(5 * X[:, 1])  # noqa: E731
+    y = truth(X) + 0.1 * np.random.default_rng(2).normal(size=number)
+    for solver in ("cg", "cholesky")[: 1 if number > 20_000 else 2]:
+        begin = time.perf_counter()
+        paths = draw_paths(
+            jax.random.key(0), Matern52(1.0, 0.3), X.astype(np.float32), y.astype(np.float32),
+            noise=0.01, num_paths=16, solver=solver, tolerance=1e-3,
+        )  # fmt: skip
+        values = np.asarray(paths(X_new.astype(np.float32)))
+        seconds = time.perf_counter() - begin
+        rmse = np.sqrt(((values.mean(axis=0) - truth(X_new)) ** 2).mean())
+        sd = np.sqrt(values.var(axis=0) + 0.01)
+        nll = -dist.Normal(values.mean(axis=0), sd).log_prob(truth(X_new)).mean()
+        print(
+            f"{number} points, {solver}: {seconds:.1f} s with compilation, peak {peak():.2f} GiB, "
+            f"RMSE {rmse:.5f}, NLL {nll:.4f}, largest residual {float(paths.residuals.max()):.1e}",
+            flush=True,
+        )
+
+
+def co2_data(every=1):
+    """Return years since 1990 and standardised monthly CO2 concentrations at Mauna Loa."""
+    from statsmodels.datasets import co2
+
+    monthly = co2.load_pandas().data["co2"].resample("MS").mean().dropna()
+    years = monthly.index.year + (monthly.index.month - 0.5) / 12
+    values = monthly.to_numpy()
+    return (
+        np.asarray(years, float)[::every] - 1990.0,
+        ((values - values.mean()) / values.std())[::every],
+    )
+
+
+def co2_model(t, y=None):
+    trend = numpyro.sample("trend", dist.LogNormal(3.5, 0.5))
+    season = numpyro.sample("season", dist.LogNormal(-1.5, 0.5))
+    shape = numpyro.sample("shape", dist.LogNormal(0.0, 0.3))
+    rest = numpyro.sample("rest", dist.LogNormal(-3.0, 0.7))
+    noise = numpyro.sample("noise", dist.LogNormal(-7.0, 1.0))
+    kernel = (
+        RBF(4.0, trend)
+        + season * RBF(1.0, 60.0) * Periodic(1.0, shape, 1.0)
+        + RationalQuadratic(rest, 1.5, 1.0)
+    )
+    numpyro.sample("y", GaussianProcess(kernel, t, noise), obs=y)
+
+
+def co2(every=1):
+    """Fit all but the last five years by MAP, and predict these."""
+    from numpyro_ensemble import EnsembleMAP
+
+    numpyro.enable_x64()
+    t, y = co2_data(int(every))
+    early = t < t.max() - 5
+    begin = time.perf_counter()
+    runner = EnsembleMAP(co2_model, numpyro.optim.Adam(0.05), ensemble_size=2)
+    result = runner.run(jax.random.key(0), 60, t[early], y[early], progress_bar=False)
+    pathwise = Pathwise(co2_model, result, t[early], y[early], num_paths=64)
+    values = np.asarray(pathwise(jax.random.key(1), t[~early])["y"])
+    error = values.mean(axis=0) - y[~early]
+    inside = np.mean(abs(error) < 1.96 * values.std(axis=0))
+    print(
+        f"{early.sum()} months, {(~early).sum()} predicted: RMSE {np.sqrt((error**2).mean()):.3f}, "
+        f"95 % band holds {inside:.2f}, {time.perf_counter() - begin:.0f} s"
+    )
+
+
+def hsgp(repeats=5):
+    """Time NumPyro's Hilbert-space approximation, a fixed basis on a box, at the same task."""
+    from numpyro.contrib.hsgp.approximation import hsgp_squared_exponential
+
+    X, X_new = jnp.asarray(points(512)) - 0.5, jnp.asarray(points(1000, seed=1)) - 0.5
+
+    def prior(x):
+        return hsgp_squared_exponential(x, 1.0, 0.25, ell=0.75, m=32)
+
+    program = jax.jit(lambda key: numpyro.handlers.seed(prior, key)(jnp.concatenate([X, X_new])))
+    jax.block_until_ready(program(jax.random.key(0)))
+    kernel = RBF(1.0, 0.25)
+    ours = jax.jit(lambda key: draw_features(key, kernel, 1024, X)(jnp.concatenate([X, X_new])))
+    jax.block_until_ready(ours(jax.random.key(0)))
+    report("features / Hilbert-space basis", in_turns(ours, program, repeats))
+
+
+if __name__ == "__main__":
+    names = {f.__name__: f for f in (basis, speed, reference, large, co2, hsgp)}
+    names[sys.argv[1] if len(sys.argv) > 1 else "basis"](*sys.argv[2:])
