@@ -220,6 +220,8 @@ def map_draws(fn: Callable, draws: Any, batch_size: int | None = None) -> Any:
     total = jax.tree.leaves(draws)[0].shape[0]
     if batch_size is None:
         batch_size = batch_for(total, peak_bytes(fn, pick(draws, 0)))
+    if batch_size == 1:
+        return jax.lax.map(fn, draws)
     if batch_size >= total:
         return jax.vmap(fn)(draws)
     return jax.lax.map(fn, draws, batch_size=batch_size)

@@ -55,7 +55,8 @@ class Pathwise:
         num_paths: functions for each draw.
         num_features: columns of a random basis, even.
         num_bases: random bases for each draw (default: one, and four for a single draw).
-        batch_size: draws made at once (default: as many as fit into a quarter of a gigabyte).
+        batch_size: draws made at once (default: one on a CPU, elsewhere as many as fit into a
+            quarter of a gigabyte).
         group_by_draw: return `(S, num_paths, ...)`.
         solver: "cholesky" or "cg".
         tolerance: relative residual of conjugate gradients.
@@ -275,9 +276,15 @@ class Pathwise:
 
     def _mapped(self, one: Callable) -> Callable:
         def program(*inputs: Any) -> Any:
-            return map_draws(one, inputs, self.batch_size)
+            return map_draws(one, inputs, self._at_once())
 
         return jax.jit(program)
+
+    def _at_once(self) -> int | None:
+        """Return how many draws go at once: one on CPUs, where XLA's programs for many may hang."""
+        if self.batch_size is None and jax.default_backend() == "cpu":
+            return 1
+        return self.batch_size
 
     def _inputs(self, rng_key: jax.Array) -> tuple:
         if not is_prng_key(rng_key):
@@ -351,7 +358,7 @@ class Pathwise:
     def _mapped_call(self, one: Callable, arguments: Arguments) -> Callable:
         def program(dynamic: Any, *inputs: Any) -> Any:
             call = arguments.rebuild(dynamic)
-            return map_draws(lambda given: one(call, *given), inputs, self.batch_size)
+            return map_draws(lambda given: one(call, *given), inputs, self._at_once())
 
         return jax.jit(program)
 
