@@ -17,11 +17,13 @@ show_version := import sys; print("%d.%d.%d" % sys.version_info[:3])
 VERSION := $(shell $(PYTHON) -c '$(show_version)' 2>/dev/null)
 SOURCES := $(wildcard numpyro_ensemble tests docs/conf.py examples benchmarks)
 PYTEST := $(BIN)/pytest -q -n $(JOBS)
-# Tests compile much and compute little; the runs in float32 have XLA's default. JAX 0.10 has
-# another way to make kernels besides, which compiles faster; later ones do not know the flag.
+# Tests compile much and compute little: no optimisation, but for those in float32, which fit
+# for longer. JAX 0.10 has two ways to make kernels; the older compiles faster, and later versions
+# do not know the flag.
 emitters := from importlib.metadata import version; \
     print("--xla_cpu_use_fusion_emitters=false" * version("jaxlib").startswith("0.10."))
-QUICK = --xla_backend_optimization_level=0 $(shell $(BIN)/python -c '$(emitters)')
+FASTER = $(shell $(BIN)/python -c '$(emitters)')
+QUICK = --xla_backend_optimization_level=0 $(FASTER)
 
 .PHONY: help demo test long docs format clean
 .DEFAULT_GOAL := help
@@ -65,8 +67,8 @@ test: $(call ready,test) ## check format, lint, types and doctests, and run all 
 	$(BIN)/mypy
 	$(PYTEST) --junitxml=$(CACHE)/reports/doctests.xml --doctest-modules numpyro_ensemble
 	XLA_FLAGS="$(QUICK) $$XLA_FLAGS" $(PYTEST) -m "not core and not long" --junitxml=$(CACHE)/reports/float64.xml
-	JAX_ENABLE_X64=0 $(PYTEST) --junitxml=$(CACHE)/reports/float32.xml -m "core and not long"
-	JAX_CHECK_TRACER_LEAKS=1 $(PYTEST) --junitxml=$(CACHE)/reports/leaks.xml -m leaks
+	XLA_FLAGS="$(FASTER) $$XLA_FLAGS" JAX_ENABLE_X64=0 $(PYTEST) --junitxml=$(CACHE)/reports/float32.xml -m "core and not long"
+	XLA_FLAGS="$(QUICK) $$XLA_FLAGS" JAX_CHECK_TRACER_LEAKS=1 $(PYTEST) --junitxml=$(CACHE)/reports/leaks.xml -m leaks
 	@$(BIN)/python -c "$$count_tests" $(CACHE)/reports/*.xml
 
 long: $(call ready,test) ## run what `make test` leaves out: long tests, and the core in float64
@@ -84,7 +86,7 @@ endef
 export count_tests
 
 docs: $(call ready,docs) ## build the documentation, running its code, to docs/_build/html
-	IPYTHONDIR=$(CACHE)/ipython $(BIN)/sphinx-build -q -W --keep-going docs docs/_build/html
+	IPYTHONDIR=$(CACHE)/ipython XLA_FLAGS="$(FASTER) $$XLA_FLAGS" $(BIN)/sphinx-build -q -W --keep-going docs docs/_build/html
 	@echo "Open docs/_build/html/index.html"
 
 format: $(call ready,test) ## format the code and fix what ruff can

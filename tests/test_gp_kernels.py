@@ -55,6 +55,8 @@ VALUES = {
         RBF(2.0, 0.7, active_dims=(1,)), 2 * np.exp(-0.5 * (APART[..., 1] / 0.7) ** 2),
     ),
     "sum": (RBF() + 0.5, np.exp(-0.5 * distance(1.0) ** 2) + 0.5),
+    "number of NumPy's": (np.float64(2.0) * Constant(), np.full((5, 4), 2.0)),
+    "number of JAX's": (jnp.asarray(2.0) * Constant(), np.full((5, 4), 2.0)),
     "product": (3.0 * RBF() * Linear(), 3 * np.exp(-0.5 * distance(1.0) ** 2) * (X1 @ X2.T)),
     "warp": (Linear().warp(jnp.sin), np.sin(X1) @ np.sin(X2).T),
 }  # fmt: skip

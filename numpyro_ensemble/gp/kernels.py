@@ -34,6 +34,7 @@ class Kernel:
         (3, 2)
     """
 
+    __array_ufunc__ = None  # a NumPy number times a kernel is a kernel
     _leaves: ClassVar[tuple[str, ...]] = ()
     _fixed: ClassVar[tuple[str, ...]] = ()
     _positive: ClassVar[tuple[str, ...]] = ()
