@@ -71,8 +71,9 @@ test: $(call ready,test) ## check format, lint, types and doctests, and run all 
 	XLA_FLAGS="$(QUICK) $$XLA_FLAGS" JAX_CHECK_TRACER_LEAKS=1 $(PYTEST) --junitxml=$(CACHE)/reports/leaks.xml -m leaks
 	@$(BIN)/python -c "$$count_tests" $(CACHE)/reports/*.xml
 
-long: $(call ready,test) ## run what `make test` leaves out: long tests, and the core in float64
+long: $(call ready,test) ## run what `make test` leaves out: long tests, the core in float64
 	XLA_FLAGS="$(QUICK) $$XLA_FLAGS" $(PYTEST) -m "(core or long) and not single"
+	XLA_FLAGS="$(FASTER) $$XLA_FLAGS" JAX_ENABLE_X64=0 $(PYTEST) -m "long and single"
 
 define count_tests
 import sys

@@ -21,7 +21,7 @@ def test_benchmarks_ask_for_what_there_is(path):
     runpy.run_path(str(path), run_name="imported")
 
 
-@pytest.mark.core
+@pytest.mark.long
 @pytest.mark.single
 @pytest.mark.promotes_ranks  # scoringrules does
 def test_the_quickstart_scores_as_promised(capsys, tmp_path):
