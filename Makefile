@@ -22,7 +22,7 @@ PYTEST := $(BIN)/pytest -q -n $(JOBS)
 # do not know the flag.
 emitters := from importlib.metadata import version; \
     print("--xla_cpu_use_fusion_emitters=false" * version("jaxlib").startswith("0.10."))
-FASTER = $(shell $(BIN)/python -c '$(emitters)')
+FASTER = $(strip $(shell $(BIN)/python -c '$(emitters)') $(XLA_FLAGS))
 QUICK = --xla_backend_optimization_level=0 $(FASTER)
 
 .PHONY: help demo test long docs format clean
@@ -66,14 +66,14 @@ test: $(call ready,test) ## check format, lint, types and doctests, and run all 
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/mypy
 	$(PYTEST) --junitxml=$(CACHE)/reports/doctests.xml --doctest-modules numpyro_ensemble
-	XLA_FLAGS="$(QUICK) $$XLA_FLAGS" $(PYTEST) -m "not core and not long" --junitxml=$(CACHE)/reports/float64.xml
-	XLA_FLAGS="$(FASTER) $$XLA_FLAGS" JAX_ENABLE_X64=0 $(PYTEST) --junitxml=$(CACHE)/reports/float32.xml -m "core and not long"
-	XLA_FLAGS="$(QUICK) $$XLA_FLAGS" JAX_CHECK_TRACER_LEAKS=1 $(PYTEST) --junitxml=$(CACHE)/reports/leaks.xml -m leaks
+	XLA_FLAGS="$(QUICK)" $(PYTEST) -m "not core and not long" --junitxml=$(CACHE)/reports/float64.xml
+	XLA_FLAGS="$(FASTER)" JAX_ENABLE_X64=0 $(PYTEST) --junitxml=$(CACHE)/reports/float32.xml -m "core and not long"
+	XLA_FLAGS="$(QUICK)" JAX_CHECK_TRACER_LEAKS=1 $(PYTEST) --junitxml=$(CACHE)/reports/leaks.xml -m leaks
 	@$(BIN)/python -c "$$count_tests" $(CACHE)/reports/*.xml
 
 long: $(call ready,test) ## run what `make test` leaves out: long tests, the core in float64
-	XLA_FLAGS="$(QUICK) $$XLA_FLAGS" $(PYTEST) -m "(core or long) and not single"
-	XLA_FLAGS="$(FASTER) $$XLA_FLAGS" JAX_ENABLE_X64=0 $(PYTEST) -m "long and single"
+	XLA_FLAGS="$(QUICK)" $(PYTEST) -m "(core or long) and not single"
+	XLA_FLAGS="$(FASTER)" JAX_ENABLE_X64=0 $(PYTEST) -m "long and single"
 
 define count_tests
 import sys
@@ -87,7 +87,7 @@ endef
 export count_tests
 
 docs: $(call ready,docs) ## build the documentation, running its code, to docs/_build/html
-	IPYTHONDIR=$(CACHE)/ipython XLA_FLAGS="$(FASTER) $$XLA_FLAGS" $(BIN)/sphinx-build -q -W --keep-going docs docs/_build/html
+	IPYTHONDIR=$(CACHE)/ipython XLA_FLAGS="$(FASTER)" $(BIN)/sphinx-build -q -W --keep-going docs docs/_build/html
 	@echo "Open docs/_build/html/index.html"
 
 format: $(call ready,test) ## format the code and fix what ruff can
