@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -164,13 +164,17 @@ def check_guide(guide: Callable, params: dict, args: tuple, kwargs: dict) -> Non
 def fill_model(
     model: Callable, key: jax.Array, known: dict[str, Any], args: tuple, kwargs: dict
 ) -> dict[str, Any]:
-    """Trace a model on known values; its deterministic sites are computed anew from these."""
+    """Trace a model on known values."""
+    return handlers.trace(filled(handlers.seed(model, key), known)).get_trace(*args, **kwargs)
+
+
+def filled(model: Callable, known: Mapping[str, Any]) -> Callable:
+    """Give a model known values; its deterministic sites are computed anew from these."""
 
     def value(site: dict[str, Any]) -> Any:
         return None if site["type"] == "deterministic" else known.get(site["name"])
 
-    filled = handlers.substitute(handlers.seed(model, key), substitute_fn=value)
-    return handlers.trace(filled).get_trace(*args, **kwargs)
+    return handlers.substitute(model, substitute_fn=value)
 
 
 def peak_bytes(fn: Callable, *args: Any) -> int:

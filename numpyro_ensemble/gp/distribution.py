@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpyro.distributions as dist
-from jax.scipy.linalg import cho_solve, solve_triangular
+from jax.scipy.linalg import solve_triangular
 from jax.typing import ArrayLike
 from numpyro.distributions import constraints
 from numpyro.util import is_prng_key
@@ -25,7 +25,41 @@ from numpyro_ensemble.gp.paths import Paths, draw_paths
 from numpyro_ensemble.gp.solvers import covariance, default_jitter
 
 
-class GaussianProcess(dist.Distribution):
+class Process(dist.Distribution):
+    """What sites of a process have in common: a kernel, inputs, noise and a mean at them."""
+
+    arg_constraints: dict[str, Any] = {}
+    support = constraints.real_vector
+
+    def __init__(
+        self,
+        kernel: Kernel,
+        X: ArrayLike,
+        noise: ArrayLike,
+        mean_fn: Any,
+        jitter: ArrayLike | None,
+        validate_args: bool | None,
+    ) -> None:
+        if not isinstance(kernel, Kernel):
+            raise TypeError(f"kernel takes a kernel of numpyro_ensemble.gp, got {kernel!r}.")
+        self.kernel, self.X = kernel, as_inputs(X)
+        check_finite("X", self.X)
+        diagonal("noise", noise, self.X)
+        self.noise, self.mean_fn, self.jitter = noise, as_mean(mean_fn), jitter
+        super().__init__((), (len(self.X),), validate_args=validate_args)
+
+    @property
+    def variances(self) -> jax.Array:
+        """Variance of the noise for each input."""
+        return diagonal("noise", self.noise, self.X)
+
+    @property
+    def mean(self) -> jax.Array:
+        """Mean `(N,)`."""
+        return mean_at(self.mean_fn, self.X)
+
+
+class GaussianProcess(Process):
     """Values of a Gaussian process, with noise or without, at inputs; one event of shape `(N,)`.
 
     Args:
@@ -53,8 +87,6 @@ class GaussianProcess(dist.Distribution):
         (5,)
     """
 
-    arg_constraints: dict[str, Any] = {}
-    support = constraints.real_vector
     pytree_data_fields = ("kernel", "X", "noise", "mean_fn", "jitter", "observed")
 
     def __init__(
@@ -68,34 +100,18 @@ class GaussianProcess(dist.Distribution):
         observed: ArrayLike | None = None,
         validate_args: bool | None = None,
     ) -> None:
-        if not isinstance(kernel, Kernel):
-            raise TypeError(f"kernel takes a kernel of numpyro_ensemble.gp, got {kernel!r}.")
-        self.kernel, self.X = kernel, as_inputs(X)
-        check_finite("X", self.X)
-        diagonal("noise", noise, self.X)
-        self.noise, self.mean_fn, self.jitter = noise, as_mean(mean_fn), jitter
+        super().__init__(kernel, X, noise, mean_fn, jitter, validate_args)
         if observed is not None and jnp.shape(observed) != (len(self.X),):
             raise ValueError(f"observed takes shape ({len(self.X)},), got {jnp.shape(observed)}.")
         self.observed = None if observed is None else jnp.asarray(observed, bool)
-        super().__init__((), (len(self.X),), validate_args=validate_args)
 
     # Moments ------------------------------------------------------------------------------------
-
-    @property
-    def variances(self) -> jax.Array:
-        """Variance of the noise for each input."""
-        return diagonal("noise", self.noise, self.X)
 
     @property
     def added(self) -> jax.Array:
         """What is added to the kernel matrix's diagonal: noise and jitter."""
         jitter = default_jitter(self.kernel, self.X) if self.jitter is None else self.jitter
         return self.variances + jnp.asarray(jitter)
-
-    @property
-    def mean(self) -> jax.Array:
-        """Mean `(N,)`."""
-        return mean_at(self.mean_fn, self.X)
 
     @property
     def variance(self) -> jax.Array:
@@ -177,12 +193,18 @@ class GaussianProcess(dist.Distribution):
             full_cov: return the covariance `(M, M)`, not the variance `(M,)`.
         """
         values, X_new = self._checked(values), as_inputs(X_new, "X_new")
-        L, cross = self.scale_tril(), self.kernel.matrix(self.X, X_new)
+        return self.given(self.scale_tril(), values, X_new, full_cov)
+
+    def given(
+        self, L: jax.Array, values: jax.Array, X_new: jax.Array, full_cov: bool = False
+    ) -> tuple[jax.Array, jax.Array]:
+        """Return what `predict` does, from the factor that `scale_tril` returned."""
+        cross = self.kernel.matrix(self.X, X_new)
         if self.observed is not None:
             cross = jnp.where(self.observed[:, None], cross, 0.0)
         white = solve_triangular(L, cross, lower=True)
-        mean = jnp.matmul(cross.T, cho_solve((L, True), self._centred(values)), precision=EXACT)
-        mean = mean_at(self.mean_fn, X_new) + mean
+        left = solve_triangular(L, self._centred(values), lower=True)
+        mean = mean_at(self.mean_fn, X_new) + jnp.matmul(white.T, left, precision=EXACT)
         if full_cov:
             inner = jnp.matmul(white.T, white, precision=EXACT)
             return mean, self.kernel.matrix(X_new, X_new) - inner

@@ -11,12 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
+from numpyro_ensemble.arguments import has_tracers
+
 EXACT = jax.lax.Precision.HIGHEST  # of distances, phases and all that is built on them
-
-
-def is_traced(value: Any) -> bool:
-    """Say whether nothing is known of a value but its shape."""
-    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(value))
 
 
 def as_inputs(X: ArrayLike, name: str = "X") -> jax.Array:
@@ -35,7 +32,7 @@ def as_inputs(X: ArrayLike, name: str = "X") -> jax.Array:
 
 def check_finite(name: str, values: ArrayLike) -> None:
     """Raise a ValueError that counts and locates entries that are not finite, if they are known."""
-    if is_traced(values):
+    if has_tracers(values):
         return
     bad = np.argwhere(~np.isfinite(np.asarray(values)))
     if len(bad):
@@ -60,7 +57,7 @@ def hyperparameter(owner: str, name: str, value: Any, *, vector: bool = False) -
             f"{owner}: {name} takes {allowed}, got shape {shape}. A kernel holds one draw of its "
             f"hyperparameters; use jax.vmap, or Pathwise, for many."
         )
-    if not is_traced(value) and not (np.asarray(value) > 0).all():
+    if not has_tracers(value) and not (np.asarray(value) > 0).all():
         raise ValueError(f"{owner}: {name} must be positive, got {np.asarray(value)}.")
     return float(value) if isinstance(value, int) else value
 
@@ -71,7 +68,7 @@ def per_dimension(owner: str, name: str, value: Any, X: jax.Array) -> jax.Array:
     Raises:
         ValueError: if it has another number of entries than the inputs have columns.
     """
-    value = jnp.asarray(value, X.dtype) if is_plain(value) else jnp.asarray(value)
+    value = _as_array(value, X)
     if value.ndim and value.shape != (X.shape[1],):
         raise ValueError(
             f"{owner}: {name} has shape {value.shape}, and the inputs it works on have "
@@ -80,9 +77,10 @@ def per_dimension(owner: str, name: str, value: Any, X: jax.Array) -> jax.Array:
     return jnp.broadcast_to(value, (X.shape[1],))
 
 
-def is_plain(value: Any) -> bool:
-    """Say whether a value is a Python number, which has no dtype of its own."""
-    return isinstance(value, bool | int | float)
+def _as_array(value: Any, X: jax.Array) -> jax.Array:
+    """Return an array; a Python number, which has no dtype of its own, takes that of the inputs."""
+    plain = isinstance(value, bool | int | float)
+    return jnp.asarray(value, X.dtype) if plain else jnp.asarray(value)
 
 
 @jax.tree_util.register_pytree_node_class
@@ -126,7 +124,7 @@ class Function:
     def closes_over_tracers(self) -> bool:
         """Say whether a fixed part holds values that are only known inside a transformation."""
         return any(
-            is_traced([cell.cell_contents for cell in getattr(part, "__closure__", None) or ()])
+            has_tracers([cell.cell_contents for cell in getattr(part, "__closure__", None) or ()])
             for part in self.rest
             if part is not None
         )
@@ -184,7 +182,7 @@ def diagonal(name: str, value: Any, X: jax.Array) -> jax.Array:
         raise ValueError(
             f"{name} takes one variance, or one for each of the {len(X)} inputs, got shape {shape}."
         )
-    if not is_traced(value) and not (np.asarray(value) >= 0).all():
+    if not has_tracers(value) and not (np.asarray(value) >= 0).all():
         raise ValueError(f"{name} is a variance and not negative, got {np.asarray(value)}.")
-    value = jnp.asarray(value, X.dtype) if is_plain(value) else jnp.asarray(value)
+    value = _as_array(value, X)
     return jnp.broadcast_to(value, (len(X),))

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
+from numpyro_ensemble.arguments import has_tracers
+from numpyro_ensemble.draws import pick
 from numpyro_ensemble.gp.features import Features, check_num_features, draw_features
 from numpyro_ensemble.gp.inputs import (
     EXACT,
@@ -18,12 +20,13 @@ from numpyro_ensemble.gp.inputs import (
     as_mean,
     check_finite,
     diagonal,
-    is_traced,
     mean_at,
 )
 from numpyro_ensemble.gp.kernels import Kernel
 from numpyro_ensemble.gp.solvers import SOLVERS, by_rows, default_jitter, solve
 from numpyro_ensemble.handlers import check_count
+
+PER_PATH = ("alpha", "right", "residuals", "ok")  # what `Paths` has for each path
 
 
 @jax.tree_util.register_dataclass
@@ -140,23 +143,21 @@ class Paths:
             places = places[np.asarray(index) if isinstance(index, jax.Array) else index]
         if places.ndim == 0:
             return self._one(places)
-        if self.num_draws is None and not is_traced(places):
+        if self.num_draws is None and not has_tracers(places):
             return self._some(places)
         return jax.vmap(self._one)(jnp.asarray(places))
 
     def _one(self, i: Any) -> Paths:
         if self.num_draws is not None:
             draw, i = jnp.divmod(i, self.alpha.shape[1])
-            return jax.tree.map(lambda leaf: leaf[draw], self)._one(i)
+            return pick(self, draw)._one(i)
         basis, place = jnp.divmod(self.order[i], self.weights.shape[1])
         return replace(
             self,
             features=jax.tree.map(lambda leaf: leaf[basis][None], self.features),
             weights=self.weights[basis, place][None, None],
             order=jnp.zeros(1, int),
-            **{
-                name: getattr(self, name)[i][None] for name in ("alpha", "right", "residuals", "ok")
-            },
+            **{name: getattr(self, name)[i][None] for name in PER_PATH},
         )
 
     def _some(self, places: np.ndarray) -> Paths:
@@ -171,10 +172,10 @@ class Paths:
             order[mine] = b * most + np.arange(len(mine))
         return replace(
             self,
-            features=jax.tree.map(lambda leaf: leaf[used], self.features),
+            features=pick(self.features, used),
             weights=self.weights[used[:, None], kept],
             order=jnp.asarray(order),
-            **{name: getattr(self, name)[places] for name in ("alpha", "right", "residuals", "ok")},
+            **{name: getattr(self, name)[places] for name in PER_PATH},
         )
 
     def components(self) -> list[Paths]:
@@ -184,8 +185,7 @@ class Paths:
         """
         terms = self.kernel.terms()
         first = (0,) if self.num_draws is None else (0, 0)
-        features = jax.tree.map(lambda leaf: leaf[first], self.features)
-        sizes = features.sizes(self.points.shape[-1])
+        sizes = pick(self.features, *first).sizes(self.points.shape[-1])
         ends = np.cumsum(sizes)
         return [
             replace(
@@ -296,7 +296,7 @@ def _evaluate(paths: Paths, X: jax.Array) -> jax.Array:
     if paths.num_draws is None:
         return paths._at(X)
     if paths.num_draws == 1:
-        return jax.tree.map(lambda leaf: leaf[0], paths)._at(X)
+        return pick(paths, 0)._at(X)
     return jax.lax.map(lambda each: each._at(X), paths).reshape(-1, len(X))
 
 
@@ -312,7 +312,7 @@ def _update(paths: Paths, X: jax.Array, values: jax.Array, noise: Any, key: Any)
 
 def check_solved(paths: Paths) -> None:
     """Raise a ValueError where it is known that the paths' solves failed."""
-    if is_traced(paths.ok) or bool(paths.ok.all()):
+    if has_tracers(paths.ok) or bool(paths.ok.all()):
         return
     bad = np.flatnonzero(~np.asarray(paths.ok).reshape(-1))
     if paths.solver == "cg":
@@ -414,7 +414,7 @@ def draw_paths(
     mean_fn = as_mean(mean_fn)
     extra = default_jitter(kernel, points) if jitter is None else jnp.asarray(jitter)
     variances = diagonal("noise", noise, points)
-    if observed is None and not is_traced((points, values, variances, extra)):
+    if observed is None and not has_tracers((points, values, variances, extra)):
         if contradictions(points, values, variances, extra):
             raise ValueError(
                 "values at equal points differ although noise is 0: give the noise's variance, or "
@@ -461,7 +461,7 @@ def _draw(
     features = jax.vmap(lambda key: draw_features(key, kernel, num_features, points))(
         jax.random.split(key_features, num_bases)
     )
-    width = sum(jax.tree.map(lambda leaf: leaf[0], features).sizes(points.shape[1]))
+    width = sum(pick(features, 0).sizes(points.shape[1]))
     shape = (num_bases, -(-num_paths // num_bases), width)
     total = diagonal("noise", noise, points) + jitter
     normal = jax.random.normal(key_noise, (num_paths, len(points)), values.dtype)

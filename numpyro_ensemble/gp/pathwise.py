@@ -13,10 +13,10 @@ import numpy as np
 from numpyro import handlers
 from numpyro.util import is_prng_key
 
-from numpyro_ensemble.arguments import TRACED, Arguments, arrange
-from numpyro_ensemble.draws import Programs, map_draws
+from numpyro_ensemble.arguments import Arguments, arrange
+from numpyro_ensemble.draws import Programs, fill_model, filled, map_draws, pick
 from numpyro_ensemble.gp.inputs import Function
-from numpyro_ensemble.gp.paths import Paths, check_options, contradictions
+from numpyro_ensemble.gp.paths import PER_PATH, Paths, check_options, contradictions
 from numpyro_ensemble.gp.sites import Answer, Site, find_sites
 from numpyro_ensemble.gp.solvers import default_jitter
 from numpyro_ensemble.handlers import check_count
@@ -127,13 +127,12 @@ class Pathwise:
 
     def _per_draw(self, params: dict[str, Any]) -> dict[str, Any]:
         """Return the parameters of each draw; those of the model's own shapes are shared."""
-        first = {name: value[0] for name, value in self.samples.items()}
+        first = pick(self.samples, 0)
         own: dict[str, Any] = {}
 
         def look() -> None:
-            seeded = handlers.seed(self.model, jax.random.key(0))
-            filled = handlers.substitute(seeded, data=first)
-            for name, site in handlers.trace(filled).get_trace(*self.args, **self.kwargs).items():
+            trace = fill_model(self.model, jax.random.key(0), first, self.args, self.kwargs)
+            for name, site in trace.items():
                 if site["type"] == "param":
                     own[name] = jax.tree.map(jnp.shape, site["value"])
 
@@ -161,7 +160,7 @@ class Pathwise:
         names: dict[str, bool] = {}
 
         def look() -> None:
-            sites, missing = self._find(*self._draw(0))
+            sites, missing = self._find(*pick((self.samples, self.params), 0))
             unknown.extend(missing)
             names.update((name, site.observed) for name, site in sites.items())
 
@@ -176,9 +175,6 @@ class Pathwise:
                 "the model has no Gaussian process: a site with gp.GaussianProcess, WhitenReparam, "
                 "sparse_gp or CollapsedSparseGP."
             )
-
-    def _draw(self, i: int) -> tuple[dict, dict]:
-        return jax.tree.map(lambda leaf: leaf[i], (self.samples, self.params))
 
     def _find(self, sample: dict, params: dict) -> tuple[dict[str, Site], list[str]]:
         return find_sites(self.model, self._known(sample, params), self.args, self.kwargs)
@@ -267,10 +263,7 @@ class Pathwise:
         for name, drawn in paths.items():
             copies = drawn.alpha.shape[1] // (self._bases * self._each)
             number = self.num_paths * copies
-            parts = {
-                k: getattr(drawn, k)[:, :number]
-                for k in ("order", "alpha", "right", "residuals", "ok")
-            }
+            parts = {k: getattr(drawn, k)[:, :number] for k in ("order", *PER_PATH)}
             kept[name] = replace(drawn, **parts)
         return kept
 
@@ -345,7 +338,7 @@ class Pathwise:
                 jit_model_args=traced,
             )
             try:
-                return program(arguments.dynamic if traced else {TRACED: []}, *inputs)
+                return program(arguments.dynamic, *inputs)
             except (
                 jax.errors.ConcretizationTypeError,
                 jax.errors.TracerArrayConversionError,
@@ -386,7 +379,8 @@ class Pathwise:
                 name: partial(_values, paths[name], features[name], own[name], sites[name].copies)
                 for name in paths
             }
-            return self._call(call, self._known(sample, params), functions, sites, key)
+            answer, trace = self._call(call, self._known(sample, params), functions, sites, key)
+            return self._wanted(answer, trace), answer.stayed
 
         over_paths = jax.vmap(run, in_axes=(None, 0, 0))
         values, stayed = jax.vmap(over_paths)(features, own, keys)
@@ -395,20 +389,17 @@ class Pathwise:
 
     def _call(
         self, call: tuple, known: dict, functions: dict, sites: dict[str, Site], key: jax.Array
-    ) -> tuple[dict, dict]:
-        """Run the model once; return the sites that were asked for, and which inputs stayed."""
+    ) -> tuple[Answer, dict]:
+        """Run the model once on functions in place of its processes; return these and its trace."""
         key_model, key_noise = jax.random.split(key)
-
-        def value(site: dict[str, Any]) -> Any:
-            return None if site["type"] == "deterministic" else known.get(site["name"])
-
-        model = handlers.substitute(
-            self.model, substitute_fn=lambda site: None if site["name"] in sites else value(site)
-        )
-        answer = Answer(model, functions, sites, key_noise)
+        others = {name: value for name, value in known.items() if name not in sites}
+        answer = Answer(filled(self.model, others), functions, sites, key_noise)
         args, kwargs = call
         with handlers.seed(rng_seed=key_model):
-            trace = handlers.trace(answer).get_trace(*args, **kwargs)
+            return answer, handlers.trace(answer).get_trace(*args, **kwargs)
+
+    def _wanted(self, answer: Answer, trace: dict) -> dict[str, jax.Array]:
+        """Return the values that were asked for, by default all that were not given."""
         values = {
             name: site["value"]
             for name, site in trace.items()
@@ -423,7 +414,7 @@ class Pathwise:
                     f"return_sites names {unknown}; the sites to return are {sorted(values)}."
                 )
             values = {name: values[name] for name in self.return_sites}
-        return values, answer.stayed
+        return values
 
     def _moments(self, call: tuple, sample: dict, params: dict) -> Any:
         sites, _ = self._find(sample, params)
@@ -438,13 +429,9 @@ class Pathwise:
             return mean
 
         functions = {name: partial(conditional, name) for name in sites}
-        keep, self.return_sites = self.return_sites, None
-        try:
-            known = self._known(sample, params)
-            _, stayed = self._call(call, known, functions, sites, jax.random.key(0))
-        finally:
-            self.return_sites = keep
-        return moments, stayed
+        known = self._known(sample, params)
+        answer, _ = self._call(call, known, functions, sites, jax.random.key(0))
+        return moments, answer.stayed
 
     def _check_stayed(self, stayed: dict[str, Any], args: tuple, kwargs: dict) -> None:
         """Raise a ValueError for a process that has not moved to the new inputs."""

@@ -11,12 +11,10 @@ import numpyro.distributions as dist
 from numpyro import handlers
 from numpyro.primitives import Messenger
 
-from numpyro_ensemble.gp.distribution import GaussianProcess
-from numpyro_ensemble.gp.sparse import CollapsedSparseGP
+from numpyro_ensemble.draws import filled
+from numpyro_ensemble.gp.distribution import Process
 from numpyro_ensemble.gp.whiten import SUFFIX
-from numpyro_ensemble.handlers import unwrapped
-
-Process = GaussianProcess | CollapsedSparseGP
+from numpyro_ensemble.handlers import is_zero, unwrapped
 
 
 class Site(NamedTuple):
@@ -91,15 +89,8 @@ class _Gather(Messenger):
 def find_sites(
     model: Callable, known: Mapping[str, Any], args: tuple, kwargs: dict
 ) -> tuple[dict[str, Site], list[str]]:
-    """Run a model on one posterior draw; return its processes, and unknown latents' names.
-
-    Deterministic sites are computed anew from the draw.
-    """
-
-    def value(site: dict[str, Any]) -> Any:
-        return None if site["type"] == "deterministic" else known.get(site["name"])
-
-    gather = _Gather(handlers.substitute(model, substitute_fn=value))
+    """Run a model on one posterior draw; return its processes, and unknown latents' names."""
+    gather = _Gather(filled(model, known))
     with handlers.seed(rng_seed=jax.random.key(0)):
         gather(*args, **kwargs)
     return gather.sites, gather.unknown
@@ -144,7 +135,8 @@ class Answer(Messenger):
                 f"y=None, and leave the data out."
             )
         value = self._function(name, process.X)
-        noisy = self.sites[name].observed or not _is_zero(process.noise)
+        silent = jnp.ndim(process.noise) == 0 and is_zero(process.noise)
+        noisy = self.sites[name].observed or not silent
         if noisy:
             self.values[f"{name}_f"] = value
             if self.rng_key is not None:
@@ -163,7 +155,3 @@ class Answer(Messenger):
         same = (X == before).all() if X.shape == before.shape else False
         self.stayed[name] = jnp.asarray(same)
         return self.functions[name](X)
-
-
-def _is_zero(noise: Any) -> bool:
-    return not isinstance(noise, jax.core.Tracer) and jnp.ndim(noise) == 0 and noise == 0

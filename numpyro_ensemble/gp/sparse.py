@@ -14,13 +14,12 @@ from jax.scipy.linalg import cho_solve, solve_triangular
 from jax.typing import ArrayLike
 from numpyro.distributions import constraints
 
-from numpyro_ensemble.gp.distribution import GaussianProcess
+from numpyro_ensemble.arguments import has_tracers
+from numpyro_ensemble.gp.distribution import GaussianProcess, Process
 from numpyro_ensemble.gp.inputs import (
     EXACT,
     as_inputs,
-    as_mean,
     check_finite,
-    diagonal,
     mean_at,
 )
 from numpyro_ensemble.gp.kernels import Kernel
@@ -88,10 +87,7 @@ def sparse_gp(
     message = announce(name, process, X, draw)
     if message["answered"]:
         return message["value"], jnp.zeros_like(message["value"])
-    projection = solve_triangular(L, kernel.matrix(process.X, X), lower=True)
-    white = solve_triangular(L, message["value"] - process.mean, lower=True)
-    mean = mean_at(process.mean_fn, X) + jnp.matmul(projection.T, white, precision=EXACT)
-    return mean, jnp.maximum(kernel.diagonal(X) - (projection**2).sum(axis=0), 0.0)
+    return process.given(L, message["value"], X)
 
 
 class ExpectedLikelihood(dist.Distribution):
@@ -191,7 +187,7 @@ class ExpectedLikelihood(dist.Distribution):
         return loc is jaxpr.invars[0] and (hasattr(scale, "val") or scale not in reached)
 
 
-class CollapsedSparseGP(dist.Distribution):
+class CollapsedSparseGP(Process):
     """Observations of a process with normal noise through inducing points, as Titsias' bound.
 
     `log_prob(y)` is the bound of Titsias (2009): the best there is over all distributions of the
@@ -213,8 +209,6 @@ class CollapsedSparseGP(dist.Distribution):
         ()
     """
 
-    arg_constraints: dict[str, Any] = {}
-    support = constraints.real_vector
     pytree_data_fields = ("kernel", "X", "Z", "noise", "mean_fn", "jitter")
 
     def __init__(
@@ -228,36 +222,18 @@ class CollapsedSparseGP(dist.Distribution):
         *,
         validate_args: bool | None = None,
     ) -> None:
-        self.kernel, self.X = kernel, as_inputs(X)
-        check_finite("X", self.X)
-        check_finite("Z", as_inputs(Z, "Z"))
-        self.Z, self.noise, self.mean_fn, self.jitter = (
-            as_inputs(Z, "Z"),
-            noise,
-            as_mean(mean_fn),
-            jitter,
-        )
+        super().__init__(kernel, X, noise, mean_fn, jitter, validate_args)
+        self.Z = as_inputs(Z, "Z")
+        check_finite("Z", self.Z)
         if self.Z.shape[1] != self.X.shape[1]:
             raise ValueError(f"X has {self.X.shape[1]} columns, and Z has {self.Z.shape[1]}.")
-        variances = diagonal("noise", noise, self.X)
-        if not isinstance(variances, jax.core.Tracer) and not (variances > 0).all():
+        if not has_tracers(noise) and not (np.asarray(noise) > 0).all():
             raise ValueError("CollapsedSparseGP divides by the noise, which must be positive.")
-        super().__init__((), (len(self.X),), validate_args=validate_args)
 
     @property
     def inducing(self) -> GaussianProcess:
         """The process at the inducing points."""
         return GaussianProcess(self.kernel, self.Z, 0.0, self.mean_fn, self.jitter)
-
-    @property
-    def variances(self) -> jax.Array:
-        """Variance of the noise for each input."""
-        return diagonal("noise", self.noise, self.X)
-
-    @property
-    def mean(self) -> jax.Array:
-        """Mean `(N,)`."""
-        return mean_at(self.mean_fn, self.X)
 
     @property
     def variance(self) -> jax.Array:
