@@ -65,7 +65,7 @@ test: $(call ready,test) ## check format, lint, types and doctests, and run all 
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/mypy
-	$(PYTEST) --junitxml=$(CACHE)/reports/doctests.xml --doctest-modules numpyro_ensemble
+	XLA_FLAGS="$(QUICK)" $(PYTEST) --junitxml=$(CACHE)/reports/doctests.xml --doctest-modules numpyro_ensemble
 	XLA_FLAGS="$(QUICK)" $(PYTEST) -m "not core and not long" --junitxml=$(CACHE)/reports/float64.xml
 	XLA_FLAGS="$(FASTER)" JAX_ENABLE_X64=0 $(PYTEST) --junitxml=$(CACHE)/reports/float32.xml -m "core and not long"
 	XLA_FLAGS="$(QUICK)" JAX_CHECK_TRACER_LEAKS=1 $(PYTEST) --junitxml=$(CACHE)/reports/leaks.xml -m leaks
@@ -87,7 +87,7 @@ endef
 export count_tests
 
 docs: $(call ready,docs) ## build the documentation, running its code, to docs/_build/html
-	IPYTHONDIR=$(CACHE)/ipython XLA_FLAGS="$(FASTER)" $(BIN)/sphinx-build -q -W --keep-going docs docs/_build/html
+	IPYTHONDIR=$(CACHE)/ipython XLA_FLAGS="$(FASTER)" $(BIN)/sphinx-build -j $(JOBS) -q -W --keep-going docs docs/_build/html
 	@echo "Open docs/_build/html/index.html"
 
 format: $(call ready,test) ## format the code and fix what ruff can

@@ -421,6 +421,7 @@ def test_draws_without_a_density_are_reported():
         to_arviz(ridge, samples, X, Y, posterior_predictive=False)
 
 
+@pytest.mark.long
 def test_importing_arviz_first_breaks_nothing():
     script = """
 import arviz

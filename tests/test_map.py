@@ -27,8 +27,7 @@ def leaves_close(ours, theirs, **tolerance):
 
 
 QUICK = {
-    "ridge", "hierarchy", "subsampled", "with_param", "flax_net", "eqx_net", "partly_observed",
-    "with_factor", "simplex",
+    "ridge", "hierarchy", "subsampled", "with_param", "eqx_net", "partly_observed", "simplex",
 }  # fmt: skip
 
 

@@ -175,7 +175,8 @@ def test_weights_resample_the_members(key):
     with jax.enable_x64(False):  # single precision rounds a draw of a million to the next member
         two = {"w": jnp.array([0.0, 1.0])}
         many = EnsemblePredictive(ridge_free, two, num_samples=500_000, weights=[1.0, 0.0])
-        assert max(np.max(many._indices(jax.random.key(i))[0]) for i in range(30)) == 0
+        # with this key the last place is 0.99 of its stratum
+        assert np.max(many._indices(jax.random.key(79))[0]) == 0
     guide = AutoNormal(ridge)
     result = fit(EnsembleVI(ridge, guide, ADAM, Trace_ELBO(), ensemble_size=2), key, X, Y)
     one = EnsemblePredictive(

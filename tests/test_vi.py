@@ -135,10 +135,8 @@ GUIDES = {
 
 
 QUICK = {
-    "AutoNormal", "AutoMultivariateNormal", "AutoLaplaceApproximation", "AutoDAIS",
-    "AutoGuideList",
-    "constant param", "mean field", "graph",
-    "enumeration", "amortised", "empty guide",
+    "AutoNormal", "AutoMultivariateNormal", "AutoDAIS",
+    "constant param", "mean field", "graph", "enumeration", "empty guide",
 }  # fmt: skip
 # started under jit and vmap; the others are traced so
 TRANSFORMED = {"AutoNormal", "AutoLaplaceApproximation", "AutoBNAFNormal", "AutoGuideList"}
