@@ -1,0 +1,149 @@
+"""Latent processes under every inference, against the posterior in closed form."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import optax
+import pytest
+from gp_truth import inputs
+from numpy.testing import assert_allclose
+from numpyro.handlers import reparam
+from numpyro.infer import MCMC, NUTS, SVI, Predictive, Trace_ELBO, autoguide
+from zoo import chosen
+
+from numpyro_ensemble.gp import (
+    RBF,
+    CollapsedSparseGP,
+    ExpectedLikelihood,
+    GaussianProcess,
+    Pathwise,
+    WhitenReparam,
+    choose_inducing,
+    sparse_gp,
+)
+from numpyro_ensemble.mcmc import MEADS
+
+X, X_NEW = inputs(8, 1, width=5.0), np.linspace(0.5, 5.5, 5)[:, None]
+KERNEL, SD = RBF(1.0, 0.8), 0.4
+Y = np.sin(X[:, 0]) + SD * np.random.default_rng(0).normal(size=8)
+
+
+def model(X, y=None):
+    f = numpyro.sample("f", GaussianProcess(KERNEL, X))
+    with numpyro.plate("data", len(X)):
+        numpyro.sample("y", dist.Normal(f, SD), obs=y)
+
+
+WHITE = reparam(model, config={"f": WhitenReparam()})
+EXACT = GaussianProcess(KERNEL, X, SD**2)
+FACTOR = np.asarray(GaussianProcess(KERNEL, X).scale_tril())
+
+
+def base_posterior():
+    """Return mean and precision of the whitened values given the data."""
+    precision = np.eye(8) + FACTOR.T @ FACTOR / SD**2
+    return np.linalg.solve(precision, FACTOR.T @ Y / SD**2), precision
+
+
+def sampled(kernel, **options):
+    mcmc = MCMC(kernel, progress_bar=False, chain_method="vectorized", **options)
+    mcmc.run(jax.random.key(0), X, Y)
+    return mcmc.get_samples()
+
+
+SAMPLERS = {
+    "NUTS": lambda: sampled(NUTS(WHITE), num_warmup=200, num_samples=500, num_chains=2),
+    "MEADS": lambda: sampled(MEADS(WHITE), num_warmup=100, num_samples=60, num_chains=64),
+}
+
+
+@pytest.mark.parametrize("name", chosen(SAMPLERS, {"NUTS"}))
+def test_functions_from_samplers_have_the_exact_moments(name, key):
+    samples = SAMPLERS[name]()
+    pathwise = Pathwise(WHITE, samples, X, Y, num_features=256, batch_size=200)
+    mean, variance = EXACT.predict(Y, X_NEW)
+    values = np.asarray(pathwise(key, X_NEW)["f"])
+    number = len(values) / 4  # draws are not independent
+    assert (abs(values.mean(axis=0) - mean) < 5 * np.sqrt(variance / number)).all()
+    assert_allclose(values.var(axis=0) / variance, 1.0, atol=0.2)
+    moments = pathwise.moments(X_NEW)["f"]
+    assert_allclose(moments.mean, mean, atol=0.08)
+    assert_allclose(moments.variance, variance, rtol=0.12)
+    # plain Predictive draws the process anew: the wrong answer, which is seen
+    wrong = Predictive(WHITE, {"f_base": samples["f_base"][:, :5]})(key, X_NEW)["f"]
+    assert not np.allclose(wrong.var(axis=0) / variance, 1.0, atol=0.2)
+
+
+GUIDES = {
+    "AutoDelta": autoguide.AutoDelta,
+    "AutoNormal": autoguide.AutoNormal,
+    "AutoMultivariateNormal": autoguide.AutoMultivariateNormal,
+    "AutoLowRankMultivariateNormal": lambda m: autoguide.AutoLowRankMultivariateNormal(m, rank=8),
+}
+
+
+@pytest.mark.promotes_ranks  # NumPyro's guides do
+@pytest.mark.parametrize("name", chosen(GUIDES, {"AutoDelta", "AutoNormal"}))
+def test_guides_find_what_their_family_can_hold(name, key):
+    guide = GUIDES[name](WHITE)
+    delta = name == "AutoDelta"
+    loss = Trace_ELBO(num_particles=1 if delta else 16)
+    svi = SVI(WHITE, guide, optax.adam(optax.cosine_decay_schedule(0.03, 1500)), loss)
+    result = svi.run(key, 1500, X, Y, progress_bar=False)
+    samples = guide.sample_posterior(
+        jax.random.key(1), result.params, X, Y, sample_shape=(2000,)
+    )
+    base = np.asarray(samples["f_base"])
+    mean, precision = base_posterior()
+    assert_allclose(base.mean(axis=0), mean, atol=0.005 if delta else 0.12)
+    covariance = np.linalg.inv(precision)
+    if name == "AutoNormal":  # the best of independent normals
+        covariance = np.diag(1 / np.diag(precision))
+    if not delta:
+        assert_allclose(np.cov(base.T), covariance, atol=0.12)
+    some = {name: value[:400] for name, value in samples.items()}
+    if delta:
+        some = {"f_base": base[:1]}
+    moments = Pathwise(WHITE, some, X, Y, num_features=64).moments(X_NEW)["f"]
+    exact_mean, exact_variance = EXACT.predict(Y, X_NEW)
+    assert_allclose(moments.mean, exact_mean, atol=0.01 if delta else 0.15)
+    if delta:  # all that is left is what the values at the points do not tell
+        left = GaussianProcess(KERNEL, X).predict(FACTOR @ base[0], X_NEW)[1]
+        assert_allclose(moments.variance, left, rtol=1e-5, atol=1e-7)
+        assert (moments.variance < 0.9 * exact_variance).any()
+    elif name != "AutoNormal":
+        assert_allclose(moments.variance, exact_variance, atol=0.1)
+
+
+@pytest.mark.long
+@pytest.mark.promotes_ranks
+def test_minibatches_reach_titsias_bound(key):
+    """The bound of a sparse process by ordinary SVI, with batches and without."""
+    number, noise = 300, 0.1
+    points = inputs(number, 1, width=8.0)
+    y = np.sin(points[:, 0]) + noise**0.5 * np.random.default_rng(1).normal(size=number)
+    Z = np.asarray(choose_inducing(points, 12, kernel=KERNEL))
+    bound = CollapsedSparseGP(KERNEL, points, Z, noise).log_prob(y)
+
+    def sparse(X, y, size, likelihood=ExpectedLikelihood):
+        with numpyro.plate("data", number, subsample_size=size):
+            batch, y_batch = numpyro.subsample(X, event_dim=1), numpyro.subsample(y, event_dim=0)
+        m, v = sparse_gp("f", KERNEL, batch, Z)
+        with numpyro.plate("rows", number, subsample_size=size):
+            numpyro.sample("y", likelihood(lambda f: dist.Normal(f, noise**0.5), m, v), obs=y_batch)
+
+    def elbo(size, *options):
+        guide = autoguide.AutoMultivariateNormal(sparse)
+        optim = optax.adam(optax.cosine_decay_schedule(0.05, 2000))
+        svi = SVI(sparse, guide, optim, Trace_ELBO(num_particles=4))
+        data = (jnp.asarray(points), jnp.asarray(y))
+        result = svi.run(key, 2000, *data, size, *options, progress_bar=False)
+        whole = Trace_ELBO(num_particles=2000).loss
+        return -whole(key, result.params, sparse, guide, *data, number, *options)
+
+    assert -0.3 < elbo(number) - bound < 0.1, bound
+    assert -0.6 < elbo(50) - bound < 0.1, bound
+    # the likelihood at the mean, as if the inducing values told the process everywhere
+    assert elbo(number, lambda likelihood, m, v: likelihood(m)) > bound + 0.5
