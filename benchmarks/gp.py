@@ -8,6 +8,7 @@ for a baseline of another kind.
 
 import sys
 import time
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -59,18 +60,22 @@ def basis():
         print(f"{type(kernel).__name__}: one basis {one:.3f}, four {several:.3f}")
 
 
-def speed(repeats=7):
-    """Time 256 paths of 512 points, drawn and then evaluated at 1,000."""
+def speed(bits=64, repeats=7):
+    """Time 256 paths of 512 points, drawn and then evaluated at 1,000; BoTorch has 64 bits."""
+    numpyro.enable_x64(int(bits) == 64)
     X, X_new = jnp.asarray(points(512)), jnp.asarray(points(1000, seed=1))
     y = jnp.sin(6 * X.sum(axis=1))
     kernel = RBF(1.0, 0.25)
 
-    def ours(key):
-        return draw_paths(key, kernel, X, y, noise=0.01, num_paths=256)
+    def ours(bases):
+        options = {"noise": 0.01, "num_paths": 256, "num_bases": bases}
+        return draw_paths(jax.random.key(1), kernel, X, y, **options)
 
-    paths, key = ours(jax.random.key(0)), jax.random.key(1)
-    paths(X_new)
-    rows = {"draw": lambda: ours(key), "evaluate": lambda: paths(X_new)}
+    rows = {}
+    for bases in (4, 1):
+        paths = ours(bases)
+        rows[f"draw, {bases} bases"] = partial(ours, bases)
+        rows[f"evaluate, {bases} bases"] = partial(paths, X_new)
     rows |= gpjax_rows(X, y, X_new) | botorch_rows(X, y, X_new)
     for call in rows.values():
         call()
@@ -83,20 +88,24 @@ def speed(repeats=7):
     print(f"peak {peak():.2f} GiB")
 
 
-def gpjax_rows(X, y, X_new):
+def gpjax_paths(X, y, number, variance, lengthscale, noise):
+    """Draw paths by GPJax with as many columns as ours; None where it is not installed."""
     try:
         import gpjax
     except ImportError:
-        return {}
-    prior = gpjax.gps.Prior(
-        mean_function=gpjax.mean_functions.Zero(),
-        kernel=gpjax.kernels.RBF(lengthscale=0.25, variance=1.0, n_dims=2),
-    )
-    posterior = prior * gpjax.likelihoods.Gaussian(num_datapoints=len(X), obs_stddev=0.1)
+        return None
+    dim = X.shape[1]
+    kernel = gpjax.kernels.RBF(lengthscale=lengthscale, variance=variance, n_dims=dim)
+    prior = gpjax.gps.Prior(mean_function=gpjax.mean_functions.Zero(), kernel=kernel)
+    joint = prior * gpjax.likelihoods.Gaussian(obs_stddev=noise**0.5)
     data = gpjax.Dataset(X=X, y=y[:, None])
+    return joint.sample_approx(number, data, jax.random.key(0), num_features=512)
 
-    def draw():
-        return posterior.sample_approx(256, data, jax.random.key(0), num_features=512)
+
+def gpjax_rows(X, y, X_new):
+    draw = partial(gpjax_paths, X, y, 256, 1.0, 0.25, 0.01)
+    if draw() is None:
+        return {}
 
     sample = draw()
     return {"draw, GPJax": lambda: draw()(X_new[:1]), "evaluate, GPJax": lambda: sample(X_new)}
@@ -155,6 +164,16 @@ def reference(repeats=7):
     loop(cached)
     pairs = in_turns(lambda key: pathwise(key, grid), lambda key: loop(cached), repeats)
     report("warm Pathwise / loop over a cached function", pairs, 1.1)
+    if gpjax_paths(X[:, None], y, 8, 1.0, 1.0, 0.1) is not None:
+
+        def gpjax_loop():
+            return [gpjax_paths(X[:, None], y, 8, *draw.values())(grid[:, None]) for draw in plain]
+
+        names = ("variance", "lengthscale", "noise")
+        plain = [{name: float(draw[name]) for name in names} for draw in draws]
+        gpjax_loop()
+        pairs = in_turns(lambda key: pathwise(key, grid), lambda key: gpjax_loop(), 3)
+        report("warm Pathwise / GPJax, draw by draw", pairs, 0.25)
     anew = timed(compiling) * len(draws) / 5
     print(
         f"first call {first:.2f} s; a loop that compiles at each draw {anew:.1f} s (from 5 draws)"
