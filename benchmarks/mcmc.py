@@ -155,8 +155,8 @@ def sbc(datasets="200", *names):
         mcmc = MCMC(
             KERNELS[name](small),
             num_warmup=300,
-            num_samples=100,
-            num_chains=16,
+            num_samples=50,
+            num_chains=64,
             chain_method="vectorized",
             progress_bar=False,
         )
@@ -169,7 +169,7 @@ def sbc(datasets="200", *names):
         ranks = {"mu": [], "s": []}
         for i in range(number):
             draws = draw(jax.random.fold_in(jax.random.key(1), i), prior["y"][i])
-            pick = np.random.default_rng(i).choice(1600, kept, replace=False)
+            pick = np.random.default_rng(i).choice(len(draws["mu"]), kept, replace=False)
             for site in ranks:
                 below = np.asarray(draws[site])[pick] < float(prior[site][i])
                 ranks[site].append(int(below.sum()))

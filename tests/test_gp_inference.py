@@ -19,6 +19,7 @@ from numpyro_ensemble.gp import (
     ExpectedLikelihood,
     GaussianProcess,
     Pathwise,
+    Periodic,
     WhitenReparam,
     choose_inducing,
     sparse_gp,
@@ -147,3 +148,38 @@ def test_minibatches_reach_titsias_bound(key):
     assert -0.6 < elbo(50) - bound < 0.1, bound
     # the likelihood at the mean, as if the inducing values told the process everywhere
     assert elbo(number, lambda likelihood, m, v: likelihood(m)) > bound + 0.5
+
+
+def mauna_loa(t, y=None):
+    """A trend, and a yearly cycle that may change its shape."""
+    trend = numpyro.sample("trend", dist.LogNormal(3.0, 0.5))
+    season = numpyro.sample("season", dist.LogNormal(-2.0, 0.5))
+    shape = numpyro.sample("shape", dist.LogNormal(0.0, 0.3))
+    noise = numpyro.sample("noise", dist.LogNormal(-6.0, 1.0))
+    kernel = RBF(4.0, trend) + season * RBF(1.0, 30.0) * Periodic(1.0, shape, 1.0)
+    numpyro.sample("y", GaussianProcess(kernel, t, noise), obs=y)
+
+
+@pytest.mark.long
+def test_mauna_loa(key):
+    """Ten years of carbon dioxide under NUTS; two more years are predicted."""
+    from statsmodels.datasets import co2
+
+    monthly = co2.load_pandas().data["co2"].resample("MS").mean().dropna()[-144:]
+    t = np.asarray(monthly.index.year + (monthly.index.month - 0.5) / 12, float) - 1990.0
+    y = monthly.to_numpy()
+    y = (y - y[:120].mean()) / y[:120].std()
+    mcmc = MCMC(NUTS(mauna_loa), num_warmup=150, num_samples=60, progress_bar=False)
+    mcmc.run(key, t[:120], y[:120])
+    samples = mcmc.get_samples()
+    pathwise = Pathwise(mauna_loa, samples, t[:120], y[:120], num_paths=4, num_features=256)
+    out = {name: np.asarray(value) for name, value in pathwise(key, t[120:]).items()}
+    error = out["y"].mean(axis=0) - y[120:]
+    line = np.polyval(np.polyfit(t[:120], y[:120], 1), t[120:]) - y[120:]
+    assert np.sqrt((error**2).mean()) < 0.6 * np.sqrt((line**2).mean())
+    inside = abs(error) < 2.5 * out["y"].std(axis=0)
+    assert inside.mean() > 0.8
+    parts = pathwise.draw(key)["y"].components()
+    cycle = np.asarray(parts[1](t[108:120])).mean(axis=0)  # highest in May, lowest in autumn
+    months = np.round((t[108:120] % 1) * 12 + 0.5).astype(int)
+    assert months[cycle.argmax()] in (4, 5, 6) and months[cycle.argmin()] in (9, 10)

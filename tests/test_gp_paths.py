@@ -272,6 +272,16 @@ def test_an_update_conditions_the_same_functions(stacked):
         paths.update(more, np.zeros(3))
 
 
+def test_an_update_keeps_noise_and_jitter_apart(key):
+    paths = draw_paths(
+        key, RBF(1.2, 0.8), X, Y,
+        noise=np.full(15, 0.05), jitter=1e-3, num_paths=2, num_features=64,
+    )  # fmt: skip
+    more = paths.update(np.array([-0.5, 5.7]), np.zeros(2), noise=np.array([0.1, 0.2]))
+    assert_allclose(more.diagonal[14:], [0.051, 0.101, 0.201], rtol=1e-5)
+    assert_allclose(more.noise[14:], [0.05, 0.1, 0.2], rtol=1e-5)
+
+
 def test_components_add_up():
     kernel = RBF(1.0, 0.8) + Periodic(0.5, 0.8, 1.3) + Linear(0.2)
     paths = draw_paths(

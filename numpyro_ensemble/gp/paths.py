@@ -51,6 +51,7 @@ class Paths:
         right: what the prior functions and noise leave of the values, `(P, N)`.
         diagonal: noise and jitter at the points, `(N,)`.
         noise: as given, a number or `(N,)`.
+        jitter: what the diagonal has beside the noise.
         observed: which values count, `(N,)`, or None.
         residuals: relative residuals of the solves, `(P,)`; 0 for a Cholesky factor.
         ok: whether each path's solve succeeded, `(P,)`.
@@ -67,6 +68,7 @@ class Paths:
     right: jax.Array
     diagonal: jax.Array
     noise: jax.Array
+    jitter: jax.Array
     observed: jax.Array | None
     residuals: jax.Array
     ok: jax.Array
@@ -258,9 +260,8 @@ class Paths:
         return more
 
     def _more(self, X: jax.Array, values: jax.Array, noise: Any, key: jax.Array | None) -> Paths:
-        noise = self.noise if noise is None else noise
-        jitter = default_jitter(self.kernel, self.points)
-        added = diagonal("noise", noise, X) + jitter
+        variances = diagonal("noise", self.noise if noise is None else noise, X)
+        added = variances + self.jitter
         if key is None:
             key = jax.random.fold_in(jax.random.wrap_key_data(self.seed), len(self.points))
         error = jnp.sqrt(added)[None, :] * jax.random.normal(key, values.shape, values.dtype)
@@ -273,7 +274,7 @@ class Paths:
             points=jnp.concatenate([self.points, X]),
             diagonal=jnp.concatenate([self.diagonal, added]),
             right=jnp.concatenate([self.right, right], axis=1),
-            noise=self.noise if self.noise.ndim == 0 else jnp.concatenate([self.noise, added]),
+            noise=jnp.concatenate([self.noise, variances]) if self.noise.ndim else self.noise,
             observed=observed,
         )
         return whole._solved()
@@ -476,6 +477,7 @@ def _draw(
         right=jnp.zeros_like(normal),
         diagonal=total,
         noise=noise,
+        jitter=jitter,
         observed=observed,
         residuals=jnp.zeros_like(normal[:, 0]),
         ok=jnp.ones(num_paths, bool),
