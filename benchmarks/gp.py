@@ -181,7 +181,7 @@ def reference(repeats=7):
 
 
 def large(number=15_000):
-    """Compare conjugate gradients with Cholesky, or where that is too large with a tighter solve."""
+    """Compare conjugate gradients with Cholesky, or with a tighter solve of many points."""
     number = int(number)
     X, X_new = points(number), points(500, seed=1)
     truth = lambda X: np.sin(6 * X[:, 0]) * np.cos(5 * X[:, 1])  # noqa: E731

@@ -93,9 +93,7 @@ def test_guides_find_what_their_family_can_hold(name, key):
     loss = Trace_ELBO(num_particles=1 if delta else 16)
     svi = SVI(WHITE, guide, optax.adam(optax.cosine_decay_schedule(0.03, 1500)), loss)
     result = svi.run(key, 1500, X, Y, progress_bar=False)
-    samples = guide.sample_posterior(
-        jax.random.key(1), result.params, X, Y, sample_shape=(2000,)
-    )
+    samples = guide.sample_posterior(jax.random.key(1), result.params, X, Y, sample_shape=(2000,))
     base = np.asarray(samples["f_base"])
     mean, precision = base_posterior()
     assert_allclose(base.mean(axis=0), mean, atol=0.005 if delta else 0.12)

@@ -226,7 +226,7 @@ def test_a_traced_index_and_inputs_of_each_paths_own():
     places = np.stack([X_NEW[i : i + 3] for i in range(6)])
     own = paths.each(places)
     assert_allclose(own, [whole[i, i : i + 3] for i in range(6)], rtol=1e-9)
-    with pytest.raises(ValueError, match=r"each takes inputs \(6, N, D\)"):
+    with pytest.raises(ValueError, match=r"each takes inputs \(6, N, 1\)"):
         paths.each(X_NEW)
 
 

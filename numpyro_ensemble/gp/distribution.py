@@ -12,6 +12,7 @@ from jax.typing import ArrayLike
 from numpyro.distributions import constraints
 from numpyro.util import is_prng_key
 
+from numpyro_ensemble.arguments import has_tracers
 from numpyro_ensemble.gp.inputs import (
     EXACT,
     as_inputs,
@@ -42,8 +43,9 @@ class Process(dist.Distribution):
     ) -> None:
         if not isinstance(kernel, Kernel):
             raise TypeError(f"kernel takes a kernel of numpyro_ensemble.gp, got {kernel!r}.")
+        if jitter is not None and jnp.ndim(jitter):
+            raise ValueError(f"jitter takes one number, got shape {jnp.shape(jitter)}.")
         self.kernel, self.X = kernel, as_inputs(X)
-        check_finite("X", self.X)
         diagonal("noise", noise, self.X)
         self.noise, self.mean_fn, self.jitter = noise, as_mean(mean_fn), jitter
         super().__init__((), (len(self.X),), validate_args=validate_args)
@@ -57,6 +59,37 @@ class Process(dist.Distribution):
     def mean(self) -> jax.Array:
         """Mean `(N,)`."""
         return mean_at(self.mean_fn, self.X)
+
+    def _checked(self, value: ArrayLike) -> jax.Array:
+        if jnp.shape(value)[-1:] != (len(self.X),):
+            raise ValueError(
+                f"a Gaussian process at {len(self.X)} inputs has values (..., {len(self.X)}), got "
+                f"{jnp.shape(value)}."
+            )
+        if getattr(self, "observed", None) is None:
+            check_values("the value of a Gaussian process", value)
+        return jnp.asarray(value)
+
+
+def check_values(name: str, value: ArrayLike) -> None:
+    """Raise a ValueError for values of a process that are not finite, if they are known."""
+    try:
+        check_finite(name, value)
+    except ValueError as error:
+        raise ValueError(
+            f"{error} Missing observations are left out by GaussianProcess(..., "
+            f"observed=~jnp.isnan(y))."
+        ) from None
+
+
+def check_factor(L: jax.Array) -> jax.Array:
+    """Return a Cholesky factor; raise a ValueError where it is known that there is none."""
+    if not has_tracers(L) and not bool(jnp.isfinite(L).all()):
+        raise ValueError(
+            f"the kernel matrix could not be factored: inputs that repeat or nearly so, "
+            f"hyperparameters that are no numbers, or too little noise or jitter for {L.dtype}."
+        )
+    return L
 
 
 class GaussianProcess(Process):
@@ -108,10 +141,15 @@ class GaussianProcess(Process):
     # Moments ------------------------------------------------------------------------------------
 
     @property
+    def extra(self) -> jax.Array:
+        """The jitter: what is added to the kernel matrix's diagonal beside the noise."""
+        given = self.jitter is not None
+        return jnp.asarray(self.jitter) if given else default_jitter(self.kernel, self.X)
+
+    @property
     def added(self) -> jax.Array:
         """What is added to the kernel matrix's diagonal: noise and jitter."""
-        jitter = default_jitter(self.kernel, self.X) if self.jitter is None else self.jitter
-        return self.variances + jnp.asarray(jitter)
+        return self.variances + self.extra
 
     @property
     def variance(self) -> jax.Array:
@@ -133,7 +171,7 @@ class GaussianProcess(Process):
         """Draw values, noise and jitter included."""
         if not is_prng_key(key):
             raise ValueError(f"key takes one key, jax.random.key(0) say; got {key!r}.")
-        L = jnp.linalg.cholesky(self.covariance_matrix)
+        L = check_factor(jnp.linalg.cholesky(self.covariance_matrix))
         normal = jax.random.normal(key, (*sample_shape, len(self.X)), L.dtype)
         values = jnp.einsum("ij,...j->...i", L, normal, precision=EXACT)
         return jnp.broadcast_to(self.mean, values.shape) + values
@@ -149,23 +187,6 @@ class GaussianProcess(Process):
         constant = jnp.log(jnp.diagonal(L)).sum() + 0.5 * number * jnp.log(2.0 * jnp.pi)
         return (-0.5 * (white**2).sum(axis=0) - constant).reshape(left.shape[:-1])
 
-    def _checked(self, value: ArrayLike) -> jax.Array:
-        value = jnp.asarray(value)
-        if value.shape[-1:] != (len(self.X),):
-            raise ValueError(
-                f"a Gaussian process at {len(self.X)} inputs has values (..., {len(self.X)}), got "
-                f"{value.shape}."
-            )
-        if self.observed is None:
-            try:
-                check_finite("the value of a Gaussian process", value)
-            except ValueError as error:
-                raise ValueError(
-                    f"{error} Missing observations are left out by GaussianProcess(..., "
-                    f"observed=~jnp.isnan(y))."
-                ) from None
-        return value
-
     def _centred(self, value: jax.Array) -> jax.Array:
         mean = jnp.broadcast_to(self.mean, value.shape)
         if self.observed is None:
@@ -173,7 +194,10 @@ class GaussianProcess(Process):
         return jnp.where(jnp.broadcast_to(self.observed, value.shape), value - mean, 0.0)
 
     def mask(self, mask: Any) -> dist.Distribution:
-        """Leave observations out, by a mask `(N,)` of those that count."""
+        """Leave observations out, by a mask `(N,)` of those that count.
+
+        A mask of that shape always means observations, never as many copies in a plate.
+        """
         if jnp.shape(mask) != self.event_shape:
             return super().mask(mask)
         observed = mask if self.observed is None else jnp.asarray(mask) & self.observed
@@ -193,7 +217,7 @@ class GaussianProcess(Process):
             full_cov: return the covariance `(M, M)`, not the variance `(M,)`.
         """
         values, X_new = self._checked(values), as_inputs(X_new, "X_new")
-        return self.given(self.scale_tril(), values, X_new, full_cov)
+        return self.given(check_factor(self.scale_tril()), values, X_new, full_cov)
 
     def given(
         self, L: jax.Array, values: jax.Array, X_new: jax.Array, full_cov: bool = False

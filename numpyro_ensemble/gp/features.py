@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,8 @@ from numpyro_ensemble.gp.inputs import EXACT, as_inputs
 from numpyro_ensemble.gp.kernels import Kernel
 from numpyro_ensemble.gp.spectra import sobol
 from numpyro_ensemble.handlers import check_count
+
+_FEWEST = 16  # frequencies of a product with other columns, below which a warning is given
 
 
 @jax.tree_util.register_dataclass
@@ -147,6 +150,12 @@ class _Plan:
         if not self.spectral:
             return Block((), (), None, self.finite)
         number = max(1, columns // self.tensor // 2)
+        if number < _FEWEST and self.tensor > 1:
+            warnings.warn(
+                f"a product with {self.tensor} columns beside its frequencies has only {number} of "
+                f"these: {2 * _FEWEST * self.tensor} columns or more are needed (num_features).",
+                stacklevel=2,
+            )
         series = self._series(number)
         if series is not None:
             frequencies, weights = [series.frequencies], series.weights

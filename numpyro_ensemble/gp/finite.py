@@ -7,8 +7,10 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from numpyro_ensemble.gp.inputs import EXACT
+from numpyro_ensemble.arguments import has_tracers
+from numpyro_ensemble.gp.inputs import EXACT, check_dims
 from numpyro_ensemble.gp.kernels import Atom, Kernel
 
 
@@ -56,6 +58,8 @@ class Coregion(Kernel):
             raise ValueError(
                 f"Coregion: kappa takes shape {jnp.shape(W)[:1]}, got {jnp.shape(kappa)}."
             )
+        if kappa is not None and not has_tracers(kappa) and (np.asarray(kappa) < 0).any():
+            raise ValueError(f"Coregion: kappa is not negative, got {np.asarray(kappa)}.")
         self.W, self.kappa, self.active_dims = W, kappa, int(active_dims)
 
     def is_valid(self) -> jax.Array:
@@ -66,7 +70,8 @@ class Coregion(Kernel):
         if self.kappa is not None:
             parts.append(jnp.diag(jnp.sqrt(jnp.asarray(self.kappa))))
         factor = jnp.concatenate(parts, axis=1)
-        numbers = jnp.round(X[:, self.active_dims]).astype(int)
+        column = check_dims("Coregion", (self.active_dims,), X)
+        numbers = jnp.round(X[:, column[0]]).astype(int)
         # an output that does not exist is NaN, never its neighbour
         return factor.at[numbers].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
 

@@ -20,8 +20,9 @@ def as_inputs(X: ArrayLike, name: str = "X") -> jax.Array:
     """Return inputs as a matrix `(N, D)` of floats; one axis counts as `(N, 1)`.
 
     Raises:
-        ValueError: if there are more than two axes, or entries are not finite.
+        ValueError: if there are more than two axes, or entries that are known are not finite.
     """
+    check_finite(name, X)  # before NumPy's arrays become tracers, where nothing is known
     X = jnp.asarray(X)
     if X.ndim not in (1, 2):
         raise ValueError(f"{name} takes inputs of shape (N, D) or (N,), got {X.shape}.")
@@ -34,7 +35,7 @@ def check_finite(name: str, values: ArrayLike) -> None:
     """Raise a ValueError that counts and locates entries that are not finite, if they are known."""
     if has_tracers(values):
         return
-    bad = np.argwhere(~np.isfinite(np.asarray(values)))
+    bad = np.argwhere(~np.isfinite(np.asarray(values, float)))
     if len(bad):
         places = ", ".join(str(tuple(map(int, place))).replace(",)", ")") for place in bad[:5])
         more = ", ..." if len(bad) > 5 else ""
@@ -75,6 +76,17 @@ def per_dimension(owner: str, name: str, value: Any, X: jax.Array) -> jax.Array:
             f"{X.shape[1]} columns."
         )
     return jnp.broadcast_to(value, (X.shape[1],))
+
+
+def check_dims(owner: str, dims: tuple[int, ...], X: jax.Array) -> tuple[int, ...]:
+    """Return columns' numbers.
+
+    Raises:
+        ValueError: if the inputs have fewer columns.
+    """
+    if any(not -X.shape[1] <= i < X.shape[1] for i in dims):
+        raise ValueError(f"{owner}: active_dims={dims}, and the inputs have {X.shape[1]} columns.")
+    return dims
 
 
 def _as_array(value: Any, X: jax.Array) -> jax.Array:

@@ -8,9 +8,10 @@ from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 
-from numpyro_ensemble.gp.inputs import Function, as_inputs, hyperparameter
+from numpyro_ensemble.gp.inputs import Function, as_inputs, check_dims, hyperparameter
 
 
 class Spectrum(NamedTuple):
@@ -289,7 +290,7 @@ class Atom(Kernel):
 
     def __init__(self, variance: Any, active_dims: int | Sequence[int] | None) -> None:
         self.variance = self._number("variance", variance)
-        dims = (active_dims,) if isinstance(active_dims, int) else active_dims
+        dims = None if active_dims is None else np.atleast_1d(active_dims)
         self.active_dims = None if dims is None else tuple(map(int, dims))
 
     def _number(self, name: str, value: Any, *, vector: bool = False) -> Any:
@@ -298,12 +299,7 @@ class Atom(Kernel):
     def inputs(self, X: jax.Array) -> jax.Array:
         if self.active_dims is None:
             return X
-        if any(not -X.shape[1] <= i < X.shape[1] for i in self.active_dims):
-            raise ValueError(
-                f"{type(self).__name__}: active_dims={self.active_dims}, and the inputs have "
-                f"{X.shape[1]} columns."
-            )
-        return X[:, self.active_dims]
+        return X[:, check_dims(type(self).__name__, self.active_dims, X)]
 
     def matrix(self, X1: jax.Array, X2: jax.Array) -> jax.Array:
         return self.variance * self.correlation(self.inputs(X1), self.inputs(X2))

@@ -26,7 +26,7 @@ from numpyro_ensemble.gp.kernels import Kernel
 from numpyro_ensemble.gp.solvers import SOLVERS, by_rows, default_jitter, solve
 from numpyro_ensemble.handlers import check_count
 
-PER_PATH = ("alpha", "right", "residuals", "ok")  # what `Paths` has for each path
+PER_PATH = ("number", "alpha", "right", "residuals", "ok")  # what `Paths` has for each path
 
 
 @jax.tree_util.register_dataclass
@@ -47,15 +47,17 @@ class Paths:
         features: `B` random bases.
         weights: of the bases' columns, `(B, Q, F)`; `Q` paths share a basis.
         order: where each path is among the `B * Q`, `(P,)`.
+        number: which path of its draw each is, for the noise of later updates, `(P,)`.
         alpha: weights of the kernel functions at the points, `(P, N)`.
         right: what the prior functions and noise leave of the values, `(P, N)`.
         diagonal: noise and jitter at the points, `(N,)`.
-        noise: as given, a number or `(N,)`.
+        noise: of observations, a number or `(N,)`; 0 for latent processes.
         jitter: what the diagonal has beside the noise.
         observed: which values count, `(N,)`, or None.
         residuals: relative residuals of the solves, `(P,)`; 0 for a Cholesky factor.
         ok: whether each path's solve succeeded, `(P,)`.
         seed: of the noise of later updates.
+        part: whether these are the paths of one term of a sum.
     """
 
     kernel: Kernel
@@ -64,6 +66,7 @@ class Paths:
     features: Features
     weights: jax.Array
     order: jax.Array
+    number: jax.Array
     alpha: jax.Array
     right: jax.Array
     diagonal: jax.Array
@@ -75,6 +78,7 @@ class Paths:
     seed: jax.Array
     solver: str = field(metadata={"static": True})
     tolerance: jax.Array | None = None
+    part: bool = field(default=False, metadata={"static": True})
 
     @property
     def num_paths(self) -> int:
@@ -104,9 +108,11 @@ class Paths:
 
     def each(self, X: ArrayLike) -> jax.Array:
         """Evaluate each path at inputs of its own, `(num_paths, N, D)`: `(num_paths, N)`."""
+        check_finite("X", X)
         X = jnp.asarray(X)
-        if X.ndim != 3 or len(X) != self.num_paths:
-            raise ValueError(f"each takes inputs ({self.num_paths}, N, D), got shape {X.shape}.")
+        shape = (self.num_paths, self.points.shape[-1])
+        if X.ndim != 3 or (len(X), X.shape[2]) != shape:
+            raise ValueError(f"each takes inputs ({shape[0]}, N, {shape[1]}), got shape {X.shape}.")
         return jax.vmap(lambda i, x: self[i]._at(x)[0])(jnp.arange(self.num_paths), X)
 
     def _inputs(self, X: ArrayLike) -> jax.Array:
@@ -196,6 +202,7 @@ class Paths:
                 mean_fn=None if i else self.mean_fn,
                 features=Features((self.features.blocks[i],)),
                 weights=self.weights[..., ends[i] - sizes[i] : ends[i]],
+                part=True,
             )
             for i, term in enumerate(terms)
         ]
@@ -237,15 +244,17 @@ class Paths:
         Args:
             X: inputs `(M, D)` or `(M,)`.
             values: `(M,)`, or `(num_paths, M)` for values of each path's own (pending points).
-            noise: variance of the values (default: that of the paths, if it is one number).
+            noise: variance of the values (default: that of the paths, if it is one number, which
+                is 0 for paths of a latent process).
             rng_key: of the noise drawn here (default: one kept from when the paths were drawn).
 
         Raises:
             ValueError: if shapes do not match, or the noise is not known.
         """
-        X, values = self._inputs(X), jnp.asarray(values)
-        check_finite("X", X)
+        if self.part:
+            raise ValueError("one term's paths cannot be updated alone: update the whole first.")
         check_finite("values", values)
+        X, values = self._inputs(X), jnp.asarray(values)
         if values.shape not in ((len(X),), (self.num_paths, len(X))):
             raise ValueError(
                 f"values take shape ({len(X)},) or ({self.num_paths}, {len(X)}), got "
@@ -260,18 +269,24 @@ class Paths:
         return more
 
     def _more(self, X: jax.Array, values: jax.Array, noise: Any, key: jax.Array | None) -> Paths:
+        points = jnp.concatenate([self.points, X])
         variances = diagonal("noise", self.noise if noise is None else noise, X)
-        added = variances + self.jitter
+        jitter = jnp.maximum(self.jitter, default_jitter(self.kernel, points))
+        added = variances + jitter
         if key is None:
-            key = jax.random.fold_in(jax.random.wrap_key_data(self.seed), len(self.points))
-        error = jnp.sqrt(added)[None, :] * jax.random.normal(key, values.shape, values.dtype)
+            seed = jax.random.wrap_key_data(self.seed, impl="threefry2x32")
+            key = jax.random.fold_in(seed, len(self.points))
+        # each path has a key of its own, so that some of the paths are updated as all of them
+        keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(self.number)
+        normal = jax.vmap(lambda key: jax.random.normal(key, (len(X),), values.dtype))(keys)
+        error = jnp.sqrt(added)[None, :] * normal
         right = values - mean_at(self.mean_fn, X)[None, :] - self._prior(X).T - error
         observed = self.observed
         if observed is not None:
             observed = jnp.concatenate([observed, jnp.ones(len(X), bool)])
         whole = replace(
             self,
-            points=jnp.concatenate([self.points, X]),
+            points=points,
             diagonal=jnp.concatenate([self.diagonal, added]),
             right=jnp.concatenate([self.right, right], axis=1),
             noise=jnp.concatenate([self.noise, variances]) if self.noise.ndim else self.noise,
@@ -399,16 +414,17 @@ def draw_paths(
     if not isinstance(kernel, Kernel):
         raise TypeError(f"kernel takes a kernel of numpyro_ensemble.gp, got {kernel!r}.")
     check_options(num_paths, num_bases, num_features, solver)
+    if jitter is not None and jnp.ndim(jitter):
+        raise ValueError(f"jitter takes one number, got shape {jnp.shape(jitter)}.")
+    if observed is None:
+        check_finite("values", values)
     points, values = as_inputs(points, "points"), jnp.asarray(values)
     if values.shape not in ((len(points),), (num_paths, len(points))):
         raise ValueError(
             f"values take shape ({len(points)},), one for each point, or ({num_paths}, "
             f"{len(points)}), got {values.shape}."
         )
-    check_finite("points", points)
-    if observed is None:
-        check_finite("values", values)
-    else:
+    if observed is not None:
         observed = jnp.asarray(observed, bool)
         if observed.shape != (len(points),):
             raise ValueError(f"observed takes shape ({len(points)},), got {observed.shape}.")
@@ -473,6 +489,7 @@ def _draw(
         features=features,
         weights=jax.random.normal(key_weights, shape, values.dtype),
         order=jnp.arange(num_paths),
+        number=jnp.arange(num_paths),
         alpha=jnp.zeros_like(normal),
         right=jnp.zeros_like(normal),
         diagonal=total,
@@ -481,7 +498,7 @@ def _draw(
         observed=observed,
         residuals=jnp.zeros_like(normal[:, 0]),
         ok=jnp.ones(num_paths, bool),
-        seed=jax.random.key_data(key_later),
+        seed=jax.random.bits(key_later, (2,), jnp.uint32),
         solver=solver,
         tolerance=tolerance,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Collection
 from dataclasses import replace
 from functools import partial
@@ -13,12 +14,12 @@ import numpy as np
 from numpyro import handlers
 from numpyro.util import is_prng_key
 
-from numpyro_ensemble.arguments import Arguments, arrange
+from numpyro_ensemble.arguments import Arguments, arrange, has_tracers
 from numpyro_ensemble.draws import Programs, fill_model, filled, map_draws, pick
+from numpyro_ensemble.gp.distribution import GaussianProcess
 from numpyro_ensemble.gp.inputs import Function
 from numpyro_ensemble.gp.paths import PER_PATH, Paths, check_options, contradictions
-from numpyro_ensemble.gp.sites import Answer, Site, find_sites
-from numpyro_ensemble.gp.solvers import default_jitter
+from numpyro_ensemble.gp.sites import Answer, Site, gather_sites
 from numpyro_ensemble.handlers import check_count
 from numpyro_ensemble.results import EnsembleResult
 
@@ -103,9 +104,10 @@ class Pathwise:
             check_count("batch_size", batch_size)
         if isinstance(return_sites, str):
             raise TypeError(f"return_sites takes a collection of names, got {return_sites!r}.")
-        self.model, self.args, self.kwargs = model, args, kwargs
+        # copies: an array that is changed in place later does not change the functions
+        self.model, (self.args, self.kwargs) = model, jax.tree.map(_copied, (args, kwargs))
         self.samples, self.num_draws = _flat_samples(posterior_samples, batch_ndims)
-        bases = num_bases or (4 if self.num_draws == 1 else 1)
+        bases = (4 if self.num_draws == 1 else 1) if num_bases is None else num_bases
         check_options(num_paths, bases, num_features, solver)
         self.num_paths, self._bases = num_paths, min(bases, num_paths)
         self._each = -(-num_paths // self._bases)  # paths of one basis
@@ -156,28 +158,37 @@ class Pathwise:
 
     def _check_model(self) -> None:
         """Raise a ValueError for a model that functions cannot be found in."""
-        unknown: list[str] = []
-        names: dict[str, bool] = {}
+        found: list[Any] = []
 
         def look() -> None:
-            sites, missing = self._find(*pick((self.samples, self.params), 0))
-            unknown.extend(missing)
-            names.update((name, site.observed) for name, site in sites.items())
+            known = self._known(*pick((self.samples, self.params), 0))
+            found.append(gather_sites(self.model, known, self.args, self.kwargs))
 
         jax.eval_shape(look)
-        if unknown:
+        if found[0].unknown:
             raise ValueError(
-                f"{unknown} are neither observed nor among the samples, {sorted(self.samples)}: "
-                f"give the samples of all latents, and the data of the fit after them."
+                f"{found[0].unknown} are neither observed nor among the samples, "
+                f"{sorted(self.samples)}: give the samples of all latents, and the data of the fit "
+                f"after them."
             )
-        if not names:
+        if found[0].unfitted:
+            warnings.warn(
+                f"the model's parameters {found[0].unfitted} are not in params: they have their "
+                f"initial values.",
+                stacklevel=3,
+            )
+        sites = found[0].sites
+        self._observed = {name: site.observed for name, site in sites.items()}
+        self._numbers = {name: len(site.at) for name, site in sites.items()}
+        if not sites:
             raise ValueError(
                 "the model has no Gaussian process: a site with gp.GaussianProcess, WhitenReparam, "
                 "sparse_gp or CollapsedSparseGP."
             )
 
-    def _find(self, sample: dict, params: dict) -> tuple[dict[str, Site], list[str]]:
-        return find_sites(self.model, self._known(sample, params), self.args, self.kwargs)
+    def _find(self, sample: dict, params: dict) -> dict[str, Site]:
+        known = self._known(sample, params)
+        return gather_sites(self.model, known, self.args, self.kwargs).sites
 
     def _known(self, sample: dict, params: dict) -> dict[str, Any]:
         return {**sample, **params, **self.shared}
@@ -195,7 +206,7 @@ class Pathwise:
             paths[name] = draw(key, values, num_paths=len(values), **self._options)
         return paths
 
-    def _flags(self, sites: dict[str, Site], paths: dict[str, Paths]) -> dict[str, Any]:
+    def _flags(self, sites: dict[str, Site], solved: dict[str, jax.Array]) -> dict[str, Any]:
         """Return, for each site, whether all is well with it."""
         flags = {}
         for name, site in sites.items():
@@ -203,21 +214,22 @@ class Pathwise:
             observed = getattr(process, "observed", None)
             values = site.flat() if observed is None else jnp.where(observed[None], site.flat(), 0)
             agrees = jnp.asarray(True)
-            if site.values.shape[-1] == len(process.X):
-                jitter = default_jitter(process.kernel, process.X)
+            if isinstance(process, GaussianProcess):  # the other has noise everywhere
                 noise = process.variances if observed is None else process.variances + ~observed
-                agrees = ~contradictions(process.X, values, noise, jitter)
+                agrees = ~contradictions(process.X, values, noise, process.extra)
             flags[name] = {
                 "finite": jnp.isfinite(values).all(),
                 "valid": process.kernel.is_valid() & (process.variances >= 0).all(),
                 "agrees": agrees,
-                "solved": paths[name].ok.all(),
+                "solved": solved[name],
             }
         return flags
 
     def _check_flags(self, flags: dict[str, dict[str, jax.Array]]) -> None:
         for name, of_site in flags.items():
             for flag, said in _FAILURES.items():
+                if has_tracers(of_site[flag]):
+                    continue
                 bad = np.flatnonzero(~np.asarray(of_site[flag]))
                 if len(bad):
                     some = f"{bad[:5].tolist()}{' and more' if len(bad) > 5 else ''}"
@@ -238,7 +250,7 @@ class Pathwise:
 
         def one(given: tuple) -> Any:
             key, sample, params = given
-            sites, _ = self._find(sample, params)
+            sites = self._find(sample, params)
             paths = self._functions(jax.random.split(key)[0], sites)
             for name, drawn in paths.items():
                 parts = jax.tree.leaves(drawn, is_leaf=lambda part: isinstance(part, Function))
@@ -248,7 +260,7 @@ class Pathwise:
                         f"latents or parameters: give it as a pytree, functools.partial(fn, "
                         f"values) or a module."
                     )
-            return paths, self._flags(sites, paths)
+            return paths, self._flags(sites, {name: p.ok.all() for name, p in paths.items()})
 
         build = partial(self._mapped, one)
         program = self._programs.get(build, self.model, None, self.args, self.kwargs, "draw")
@@ -295,9 +307,9 @@ class Pathwise:
             **kwargs: keyword arguments of the model.
         """
         inputs = self._inputs(rng_key)
-        values, flags, stayed = self._run(self._predict, inputs, args, kwargs)
+        values, flags, told = self._run(self._predict, inputs, args, kwargs)
         self._check_flags(flags)
-        self._check_stayed(stayed, args, kwargs)
+        self._check_told(told, args, kwargs)
         number = self._bases * self._each
 
         def arrange_paths(x: jax.Array) -> jax.Array:
@@ -309,11 +321,21 @@ class Pathwise:
     def moments(self, *args: Any, **kwargs: Any) -> dict[str, Moments]:
         """Return exact mean and variance of each function over the mixture of all draws.
 
-        By site name, `{name}_f` for observed processes; nothing is random.
+        By site name, `{name}_f` for processes with noise; nothing is random.
+
+        Raises:
+            ValueError: if the inputs of a process depend on another one's values.
         """
         inputs = (self.samples, self.params)
-        per_draw, stayed = self._run(self._moments, inputs, args, kwargs)
-        self._check_stayed(stayed, args, kwargs)
+        per_draw, flags, told, free = self._run(self._moments, inputs, args, kwargs)
+        self._check_flags(flags)
+        self._check_told(told, args, kwargs)
+        bound = [name for name, of_draw in free.items() if not _all(of_draw)]
+        if bound:
+            raise ValueError(
+                f"the inputs of {bound} depend on another process, so that the moments have no "
+                f"closed form: take those of draws."
+            )
         return {
             name: Moments(mean.mean(axis=0), variance.mean(axis=0) + mean.var(axis=0))
             for name, (mean, variance) in per_draw.items()
@@ -342,6 +364,7 @@ class Pathwise:
             except (
                 jax.errors.ConcretizationTypeError,
                 jax.errors.TracerArrayConversionError,
+                jax.errors.TracerIntegerConversionError,
                 jax.errors.NonConcreteBooleanIndexError,
             ):
                 if self._concrete:
@@ -357,7 +380,7 @@ class Pathwise:
 
     def _predict(self, call: tuple, rng_key: jax.Array, sample: dict, params: dict) -> Any:
         """Run the model at the new inputs on the functions of one posterior draw."""
-        sites, _ = self._find(sample, params)
+        sites = self._find(sample, params)
         path_key, noise_key = jax.random.split(rng_key)
         paths = self._functions(path_key, sites)
         copies = {name: site.flat().shape[0] for name, site in sites.items()}
@@ -380,12 +403,12 @@ class Pathwise:
                 for name in paths
             }
             answer, trace = self._call(call, self._known(sample, params), functions, sites, key)
-            return self._wanted(answer, trace), answer.stayed
+            return self._wanted(answer, trace), answer.told
 
         over_paths = jax.vmap(run, in_axes=(None, 0, 0))
-        values, stayed = jax.vmap(over_paths)(features, own, keys)
-        stayed = jax.tree.map(lambda same: same.all(), stayed)
-        return values, self._flags(sites, paths), stayed
+        values, told = jax.vmap(over_paths)(features, own, keys)
+        solved = {name: drawn.ok.all() for name, drawn in paths.items()}
+        return values, self._flags(sites, solved), jax.tree.map(jnp.all, told)
 
     def _call(
         self, call: tuple, known: dict, functions: dict, sites: dict[str, Site], key: jax.Array
@@ -393,8 +416,9 @@ class Pathwise:
         """Run the model once on functions in place of its processes; return these and its trace."""
         key_model, key_noise = jax.random.split(key)
         others = {name: value for name, value in known.items() if name not in sites}
-        answer = Answer(filled(self.model, others), functions, sites, key_noise)
         args, kwargs = call
+        given = _arrays(args, kwargs)
+        answer = Answer(filled(self.model, others), functions, sites, key_noise, given)
         with handlers.seed(rng_seed=key_model):
             return answer, handlers.trace(answer).get_trace(*args, **kwargs)
 
@@ -417,37 +441,72 @@ class Pathwise:
         return values
 
     def _moments(self, call: tuple, sample: dict, params: dict) -> Any:
-        sites, _ = self._find(sample, params)
-        moments: dict[str, tuple] = {}
+        sites, known = self._find(sample, params), self._known(sample, params)
 
-        def conditional(name: str, X: jax.Array) -> jax.Array:
-            site = sites[name]
-            predict = jax.vmap(lambda values: site.process.predict(values, X))
-            mean, variance = predict(site.flat())
-            mean, variance = (a.reshape(*site.copies, len(X)) for a in (mean, variance))
-            moments[f"{name}_f" if site.observed else name] = (mean, variance)
-            return mean
+        def answers(shift: float) -> tuple[dict, Answer]:
+            moments: dict[str, tuple] = {}
 
-        functions = {name: partial(conditional, name) for name in sites}
-        known = self._known(sample, params)
-        answer, _ = self._call(call, known, functions, sites, jax.random.key(0))
-        return moments, answer.stayed
+            def conditional(name: str, X: jax.Array) -> jax.Array:
+                site = sites[name]
+                predict = jax.vmap(lambda values: site.process.predict(values, X))
+                mean, variance = predict(site.flat())
+                mean, variance = (a.reshape(*site.copies, len(X)) for a in (mean, variance))
+                moments[f"{name}_f" if site.noisy else name] = (mean, variance)
+                return mean + shift
 
-    def _check_stayed(self, stayed: dict[str, Any], args: tuple, kwargs: dict) -> None:
-        """Raise a ValueError for a process that has not moved to the new inputs."""
-        same = [name for name, of_draw in stayed.items() if np.asarray(of_draw).all()]
-        if not same or len(same) < len(stayed) or not self._moved(args, kwargs):
+            functions = {name: partial(conditional, name) for name in sites}
+            return moments, self._call(call, known, functions, sites, jax.random.key(0))[0]
+
+        moments, answer = answers(0.0)
+        other = answers(1.0)[1]  # inputs that follow other functions differ
+        free = {name: (X == other.inputs[name]).all() for name, X in answer.inputs.items()}
+        finite = {
+            name: jnp.isfinite(jnp.stack(moments[f"{name}_f" if site.noisy else name])).all()
+            for name, site in sites.items()
+            if name in answer.inputs
+        }
+        met = {name: sites[name] for name in finite}
+        solved = {name: ok | ~answer.told[name]["finite"] for name, ok in finite.items()}
+        return moments, self._flags(met, solved), answer.told, free
+
+    def _check_told(self, told: dict[str, Any], args: tuple, kwargs: dict) -> None:
+        """Raise a ValueError for a process whose inputs are no numbers, or have not moved."""
+        if has_tracers(told):
             return
-        raise ValueError(
-            f"the inputs of {same} are the same at the new arguments as in the fit: inducing "
-            f"points, it seems, whose values alone do not tell the function elsewhere. Write the "
-            f"model with gp.sparse_gp, or take the functions from draw(rng_key)."
-        )
+        for name, of_site in told.items():
+            if not _all(of_site["finite"]):
+                raise ValueError(f"the inputs of {name!r} in this call are not all finite.")
+        old = _arrays(self.args, self.kwargs)
+        moved = [
+            len(x)
+            for x in _arrays(args, kwargs)
+            if not any(np.array_equal(x, before) for before in old)
+        ]
+        for name, of_site in told.items():
+            if self._observed[name] or not _all(of_site["stayed"]):
+                continue
+            # where the user asks for the inputs of the fit again, all that is new is as long
+            number = self._numbers[name]
+            if any(n != number for n in moved) or (moved and not _all(of_site["given"])):
+                raise ValueError(
+                    f"the inputs of {name!r} are the same at the new arguments as in the fit: "
+                    f"inducing points, it seems, whose values alone do not tell the function "
+                    f"elsewhere. Write the model with gp.sparse_gp, or take the functions from "
+                    f"draw(rng_key)."
+                )
 
-    def _moved(self, args: tuple, kwargs: dict) -> bool:
-        before = [np.asarray(x) for x in jax.tree.leaves((self.args, self.kwargs)) if jnp.ndim(x)]
-        now = [np.asarray(x) for x in jax.tree.leaves((args, kwargs)) if jnp.ndim(x)]
-        return any(not any(np.array_equal(x, old) for old in before) for x in now)
+
+def _copied(x: Any) -> Any:
+    return x.copy() if isinstance(x, np.ndarray) else x
+
+
+def _arrays(*given: Any) -> list[Any]:
+    """Return the arrays among arguments."""
+    return [x for x in jax.tree.leaves(given) if jnp.ndim(x)]
+
+
+def _all(flags: Any) -> bool:
+    return bool(np.asarray(flags).all())
 
 
 def _values(
@@ -480,8 +539,11 @@ def _flat_samples(samples: Any, batch_ndims: int) -> tuple[dict[str, jax.Array],
         )
     if batch_ndims not in (0, 1, 2):
         raise ValueError(f"batch_ndims takes 0, 1 or 2, got {batch_ndims}.")
-    samples = {name: jnp.asarray(value) for name, value in samples.items()}
-    lead = {name: value.shape[:batch_ndims] for name, value in samples.items()}
+    samples = jax.tree.map(jnp.asarray, dict(samples))  # a network's parameters are a tree
+    lead = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): value.shape[:batch_ndims]
+        for path, value in jax.tree.leaves_with_path(samples)
+    }
     if len(set(lead.values())) > 1 or any(len(shape) < batch_ndims for shape in lead.values()):
         raise ValueError(
             f"posterior_samples must lead with the same {batch_ndims} axes, got {lead}."
@@ -490,5 +552,5 @@ def _flat_samples(samples: Any, batch_ndims: int) -> tuple[dict[str, jax.Array],
     number = int(np.prod(shape))
     if not number:
         raise ValueError("posterior_samples hold no draw.")
-    flat = {name: x.reshape(number, *x.shape[batch_ndims:]) for name, x in samples.items()}
+    flat = jax.tree.map(lambda x: x.reshape(number, *x.shape[batch_ndims:]), samples)
     return flat, number

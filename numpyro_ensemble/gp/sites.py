@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -12,7 +12,7 @@ from numpyro import handlers
 from numpyro.primitives import Messenger
 
 from numpyro_ensemble.draws import filled
-from numpyro_ensemble.gp.distribution import Process
+from numpyro_ensemble.gp.distribution import Process, check_values
 from numpyro_ensemble.gp.whiten import SUFFIX
 from numpyro_ensemble.handlers import is_zero, unwrapped
 
@@ -31,6 +31,12 @@ class Site(NamedTuple):
     values: jax.Array
     observed: bool
     at: jax.Array
+
+    @property
+    def noisy(self) -> bool:
+        """Whether the values have noise, and the function is another site, `{name}_f`."""
+        noise = self.process.noise
+        return self.observed or not (jnp.ndim(noise) == 0 and is_zero(noise))
 
     @property
     def copies(self) -> tuple[int, ...]:
@@ -57,9 +63,12 @@ class _Gather(Messenger):
         super().__init__(fn)
         self.sites: dict[str, Site] = {}
         self.unknown: list[str] = []
+        self.unfitted: list[str] = []
 
     def process_message(self, msg: dict[str, Any]) -> None:
-        """Note latents without a value, and refuse processes that are transformed."""
+        """Note latents and parameters without a value, and refuse transformed processes."""
+        if msg["type"] == "param" and msg["value"] is None:
+            self.unfitted.append(msg["name"])
         if msg["type"] != "sample":
             return
         if is_transformed(msg["fn"]):
@@ -76,24 +85,40 @@ class _Gather(Messenger):
         if msg["type"] == "gp":
             name = name.removesuffix(SUFFIX)
             site = Site(msg["gp"], msg["value"], False, msg["at"])
+            inner = self.sites.get(f"{name}_u")
+            if inner is not None and inner.process is msg["gp"]:  # told of twice, not whitened
+                del self.sites[f"{name}_u"]
         elif msg["type"] == "sample" and isinstance(unwrapped(msg["fn"]), Process):
-            process = unwrapped(msg["fn"])
-            site = Site(process, jnp.asarray(msg["value"]), bool(msg["is_observed"]), process.X)
+            site = self._sampled(msg, unwrapped(msg["fn"]))
         else:
             return
         if name in self.sites:
             raise ValueError(f"the model has two Gaussian processes of the name {name!r}.")
         self.sites[name] = site
 
+    def _sampled(self, msg: dict[str, Any], process: Process) -> Site:
+        name, value = msg["name"], msg["value"]
+        if name.endswith(("_observed", "_unobserved")):  # what NumPyro makes of obs_mask=
+            raise ValueError(
+                f"{name!r}: a Gaussian process takes no obs_mask. Give GaussianProcess(..., "
+                f"observed=mask), or handlers.mask."
+            )
+        if jnp.shape(value)[-1:] != (len(process.X),):
+            raise ValueError(
+                f"{name!r} has values of shape {jnp.shape(value)}, and its process "
+                f"{len(process.X)} inputs: values take shape (..., {len(process.X)})."
+            )
+        if msg["is_observed"] and getattr(process, "observed", None) is None:
+            check_values(f"{name!r}", value)
+        return Site(process, jnp.asarray(value), bool(msg["is_observed"]), process.X)
 
-def find_sites(
-    model: Callable, known: Mapping[str, Any], args: tuple, kwargs: dict
-) -> tuple[dict[str, Site], list[str]]:
-    """Run a model on one posterior draw; return its processes, and unknown latents' names."""
+
+def gather_sites(model: Callable, known: Mapping[str, Any], args: tuple, kwargs: dict) -> _Gather:
+    """Run a model on one posterior draw; return its processes, and names nothing is known of."""
     gather = _Gather(filled(model, known))
     with handlers.seed(rng_seed=jax.random.key(0)):
         gather(*args, **kwargs)
-    return gather.sites, gather.unknown
+    return gather
 
 
 class Answer(Messenger):
@@ -103,7 +128,14 @@ class Answer(Messenger):
         fn: the model.
         functions: by name, from inputs `(N, D)` to values `(*copies, N)`.
         sites: the processes as they were found.
-        rng_key: of the noise of observations, None to add none.
+        rng_key: of the noise of observations.
+        given: arrays among the arguments of this call.
+
+    Attributes:
+        values: of the processes, by site name.
+        inputs: of each process in this call.
+        told: what is known of these inputs: whether they are `finite`, those of the fit
+            (`stayed`), and among the arguments (`given`).
     """
 
     def __init__(
@@ -111,47 +143,69 @@ class Answer(Messenger):
         fn: Callable,
         functions: Mapping[str, Callable[[jax.Array], jax.Array]],
         sites: Mapping[str, Site],
-        rng_key: jax.Array | None,
+        rng_key: jax.Array,
+        given: Sequence[Any] = (),
     ) -> None:
         super().__init__(fn)
         self.functions, self.sites, self.rng_key = functions, sites, rng_key
+        self.given = [as_columns(x) for x in given if jnp.ndim(x) in (1, 2)]
         self.values: dict[str, jax.Array] = {}
-        self.stayed: dict[str, jax.Array] = {}
+        self.inputs: dict[str, jax.Array] = {}
+        self.told: dict[str, dict[str, jax.Array]] = {}
 
     def process_message(self, msg: dict[str, Any]) -> None:
         """Set the value of a process."""
+        name = msg.get("name", "")
         if msg["type"] == "gp":
-            name = msg["name"].removesuffix(SUFFIX)
-            msg["value"] = self.values[name] = self._function(name, msg["at"])
+            name = name.removesuffix(SUFFIX)
+            msg["value"] = self._value(name, msg["gp"], msg["at"], msg["copies"])
             msg["answered"] = True
         elif msg["type"] == "sample" and isinstance(unwrapped(msg["fn"]), Process):
-            self._sample(msg, unwrapped(msg["fn"]))
+            if msg["is_observed"]:
+                raise ValueError(
+                    f"the Gaussian process {name!r} is observed in this call: let the model take "
+                    f"y=None, and leave the data out."
+                )
+            process = unwrapped(msg["fn"])
+            msg["value"] = self._value(name, process, process.X, msg["fn"].batch_shape)
 
-    def _sample(self, msg: dict[str, Any], process: Process) -> None:
-        name = msg["name"]
-        if msg["is_observed"]:
-            raise ValueError(
-                f"the Gaussian process {name!r} is observed in this call: let the model take "
-                f"y=None, and leave the data out."
-            )
-        value = self._function(name, process.X)
-        silent = jnp.ndim(process.noise) == 0 and is_zero(process.noise)
-        noisy = self.sites[name].observed or not silent
-        if noisy:
+    def _value(self, name: str, process: Process, X: jax.Array, copies: tuple) -> jax.Array:
+        """Return the function at the inputs, with noise if the process has any."""
+        value = self._function(name, X, copies)
+        if self.sites[name].noisy:
             self.values[f"{name}_f"] = value
-            if self.rng_key is not None:
-                self.rng_key, key = jax.random.split(self.rng_key)
-                sd = jnp.broadcast_to(jnp.sqrt(process.variances), value.shape)
-                value = value + sd * jax.random.normal(key, value.shape, value.dtype)
-        msg["value"] = self.values[name] = value
+            self.rng_key, key = jax.random.split(self.rng_key)
+            sd = jnp.broadcast_to(jnp.sqrt(process.variances), value.shape)
+            value = value + sd * jax.random.normal(key, value.shape, value.dtype)
+        self.values[name] = value
+        return value
 
-    def _function(self, name: str, X: jax.Array) -> jax.Array:
+    def _function(self, name: str, X: jax.Array, copies: tuple) -> jax.Array:
         if name not in self.functions:
             raise ValueError(
                 f"the model has a Gaussian process {name!r} in this call, and had "
                 f"{sorted(self.functions)} with the arguments of the fit."
             )
-        before = self.sites[name].at
-        same = (X == before).all() if X.shape == before.shape else False
-        self.stayed[name] = jnp.asarray(same)
+        site = self.sites[name]
+        if copies != site.copies:
+            raise ValueError(
+                f"{name!r} has {copies} copies in this call, and had {site.copies} in the fit: "
+                f"plates of processes keep their size."
+            )
+
+        def is_same(other: jax.Array) -> jax.Array:
+            return jnp.asarray((X == other).all() if X.shape == other.shape else False)
+
+        same = [is_same(x) for x in self.given]
+        self.inputs[name] = X
+        self.told[name] = {
+            "finite": jnp.isfinite(X).all(),
+            "stayed": is_same(site.at),
+            "given": jnp.stack([jnp.asarray(False), *same]).any(),
+        }
         return self.functions[name](X)
+
+
+def as_columns(x: Any) -> jax.Array:
+    """Return an array of one or two axes as a matrix, as inputs are."""
+    return jnp.asarray(x) if jnp.ndim(x) == 2 else jnp.asarray(x)[:, None]

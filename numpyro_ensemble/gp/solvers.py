@@ -137,7 +137,7 @@ def pivoted_cholesky(
     Each pivot is where most of the variance is left: a greedy choice of inducing points.
     """
     variance = kernel.diagonal(X)
-    variance = variance if seen is None else seen * variance
+    variance = variance if seen is None else jnp.where(seen > 0, variance, -1.0)
     floor = jnp.finfo(variance.dtype).eps * variance.max()
 
     def step(i: jax.Array, state: tuple) -> tuple:
@@ -145,7 +145,8 @@ def pivoted_cholesky(
         pivot = jnp.argmax(left)
         row = kernel.matrix(X[pivot][None], X)[0] - L @ L[pivot]
         column = jnp.where(left[pivot] > floor, row / jnp.sqrt(jnp.maximum(left[pivot], floor)), 0)
-        left = jnp.maximum(left - column**2, 0.0).at[pivot].set(0.0)
+        # what was taken, or is not to be, stays below zero: it is never taken again
+        left = jnp.where(left < 0, left, jnp.maximum(left - column**2, 0.0)).at[pivot].set(-1.0)
         return L.at[:, i].set(column), left, pivots.at[i].set(pivot)
 
     start = (jnp.zeros((len(X), rank), variance.dtype), variance, jnp.zeros(rank, int))

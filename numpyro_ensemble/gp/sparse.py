@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -15,13 +16,8 @@ from jax.typing import ArrayLike
 from numpyro.distributions import constraints
 
 from numpyro_ensemble.arguments import has_tracers
-from numpyro_ensemble.gp.distribution import GaussianProcess, Process
-from numpyro_ensemble.gp.inputs import (
-    EXACT,
-    as_inputs,
-    check_finite,
-    mean_at,
-)
+from numpyro_ensemble.gp.distribution import GaussianProcess, Process, check_factor
+from numpyro_ensemble.gp.inputs import EXACT, as_inputs, mean_at
 from numpyro_ensemble.gp.kernels import Kernel
 from numpyro_ensemble.gp.paths import Paths
 from numpyro_ensemble.gp.solvers import pivoted_cholesky
@@ -67,22 +63,20 @@ def sparse_gp(
         ...         numpyro.sample("y", likelihood, obs=y)
     """
     X, process = as_inputs(X), GaussianProcess(kernel, Z, 0.0, mean_fn, jitter)
-    check_finite("X", X)
     if X.shape[1] != process.X.shape[1]:
         raise ValueError(f"X has {X.shape[1]} columns, and Z has {process.X.shape[1]}.")
     L = process.scale_tril()
 
     def draw() -> jax.Array:
-        if not whiten:
-            return numpyro.sample(f"{name}_u", process)
         normal = dist.Normal(jnp.zeros(len(process.X), L.dtype), 1.0).to_event(1)
-        z = numpyro.sample(f"{name}_u_base", normal)
+        site, fn = (f"{name}_u_base", normal) if whiten else (f"{name}_u", process)
+        z = numpyro.sample(site, fn)
         if z.ndim > 1:
             raise ValueError(
                 f"sparse_gp({name!r}) stands inside a plate, which would copy its inducing values: "
                 f"call it before the plate, with the inputs of the batch."
             )
-        return process.mean + jnp.matmul(L, z, precision=EXACT)
+        return process.mean + jnp.matmul(L, z, precision=EXACT) if whiten else z
 
     message = announce(name, process, X, draw)
     if message["answered"]:
@@ -224,7 +218,6 @@ class CollapsedSparseGP(Process):
     ) -> None:
         super().__init__(kernel, X, noise, mean_fn, jitter, validate_args)
         self.Z = as_inputs(Z, "Z")
-        check_finite("Z", self.Z)
         if self.Z.shape[1] != self.X.shape[1]:
             raise ValueError(f"X has {self.X.shape[1]} columns, and Z has {self.Z.shape[1]}.")
         if not has_tracers(noise) and not (np.asarray(noise) > 0).all():
@@ -250,10 +243,7 @@ class CollapsedSparseGP(Process):
 
     def log_prob(self, value: ArrayLike, intermediates: Any = None) -> jax.Array:
         """Return the bound for values `(..., N)`."""
-        value = jnp.asarray(value)
-        if value.shape[-1:] != self.event_shape:
-            raise ValueError(f"values take shape (..., {len(self.X)}), got {value.shape}.")
-        check_finite("the value of a Gaussian process", value)
+        value = self._checked(value)
         _, A, LB = self._factors()
         left = (value - jnp.broadcast_to(self.mean, value.shape)).reshape(-1, len(self.X))
         scaled = left / jnp.sqrt(self.variances)[None, :]
@@ -280,10 +270,18 @@ class CollapsedSparseGP(Process):
         sd, mean = (jnp.broadcast_to(a, values.shape) for a in (sd, mean))
         return mean + values + sd * error
 
+    def mask(self, mask: Any) -> dist.Distribution:
+        """Mask copies; the bound has no part for each observation."""
+        if jnp.shape(mask) == self.event_shape:
+            raise ValueError(
+                "CollapsedSparseGP takes no mask of its observations: leave rows out of X and y."
+            )
+        return super().mask(mask)
+
     def optimal(self, values: ArrayLike) -> tuple[jax.Array, jax.Array]:
         """Return mean `(M,)` and covariance factor `(M, M)` of the best inducing values."""
         L, A, LB = self._factors()
-        scaled = (jnp.asarray(values) - self.mean) / jnp.sqrt(self.variances)
+        scaled = (self._checked(values) - self.mean) / jnp.sqrt(self.variances)
         white = cho_solve((LB, True), jnp.matmul(A, scaled, precision=EXACT))
         mean = self.inducing.mean + jnp.matmul(L, white, precision=EXACT)
         return mean, solve_triangular(LB, L.T, lower=True).T
@@ -294,7 +292,8 @@ class CollapsedSparseGP(Process):
         """Return moments of the function, without noise, under the best inducing values."""
         X_new = as_inputs(X_new, "X_new")
         L, A, LB = self._factors()
-        scaled = (jnp.asarray(values) - self.mean) / jnp.sqrt(self.variances)
+        check_factor(LB)
+        scaled = (self._checked(values) - self.mean) / jnp.sqrt(self.variances)
         P = solve_triangular(L, self.kernel.matrix(self.Z, X_new), lower=True)
         Q = solve_triangular(LB, P, lower=True)
         c = solve_triangular(LB, jnp.matmul(A, scaled, precision=EXACT), lower=True)
@@ -319,7 +318,8 @@ class CollapsedSparseGP(Process):
             mean = jnp.broadcast_to(mean, (num_paths, len(mean)))
         z = jax.random.normal(key_u, mean.shape, mean.dtype)
         u = mean + jnp.matmul(z, factor.T, precision=EXACT)
-        return self.inducing.draw_paths(key_paths, u, num_paths=num_paths, **options)
+        paths = self.inducing.draw_paths(key_paths, u, num_paths=num_paths, **options)
+        return replace(paths, noise=jnp.asarray(self.noise))  # of later observations
 
 
 def choose_inducing(
@@ -345,7 +345,6 @@ def choose_inducing(
     """
     check_count("num_points", num_points)
     X = as_inputs(X)
-    check_finite("X", X)
     distinct = len(np.unique(np.asarray(X), axis=0))
     if num_points > distinct:
         raise ValueError(f"num_points={num_points}, and there are {distinct} distinct inputs.")

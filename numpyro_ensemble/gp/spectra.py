@@ -118,11 +118,14 @@ def signed_harmonics(
 ) -> tuple[jax.Array, jax.Array]:
     """Return whole numbers `(M, D)`, the harmonics of a periodic kernel, and their weights."""
     order = np.abs(np.arange(-_HARMONICS + 1, _HARMONICS))
-    narrow = bessel_weights(concentration, _HARMONICS)[order]
-    wide = bessel_weights(concentration * widening**2, _HARMONICS)[order]
+    tables = (
+        bessel_weights(scaled, _HARMONICS)[order]
+        for scaled in (concentration, concentration * widening**2)
+    )
+    narrow, wide = (table / table.sum(axis=0, keepdims=True) for table in tables)
     chosen = []
     for table in (narrow, wide):
-        bounds = jnp.cumsum(table, axis=0) / table.sum(axis=0, keepdims=True)
+        bounds = jnp.cumsum(table, axis=0)
         chosen.append(jax.vmap(jnp.searchsorted, 1, 1)(bounds, uniforms[:, 1:]))
     place = jnp.where(uniforms[:, :1] < 0.5, chosen[0], chosen[1]).clip(0, len(order) - 1)
     p, q = (jnp.take_along_axis(table, place, axis=0).prod(axis=1) for table in (narrow, wide))

@@ -33,6 +33,12 @@ class _Stationary(Atom):
         return X / by[None, :]
 
 
+@jax.jit
+def _squared_distances(X1: jax.Array, X2: jax.Array) -> jax.Array:
+    """Return squared distances: of differences, exact near 0 in single precision, and fused."""
+    return ((X1[:, None, :] - X2[None, :, :]) ** 2).sum(axis=-1)
+
+
 class _Radial(_Stationary):
     """A function of the distance in lengthscales."""
 
@@ -51,8 +57,7 @@ class _Radial(_Stationary):
 
     def correlation(self, X1: jax.Array, X2: jax.Array) -> jax.Array:
         X1, X2 = self._scaled("lengthscale", X1), self._scaled("lengthscale", X2)
-        # Differences, not products: exact near the diagonal in single precision, and fused.
-        return self.profile(((X1[:, None, :] - X2[None, :, :]) ** 2).sum(axis=-1))
+        return self.profile(_squared_distances(X1, X2))
 
     def profile(self, squared: jax.Array) -> jax.Array:
         """Return the correlation at squared distances in lengthscales."""
@@ -218,7 +223,8 @@ class Periodic(_Stationary):
         weights = bessel_weights(self._concentration(1), number)[:, 0]
         weights = jnp.where(jnp.arange(number) > 0, 2.0, 1.0) * weights
         harmonics = jnp.arange(number, dtype=weights.dtype)[:, None]
-        return Spectrum(2.0 * math.pi * harmonics / self.period, number * weights)
+        weights = number * weights / weights.sum()  # what is cut off is spread over the others
+        return Spectrum(2.0 * math.pi * harmonics / self.period, weights)
 
 
 class Cosine(_Stationary):

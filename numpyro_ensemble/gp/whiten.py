@@ -18,7 +18,13 @@ from numpyro_ensemble.gp.inputs import EXACT
 SUFFIX = "_gp"  # of the announcing message's name
 
 
-def announce(name: str, gp: Any, at: jax.Array, draw: Callable[[], jax.Array]) -> dict[str, Any]:
+def announce(
+    name: str,
+    gp: Any,
+    at: jax.Array,
+    draw: Callable[[], jax.Array],
+    copies: tuple[int, ...] = (),
+) -> dict[str, Any]:
     """Tell handlers of a process whose sample site they cannot see.
 
     A handler that has functions for it sets the message's "value" to theirs at the inputs `at`, and
@@ -29,6 +35,7 @@ def announce(name: str, gp: Any, at: jax.Array, draw: Callable[[], jax.Array]) -
         "name": f"{name}{SUFFIX}",  # a trace takes each name once; scopes put theirs in front
         "gp": gp,
         "at": at,
+        "copies": copies,
         "fn": draw,
         "args": (),
         "kwargs": {},
@@ -65,6 +72,8 @@ class WhitenReparam(Reparam):
                 f"WhitenReparam is for sites with a GaussianProcess, and {name!r} has a "
                 f"{type(process).__name__}."
             )
+        if process.observed is not None:
+            raise ValueError(f"{name!r} is latent: mask its likelihood, not the process.")
 
         def draw() -> jax.Array:
             normal = dist.Normal(jnp.zeros(len(process.X), process.X.dtype), 1.0).to_event(1)
@@ -72,4 +81,4 @@ class WhitenReparam(Reparam):
             values = jnp.einsum("ij,...j->...i", process.scale_tril(), z, precision=EXACT)
             return jnp.broadcast_to(process.mean, values.shape) + values
 
-        return None, announce(name, process, process.X, draw)["value"]
+        return None, announce(name, process, process.X, draw, expand_shape[:-1])["value"]
