@@ -1,17 +1,15 @@
 """Gaussian processes as functions: kernels, a distribution, and posterior paths."""
 
+from numpyro_ensemble.gp.collapsed import CollapsedSparseGP
 from numpyro_ensemble.gp.distribution import GaussianProcess
 from numpyro_ensemble.gp.features import Features, draw_features
 from numpyro_ensemble.gp.finite import Coregion, Linear
 from numpyro_ensemble.gp.kernels import Constant, Kernel
-from numpyro_ensemble.gp.paths import Paths, draw_paths
+from numpyro_ensemble.gp.likelihood import ExpectedLikelihood
+from numpyro_ensemble.gp.matheron import draw_paths
+from numpyro_ensemble.gp.paths import Paths
 from numpyro_ensemble.gp.pathwise import Moments, Pathwise
-from numpyro_ensemble.gp.sparse import (
-    CollapsedSparseGP,
-    ExpectedLikelihood,
-    choose_inducing,
-    sparse_gp,
-)
+from numpyro_ensemble.gp.sparse import choose_inducing, sparse_gp
 from numpyro_ensemble.gp.stationary import (
     RBF,
     Cosine,

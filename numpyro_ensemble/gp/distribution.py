@@ -22,7 +22,8 @@ from numpyro_ensemble.gp.inputs import (
     mean_at,
 )
 from numpyro_ensemble.gp.kernels import Kernel
-from numpyro_ensemble.gp.paths import Paths, draw_paths
+from numpyro_ensemble.gp.matheron import draw_paths
+from numpyro_ensemble.gp.paths import Paths
 from numpyro_ensemble.gp.solvers import covariance, default_jitter
 
 

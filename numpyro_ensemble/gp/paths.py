@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any
 
 import jax
@@ -13,18 +12,16 @@ from jax.typing import ArrayLike
 
 from numpyro_ensemble.arguments import has_tracers
 from numpyro_ensemble.draws import pick
-from numpyro_ensemble.gp.features import Features, check_num_features, draw_features
+from numpyro_ensemble.gp.features import Features
 from numpyro_ensemble.gp.inputs import (
     EXACT,
     as_inputs,
-    as_mean,
     check_finite,
     diagonal,
     mean_at,
 )
 from numpyro_ensemble.gp.kernels import Kernel
-from numpyro_ensemble.gp.solvers import SOLVERS, by_rows, default_jitter, solve
-from numpyro_ensemble.handlers import check_count
+from numpyro_ensemble.gp.solvers import by_rows, default_jitter, solve
 
 PER_PATH = ("number", "alpha", "right", "residuals", "ok")  # what `Paths` has for each path
 
@@ -342,169 +339,3 @@ def check_solved(paths: Paths) -> None:
         f"inputs that repeat or nearly so, hyperparameters that are no numbers, or too little "
         f"noise or jitter for {paths.points.dtype}."
     )
-
-
-def contradictions(points: jax.Array, values: jax.Array, noise: jax.Array, jitter: Any) -> Any:
-    """Say whether values at equal inputs differ although there is no noise."""
-    order = jnp.lexsort(points.T)
-    points, values, noise = points[order], values[..., order], noise[order]
-    equal = (points[1:] == points[:-1]).all(axis=1) & (noise[1:] + noise[:-1] == 0)
-    apart = jnp.abs(jnp.diff(values, axis=-1)) > 20.0 * jnp.sqrt(jitter)
-    return (equal & apart.reshape(-1, len(equal)).any(axis=0)).any()
-
-
-def check_options(num_paths: int, num_bases: int, num_features: int, solver: str) -> None:
-    """Raise an error for options that no paths can be drawn with."""
-    check_count("num_paths", num_paths)
-    check_count("num_bases", num_bases)
-    check_num_features(num_features)
-    if solver not in SOLVERS:
-        raise ValueError(f"solver takes one of {SOLVERS}, got {solver!r}.")
-
-
-def draw_paths(
-    rng_key: jax.Array,
-    kernel: Kernel,
-    points: ArrayLike,
-    values: ArrayLike,
-    *,
-    noise: ArrayLike = 0.0,
-    mean_fn: Any = None,
-    jitter: ArrayLike | None = None,
-    observed: ArrayLike | None = None,
-    num_paths: int = 1,
-    num_features: int = 1024,
-    num_bases: int = 4,
-    solver: str = "cholesky",
-    tolerance: float | None = None,
-) -> Paths:
-    """Draw functions from the posterior of a Gaussian process, by Matheron's rule.
-
-    Args:
-        rng_key: one key: one set of functions.
-        kernel: a kernel, one draw of its hyperparameters.
-        points: inputs `(N, D)` or `(N,)`: data of an exact process, inputs of a latent one, or
-            inducing points.
-        values: `(N,)`, or `(num_paths, N)` for each path its own: observations, latent values, or
-            values at the inducing points.
-        noise: variance of the values, one number or `(N,)`; 0 for latent values.
-        mean_fn: a number, or a function of the inputs (a pytree, such as a module).
-        jitter: what is added to the diagonal (default: `4 N eps` of the mean variance).
-        observed: which values count, `(N,)`; the others may be NaN.
-        num_paths: number of functions.
-        num_features: columns of a random basis, even.
-        num_bases: random bases, which the paths share evenly: the error that a basis makes is not
-            removed by more paths.
-        solver: "cholesky", or "cg" for conjugate gradients in memory that grows with N.
-        tolerance: relative residual of conjugate gradients (default: the root of the precision).
-
-    Raises:
-        ValueError: for shapes that do not match, values that are not finite, or solves that fail.
-
-    Example:
-        >>> import jax, jax.numpy as jnp
-        >>> from numpyro_ensemble.gp import RBF, draw_paths
-        >>> X = jnp.linspace(0.0, 6.0, 20)
-        >>> paths = draw_paths(jax.random.key(0), RBF(), X, jnp.sin(X), noise=0.01, num_paths=5)
-        >>> paths(jnp.array([1.5, 3.0])).shape
-        (5, 2)
-        >>> jax.grad(lambda x: paths(x[None])[0, 0])(1.5).shape
-        ()
-    """
-    if not isinstance(kernel, Kernel):
-        raise TypeError(f"kernel takes a kernel of numpyro_ensemble.gp, got {kernel!r}.")
-    check_options(num_paths, num_bases, num_features, solver)
-    if jitter is not None and jnp.ndim(jitter):
-        raise ValueError(f"jitter takes one number, got shape {jnp.shape(jitter)}.")
-    if observed is None:
-        check_finite("values", values)
-    points, values = as_inputs(points, "points"), jnp.asarray(values)
-    if values.shape not in ((len(points),), (num_paths, len(points))):
-        raise ValueError(
-            f"values take shape ({len(points)},), one for each point, or ({num_paths}, "
-            f"{len(points)}), got {values.shape}."
-        )
-    if observed is not None:
-        observed = jnp.asarray(observed, bool)
-        if observed.shape != (len(points),):
-            raise ValueError(f"observed takes shape ({len(points)},), got {observed.shape}.")
-    mean_fn = as_mean(mean_fn)
-    extra = default_jitter(kernel, points) if jitter is None else jnp.asarray(jitter)
-    variances = diagonal("noise", noise, points)
-    if observed is None and not has_tracers((points, values, variances, extra)):
-        if contradictions(points, values, variances, extra):
-            raise ValueError(
-                "values at equal points differ although noise is 0: give the noise's variance, or "
-                "average them."
-            )
-    dtype = jnp.result_type(points.dtype, values.dtype)
-    paths = _draw(
-        rng_key,
-        jax.tree.map(jnp.asarray, (kernel, mean_fn)),
-        points,
-        values.astype(dtype),
-        jnp.asarray(noise, dtype),
-        jnp.asarray(extra, dtype),
-        observed,
-        num_paths=num_paths,
-        num_features=num_features,
-        num_bases=min(num_bases, num_paths),
-        solver=solver,
-        tolerance=None if tolerance is None else jnp.asarray(tolerance, dtype),
-    )
-    check_solved(paths)
-    return paths
-
-
-@partial(jax.jit, static_argnames=("num_paths", "num_features", "num_bases", "solver"))
-def _draw(
-    rng_key: jax.Array,
-    process: tuple[Kernel, Any],
-    points: jax.Array,
-    values: jax.Array,
-    noise: jax.Array,
-    jitter: jax.Array,
-    observed: jax.Array | None,
-    *,
-    num_paths: int,
-    num_features: int,
-    num_bases: int,
-    solver: str,
-    tolerance: jax.Array | None,
-) -> Paths:
-    """Draw features, weights and noise, and solve for what they leave of the values."""
-    kernel, mean_fn = process
-    key_features, key_weights, key_noise, key_later = jax.random.split(rng_key, 4)
-    features = jax.vmap(lambda key: draw_features(key, kernel, num_features, points))(
-        jax.random.split(key_features, num_bases)
-    )
-    width = sum(pick(features, 0).sizes(points.shape[1]))
-    shape = (num_bases, -(-num_paths // num_bases), width)
-    total = diagonal("noise", noise, points) + jitter
-    normal = jax.random.normal(key_noise, (num_paths, len(points)), values.dtype)
-    paths = Paths(
-        kernel=kernel,
-        mean_fn=mean_fn,
-        points=points,
-        features=features,
-        weights=jax.random.normal(key_weights, shape, values.dtype),
-        order=jnp.arange(num_paths),
-        number=jnp.arange(num_paths),
-        alpha=jnp.zeros_like(normal),
-        right=jnp.zeros_like(normal),
-        diagonal=total,
-        noise=noise,
-        jitter=jitter,
-        observed=observed,
-        residuals=jnp.zeros_like(normal[:, 0]),
-        ok=jnp.ones(num_paths, bool),
-        seed=jax.random.bits(key_later, (2,), jnp.uint32),
-        solver=solver,
-        tolerance=tolerance,
-    )
-    values = jnp.broadcast_to(values, normal.shape)
-    left = values - mean_at(mean_fn, points)[None, :] - paths._prior(points).T
-    right = left - jnp.sqrt(total)[None, :] * normal
-    if observed is not None:
-        right = jnp.where(observed[None, :], right, 0.0)
-    return replace(paths, right=right)._solved()

@@ -14,21 +14,22 @@ import numpy as np
 from numpyro import handlers
 from numpyro.util import is_prng_key
 
-from numpyro_ensemble.arguments import Arguments, arrange, has_tracers
+from numpyro_ensemble.arguments import Arguments, arrange
 from numpyro_ensemble.draws import Programs, fill_model, filled, map_draws, pick
-from numpyro_ensemble.gp.distribution import GaussianProcess
+from numpyro_ensemble.gp.findings import (
+    Seen,
+    arrays_of,
+    check_flags,
+    check_told,
+    flags_of,
+    flat_samples,
+    holds,
+)
 from numpyro_ensemble.gp.inputs import Function
-from numpyro_ensemble.gp.paths import PER_PATH, Paths, check_options, contradictions
+from numpyro_ensemble.gp.matheron import check_options
+from numpyro_ensemble.gp.paths import PER_PATH, Paths
 from numpyro_ensemble.gp.sites import Answer, Site, gather_sites
 from numpyro_ensemble.handlers import check_count
-from numpyro_ensemble.results import EnsembleResult
-
-_FAILURES = {  # flags of a draw, and what is said of it
-    "finite": "has values that are not finite",
-    "valid": "has hyperparameters that are not positive",
-    "agrees": "has different values at equal inputs without noise",
-    "solved": "has a kernel matrix that could not be solved with",
-}
 
 
 class Moments(NamedTuple):
@@ -106,7 +107,7 @@ class Pathwise:
             raise TypeError(f"return_sites takes a collection of names, got {return_sites!r}.")
         # copies: an array that is changed in place later does not change the functions
         self.model, (self.args, self.kwargs) = model, jax.tree.map(_copied, (args, kwargs))
-        self.samples, self.num_draws = _flat_samples(posterior_samples, batch_ndims)
+        self.samples, self.num_draws = flat_samples(posterior_samples, batch_ndims)
         bases = (4 if self.num_draws == 1 else 1) if num_bases is None else num_bases
         check_options(num_paths, bases, num_features, solver)
         self.num_paths, self._bases = num_paths, min(bases, num_paths)
@@ -178,8 +179,7 @@ class Pathwise:
                 stacklevel=3,
             )
         sites = found[0].sites
-        self._observed = {name: site.observed for name, site in sites.items()}
-        self._numbers = {name: len(site.at) for name, site in sites.items()}
+        self._seen = {name: Seen(site.observed, len(site.at)) for name, site in sites.items()}
         if not sites:
             raise ValueError(
                 "the model has no Gaussian process: a site with gp.GaussianProcess, WhitenReparam, "
@@ -206,38 +206,6 @@ class Pathwise:
             paths[name] = draw(key, values, num_paths=len(values), **self._options)
         return paths
 
-    def _flags(self, sites: dict[str, Site], solved: dict[str, jax.Array]) -> dict[str, Any]:
-        """Return, for each site, whether all is well with it."""
-        flags = {}
-        for name, site in sites.items():
-            process = site.process
-            observed = getattr(process, "observed", None)
-            values = site.flat() if observed is None else jnp.where(observed[None], site.flat(), 0)
-            agrees = jnp.asarray(True)
-            if isinstance(process, GaussianProcess):  # the other has noise everywhere
-                noise = process.variances if observed is None else process.variances + ~observed
-                agrees = ~contradictions(process.X, values, noise, process.extra)
-            flags[name] = {
-                "finite": jnp.isfinite(values).all(),
-                "valid": process.kernel.is_valid() & (process.variances >= 0).all(),
-                "agrees": agrees,
-                "solved": solved[name],
-            }
-        return flags
-
-    def _check_flags(self, flags: dict[str, dict[str, jax.Array]]) -> None:
-        for name, of_site in flags.items():
-            for flag, said in _FAILURES.items():
-                if has_tracers(of_site[flag]):
-                    continue
-                bad = np.flatnonzero(~np.asarray(of_site[flag]))
-                if len(bad):
-                    some = f"{bad[:5].tolist()}{' and more' if len(bad) > 5 else ''}"
-                    raise ValueError(
-                        f"{name!r} {said} in {len(bad)} of {self.num_draws} posterior draws: "
-                        f"{some}."
-                    )
-
     def draw(self, rng_key: jax.Array) -> dict[str, Paths]:
         """Return the functions themselves, of each process and all draws.
 
@@ -260,12 +228,12 @@ class Pathwise:
                         f"latents or parameters: give it as a pytree, functools.partial(fn, "
                         f"values) or a module."
                     )
-            return paths, self._flags(sites, {name: p.ok.all() for name, p in paths.items()})
+            return paths, flags_of(sites, {name: p.ok.all() for name, p in paths.items()})
 
         build = partial(self._mapped, one)
         program = self._programs.get(build, self.model, None, self.args, self.kwargs, "draw")
         paths, flags = program(*self._inputs(rng_key))
-        self._check_flags(flags)
+        check_flags(flags, self.num_draws)
         return self._trim(paths)
 
     def _trim(self, paths: dict[str, Paths]) -> dict[str, Paths]:
@@ -308,8 +276,8 @@ class Pathwise:
         """
         inputs = self._inputs(rng_key)
         values, flags, told = self._run(self._predict, inputs, args, kwargs)
-        self._check_flags(flags)
-        self._check_told(told, args, kwargs)
+        check_flags(flags, self.num_draws)
+        check_told(told, self._seen, arrays_of(self.args, self.kwargs), arrays_of(args, kwargs))
         number = self._bases * self._each
 
         def arrange_paths(x: jax.Array) -> jax.Array:
@@ -328,9 +296,9 @@ class Pathwise:
         """
         inputs = (self.samples, self.params)
         per_draw, flags, told, free = self._run(self._moments, inputs, args, kwargs)
-        self._check_flags(flags)
-        self._check_told(told, args, kwargs)
-        bound = [name for name, of_draw in free.items() if not _all(of_draw)]
+        check_flags(flags, self.num_draws)
+        check_told(told, self._seen, arrays_of(self.args, self.kwargs), arrays_of(args, kwargs))
+        bound = [name for name, of_draw in free.items() if not holds(of_draw)]
         if bound:
             raise ValueError(
                 f"the inputs of {bound} depend on another process, so that the moments have no "
@@ -408,7 +376,7 @@ class Pathwise:
         over_paths = jax.vmap(run, in_axes=(None, 0, 0))
         values, told = jax.vmap(over_paths)(features, own, keys)
         solved = {name: drawn.ok.all() for name, drawn in paths.items()}
-        return values, self._flags(sites, solved), jax.tree.map(jnp.all, told)
+        return values, flags_of(sites, solved), jax.tree.map(jnp.all, told)
 
     def _call(
         self, call: tuple, known: dict, functions: dict, sites: dict[str, Site], key: jax.Array
@@ -417,7 +385,7 @@ class Pathwise:
         key_model, key_noise = jax.random.split(key)
         others = {name: value for name, value in known.items() if name not in sites}
         args, kwargs = call
-        given = _arrays(args, kwargs)
+        given = arrays_of(args, kwargs)
         answer = Answer(filled(self.model, others), functions, sites, key_noise, given)
         with handlers.seed(rng_seed=key_model):
             return answer, handlers.trace(answer).get_trace(*args, **kwargs)
@@ -467,46 +435,11 @@ class Pathwise:
         }
         met = {name: sites[name] for name in finite}
         solved = {name: ok | ~answer.told[name]["finite"] for name, ok in finite.items()}
-        return moments, self._flags(met, solved), answer.told, free
-
-    def _check_told(self, told: dict[str, Any], args: tuple, kwargs: dict) -> None:
-        """Raise a ValueError for a process whose inputs are no numbers, or have not moved."""
-        if has_tracers(told):
-            return
-        for name, of_site in told.items():
-            if not _all(of_site["finite"]):
-                raise ValueError(f"the inputs of {name!r} in this call are not all finite.")
-        old = _arrays(self.args, self.kwargs)
-        moved = [
-            len(x)
-            for x in _arrays(args, kwargs)
-            if not any(np.array_equal(x, before) for before in old)
-        ]
-        for name, of_site in told.items():
-            if self._observed[name] or not _all(of_site["stayed"]):
-                continue
-            # where the user asks for the inputs of the fit again, all that is new is as long
-            number = self._numbers[name]
-            if any(n != number for n in moved) or (moved and not _all(of_site["given"])):
-                raise ValueError(
-                    f"the inputs of {name!r} are the same at the new arguments as in the fit: "
-                    f"inducing points, it seems, whose values alone do not tell the function "
-                    f"elsewhere. Write the model with gp.sparse_gp, or take the functions from "
-                    f"draw(rng_key)."
-                )
+        return moments, flags_of(met, solved), answer.told, free
 
 
 def _copied(x: Any) -> Any:
     return x.copy() if isinstance(x, np.ndarray) else x
-
-
-def _arrays(*given: Any) -> list[Any]:
-    """Return the arrays among arguments."""
-    return [x for x in jax.tree.leaves(given) if jnp.ndim(x)]
-
-
-def _all(flags: Any) -> bool:
-    return bool(np.asarray(flags).all())
 
 
 def _values(
@@ -526,31 +459,3 @@ def _values(
         alpha=alpha,
     )
     return one(X).reshape(*copies, -1)
-
-
-def _flat_samples(samples: Any, batch_ndims: int) -> tuple[dict[str, jax.Array], int]:
-    """Return samples with one leading axis, and their number."""
-    if isinstance(samples, EnsembleResult):
-        samples, batch_ndims = samples.params, 1
-    if not isinstance(samples, dict):
-        raise TypeError(
-            f"posterior_samples takes a dict by site name or an EnsembleResult, got "
-            f"{type(samples).__name__}."
-        )
-    if batch_ndims not in (0, 1, 2):
-        raise ValueError(f"batch_ndims takes 0, 1 or 2, got {batch_ndims}.")
-    samples = jax.tree.map(jnp.asarray, dict(samples))  # a network's parameters are a tree
-    lead = {
-        jax.tree_util.keystr(path, simple=True, separator="/"): value.shape[:batch_ndims]
-        for path, value in jax.tree.leaves_with_path(samples)
-    }
-    if len(set(lead.values())) > 1 or any(len(shape) < batch_ndims for shape in lead.values()):
-        raise ValueError(
-            f"posterior_samples must lead with the same {batch_ndims} axes, got {lead}."
-        )
-    shape = next(iter(lead.values()), ())
-    number = int(np.prod(shape))
-    if not number:
-        raise ValueError("posterior_samples hold no draw.")
-    flat = jax.tree.map(lambda x: x.reshape(number, *x.shape[batch_ndims:]), samples)
-    return flat, number

@@ -1,0 +1,160 @@
+"""Observations through inducing points, collapsed onto Titsias' bound."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro.distributions as dist
+from jax.scipy.linalg import cho_solve, solve_triangular
+from jax.typing import ArrayLike
+
+from numpyro_ensemble.arguments import has_tracers
+from numpyro_ensemble.gp.distribution import GaussianProcess, Process, check_factor
+from numpyro_ensemble.gp.inputs import EXACT, as_inputs, mean_at
+from numpyro_ensemble.gp.kernels import Kernel
+from numpyro_ensemble.gp.paths import Paths
+
+
+class CollapsedSparseGP(Process):
+    """Observations of a process with normal noise through inducing points, as Titsias' bound.
+
+    `log_prob(y)` is the bound of Titsias (2009): the best there is over all distributions of the
+    inducing values. As one observed site it goes with any inference for the hyperparameters.
+
+    Args:
+        kernel: a kernel.
+        X: inputs `(N, D)` or `(N,)`.
+        Z: inducing points `(M, D)` or `(M,)`.
+        noise: variance, positive, one number or `(N,)`.
+        mean_fn: a number, or a function of the inputs.
+        jitter: what is added to the inducing points' diagonal.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from numpyro_ensemble.gp import RBF, CollapsedSparseGP
+        >>> X = jnp.linspace(0.0, 1.0, 50)
+        >>> CollapsedSparseGP(RBF(), X, X[::10], noise=0.1).log_prob(jnp.sin(X)).shape
+        ()
+    """
+
+    pytree_data_fields = ("kernel", "X", "Z", "noise", "mean_fn", "jitter")
+
+    def __init__(
+        self,
+        kernel: Kernel,
+        X: ArrayLike,
+        Z: ArrayLike,
+        noise: ArrayLike,
+        mean_fn: Any = None,
+        jitter: ArrayLike | None = None,
+        *,
+        validate_args: bool | None = None,
+    ) -> None:
+        super().__init__(kernel, X, noise, mean_fn, jitter, validate_args)
+        self.Z = as_inputs(Z, "Z")
+        if self.Z.shape[1] != self.X.shape[1]:
+            raise ValueError(f"X has {self.X.shape[1]} columns, and Z has {self.Z.shape[1]}.")
+        if not has_tracers(noise) and not (np.asarray(noise) > 0).all():
+            raise ValueError("CollapsedSparseGP divides by the noise, which must be positive.")
+
+    @property
+    def inducing(self) -> GaussianProcess:
+        """The process at the inducing points."""
+        return GaussianProcess(self.kernel, self.Z, 0.0, self.mean_fn, self.jitter)
+
+    @property
+    def variance(self) -> jax.Array:
+        """Variance `(N,)`, noise included."""
+        return self.kernel.diagonal(self.X) + self.variances
+
+    def _factors(self) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Return the factor of K_ZZ, the scaled projection A and the factor of I + A A'."""
+        L = self.inducing.scale_tril()
+        cross = self.kernel.matrix(self.Z, self.X)
+        A = solve_triangular(L, cross, lower=True) / jnp.sqrt(self.variances)[None, :]
+        B = jnp.eye(len(L), dtype=L.dtype) + jnp.matmul(A, A.T, precision=EXACT)
+        return L, A, jnp.linalg.cholesky(B)
+
+    def log_prob(self, value: ArrayLike, intermediates: Any = None) -> jax.Array:
+        """Return the bound for values `(..., N)`."""
+        value = self._checked(value)
+        _, A, LB = self._factors()
+        left = (value - jnp.broadcast_to(self.mean, value.shape)).reshape(-1, len(self.X))
+        scaled = left / jnp.sqrt(self.variances)[None, :]
+        c = solve_triangular(LB, jnp.matmul(A, scaled.T, precision=EXACT), lower=True)
+        trace = (self.kernel.diagonal(self.X) / self.variances).sum() - (A**2).sum()
+        constant = (
+            0.5 * jnp.log(2.0 * jnp.pi * self.variances).sum()
+            + jnp.log(jnp.diagonal(LB)).sum()
+            + 0.5 * trace
+        )
+        squares = (scaled**2).sum(axis=1) - (c**2).sum(axis=0)
+        return (-0.5 * squares - constant).reshape(value.shape[:-1])
+
+    def sample(self, key: jax.Array, sample_shape: tuple[int, ...] = ()) -> jax.Array:
+        """Draw inducing values, then values of independent errors around what they say."""
+        key_u, key_y = jax.random.split(key)
+        L = self.inducing.scale_tril()
+        A = solve_triangular(L, self.kernel.matrix(self.Z, self.X), lower=True)
+        left = jnp.maximum(self.kernel.diagonal(self.X) - (A**2).sum(axis=0), 0.0)
+        z = jax.random.normal(key_u, (*sample_shape, len(L)), L.dtype)
+        values = jnp.einsum("mn,...m->...n", A, z, precision=EXACT)
+        error = jax.random.normal(key_y, values.shape, L.dtype)
+        sd, mean = jnp.sqrt(left + self.variances), self.mean
+        sd, mean = (jnp.broadcast_to(a, values.shape) for a in (sd, mean))
+        return mean + values + sd * error
+
+    def mask(self, mask: Any) -> dist.Distribution:
+        """Mask copies; the bound has no part for each observation."""
+        if jnp.shape(mask) == self.event_shape:
+            raise ValueError(
+                "CollapsedSparseGP takes no mask of its observations: leave rows out of X and y."
+            )
+        return super().mask(mask)
+
+    def optimal(self, values: ArrayLike) -> tuple[jax.Array, jax.Array]:
+        """Return mean `(M,)` and covariance factor `(M, M)` of the best inducing values."""
+        L, A, LB = self._factors()
+        scaled = (self._checked(values) - self.mean) / jnp.sqrt(self.variances)
+        white = cho_solve((LB, True), jnp.matmul(A, scaled, precision=EXACT))
+        mean = self.inducing.mean + jnp.matmul(L, white, precision=EXACT)
+        return mean, solve_triangular(LB, L.T, lower=True).T
+
+    def predict(
+        self, values: ArrayLike, X_new: ArrayLike, full_cov: bool = False
+    ) -> tuple[jax.Array, jax.Array]:
+        """Return moments of the function, without noise, under the best inducing values."""
+        X_new = as_inputs(X_new, "X_new")
+        L, A, LB = self._factors()
+        check_factor(LB)
+        scaled = (self._checked(values) - self.mean) / jnp.sqrt(self.variances)
+        P = solve_triangular(L, self.kernel.matrix(self.Z, X_new), lower=True)
+        Q = solve_triangular(LB, P, lower=True)
+        c = solve_triangular(LB, jnp.matmul(A, scaled, precision=EXACT), lower=True)
+        mean = mean_at(self.mean_fn, X_new) + jnp.matmul(Q.T, c, precision=EXACT)
+        if full_cov:
+            inner = jnp.matmul(P.T, P, precision=EXACT) - jnp.matmul(Q.T, Q, precision=EXACT)
+            return mean, self.kernel.matrix(X_new, X_new) - inner
+        left = self.kernel.diagonal(X_new) - (P**2).sum(axis=0) + (Q**2).sum(axis=0)
+        return mean, jnp.maximum(left, 0.0)
+
+    def draw_paths(
+        self, rng_key: jax.Array, values: ArrayLike, *, num_paths: int = 1, **options: Any
+    ) -> Paths:
+        """Draw functions through inducing values drawn from the best distribution of these."""
+        key_u, key_paths = jax.random.split(rng_key)
+        values = jnp.asarray(values)
+        optimal = self.optimal
+        if values.ndim == 2:
+            mean, factor = jax.vmap(optimal, out_axes=(0, None))(values)
+        else:
+            mean, factor = optimal(values)
+            mean = jnp.broadcast_to(mean, (num_paths, len(mean)))
+        z = jax.random.normal(key_u, mean.shape, mean.dtype)
+        u = mean + jnp.matmul(z, factor.T, precision=EXACT)
+        paths = self.inducing.draw_paths(key_paths, u, num_paths=num_paths, **options)
+        return replace(paths, noise=jnp.asarray(self.noise))  # of later observations

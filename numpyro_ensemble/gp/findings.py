@@ -1,0 +1,130 @@
+"""What is found wrong with posterior draws, and with calls, once numbers are known."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from numpyro_ensemble.arguments import has_tracers
+from numpyro_ensemble.gp.distribution import GaussianProcess
+from numpyro_ensemble.gp.matheron import contradictions
+from numpyro_ensemble.gp.sites import Site
+from numpyro_ensemble.results import EnsembleResult
+
+_FAILURES = {  # flags of a draw, and what is said of it
+    "finite": "has values that are not finite",
+    "valid": "has hyperparameters that are not positive",
+    "agrees": "has different values at equal inputs without noise",
+    "solved": "has a kernel matrix that could not be solved with",
+}
+
+
+class Seen(NamedTuple):
+    """A process of the fit: whether it was observed, and at how many inputs."""
+
+    observed: bool
+    number: int
+
+
+def flags_of(sites: dict[str, Site], solved: dict[str, jax.Array]) -> dict[str, Any]:
+    """Return, for each site, whether all is well with it."""
+    flags = {}
+    for name, site in sites.items():
+        process = site.process
+        observed = getattr(process, "observed", None)
+        values = site.flat() if observed is None else jnp.where(observed[None], site.flat(), 0)
+        agrees = jnp.asarray(True)
+        if isinstance(process, GaussianProcess):  # the other has noise everywhere
+            noise = process.variances if observed is None else process.variances + ~observed
+            agrees = ~contradictions(process.X, values, noise, process.extra)
+        flags[name] = {
+            "finite": jnp.isfinite(values).all(),
+            "valid": process.kernel.is_valid() & (process.variances >= 0).all(),
+            "agrees": agrees,
+            "solved": solved[name],
+        }
+    return flags
+
+
+def check_flags(flags: dict[str, dict[str, jax.Array]], num_draws: int) -> None:
+    """Raise a ValueError that counts and names the draws with which something is wrong."""
+    for name, of_site in flags.items():
+        for flag, said in _FAILURES.items():
+            if has_tracers(of_site[flag]):
+                continue
+            bad = np.flatnonzero(~np.asarray(of_site[flag]))
+            if len(bad):
+                some = f"{bad[:5].tolist()}{' and more' if len(bad) > 5 else ''}"
+                raise ValueError(
+                    f"{name!r} {said} in {len(bad)} of {num_draws} posterior draws: {some}."
+                )
+
+
+def check_told(told: dict[str, Any], seen: dict[str, Seen], old: list[Any], new: list[Any]) -> None:
+    """Raise a ValueError for a process whose inputs are no numbers, or have not moved.
+
+    Args:
+        told: what the call told of each process's inputs.
+        seen: the processes of the fit.
+        old: arrays among the arguments of the fit.
+        new: arrays among those of the call.
+    """
+    if has_tracers(told):
+        return
+    for name, of_site in told.items():
+        if not holds(of_site["finite"]):
+            raise ValueError(f"the inputs of {name!r} in this call are not all finite.")
+    moved = [len(x) for x in new if not any(np.array_equal(x, before) for before in old)]
+    for name, of_site in told.items():
+        if seen[name].observed or not holds(of_site["stayed"]):
+            continue
+        # where the user asks for the inputs of the fit again, all that is new is as long
+        number = seen[name].number
+        if any(n != number for n in moved) or (moved and not holds(of_site["given"])):
+            raise ValueError(
+                f"the inputs of {name!r} are the same at the new arguments as in the fit: "
+                f"inducing points, it seems, whose values alone do not tell the function "
+                f"elsewhere. Write the model with gp.sparse_gp, or take the functions from "
+                f"draw(rng_key)."
+            )
+
+
+def arrays_of(*given: Any) -> list[Any]:
+    """Return the arrays among arguments."""
+    return [x for x in jax.tree.leaves(given) if jnp.ndim(x)]
+
+
+def holds(flags: Any) -> bool:
+    """Say whether all of some flags are set."""
+    return bool(np.asarray(flags).all())
+
+
+def flat_samples(samples: Any, batch_ndims: int) -> tuple[dict[str, jax.Array], int]:
+    """Return samples with one leading axis, and their number."""
+    if isinstance(samples, EnsembleResult):
+        samples, batch_ndims = samples.params, 1
+    if not isinstance(samples, dict):
+        raise TypeError(
+            f"posterior_samples takes a dict by site name or an EnsembleResult, got "
+            f"{type(samples).__name__}."
+        )
+    if batch_ndims not in (0, 1, 2):
+        raise ValueError(f"batch_ndims takes 0, 1 or 2, got {batch_ndims}.")
+    samples = jax.tree.map(jnp.asarray, dict(samples))  # a network's parameters are a tree
+    lead = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): value.shape[:batch_ndims]
+        for path, value in jax.tree.leaves_with_path(samples)
+    }
+    if len(set(lead.values())) > 1 or any(len(shape) < batch_ndims for shape in lead.values()):
+        raise ValueError(
+            f"posterior_samples must lead with the same {batch_ndims} axes, got {lead}."
+        )
+    shape = next(iter(lead.values()), ())
+    number = int(np.prod(shape))
+    if not number:
+        raise ValueError("posterior_samples hold no draw.")
+    flat = jax.tree.map(lambda x: x.reshape(number, *x.shape[batch_ndims:]), samples)
+    return flat, number
