@@ -35,6 +35,11 @@ KERNELS = {
 ONE_DIMENSION = {"Cosine": Cosine(1.5, 1.3), "damped": Matern32(1.0, 2.0) * Cosine(1.0, 1.3)}
 
 
+def within(double, single=1e-5):
+    """Return what suits the precision that the tests run in: mostly a tolerance, or several."""
+    return double if jax.config.jax_enable_x64 else single
+
+
 @jax.jit
 def columns(features, X):
     return features(X)

@@ -6,7 +6,7 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import pytest
-from gp_truth import inputs, jitter, posterior
+from gp_truth import inputs, jitter, posterior, within
 from numpy.testing import assert_allclose
 from numpyro import handlers
 from numpyro.infer.util import log_density
@@ -27,6 +27,7 @@ X, X_NEW = inputs(12, 2), inputs(5, 2, seed=1)
 Y = np.sin(X.sum(axis=1))
 KERNEL = Matern32(1.3, np.array([0.7, 1.5]))
 HETERO = np.linspace(0.05, 0.2, 12)
+LITTLE = within(1e-9, 1e-6)  # of jitter, beside the noise
 
 
 def mean(X):
@@ -40,9 +41,9 @@ def test_density_and_moments_are_those_of_a_normal(noise):
     covariance = np.asarray(KERNEL(X)) + np.diag(np.broadcast_to(noise, 12))
     covariance += jitter(KERNEL, X) * np.eye(12)
     expected = multivariate_normal(0.3 * X[:, 0], covariance)
-    exact = {"rtol": 1e-9} if jax.config.jax_enable_x64 else {"rtol": 1e-3, "atol": 1e-3}
-    assert_allclose(gp.log_prob(Y), expected.logpdf(Y), **exact)
-    assert_allclose(gp.log_prob(np.stack([Y, 2 * Y]))[1], expected.logpdf(2 * Y), **exact)
+    exact = within(1e-9, 1e-4)
+    assert_allclose(gp.log_prob(Y), expected.logpdf(Y), rtol=exact)
+    assert_allclose(gp.log_prob(np.stack([Y, 2 * Y]))[1], expected.logpdf(2 * Y), rtol=exact)
     assert_allclose(gp.covariance_matrix, covariance, rtol=1e-5)
     assert_allclose(gp.variance, np.diag(covariance), rtol=1e-5)
     assert_allclose(gp.mean, 0.3 * X[:, 0], rtol=1e-6)
@@ -66,8 +67,9 @@ def test_jitter_is_part_of_the_model():
     gp = GaussianProcess(KERNEL, twice)
     values = gp.sample(jax.random.key(0))
     assert np.isfinite(values).all() and np.isfinite(gp.log_prob(values))
-    assert_allclose(gp.added, jitter(KERNEL, twice), rtol=1e-9)
-    assert_allclose(GaussianProcess(KERNEL, X, 0.1, None, 1e-3).added, 0.101, rtol=1e-9)
+    assert_allclose(gp.added, jitter(KERNEL, twice), rtol=within(1e-9, 1e-6))
+    added = GaussianProcess(KERNEL, X, 0.1, None, 1e-3).added
+    assert_allclose(added, 0.101, rtol=within(1e-9, 1e-6))
 
 
 def test_copies_and_plates_are_independent():
@@ -75,7 +77,8 @@ def test_copies_and_plates_are_independent():
     values = gp.sample(jax.random.key(0))
     assert values.shape == (3, 12)
     single = GaussianProcess(KERNEL, X, 0.1)
-    assert_allclose(gp.log_prob(values), [single.log_prob(v) for v in values], rtol=1e-10)
+    expected = [single.log_prob(v) for v in values]
+    assert_allclose(gp.log_prob(values), expected, rtol=within(1e-10))
 
     def model():
         with numpyro.plate("task", 3):
@@ -92,17 +95,17 @@ def test_it_is_a_pytree_under_vmap():
 
     many = jax.vmap(density)(jnp.array([0.5, 1.0]))
     densities = jax.vmap(lambda gp: gp.log_prob(Y))(many)
-    assert_allclose(densities[1], density(1.0).log_prob(Y), rtol=1e-10)
+    assert_allclose(densities[1], density(1.0).log_prob(Y), rtol=within(1e-10))
 
 
 def test_missing_observations_are_left_out():
     y, seen = Y.copy(), np.arange(12) % 3 > 0
     y[~seen] = np.nan
-    kept = GaussianProcess(KERNEL, X[seen], 0.1, mean, 1e-9)
-    gp = GaussianProcess(KERNEL, X, 0.1, mean, 1e-9, observed=seen)
-    assert_allclose(gp.log_prob(y), kept.log_prob(Y[seen]), rtol=1e-9)
+    kept = GaussianProcess(KERNEL, X[seen], 0.1, mean, LITTLE)
+    gp = GaussianProcess(KERNEL, X, 0.1, mean, LITTLE, observed=seen)
+    assert_allclose(gp.log_prob(y), kept.log_prob(Y[seen]), rtol=within(1e-9))
     for ours, theirs in zip(gp.predict(y, X_NEW), kept.predict(Y[seen], X_NEW), strict=True):
-        assert_allclose(ours, theirs, rtol=1e-9)
+        assert_allclose(ours, theirs, rtol=within(1e-9), atol=within(0.0, 1e-6))
     slope = jax.grad(
         lambda s: GaussianProcess(RBF(1.0, s), X, 0.1, observed=seen).log_prob(jnp.asarray(y))
     )(1.0)
@@ -110,18 +113,19 @@ def test_missing_observations_are_left_out():
 
     def model(y):
         with handlers.mask(mask=seen):
-            numpyro.sample("y", GaussianProcess(KERNEL, X, 0.1, mean, 1e-9), obs=y)
+            numpyro.sample("y", GaussianProcess(KERNEL, X, 0.1, mean, LITTLE), obs=y)
 
-    assert_allclose(log_density(model, (y,), {}, {})[0], kept.log_prob(Y[seen]), rtol=1e-9)
+    masked = log_density(model, (y,), {}, {})[0]
+    assert_allclose(masked, kept.log_prob(Y[seen]), rtol=within(1e-9))
 
 
 def test_predictions_are_the_exact_posterior():
-    gp = GaussianProcess(KERNEL, X, HETERO, None, 1e-9)
-    expected, covariance = posterior(KERNEL, X, Y, X_NEW, HETERO + 1e-9)
+    gp = GaussianProcess(KERNEL, X, HETERO, None, LITTLE)
+    expected, covariance = posterior(KERNEL, X, Y, X_NEW, HETERO + LITTLE)
     ours, full = gp.predict(Y, X_NEW, full_cov=True)
-    assert_allclose(ours, expected, rtol=1e-8)
-    assert_allclose(full, covariance, atol=1e-9)
-    assert_allclose(gp.predict(Y, X_NEW)[1], np.diag(covariance), rtol=1e-7)
+    assert_allclose(ours, expected, rtol=within(1e-8), atol=within(0.0, 1e-6))
+    assert_allclose(full, covariance, atol=within(1e-9))
+    assert_allclose(gp.predict(Y, X_NEW)[1], np.diag(covariance), rtol=within(1e-7, 5e-5))
 
 
 def latent(X, y=None):
@@ -135,10 +139,11 @@ def test_whitening_is_a_change_of_variables():
     ours, trace = log_density(white, (X, Y), {}, {"f_base": z})
     gp = GaussianProcess(KERNEL, X, 0.0, mean)
     f = np.asarray(trace["f"]["value"])
-    assert_allclose(f, gp.mean + gp.scale_tril() @ z, rtol=1e-10)
+    expected = gp.mean + gp.scale_tril() @ z
+    assert_allclose(f, expected, rtol=within(1e-10), atol=within(0.0))
     theirs = log_density(latent, (X, Y), {}, {"f": f})[0]
     log_det = np.log(np.diag(gp.scale_tril())).sum()
-    assert_allclose(ours, theirs + log_det, rtol=1e-8)
+    assert_allclose(ours, theirs + log_det, rtol=within(1e-8, 5e-5))
 
 
 # Inducing points --------------------------------------------------------------------------------
@@ -163,7 +168,7 @@ def test_sparse_moments_are_those_given_the_inducing_values():
 
     handlers.seed(handlers.substitute(model, {"f_u": u}), jax.random.key(0))()
     for ours, theirs in zip(seen[0], conditional, strict=True):
-        assert_allclose(ours, theirs, rtol=1e-8, atol=1e-10)
+        assert_allclose(ours, theirs, rtol=within(1e-8, 1e-4), atol=within(1e-10))
     names = handlers.trace(handlers.seed(sparse, jax.random.key(0))).get_trace(X)
     assert [n for n, s in names.items() if s["type"] == "sample"] == ["f_u_base", "y"]
 
@@ -175,17 +180,19 @@ def test_the_best_inducing_values_reach_titsias_bound():
     q = dist.MultivariateNormal(center, factor @ factor.T)
     for u in (center, center + 0.1 * factor[:, 0], center - factor.sum(axis=1)):
         joint = log_density(sparse, (X, Y, False), {}, {"f_u": u})[0]
-        assert_allclose(joint - q.log_prob(u), collapsed.log_prob(Y), rtol=1e-6)
+        bound = joint - q.log_prob(u)
+        assert_allclose(bound, collapsed.log_prob(Y), rtol=within(1e-6, 2e-5))
 
 
 def test_all_points_inducing_is_the_exact_process():
     exact = GaussianProcess(KERNEL, X, NOISE, mean)
     collapsed = CollapsedSparseGP(KERNEL, X, X, NOISE, mean)
-    assert_allclose(collapsed.log_prob(Y), exact.log_prob(Y), rtol=1e-6)
+    # the bound also pays for the jitter, which is 7e-6 in single precision, over the noise
+    assert_allclose(collapsed.log_prob(Y), exact.log_prob(Y), rtol=within(1e-6, 1e-4))
     for ours, theirs in zip(collapsed.predict(Y, X_NEW), exact.predict(Y, X_NEW), strict=True):
-        assert_allclose(ours, theirs, rtol=1e-6)
+        assert_allclose(ours, theirs, rtol=within(1e-6, 1e-4), atol=within(0.0))
     full = collapsed.predict(Y, X_NEW, full_cov=True)[1]
-    assert_allclose(full, exact.predict(Y, X_NEW, full_cov=True)[1], atol=1e-7)
+    assert_allclose(full, exact.predict(Y, X_NEW, full_cov=True)[1], atol=within(1e-7, 2e-5))
     fewer = CollapsedSparseGP(KERNEL, X, Z, NOISE, mean)
     assert fewer.log_prob(Y) < exact.log_prob(Y) - 0.1  # a lower bound
 

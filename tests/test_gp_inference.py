@@ -7,7 +7,7 @@ import numpyro
 import numpyro.distributions as dist
 import optax
 import pytest
-from gp_truth import inputs
+from gp_truth import inputs, within
 from numpy.testing import assert_allclose
 from numpyro.handlers import reparam
 from numpyro.infer import MCMC, NUTS, SVI, Predictive, Trace_ELBO, autoguide
@@ -110,7 +110,7 @@ def test_guides_find_what_their_family_can_hold(name, key):
     assert_allclose(moments.mean, exact_mean, atol=0.01 if delta else 0.15)
     if delta:  # all that is left is what the values at the points do not tell
         left = GaussianProcess(KERNEL, X).predict(FACTOR @ base[0], X_NEW)[1]
-        assert_allclose(moments.variance, left, rtol=1e-5, atol=1e-7)
+        assert_allclose(moments.variance, left, rtol=1e-5, atol=within(1e-7, 1e-4))
         assert (moments.variance < 0.9 * exact_variance).any()
     elif name != "AutoNormal":
         assert_allclose(moments.variance, exact_variance, atol=0.1)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from gp_truth import KERNELS, implied, inputs, jitter, posterior
+from gp_truth import KERNELS, implied, inputs, jitter, posterior, within
 from numpy.testing import assert_allclose, assert_array_equal
 from scipy.stats import norm
 from zoo import chosen
@@ -23,10 +23,8 @@ from numpyro_ensemble.gp import (
 X, X_NEW = inputs(15, 1, width=5.0), np.linspace(-1.0, 6.0, 9)[:, None]
 Y = np.sin(X[:, 0])
 NUMBER = 512
-
-
-def exact(**tolerance):
-    return tolerance if jax.config.jax_enable_x64 else {"rtol": 2e-3, "atol": 2e-3}
+# of the same paths in two programs
+SAME = within({"rtol": 1e-9}, {"rtol": 1e-5, "atol": 2e-5})
 
 
 def z_scores(values, mean, covariance):
@@ -54,12 +52,14 @@ Z = np.linspace(-0.5, 5.5, 15)[:, None]  # as many as there are points: one prog
 def test_paths_are_draws_from_what_the_basis_implies(name):
     """Exact, latent and sparse: they differ in what is passed."""
     kernel = TESTED[name]
+    # these values are not periodic: their weights are in the thousands, times the kernel's rounding
+    extra = within(1e-4, 1e-2) if name == "Periodic" else 1e-4
     for points, values, noise in ((X, Y, 0.05), (X, Y, 0.0), (Z, np.cos(Z[:, 0]), 0.0)):
         paths = draw_paths(
             jax.random.key(3), kernel, points, values,
-            noise=noise, num_paths=NUMBER, num_features=256, num_bases=1, jitter=1e-4,
+            noise=noise, num_paths=NUMBER, num_features=256, num_bases=1, jitter=extra,
         )  # fmt: skip
-        added = noise + 1e-4
+        added = noise + extra
         features = jax.tree.map(lambda leaf: leaf[0], paths.features)
         mean, _ = posterior(kernel, points, values, X_NEW, added)
         covariance = implied(features, kernel, points, X_NEW, added) + 1e-9 * np.eye(9)
@@ -134,7 +134,7 @@ def test_the_draws_distance_is_that_of_exact_draws():
     y = np.sin(6 * points.sum(axis=1))
     for kernel, most in ((RBF(1.0, 0.25), 1.10), (Matern52(1.0, 0.25), 1.15)):
         mean, covariance = posterior(kernel, points, y, new, 0.01)
-        covariance = covariance + 1e-10 * np.eye(40)
+        covariance = covariance + within(1e-10, 1e-6) * np.eye(40)
         L, ratios = np.linalg.cholesky(covariance), []
         for seed in range(5):
             paths = draw_paths(jax.random.key(seed), kernel, points, y, noise=0.01, num_paths=256)
@@ -169,7 +169,7 @@ def test_one_key_is_one_set_of_functions():
     )  # fmt: skip
     assert_array_equal(again(X_NEW), whole)
     for i in range(9):
-        assert_allclose(paths(X_NEW[i : i + 1])[:, 0], whole[:, i], **exact(rtol=1e-9))
+        assert_allclose(paths(X_NEW[i : i + 1])[:, 0], whole[:, i], **SAME)
     assert_allclose(paths(X_NEW[:, 0]), whole)
     old = draw_paths(jax.random.PRNGKey(0), RBF(), X, Y, noise=0.1, num_paths=2)
     assert old(X_NEW).shape == (2, 9)
@@ -181,20 +181,21 @@ def test_blocks_of_rows_agree(monkeypatch):
     paths = some_paths()
     whole = paths._at(jnp.asarray(X_NEW))
     monkeypatch.setattr(solvers, "_ENTRIES", 300)
-    assert_allclose(paths._at(jnp.asarray(X_NEW)), whole, rtol=1e-10)
+    again = paths._at(jnp.asarray(X_NEW))
+    assert_allclose(again, whole, rtol=within(1e-10), atol=within(0.0, 2e-5))
 
 
 def test_transformations():
     paths = some_paths()
     whole = paths(X_NEW)
-    assert_allclose(jax.jit(paths)(X_NEW), whole, rtol=1e-9)
-    assert_allclose(jax.jit(lambda p, x: p(x))(paths, X_NEW), whole, rtol=1e-9)
+    assert_allclose(jax.jit(paths)(X_NEW), whole, **SAME)
+    assert_allclose(jax.jit(lambda p, x: p(x))(paths, X_NEW), whole, **SAME)
     each = jax.vmap(paths)(X_NEW[:, None])
-    assert_allclose(each[..., 0].T, whole, rtol=1e-9)
-    x, h = jnp.array([1.3]), 1e-5
+    assert_allclose(each[..., 0].T, whole, **SAME)
+    x, h = jnp.array([1.3]), within(1e-5, 1e-2)
     slope = jax.jacobian(lambda x: paths(x[None])[:, 0])(x)[:, 0]
     numeric = (paths((x + h)[None]) - paths((x - h)[None]))[:, 0] / (2 * h)
-    assert_allclose(slope, numeric, rtol=1e-5)
+    assert_allclose(slope, numeric, rtol=within(1e-5, 1e-3), atol=within(0.0, 1e-3))
     with pytest.raises(ValueError, match="functions of 1 columns, got 2"):
         paths(np.zeros((3, 2)))
 
@@ -212,20 +213,20 @@ def test_some_of_the_paths(index):
     part = paths[index]
     expected = np.atleast_2d(np.asarray(paths(X_NEW))[index])
     assert part.num_paths == len(expected)
-    assert_allclose(part(X_NEW), expected, rtol=1e-9)
-    assert_allclose(part[0](X_NEW), expected[:1], rtol=1e-9)
+    assert_allclose(part(X_NEW), expected, **SAME)
+    assert_allclose(part[0](X_NEW), expected[:1], **SAME)
 
 
 def test_a_traced_index_and_inputs_of_each_paths_own():
     paths = some_paths()
     whole = paths(X_NEW)
     one = jax.jit(lambda i: paths[i](X_NEW))(jnp.array(3))
-    assert_allclose(one[0], whole[3], rtol=1e-9)
+    assert_allclose(one[0], whole[3], **SAME)
     some = jax.jit(lambda i: paths[i](X_NEW))(jnp.array([4, 1]))
-    assert_allclose(some, whole[np.array([4, 1])], rtol=1e-9)
+    assert_allclose(some, whole[np.array([4, 1])], **SAME)
     places = np.stack([X_NEW[i : i + 3] for i in range(6)])
     own = paths.each(places)
-    assert_allclose(own, [whole[i, i : i + 3] for i in range(6)], rtol=1e-9)
+    assert_allclose(own, [whole[i, i : i + 3] for i in range(6)], **SAME)
     with pytest.raises(ValueError, match=r"each takes inputs \(6, N, 1\)"):
         paths.each(X_NEW)
 
@@ -234,8 +235,8 @@ def test_concatenation_and_files(tmp_path):
     a, b = some_paths(), some_paths().update(np.array([5.5]), np.array([0.0]), noise=0.0)
     both = Paths.concatenate([a, a[:6]])
     assert both.num_paths == 12 and both.num_draws == 2
-    assert_allclose(both(X_NEW), np.tile(a(X_NEW), (2, 1)), rtol=1e-9)
-    assert_allclose(both[7](X_NEW)[0], a(X_NEW)[1], rtol=1e-9)
+    assert_allclose(both(X_NEW), np.tile(a(X_NEW), (2, 1)), **SAME)
+    assert_allclose(both[7](X_NEW)[0], a(X_NEW)[1], **SAME)
     with pytest.raises(ValueError, match="paths are concatenated where"):
         Paths.concatenate([a, b])
     leaves, treedef = jax.tree.flatten(a)
@@ -254,20 +255,22 @@ def test_an_update_conditions_the_same_functions(stacked):
     if stacked:
         paths = Paths.concatenate([paths, paths])
     sure = paths.update(more, values, noise=0.0)
-    assert_allclose(sure(more), np.broadcast_to(values, (paths.num_paths, 2)), atol=1e-6)
+    # to the root of the jitter, which is 3e-3 in single precision
+    known = within(1e-6, 2e-2)
+    assert_allclose(sure(more), np.broadcast_to(values, (paths.num_paths, 2)), atol=known)
     # the rule itself, by dense algebra on the union
     first = jax.tree.map(lambda leaf: leaf[0], sure) if stacked else sure
     union = np.concatenate([X, more])
     kernel = RBF(1.2, 0.8)
     C = np.asarray(kernel(union)) + np.diag(first.diagonal)
-    assert_allclose(first.right[:, :15], some_paths().right, rtol=1e-9)
+    assert_allclose(first.right[:, :15], some_paths().right, **SAME)
     expected = np.asarray(first.prior(X_NEW)) + 0.5
     expected += np.linalg.solve(C, np.asarray(first.right).T).T @ np.asarray(kernel(union, X_NEW))
-    assert_allclose(first(X_NEW), expected, rtol=1e-6)
+    assert_allclose(first(X_NEW), expected, rtol=within(1e-6), atol=within(0.0, 5e-5))
     own = paths(more) + 0.1  # pending points: each path its own values
-    assert_allclose(paths.update(more, own, noise=0.0)(more), own, atol=1e-6)
+    assert_allclose(paths.update(more, own, noise=0.0)(more), own, atol=known)
     noisy = paths.update(more, values)  # with the noise the paths know
-    assert abs(noisy(more) - values[None]).max() > 1e-3
+    assert abs(noisy(more) - values[None]).max() > within(1e-3, 0.1)
     with pytest.raises(ValueError, match=r"values take shape \(2,\) or"):
         paths.update(more, np.zeros(3))
 
@@ -289,9 +292,11 @@ def test_components_add_up():
     )
     parts = paths.components()
     assert len(parts) == 3
-    assert_allclose(sum(part(X_NEW) for part in parts), paths(X_NEW), rtol=1e-7)
+    added = sum(part(X_NEW) for part in parts)
+    assert_allclose(added, paths(X_NEW), rtol=within(1e-7), atol=within(0.0, 2e-5))
     slope = np.diff(np.asarray(parts[2](X_NEW)), axis=1)
-    assert_allclose(slope, np.broadcast_to(slope[:, :1], slope.shape), rtol=1e-6)  # linear
+    linear = within({"rtol": 1e-6}, {"rtol": 1e-5, "atol": 3e-5})
+    assert_allclose(slope, np.broadcast_to(slope[:, :1], slope.shape), **linear)
 
 
 def test_functions_of_arrays_are_leaves_of_the_paths():
@@ -302,7 +307,7 @@ def test_functions_of_arrays_are_leaves_of_the_paths():
     assert paths(X_NEW).shape == (1, 9)
     held = jax.tree_util.Partial(lambda net, x: jax.vmap(net)(x), net)
     with_net = draw_paths(jax.random.key(0), RBF(), X, Y, noise=0.1, mean_fn=held)
-    assert_allclose(with_net(X_NEW), paths(X_NEW), rtol=1e-9)
+    assert_allclose(with_net(X_NEW), paths(X_NEW), **SAME)
     assert len(jax.tree.leaves(with_net.mean_fn)) == 4
 
 
@@ -320,11 +325,12 @@ def test_conjugate_gradients_agree_with_cholesky():
     points = inputs(300, 2, width=2.0)
     y = np.sin(3 * points.sum(axis=1))
     options = {"noise": 0.01, "num_paths": 3, "num_features": 64}
+    tolerance = within(1e-8, 1e-5)
     kernel, key = Matern52(1.0, 0.5), jax.random.key(0)
     dense = draw_paths(key, kernel, points, y, **options)
-    iterated = draw_paths(key, kernel, points, y, solver="cg", tolerance=1e-8, **options)
-    assert iterated.residuals.max() < 1e-7 and iterated.ok.all()
-    assert_allclose(iterated(points), dense(points), atol=1e-5)
+    iterated = draw_paths(key, kernel, points, y, solver="cg", tolerance=tolerance, **options)
+    assert iterated.residuals.max() < 10 * tolerance and iterated.ok.all()
+    assert_allclose(iterated(points), dense(points), atol=within(1e-5, 3e-4))
     with pytest.raises(
         ValueError, match=r"3 of 3 paths did not converge \(largest relative residual"
     ):
@@ -336,9 +342,10 @@ def test_conjugate_gradients_with_missing_values():
     points, seen = inputs(300, 2, width=2.0), np.arange(300) % 4 > 0
     y, kernel, key = np.sin(3 * points.sum(axis=1)), Matern52(1.0, 0.5), jax.random.key(0)
     options = {"noise": 0.01, "num_paths": 3, "num_features": 64}
-    part = draw_paths(key, kernel, points, y, solver="cg", tolerance=1e-8, observed=seen, **options)
+    cg = {"solver": "cg", "tolerance": within(1e-8, 1e-5)}
+    part = draw_paths(key, kernel, points, y, observed=seen, **cg, **options)
     same = draw_paths(key, kernel, points, y, observed=seen, **options)
-    assert_allclose(part(points), same(points), atol=1e-5)
+    assert_allclose(part(points), same(points), atol=within(1e-5, 3e-4))
 
 
 @pytest.mark.single

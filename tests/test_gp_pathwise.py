@@ -7,7 +7,7 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import pytest
-from gp_truth import inputs
+from gp_truth import inputs, within
 from numpy.testing import assert_allclose, assert_array_equal
 from numpyro.contrib.module import flax_module
 from numpyro.handlers import reparam
@@ -65,7 +65,7 @@ def test_an_observed_process(pathwise, key):
     moments = pathwise.moments(X_NEW)["y_f"]
     each = [GaussianProcess(RBF(1.0, s), X, 0.01, 0.2).predict(Y, X_NEW) for s in SCALES]
     mean, variance = (np.stack(part) for part in zip(*each, strict=True))
-    exact = {"rtol": 1e-6} if jax.config.jax_enable_x64 else {"rtol": 1e-2, "atol": 1e-3}
+    exact = within({"rtol": 1e-6}, {"rtol": 1e-4, "atol": 1e-5})
     assert_allclose(moments.mean, mean.mean(axis=0), **exact)
     assert_allclose(moments.variance, variance.mean(axis=0) + mean.var(axis=0), **exact)
     noise = np.asarray(out["y"] - out["y_f"])
@@ -90,7 +90,7 @@ def test_one_key_is_one_set_of_functions(pathwise, key, compile_count):
     whole = pathwise(key, X_NEW)["y_f"]
     paths = pathwise.draw(key)["y"]
     assert paths.num_paths == 600 and paths.num_draws == 3
-    exact = {"rtol": 1e-6, "atol": 1e-9} if jax.config.jax_enable_x64 else {"atol": 1e-3}
+    exact = within({"rtol": 1e-6, "atol": 1e-9}, {"rtol": 1e-5, "atol": 1e-4})
     assert_allclose(paths(X_NEW), whole, **exact)
     part = pathwise(key, X_NEW[2:5])["y_f"]
     assert_allclose(part, whole[:, 2:5], **exact)
@@ -118,7 +118,8 @@ def test_shapes_on_request(key):
     one = {name: value[0] for name, value in SAMPLES.items()}
     single = Pathwise(observed, one, X, Y, batch_ndims=0, num_paths=6, **OPTIONS)
     assert single(key, X_NEW)["y"].shape == (6, 7)  # four bases, of which two paths are dropped
-    assert_allclose(single.draw(key)["y"](X_NEW), single(key, X_NEW)["y_f"], rtol=1e-6)
+    exact = within({"rtol": 1e-6}, {"rtol": 1e-5, "atol": 1e-4})
+    assert_allclose(single.draw(key)["y"](X_NEW), single(key, X_NEW)["y_f"], **exact)
 
 
 def latent(X, y=None):
@@ -139,9 +140,10 @@ def test_latent_processes_whitened_and_not(key):
     plain = Pathwise(latent, {"scale": SCALES, "f": values}, X, Y, **OPTIONS)
     ours, theirs = whitened(key, X_NEW), plain(key, X_NEW)
     assert {name: value.shape for name, value in ours.items()} == {"f": (3, 7), "y": (3, 7)}
-    assert_allclose(ours["f"], theirs["f"], atol=1e-4)
+    assert_allclose(ours["f"], theirs["f"], atol=within(1e-4, 5e-3))
     assert 0.02 < np.std(ours["y"] - ours["f"]) < 0.3  # the likelihood is drawn on top
-    assert_allclose(whitened(key, X)["f"], values, atol=1e-4)  # they pass through the values
+    # they pass through the values, to the root of the jitter
+    assert_allclose(whitened(key, X)["f"], values, atol=within(1e-4, 2e-2))
 
 
 @pytest.mark.long
@@ -179,9 +181,11 @@ def test_additive_processes_and_their_parts(key):
     samples = {name: np.random.default_rng(0).normal(size=(2, 12)) * 0.1 for name in "fg"}
     out = Pathwise(model, samples, X, Y, **OPTIONS)
     values = out(key, X_NEW)
-    assert_allclose(values["h"], values["f"] + values["g"], rtol=1e-6)
+    assert_allclose(values["h"], values["f"] + values["g"], rtol=1e-6, atol=within(0.0, 1e-6))
     drawn = out.draw(key)
-    assert_allclose(drawn["f"](X_NEW) + drawn["g"](X_NEW), values["h"], rtol=1e-6)
+    # without noise the weights at the points are in the thousands, times the kernel's rounding
+    exact = within({"rtol": 1e-6}, {"atol": 2e-2})
+    assert_allclose(drawn["f"](X_NEW) + drawn["g"](X_NEW), values["h"], **exact)
 
 
 @pytest.mark.long
@@ -198,7 +202,7 @@ def test_copies_in_a_plate(key):
     moments = out.moments(X_NEW)["y_f"]
     assert moments.mean.shape == (3, 7)
     assert means_agree(values, moments, 300)
-    assert_allclose(out.draw(key)["y"](X_NEW).reshape(300, 3, 7), values, atol=1e-6)
+    assert_allclose(out.draw(key)["y"](X_NEW).reshape(300, 3, 7), values, atol=within(1e-6, 1e-4))
 
 
 @pytest.mark.long
@@ -217,11 +221,12 @@ def test_parameters_and_networks_of_each_draw(key):
         GaussianProcess(RBF(1.0, 1.0), w * X, 0.01, m).predict(Y, w * X_NEW)[0]
         for w, m in params["weights"]
     ]
-    assert_allclose(moments.mean, np.mean(singles, axis=0), rtol=1e-6)
+    exact = within({"rtol": 1e-6}, {"rtol": 1e-5, "atol": 1e-5})
+    assert_allclose(moments.mean, np.mean(singles, axis=0), **exact)
     shared = Pathwise(
         deep, {"unused": np.zeros(3)}, X, Y, params={"weights": np.array([2.0, 0.5])}, **OPTIONS
     )
-    assert_allclose(shared.moments(X_NEW)["y_f"].mean, singles[1], rtol=1e-6)
+    assert_allclose(shared.moments(X_NEW)["y_f"].mean, singles[1], **exact)
     with pytest.raises(ValueError, match=r"params\['weights'\] has shapes \[\(3,\)\]"):
         Pathwise(deep, {"unused": np.zeros(2)}, X, Y, params={"weights": np.ones(3)})
 
@@ -248,7 +253,7 @@ def test_a_flax_network_in_front_of_a_kernel(key):
     out = Pathwise(model, {"unused": np.zeros(3)}, X, Y, params=result.params, **OPTIONS)
     values = out(key, X_NEW)["y_f"]
     assert values.shape == (3, 7)
-    assert_allclose(out.draw(key)["y"](X_NEW), values, rtol=1e-5)
+    assert_allclose(out.draw(key)["y"](X_NEW), values, rtol=1e-5, atol=within(0.0, 1e-4))
 
 
 @pytest.mark.long

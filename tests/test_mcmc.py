@@ -170,6 +170,16 @@ def test_chains_keep_their_identity():
     assert mcmc.last_state.adapt_state.slot.tolist() != list(range(CHAINS))
 
 
+@pytest.mark.long
+def test_the_bar_moves(capfd, monkeypatch):
+    for name in ("CI", "PYTEST_XDIST_WORKER"):  # where NumPyro shows none
+        monkeypatch.delenv(name, raising=False)
+    mcmc = sampler(MEADS(model, start="init"), draws=5, warmup=5, progress_bar=True)
+    mcmc.run(jax.random.key(0), Y)
+    shown = capfd.readouterr().err
+    assert "10/10" in shown and f"divergences in {CHAINS} chains" in shown
+
+
 def test_progress_speaks_of_all_chains(fitted):
     line = fitted.sampler.get_diagnostics_str(fitted.last_state)
     assert "steps of size" in line and "acc. prob=" in line

@@ -13,7 +13,7 @@ from numpyro_ensemble.mcmc import MEADS, ChEES
 from numpyro_ensemble.mcmc.ghmc import ghmc_step
 
 KERNELS = [MEADS, ChEES]
-CHAINS = 16
+CHAINS = 64
 
 
 def model(y=0.5):
@@ -47,8 +47,8 @@ def test_chains_that_cannot_be_adapted_together(kernel):
 def test_folds():
     with pytest.raises(ValueError, match="num_chains=18 is not a multiple of num_folds=4. Run 20"):
         run(MEADS(model), num_chains=18)
-    with pytest.raises(ValueError, match="leaves 2 chains in each of num_folds=8"):
-        run(MEADS(model, num_folds=8))
+    with pytest.raises(ValueError, match="leaves 2 chains in each of num_folds=32"):
+        run(MEADS(model, num_folds=32))
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -75,7 +75,7 @@ def test_no_warm_up(kernel):
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_starts_that_cannot_be_used(kernel):
     bad = start()["mu"].at[jnp.array([3, 7]), 0].set(jnp.nan)
-    with pytest.raises(ValueError, match="2 of 16 chains start .*not finite: 3, 7. Leave"):
+    with pytest.raises(ValueError, match="2 of 64 chains start .*not finite: 3, 7. Leave"):
         run(kernel(model), init_params={"mu": bad})
     alike = start()["mu"].at[:, 1].set(0.25)
     with pytest.raises(ValueError, match="same value of 'mu'.*add noise"):

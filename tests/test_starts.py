@@ -27,7 +27,7 @@ def model(x, y=None):
         numpyro.sample("y", dist.Normal(x @ w, s), obs=y)
 
 
-def run(kernel, init_params=None, chains=16, warmup=60, draws=40, **options):
+def run(kernel, init_params=None, chains=64, warmup=60, draws=40, **options):
     options = {"num_warmup": warmup, "num_samples": draws, "num_chains": chains} | options
     mcmc = MCMC(kernel, chain_method="vectorized", progress_bar=False, **options)
     mcmc.run(jax.random.key(0), X, Y, init_params=init_params)
@@ -70,19 +70,19 @@ def test_starts_from_ensembles():
 
 def test_the_kernel_finds_its_start(compile_count):
     kernel = MEADS(model)
-    keys = jax.random.split(jax.random.key(1), 16)
-    check(kernel.init(keys, 80, None, (X, Y)).z, 16)
-    prior = initial(Target(model), keys[0], 16, (X, Y), {})
+    keys = jax.random.split(jax.random.key(1), 64)
+    check(kernel.init(keys, 80, None, (X, Y)).z, 64)
+    prior = initial(Target(model), keys[0], 64, (X, Y), {})
     assert distances(prior).std() > 10  # what "init" alone gives
     with compile_count() as compilations:
         kernel.init(keys, 80, None, (X + 0.1, Y))  # other data of the same shape
     assert compilations.count == 0, compilations.names
-    mcmc = run(kernel, chains=16, warmup=80, draws=60)
+    mcmc = run(kernel, warmup=80, draws=80)
     draws = mcmc.get_samples(group_by_chain=True)
     assert (abs(distances({"w": draws["w"].mean(axis=(0, 1))[None]})) < 0.5).all()
     rhat = max(float(x.max()) for x in az.rhat(az.from_numpyro(mcmc)).data_vars.values())
     assert rhat < 1.1
-    nested = rhat_nested(draws, np.arange(16) % 4)
+    nested = rhat_nested(draws, np.arange(64) % 4)
     assert nested["w"].shape == (3,) and nested["s"].shape == ()
     assert max(x.max() for x in jax.tree.leaves(nested)) < 1.1
 
@@ -95,7 +95,12 @@ def test_pathfinder_finds_the_typical_set():
 def test_a_start_that_would_freeze_is_reported():
     kernel = MEADS(model, start="init", init_strategy=init_to_sample)
     with pytest.warns(UserWarning, match=r"far from the typical set.*largest eigenvalue.*\"nuts\""):
-        kernel.init(jax.random.split(jax.random.key(0), 16), 10, None, (X, Y))
+        kernel.init(jax.random.split(jax.random.key(0), 64), 10, None, (X, Y))
+
+
+def test_few_chains_in_a_fold_are_told_of():
+    with pytest.warns(UserWarning, match="from 8 chains in each of 4 folds.*run 64 or more"):
+        MEADS(model).init(jax.random.split(jax.random.key(0), 32), 10, None, (X, Y))
 
 
 @pytest.mark.core

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 
 import jax
@@ -17,6 +18,7 @@ from numpyro_ensemble.mcmc.meads_scheme import Scheme, meads_start, meads_step
 from numpyro_ensemble.mcmc.progress import Progress
 
 _FEWEST = 4  # chains in a fold, for its standard deviations to mean something
+_FEW = 16  # below so many chains in a fold, they and the step size may be far off
 
 
 class MEADS(ManyChainKernel):
@@ -29,7 +31,7 @@ class MEADS(ManyChainKernel):
     Args:
         model: a NumPyro model whose latents are continuous.
         potential_fn: a potential energy instead of a model; `MCMC.run` needs `init_params` then.
-        num_folds: number of folds K, a divisor of the number of chains.
+        num_folds: number of folds K, a divisor of the number of chains; 16 chains in each or more.
         step_size_multiplier: of the step size that the gradients suggest.
         damping_slowdown: how slowly the floor of the damping falls; larger is slower.
         steps_per_draw: steps between two draws; a draw costs so many gradients.
@@ -52,11 +54,11 @@ class MEADS(ManyChainKernel):
         ...     mu = numpyro.sample("mu", dist.Normal(0.0, 1.0))
         ...     with numpyro.plate("data", len(y)):
         ...         numpyro.sample("y", dist.Normal(mu, 1.0), obs=y)
-        >>> mcmc = MCMC(MEADS(model), num_warmup=200, num_samples=200, num_chains=32,
+        >>> mcmc = MCMC(MEADS(model), num_warmup=200, num_samples=200, num_chains=64,
         ...             chain_method="vectorized", progress_bar=False)
         >>> mcmc.run(jax.random.key(0), jnp.ones(3))
         >>> mcmc.get_samples(group_by_chain=True)["mu"].shape
-        (32, 200)
+        (64, 200)
     """
 
     def __init__(
@@ -101,6 +103,13 @@ class MEADS(ManyChainKernel):
                 f"num_chains={num_chains} leaves {num_chains // num_folds} chains in each of "
                 f"num_folds={num_folds} folds, fewer than {_FEWEST}. Run "
                 f"{_FEWEST * num_folds} chains or more (64, say), or fewer folds."
+            )
+        if num_chains < _FEW * num_folds:
+            warnings.warn(
+                f"MEADS adapts from {num_chains // num_folds} chains in each of {num_folds} folds, "
+                f"and its chains may freeze: run {_FEW * num_folds} or more, or ChEES, which needs "
+                f"fewer.",
+                stacklevel=4,
             )
 
     def _first_adaptation(
