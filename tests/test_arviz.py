@@ -89,6 +89,7 @@ def test_groups_dims_and_attributes(vi_data):
     assert "created_at" in attrs
 
 
+@pytest.mark.long
 def test_dims_are_those_of_arvizs_own_adapter(key):
     mcmc = MCMC(NUTS(schools), num_warmup=2, num_samples=2, progress_bar=False)
     mcmc.run(key, GROUPS, Y)
@@ -352,6 +353,7 @@ def test_members_with_data_of_their_own_are_refused(key):
         to_arviz(runner, result, GROUPS, both)
 
 
+@pytest.mark.long
 @pytest.mark.promotes_ranks
 def test_latents_that_were_summed_out_are_left_out(key):
     def mixture(y):

@@ -234,6 +234,7 @@ def test_params_need_a_fit(key):
         EnsembleMAP(ridge, ADAM).get_params(None)
 
 
+@pytest.mark.long
 def test_data_that_changes_at_every_step_is_not_compiled_for(key, compile_count):
     runner = EnsembleMAP(ridge, ADAM, ensemble_size=2)
     state = runner.init(key, X, Y)

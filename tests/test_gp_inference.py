@@ -60,7 +60,7 @@ SAMPLERS = {
 }
 
 
-@pytest.mark.parametrize("name", chosen(SAMPLERS, {"NUTS"}))
+@pytest.mark.parametrize("name", chosen(SAMPLERS, set()))
 def test_functions_from_samplers_have_the_exact_moments(name, key):
     samples = SAMPLERS[name]()
     pathwise = Pathwise(WHITE, samples, X, Y, num_features=256, batch_size=200)
@@ -86,7 +86,7 @@ GUIDES = {
 
 
 @pytest.mark.promotes_ranks  # NumPyro's guides do
-@pytest.mark.parametrize("name", chosen(GUIDES, {"AutoDelta", "AutoNormal"}))
+@pytest.mark.parametrize("name", chosen(GUIDES, {"AutoNormal"}))
 def test_guides_find_what_their_family_can_hold(name, key):
     guide = GUIDES[name](WHITE)
     delta = name == "AutoDelta"

@@ -233,6 +233,7 @@ def test_periodic_features_keep_the_variance(dim, lengthscale, key):
     assert_allclose(squares.sum(), 2.0, rtol=0.15 if dim == 2 else 1e-4)
 
 
+@pytest.mark.long
 def test_calls_may_be_transformed(key):
     pathwise = functions(num_paths=2)
     plain = pathwise(key, X_NEW)["y_f"]

@@ -49,6 +49,7 @@ def check(z, chains):
     assert (away.std(axis=0) < 2.0).all()
 
 
+@pytest.mark.long
 @pytest.mark.promotes_ranks  # NumPyro's guides do
 def test_starts_from_ensembles():
     optim = numpyro.optim.Adam(0.05)

@@ -135,7 +135,7 @@ GUIDES = {
 
 
 QUICK = {
-    "AutoNormal", "AutoMultivariateNormal", "AutoDAIS",
+    "AutoNormal", "AutoMultivariateNormal",
     "constant param", "mean field", "graph", "enumeration", "empty guide",
 }  # fmt: skip
 # started under jit and vmap; the others are traced so
