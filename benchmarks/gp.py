@@ -242,7 +242,7 @@ def co2(every=1):
     early = t < t.max() - 5
     begin = time.perf_counter()
     runner = EnsembleMAP(co2_model, numpyro.optim.Adam(0.05), ensemble_size=2)
-    result = runner.run(jax.random.key(0), 60, t[early], y[early], progress_bar=False)
+    result = runner.run(jax.random.key(0), 300, t[early], y[early], progress_bar=False)
     pathwise = Pathwise(co2_model, result, t[early], y[early], num_paths=64)
     values = np.asarray(pathwise(jax.random.key(1), t[~early])["y"])
     error = values.mean(axis=0) - y[~early]
