@@ -100,8 +100,9 @@ def obs_mask(X, y=None):
 
 
 def in_a_plate(X, y=None, tasks=2):
+    gp = GaussianProcess(RBF(1.0, scale()), X, 0.1)
     with numpyro.plate("task", tasks):
-        numpyro.sample("y", GaussianProcess(RBF(1.0, scale()), X, 0.1), obs=y)
+        numpyro.sample("y", gp, obs=y)
 
 
 def by_hand(X, y=None):
@@ -137,6 +138,10 @@ HOLE = np.where(X > 4.0, np.nan, X)
             "X has .* not finite, at",
         ),
         (lambda key: functions(y=Y[:, None]), r"'y' has values of shape \(12, 1\)"),
+        (
+            lambda key: functions(samples={"lengthscale": np.ones((2, 3))}),
+            r"one sample of 'lengthscale' has shape \(3,\), .* has \(\) .*batch_ndims",
+        ),
         (lambda key: functions(num_bases=0), "num_bases must be at least 1"),
         (lambda key: functions(obs_mask), "takes no obs_mask"),
         (

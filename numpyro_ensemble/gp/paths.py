@@ -31,8 +31,9 @@ PER_PATH = ("number", "alpha", "right", "residuals", "ok")  # what `Paths` has f
 class Paths:
     """Functions drawn from a posterior Gaussian process: `paths(X_new) -> (num_paths, N_new)`.
 
-    A pytree of arrays: it can be jitted, mapped, differentiated, indexed, concatenated, saved with
-    the leaves of `jax.tree.flatten`, and conditioned further with `update`. No randomness is left.
+    A pytree of arrays: it can be jitted, mapped over inputs, differentiated, indexed, concatenated,
+    saved with the leaves of `jax.tree.flatten`, and conditioned further with `update`; `each` has
+    inputs for each path. No randomness is left.
 
     From many draws of the hyperparameters all arrays have a leading axis of draws, and the paths of
     one draw follow each other.

@@ -43,9 +43,9 @@ class Pathwise:
     """Posterior functions of the Gaussian processes in a model, called as `Predictive` is.
 
     `pathwise(rng_key, X_new)` draws functions for each posterior draw and runs the model on them at
-    the new inputs. One key is one set of functions, wherever they are evaluated: calls with the
-    same key agree. Latent processes return their values, observed ones `{name}` with noise and
-    `{name}_f` without; other sites that were not sampled are drawn on top.
+    the new inputs. One key is one set of functions, wherever they are evaluated, for data of one
+    dtype; noise is drawn for each call. Latent processes return their values, observed ones
+    `{name}` with noise and `{name}_f` without; other sites that were not sampled are drawn on top.
 
     Args:
         model: the NumPyro model that was fitted.
@@ -169,8 +169,8 @@ class Pathwise:
         if found[0].unknown:
             raise ValueError(
                 f"{found[0].unknown} are neither observed nor among the samples, "
-                f"{sorted(self.samples)}: give the samples of all latents, and the data of the fit "
-                f"after them."
+                f"{sorted(self.samples)}: give the samples of all latents (of a variational fit, "
+                f"those that sample_posterior returns), and the data of the fit after them."
             )
         if found[0].unfitted:
             warnings.warn(

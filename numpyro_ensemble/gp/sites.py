@@ -91,6 +91,8 @@ class _Gather(Messenger):
         elif msg["type"] == "sample" and isinstance(unwrapped(msg["fn"]), Process):
             site = self._sampled(msg, unwrapped(msg["fn"]))
         else:
+            if msg["type"] == "sample" and not msg["is_observed"]:
+                _check_shape(name, jnp.shape(msg["value"]), msg["fn"])
             return
         if name in self.sites:
             raise ValueError(f"the model has two Gaussian processes of the name {name!r}.")
@@ -111,6 +113,16 @@ class _Gather(Messenger):
         if msg["is_observed"] and getattr(process, "observed", None) is None:
             check_values(f"{name!r}", value)
         return Site(process, jnp.asarray(value), bool(msg["is_observed"]), process.X)
+
+
+def _check_shape(name: str, shape: tuple[int, ...], fn: dist.Distribution) -> None:
+    expected = (*fn.batch_shape, *fn.event_shape)
+    if shape != expected:
+        raise ValueError(
+            f"one sample of {name!r} has shape {shape}, and the model's site has {expected} with "
+            f"these arguments: batch_ndims says how many axes of the samples lead, and the "
+            f"arguments are those of the fit."
+        )
 
 
 def gather_sites(model: Callable, known: Mapping[str, Any], args: tuple, kwargs: dict) -> _Gather:
