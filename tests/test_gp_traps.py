@@ -53,6 +53,7 @@ def test_a_latent_process_keeps_its_noise_where_it_is_whitened(key):
     assert pathwise.moments(X_NEW).keys() == {"f_f"}
 
 
+@pytest.mark.long
 def test_updates_of_some_paths_are_those_of_all(key):
     paths = draw_paths(key, RBF(), X, Y, noise=0.1, num_paths=6, num_bases=2, **OPTIONS)
     new, values = np.array([1.1, 2.3]), np.array([0.5, 0.4])
@@ -249,6 +250,7 @@ def test_calls_may_be_transformed(key):
     assert np.isfinite(slope).all()
 
 
+@pytest.mark.long
 @pytest.mark.promotes_ranks
 def test_from_a_map_ensemble_with_a_network(key):
     def model(X, y=None):

@@ -27,7 +27,7 @@ def leaves_close(ours, theirs, **tolerance):
 
 
 QUICK = {
-    "ridge", "hierarchy", "subsampled", "with_param", "eqx_net", "partly_observed", "simplex",
+    "ridge", "hierarchy", "subsampled", "with_param", "partly_observed",
 }  # fmt: skip
 
 

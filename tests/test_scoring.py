@@ -179,6 +179,7 @@ def fits():
     return runner, result, to_arviz(runner, result, DATA, rng_key=key, num_samples=500)
 
 
+@pytest.mark.long
 @pytest.mark.promotes_ranks
 def test_scores_read_arviz_data(fits):
     data = fits[2]
@@ -312,6 +313,7 @@ def test_weights_are_those_of_loo_and_go_on_to_scores(fits, key):
     )  # fmt: skip
 
 
+@pytest.mark.long
 def test_weights_of_members_that_failed_are_zero(key):
     runner = EnsembleMAP(conjugate, numpyro.optim.Adam(0.1), ensemble_size=3)
     starts = {"mu": np.array([0.0, np.nan, 1.0])}

@@ -69,6 +69,7 @@ def test_starts_from_ensembles():
         starts.from_ensemble(vi, broken, X, Y)
 
 
+@pytest.mark.long
 def test_the_kernel_finds_its_start(compile_count):
     kernel = MEADS(model)
     keys = jax.random.split(jax.random.key(1), 64)

@@ -446,6 +446,7 @@ def test_the_progress_bar_shows_mean_best_and_worst(key, capsys):
 # Member arguments, optimisers ---------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_members_may_be_fitted_to_different_data(key):
     ys = np.stack([Y, Y + 1.0, Y * 2.0])
     runner = EnsembleMAP(ridge, numpyro.optim.Adam(0.1), ensemble_size=3)

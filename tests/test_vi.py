@@ -579,6 +579,7 @@ def hand_written(y):
     numpyro.sample("nu", dist.Normal(2 * loc, 1e-6))
 
 
+@pytest.mark.long
 @pytest.mark.promotes_ranks
 def test_sample_posterior_draws_from_all_members(key):
     for guide in (autoguide.AutoNormal(with_deterministic), hand_written):
