@@ -22,9 +22,9 @@ from numpyro_ensemble.gp.inputs import (
     mean_at,
 )
 from numpyro_ensemble.gp.kernels import Kernel
-from numpyro_ensemble.gp.matheron import draw_paths
+from numpyro_ensemble.gp.matheron import check_kernel, draw_paths
 from numpyro_ensemble.gp.paths import Paths
-from numpyro_ensemble.gp.solvers import covariance, default_jitter
+from numpyro_ensemble.gp.solvers import covariance, default_jitter, why_unfactored
 
 
 class Process(dist.Distribution):
@@ -32,6 +32,7 @@ class Process(dist.Distribution):
 
     arg_constraints: dict[str, Any] = {}
     support = constraints.real_vector
+    observed: jax.Array | None = None  # which values count; None is all of them
 
     def __init__(
         self,
@@ -42,10 +43,7 @@ class Process(dist.Distribution):
         jitter: ArrayLike | None,
         validate_args: bool | None,
     ) -> None:
-        if not isinstance(kernel, Kernel):
-            raise TypeError(f"kernel takes a kernel of numpyro_ensemble.gp, got {kernel!r}.")
-        if jitter is not None and jnp.ndim(jitter):
-            raise ValueError(f"jitter takes one number, got shape {jnp.shape(jitter)}.")
+        check_kernel(kernel, jitter)
         self.kernel, self.X = kernel, as_inputs(X)
         diagonal("noise", noise, self.X)
         self.noise, self.mean_fn, self.jitter = noise, as_mean(mean_fn), jitter
@@ -67,7 +65,7 @@ class Process(dist.Distribution):
                 f"a Gaussian process at {len(self.X)} inputs has values (..., {len(self.X)}), got "
                 f"{jnp.shape(value)}."
             )
-        if getattr(self, "observed", None) is None:
+        if self.observed is None:
             check_values("the value of a Gaussian process", value)
         return jnp.asarray(value)
 
@@ -86,10 +84,7 @@ def check_values(name: str, value: ArrayLike) -> None:
 def check_factor(L: jax.Array) -> jax.Array:
     """Return a Cholesky factor; raise a ValueError where it is known that there is none."""
     if not has_tracers(L) and not bool(jnp.isfinite(L).all()):
-        raise ValueError(
-            f"the kernel matrix could not be factored: inputs that repeat or nearly so, "
-            f"hyperparameters that are no numbers, or too little noise or jitter for {L.dtype}."
-        )
+        raise ValueError(f"the kernel matrix could not be factored: {why_unfactored(L.dtype)}")
     return L
 
 

@@ -34,7 +34,7 @@ def flags_of(sites: dict[str, Site], solved: dict[str, jax.Array]) -> dict[str, 
     flags = {}
     for name, site in sites.items():
         process = site.process
-        observed = getattr(process, "observed", None)
+        observed = process.observed
         values = site.flat() if observed is None else jnp.where(observed[None], site.flat(), 0)
         agrees = jnp.asarray(True)
         if isinstance(process, GaussianProcess):  # the other has noise everywhere
@@ -77,13 +77,18 @@ def check_told(told: dict[str, Any], seen: dict[str, Seen], old: list[Any], new:
     for name, of_site in told.items():
         if not holds(of_site["finite"]):
             raise ValueError(f"the inputs of {name!r} in this call are not all finite.")
+    stayed = [
+        name
+        for name, of_site in told.items()
+        if not seen[name].observed and holds(of_site["stayed"])
+    ]
+    if not stayed:  # else the arguments are compared on the host
+        return
     moved = [len(x) for x in new if not any(np.array_equal(x, before) for before in old)]
-    for name, of_site in told.items():
-        if seen[name].observed or not holds(of_site["stayed"]):
-            continue
+    for name in stayed:
         # where the user asks for the inputs of the fit again, all that is new is as long
         number = seen[name].number
-        if any(n != number for n in moved) or (moved and not holds(of_site["given"])):
+        if any(n != number for n in moved) or (moved and not holds(told[name]["given"])):
             raise ValueError(
                 f"the inputs of {name!r} are the same at the new arguments as in the fit: "
                 f"inducing points, it seems, whose values alone do not tell the function "

@@ -38,6 +38,14 @@ def check_options(num_paths: int, num_bases: int, num_features: int, solver: str
         raise ValueError(f"solver takes one of {SOLVERS}, got {solver!r}.")
 
 
+def check_kernel(kernel: Any, jitter: Any) -> None:
+    """Raise an error for a kernel that is none, or a jitter that is not one number."""
+    if not isinstance(kernel, Kernel):
+        raise TypeError(f"kernel takes a kernel of numpyro_ensemble.gp, got {kernel!r}.")
+    if jitter is not None and jnp.ndim(jitter):
+        raise ValueError(f"jitter takes one number, got shape {jnp.shape(jitter)}.")
+
+
 def draw_paths(
     rng_key: jax.Array,
     kernel: Kernel,
@@ -87,11 +95,8 @@ def draw_paths(
         >>> jax.grad(lambda x: paths(x[None])[0, 0])(1.5).shape
         ()
     """
-    if not isinstance(kernel, Kernel):
-        raise TypeError(f"kernel takes a kernel of numpyro_ensemble.gp, got {kernel!r}.")
+    check_kernel(kernel, jitter)
     check_options(num_paths, num_bases, num_features, solver)
-    if jitter is not None and jnp.ndim(jitter):
-        raise ValueError(f"jitter takes one number, got shape {jnp.shape(jitter)}.")
     if observed is None:
         check_finite("values", values)
     points, values = as_inputs(points, "points"), jnp.asarray(values)

@@ -21,7 +21,7 @@ from numpyro_ensemble.gp.inputs import (
     mean_at,
 )
 from numpyro_ensemble.gp.kernels import Kernel
-from numpyro_ensemble.gp.solvers import by_rows, default_jitter, solve
+from numpyro_ensemble.gp.solvers import by_rows, default_jitter, solve, why_unfactored
 
 PER_PATH = ("number", "alpha", "right", "residuals", "ok")  # what `Paths` has for each path
 
@@ -337,6 +337,5 @@ def check_solved(paths: Paths) -> None:
         )
     raise ValueError(
         f"the kernel matrix could not be factored for {len(bad)} of {paths.num_paths} paths: "
-        f"inputs that repeat or nearly so, hyperparameters that are no numbers, or too little "
-        f"noise or jitter for {paths.points.dtype}."
+        f"{why_unfactored(paths.points.dtype)}"
     )

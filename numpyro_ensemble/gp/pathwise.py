@@ -274,10 +274,7 @@ class Pathwise:
             *args: arguments of the model at the new inputs; leave the data out (None).
             **kwargs: keyword arguments of the model.
         """
-        inputs = self._inputs(rng_key)
-        values, flags, told = self._run(self._predict, inputs, args, kwargs)
-        check_flags(flags, self.num_draws)
-        check_told(told, self._seen, arrays_of(self.args, self.kwargs), arrays_of(args, kwargs))
+        values = self._checked(self._predict, self._inputs(rng_key), args, kwargs)
         number = self._bases * self._each
 
         def arrange_paths(x: jax.Array) -> jax.Array:
@@ -295,9 +292,7 @@ class Pathwise:
             ValueError: if the inputs of a process depend on another one's values.
         """
         inputs = (self.samples, self.params)
-        per_draw, flags, told, free = self._run(self._moments, inputs, args, kwargs)
-        check_flags(flags, self.num_draws)
-        check_told(told, self._seen, arrays_of(self.args, self.kwargs), arrays_of(args, kwargs))
+        per_draw, free = self._checked(self._moments, inputs, args, kwargs)
         bound = [name for name, of_draw in free.items() if not holds(of_draw)]
         if bound:
             raise ValueError(
@@ -308,6 +303,13 @@ class Pathwise:
             name: Moments(mean.mean(axis=0), variance.mean(axis=0) + mean.var(axis=0))
             for name, (mean, variance) in per_draw.items()
         }
+
+    def _checked(self, one: Callable, inputs: tuple, args: tuple, kwargs: dict) -> Any:
+        """Run a program over all draws, and raise a ValueError for what it found wrong."""
+        out, flags, told = self._run(one, inputs, args, kwargs)
+        check_told(told, self._seen, arrays_of(self.args, self.kwargs), arrays_of(args, kwargs))
+        check_flags(flags, self.num_draws)
+        return out
 
     def _run(self, one: Callable, inputs: tuple, args: tuple, kwargs: dict) -> Any:
         """Run a program over all draws; arrays among the model's arguments are its inputs.
@@ -419,7 +421,7 @@ class Pathwise:
                 predict = jax.vmap(lambda values: site.process.predict(values, X))
                 mean, variance = predict(site.flat())
                 mean, variance = (a.reshape(*site.copies, len(X)) for a in (mean, variance))
-                moments[f"{name}_f" if site.noisy else name] = (mean, variance)
+                moments[name] = (mean, variance)
                 return mean + shift
 
             functions = {name: partial(conditional, name) for name in sites}
@@ -428,14 +430,10 @@ class Pathwise:
         moments, answer = answers(0.0)
         other = answers(1.0)[1]  # inputs that follow other functions differ
         free = {name: (X == other.inputs[name]).all() for name, X in answer.inputs.items()}
-        finite = {
-            name: jnp.isfinite(jnp.stack(moments[f"{name}_f" if site.noisy else name])).all()
-            for name, site in sites.items()
-            if name in answer.inputs
-        }
-        met = {name: sites[name] for name in finite}
-        solved = {name: ok | ~answer.told[name]["finite"] for name, ok in finite.items()}
-        return moments, flags_of(met, solved), answer.told, free
+        met = {name: sites[name] for name in moments}
+        solved = {name: jnp.isfinite(jnp.stack(moments[name])).all() for name in met}
+        named = {f"{name}_f" if met[name].noisy else name: moments[name] for name in met}
+        return (named, free), flags_of(met, solved), answer.told
 
 
 def _copied(x: Any) -> Any:

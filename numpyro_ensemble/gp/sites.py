@@ -110,7 +110,7 @@ class _Gather(Messenger):
                 f"{name!r} has values of shape {jnp.shape(value)}, and its process "
                 f"{len(process.X)} inputs: values take shape (..., {len(process.X)})."
             )
-        if msg["is_observed"] and getattr(process, "observed", None) is None:
+        if msg["is_observed"] and process.observed is None:
             check_values(f"{name!r}", value)
         return Site(process, jnp.asarray(value), bool(msg["is_observed"]), process.X)
 

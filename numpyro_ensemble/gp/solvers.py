@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +31,14 @@ class Solution(NamedTuple):
     values: jax.Array
     residuals: jax.Array
     ok: jax.Array
+
+
+def why_unfactored(dtype: Any) -> str:
+    """Return what to look at where a kernel matrix has no Cholesky factor."""
+    return (
+        f"inputs that repeat or nearly so, hyperparameters that are no numbers, or too little "
+        f"noise or jitter for {dtype}."
+    )
 
 
 def default_jitter(kernel: Kernel, X: jax.Array) -> jax.Array:
