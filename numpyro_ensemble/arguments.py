@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -45,6 +46,11 @@ class Arguments(NamedTuple):
         ]
         return jax.tree.unflatten(self.treedef, leaves)
 
+    def without_inputs(self) -> Arguments:
+        """Return the arguments without the leaves that a program takes as its inputs."""
+        pairs = zip(self.leaves, self.kinds, strict=True)
+        return self._replace(leaves=tuple(x if kind == FIXED else None for x, kind in pairs))
+
     def key(self) -> tuple:
         """Return a hashable that is equal for arguments that one compiled program can serve."""
         return (self.treedef, self.kinds, tuple(fingerprint(leaf) for leaf in self.select(FIXED)))
@@ -74,7 +80,7 @@ def traces(tree: Any) -> bool:
 
 
 def arrange(
-    model: Callable,
+    model: Callable | None,
     args: tuple,
     kwargs: dict,
     *,
@@ -119,7 +125,9 @@ def is_array(leaf: Any) -> bool:
     return isinstance(leaf, np.ndarray | jax.Array)
 
 
-def _positional_names(model: Callable) -> list[str]:
+def _positional_names(model: Callable | None) -> list[str]:
+    if model is None:
+        return []
     try:
         parameters = inspect.signature(model).parameters.values()
     except (TypeError, ValueError):
@@ -151,3 +159,44 @@ def _named(
             raise ValueError(f"{option} names {item!r}, which holds no array with a leading axis.")
         found.update(arrays)
     return found
+
+
+def check_clashes(owner: str, given: Iterable[str], functions: Mapping[str, Any]) -> None:
+    """Raise a ValueError for an option that was given and is a keyword of a function too."""
+    for kind, fn in functions.items():
+        clash = sorted(set(given) & _free_keywords(fn))
+        if clash:
+            raise ValueError(
+                f"{clash[0]!r} is both an option of {owner} and a keyword of the {kind}: pass the "
+                f"{kind}'s own by position, or bind it with functools.partial."
+            )
+
+
+def refuse_clashes(fn: Callable) -> Callable:
+    """Make a function of a model, or of a runner, refuse its keyword-only options that clash."""
+    signature = inspect.signature(fn)
+    names = {p.name for p in signature.parameters.values() if p.kind is p.KEYWORD_ONLY}
+    owner = fn.__qualname__.removesuffix(".__init__")
+
+    @functools.wraps(fn)
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        given = kwargs.keys() & names
+        if given:
+            known = signature.bind_partial(*args, **kwargs).arguments
+            model = known.get("model", getattr(known.get("runner"), "model", None))
+            check_clashes(owner, given, {"model": model})
+        return fn(*args, **kwargs)
+
+    return checked
+
+
+def _free_keywords(fn: Any) -> set[str]:
+    """Name the parameters of a callable that functools.partial has not bound."""
+    held: set[str] = set()
+    while isinstance(fn, functools.partial):
+        held |= fn.keywords.keys()
+        fn = fn.func
+    try:
+        return set(inspect.signature(fn).parameters) - held
+    except (TypeError, ValueError):
+        return set()

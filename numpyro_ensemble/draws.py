@@ -1,9 +1,8 @@
-"""Draws from members: from their guides, and through one program that bounds its memory."""
+"""Draws from members: from their guides, and mapped in bounded memory."""
 
 from __future__ import annotations
 
 import warnings
-from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -15,17 +14,14 @@ from jax.extend.core import jaxprs_in_params
 from numpyro import handlers
 from numpyro.infer.autoguide import AutoDelta, AutoGuide, AutoGuideList, AutoLaplaceApproximation
 from numpyro.infer.util import compute_log_probs
-from numpyro.primitives import _PYRO_STACK
 
-from numpyro_ensemble.arguments import FIXED, arrange, has_tracers
-from numpyro_ensemble.fingerprints import captured
+from numpyro_ensemble.arguments import has_tracers
 from numpyro_ensemble.guides import is_set_up
 from numpyro_ensemble.handlers import unwrapped
 from numpyro_ensemble.primitives import is_inexact
 from numpyro_ensemble.results import name_members
 
 _ROOM = 1 << 28  # bytes that the draws of one batch may take
-_KEPT = 8  # sets of arguments whose programs are kept
 
 
 def draw_latents(
@@ -99,42 +95,6 @@ def _latents(trace: dict) -> dict[str, Any]:
             and not site["infer"].get("is_auxiliary")
         )
     }
-
-
-class Programs:
-    """The programs made for the last few sets of arguments, which stay concrete in them."""
-
-    def __init__(self) -> None:
-        self._kept: OrderedDict[Any, Any] = OrderedDict()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"_kept": OrderedDict()}
-
-    def get(
-        self,
-        build: Callable[[], Any],
-        model: Callable,
-        guide: Callable | None,
-        args: tuple,
-        kwargs: dict,
-        *others: Any,
-        jit_model_args: bool = False,
-    ) -> Any:
-        """Return what was built for arguments of equal contents, or build it.
-
-        With `jit_model_args`, arrays of any contents will do: the program takes them as inputs.
-        """
-        arguments = arrange(model, args, kwargs, jit_model_args=jit_model_args)
-        if has_tracers(arguments.select(FIXED)):
-            return build()
-        around = captured(tuple(_PYRO_STACK))  # handlers that the call stands in
-        key = (arguments.key(), captured(model), captured(guide), around, *others)
-        if key not in self._kept:
-            self._kept[key] = build()
-            if len(self._kept) > _KEPT:
-                self._kept.popitem(last=False)
-        self._kept.move_to_end(key)
-        return self._kept[key]
 
 
 def check_guide(guide: Callable, params: dict, args: tuple, kwargs: dict) -> None:

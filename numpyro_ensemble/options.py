@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import warnings
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
@@ -11,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpyro.infer.svi import SVIState
 
-from numpyro_ensemble.arguments import BATCH, MEMBER, Arguments
+from numpyro_ensemble.arguments import BATCH, MEMBER, Arguments, check_clashes
 from numpyro_ensemble.batching import Batches
 from numpyro_ensemble.handlers import check_count
 from numpyro_ensemble.training import EarlyStopping
@@ -95,26 +94,8 @@ def refuse_clashes(run: Callable) -> Callable:
 
     @functools.wraps(run)
     def checked(self: Any, *args: Any, **kwargs: Any) -> Any:
-        for kind in ("model", "guide"):
-            own = _free_keywords(getattr(self, kind)) & set(RunOptions._fields)
-            clash = sorted(kwargs.keys() & own)
-            if clash:
-                raise ValueError(
-                    f"{clash[0]!r} is both an option of run and a keyword of the {kind}: pass the "
-                    f"{kind}'s own by position, or bind it with functools.partial."
-                )
+        given = kwargs.keys() & set(RunOptions._fields)
+        check_clashes("run", given, {kind: getattr(self, kind) for kind in ("model", "guide")})
         return run(self, *args, **kwargs)
 
     return checked
-
-
-def _free_keywords(fn: Callable) -> set[str]:
-    """Name the parameters of a callable that functools.partial has not bound."""
-    held: set[str] = set()
-    while isinstance(fn, functools.partial):
-        held |= fn.keywords.keys()
-        fn = fn.func
-    try:
-        return set(inspect.signature(fn).parameters) - held
-    except (TypeError, ValueError):
-        return set()

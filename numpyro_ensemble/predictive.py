@@ -15,7 +15,6 @@ from numpyro.util import is_prng_key
 
 from numpyro_ensemble.density import anatomy
 from numpyro_ensemble.draws import (
-    Programs,
     check_guide,
     draw_latents,
     map_draws,
@@ -23,6 +22,7 @@ from numpyro_ensemble.draws import (
 )
 from numpyro_ensemble.given import read_given
 from numpyro_ensemble.handlers import check_count
+from numpyro_ensemble.programs import Programs
 
 _DRAWN = ("latent", "discrete")  # kinds of sites
 

@@ -16,13 +16,13 @@ from numpyro.util import is_prng_key
 
 from numpyro_ensemble.arguments import has_tracers
 from numpyro_ensemble.bound import Bound
-from numpyro_ensemble.draws import Programs
 from numpyro_ensemble.engine import Ensemble
 from numpyro_ensemble.fingerprints import captured
 from numpyro_ensemble.handlers import check_count, check_weight, reweight
 from numpyro_ensemble.member_guides import MemberGuides
 from numpyro_ensemble.optimisers import choose_optimizer
 from numpyro_ensemble.preflight import check_size
+from numpyro_ensemble.programs import Programs
 from numpyro_ensemble.results import EnsembleResult
 
 

@@ -8,7 +8,7 @@ import optax
 import pytest
 from blackjax.mcmc import dynamic_hmc
 
-from numpyro_ensemble.mcmc.chees import Scheme, chees_start, chees_step
+from numpyro_ensemble.mcmc.chees import Scheme, _halton, chees_start, chees_step
 from numpyro_ensemble.mcmc.progress import Progress
 
 NUM_CHAINS, NUM_STEPS = 8, 30
@@ -65,6 +65,16 @@ def test_the_step_is_blackjax(key):
     # their sequence knows the run's length, ours does not
     index = jnp.arange(2000)
     own = jax.vmap(lambda i: dynamic_hmc.halton_sequence(i, 11))(index)
-    np.testing.assert_array_equal(
-        jax.vmap(lambda i: dynamic_hmc.halton_sequence(i, 30))(index), own
-    )
+    np.testing.assert_array_equal(jax.vmap(_halton)(index), own)
+
+
+def test_lengths_grow_from_short_ones(key):
+    """BlackJAX's own scheme stays near its first length, for it steps from the average so far."""
+    near = 0.1 * jax.random.normal(key, (NUM_CHAINS, 3))
+    start = {"a": near[:, 0], "b": near[:, 1:]}
+    lengths = [
+        jax.jit(lambda key, scheme=scheme: ours(key, start, scheme)[1])(key)
+        for scheme in (Scheme(0.1, plain=True), Scheme(0.1))
+    ]
+    plain, default = (float(length[-1] / length[0]) for length in lengths)
+    assert default > 2.0 * plain

@@ -239,7 +239,7 @@ def test_inducing_points_are_chosen():
     ("call", "message"),
     [
         (lambda: GaussianProcess(KERNEL, X, np.ones(5)), r"noise takes .* got shape \(5,\)"),
-        (lambda: GaussianProcess(KERNEL, X, -0.1), "noise is a variance and not negative"),
+        (lambda: GaussianProcess(KERNEL, X, -0.1), "noise is a variance, finite and not negative"),
         (
             lambda: GaussianProcess(KERNEL, np.where(X > 2.5, np.nan, X)),
             r"X has \d of 24 entries that are not finite, at \(",

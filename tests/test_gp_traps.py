@@ -74,6 +74,27 @@ def test_updates_add_the_jitter_that_more_points_need(key):
     assert paths.update(many, np.sin(many)).ok.all()
 
 
+def test_updates_that_contradict_what_is_known_are_refused(key):
+    X, y = np.arange(6.0), np.sin(np.arange(6.0))
+    sure = draw_paths(key, RBF(), X, y, num_paths=3)
+    with pytest.raises(ValueError, match="values at equal points differ although noise is 0"):
+        sure.update([2.0, 7.0], [0.5, 0.0])
+    with pytest.raises(ValueError, match="values at equal points differ"):
+        sure.update([7.0, 7.0], [0.5, 0.0])
+    agrees = sure.update(np.array([2.0]), y[2:3])
+    np.testing.assert_allclose(agrees(X), np.tile(y, (3, 1)), atol=0.1)
+    noisy = sure.update([2.0, 7.0], [0.5, 0.0], noise=0.01)
+    assert abs(noisy(np.array([2.0])) - y[2]).max() < 0.1
+    hidden = draw_paths(key, RBF(), X, y, observed=X != 2.0, num_paths=3)
+    np.testing.assert_allclose(hidden.update([2.0], [0.5])(np.array([2.0])), 0.5, atol=0.01)
+
+
+def test_no_inputs_give_no_values(key):
+    pathwise = functions(num_paths=3)
+    assert pathwise(key, X[:0])["y"].shape == (6, 0)
+    assert pathwise.draw(key)["y"](X[:0]).shape == (6, 0)
+
+
 def test_one_term_cannot_be_updated(key):
     paths = draw_paths(key, RBF() + Linear(), X, Y, noise=0.1, **OPTIONS)
     with pytest.raises(ValueError, match="update the whole first"):

@@ -76,9 +76,12 @@ def test_draws_agree_with_the_posterior(fitted):
 def test_what_mcmc_does_with_draws(fitted, capsys):
     fields = fitted.get_extra_fields(group_by_chain=True)
     assert {name: x.shape for name, x in fields.items()} == dict.fromkeys(FIELDS, (CHAINS, DRAWS))
-    assert (fields["energy"] > fields["potential_energy"]).all()
+    kinetic = (fields["energy"] - fields["potential_energy"]).mean()
+    assert abs(kinetic - 1.5) < 0.15  # half of three dimensions
     assert ((fields["accept_prob"] > 0) & (fields["accept_prob"] <= 1)).all()
-    assert (fields["num_steps"] >= 1).all() and not fields["diverging"].any()
+    steps = fields["num_steps"]
+    assert (steps == 8 if isinstance(fitted.sampler, MEADS) else steps >= 1).all()
+    assert not fields["diverging"].any()
     step_size = fields["adapt_state.step_size"]
     assert (step_size == step_size[0, 0]).all() and 0 < step_size[0, 0] < 3
     fitted.print_summary()
@@ -146,6 +149,48 @@ def test_the_density_is_that_of_the_arguments(compile_count):
         if shift:
             assert z_scores(draws, Y.sum() / 5) > 6  # the first data set
     assert others[1:] == [[], []], others  # MCMC compiles its loop at every run
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kernel", KERNELS, ids=NAMES)
+def test_latents_on_a_simplex_and_in_order(kernel):
+    counts = np.array([3.0, 1.0, 6.0])
+
+    def model():
+        p = numpyro.sample("p", dist.Dirichlet(jnp.ones(3)))
+        numpyro.sample("n", dist.Multinomial(10, p), obs=counts)
+        o = numpyro.sample("o", dist.ImproperUniform(dist.constraints.ordered_vector, (), (2,)))
+        numpyro.factor("density", dist.Normal(0.0, 1.0).log_prob(o).sum())
+
+    mcmc = sampler(kernel(model), draws=150, warmup=150)
+    mcmc.run(jax.random.key(0))
+    draws = mcmc.get_samples(group_by_chain=True)
+    for i, alpha in enumerate(counts + 1.0):
+        assert z_scores(draws["p"][..., i], alpha / 13.0) < 4
+        assert z_scores(draws["p"][..., i], counts[i] / 10.0) > 4  # no prior
+    # the lower and the upper of two normals
+    assert z_scores(draws["o"][..., 1], 1.0 / np.sqrt(np.pi)) < 4
+    assert z_scores(draws["o"][..., 0] * draws["o"][..., 1], 0.0) < 4
+
+
+@pytest.mark.long
+def test_a_low_rank_metric():
+    direction = np.ones(20) / np.sqrt(20)
+    covariance = np.eye(20) + 99.0 * np.outer(direction, direction)
+    precision = jnp.asarray(np.linalg.inv(covariance))
+
+    def potential(z):
+        return 0.5 * z @ precision @ z
+
+    start = 3.0 * jax.random.normal(jax.random.key(1), (CHAINS, 20))
+    mixed = []
+    for rank in (None, 1):
+        mcmc = sampler(MEADS(potential_fn=potential, low_rank_rank=rank), draws=150, warmup=300)
+        mcmc.run(jax.random.key(0), init_params=start)
+        along = mcmc.get_samples(group_by_chain=True) @ direction
+        mixed.append(effective_sample_size(np.asarray(along)))
+    assert z_scores(along, 0.0) < 4 and z_scores(along**2, 100.0) < 4
+    assert mixed[1] > 1.5 * mixed[0], mixed
 
 
 @pytest.mark.long

@@ -21,10 +21,10 @@ def model(y=0.5):
     numpyro.sample("y", dist.Normal(mu.sum(), 1.0), obs=y)
 
 
-def run(kernel, warmup=10, init_params=None, **options):
+def run(kernel, warmup=10, init_params=None, data=(), **options):
     options = {"chain_method": "vectorized", "progress_bar": False, "num_chains": CHAINS} | options
     mcmc = MCMC(kernel, num_warmup=warmup, num_samples=10, **options)
-    mcmc.run(jax.random.key(0), init_params=init_params)
+    mcmc.run(jax.random.key(0), *data, init_params=init_params)
     return mcmc
 
 
@@ -51,6 +51,7 @@ def test_folds():
         run(MEADS(model, num_folds=32))
 
 
+@pytest.mark.filterwarnings("ignore:Out-of-support")
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_models_that_cannot_be_sampled(kernel):
     def discrete():
@@ -64,6 +65,10 @@ def test_models_that_cannot_be_sampled(kernel):
         run(kernel(discrete))
     with pytest.raises(ValueError, match="'m' is a Delta.*numpyro.deterministic"):
         run(kernel(delta))
+    with pytest.raises(ValueError, match="no latent site"):
+        run(kernel(lambda: numpyro.sample("y", dist.Normal(0.0, 1.0), obs=0.5)))
+    with pytest.raises(RuntimeError, match="Cannot find valid initial parameters"):
+        run(kernel(model, start="init"), data=(jnp.nan,))
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -77,9 +82,13 @@ def test_starts_that_cannot_be_used(kernel):
     bad = start()["mu"].at[jnp.array([3, 7]), 0].set(jnp.nan)
     with pytest.raises(ValueError, match="2 of 64 chains start .*not finite: 3, 7. Leave"):
         run(kernel(model), init_params={"mu": bad})
-    alike = start()["mu"].at[:, 1].set(0.25)
-    with pytest.raises(ValueError, match="same value of 'mu'.*add noise"):
+    alike = start()["mu"].at[:, 1].set(0.1)  # whose mean is another number, by rounding
+    with pytest.raises(ValueError, match="same value of 'mu'.*must be spread. Leave init_params"):
         run(kernel(model), init_params={"mu": alike})
+    with pytest.raises(ValueError, match=r"'mu'\] takes .* shape \(64, 2\), .*got \(64,\)"):
+        run(kernel(model), init_params={"mu": start()["mu"][:, 0]})
+    with pytest.raises(ValueError, match="64 of 64 .*Give other init_params: finite"):
+        run(kernel(potential_fn=lambda z: 0.5 * (z**2).sum()), init_params=jnp.nan * bad)
     with pytest.raises(ValueError, match=r"latent sites, \['mu'\]; got \['nu'\]"):
         run(kernel(model), init_params={"nu": bad})
     with pytest.raises(ValueError, match="potential_fn needs to be told"):
@@ -109,7 +118,7 @@ def test_options(kernel):
     for name in ("step_size", "learning_rate"):
         with pytest.raises(ValueError, match=f"{name} takes a finite number above 0"):
             ChEES(model, **{name: -1.0})
-    with pytest.raises(ValueError, match="target_accept_prob takes 0 to 1"):
+    with pytest.raises(ValueError, match="target_accept_prob lies between 0 and 1"):
         ChEES(model, target_accept_prob=1.0)
 
 

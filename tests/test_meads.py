@@ -37,7 +37,7 @@ def ours(key, start, scheme):
 
     def step(carry, key):
         keys = jax.random.split(key, NUM_CHAINS + 1)
-        chains, adaptation, _ = meads_step(keys[None, :-1], keys[-1], *carry, log_density, scheme)
+        chains, adaptation, *_ = meads_step(keys[None, :-1], keys[-1], *carry, log_density, scheme)
         return (chains, adaptation), None
 
     keys = jax.random.split(adapt_key, NUM_STEPS)
@@ -96,3 +96,31 @@ def test_the_step_is_blackjax(key, scheme):
         np.testing.assert_allclose(ours_.sigma, metric.sigma, rtol=1e-6)
         np.testing.assert_allclose(abs(ours_.U.T @ metric.U), np.eye(2), atol=1e-6)
         assert low.number[0] == NUM_CHAINS * (NUM_STEPS - 4)  # from a fifth of warm-up on
+
+
+def test_draws_are_made_with_averages_over_the_last_half(key):
+    scheme = Scheme(4)
+    chains = jax.vmap(lambda z, k: ghmc.init(z, log_density, k))(
+        positions(key), jax.random.split(key, NUM_CHAINS)
+    )
+    progress = Progress.start(NUM_STEPS, NUM_CHAINS)
+    adaptation = meads_start(chains.position, chains.logdensity_grad, progress, scheme)
+
+    def step(carry, key):
+        keys = jax.random.split(key, NUM_CHAINS + 1)
+        chains, adaptation, *_ = meads_step(keys[None, :-1], keys[-1], *carry, log_density, scheme)
+        return (chains, adaptation), adaptation
+
+    _, after = jax.jit(lambda keys: jax.lax.scan(step, (chains, adaptation), keys))(
+        jax.random.split(key, NUM_STEPS)
+    )
+    first, number = NUM_STEPS // 2, NUM_STEPS - NUM_STEPS // 2
+    late = jax.tree.map(lambda x: x[first:-1], after)  # all but the last, after which all is set
+    before, last = (jax.tree.map(lambda x, i=i: x[i], after) for i in (-2, -1))
+    np.testing.assert_allclose(before.sums.curvature, (late.step_size**-2).sum(axis=0), rtol=1e-5)
+    np.testing.assert_allclose(before.sums.scale, late.scale.sum(axis=0), rtol=1e-5)
+    step_size = (last.sums.curvature.mean() / number) ** -0.5
+    np.testing.assert_allclose(last.step_size, step_size, rtol=1e-5)
+    np.testing.assert_allclose(last.scale[0], last.sums.scale.mean(axis=0) / number, rtol=1e-5)
+    damping = 1 - np.exp(-2 * step_size * last.sums.gamma.mean() / number)
+    np.testing.assert_allclose(last.damping, damping, rtol=1e-5)

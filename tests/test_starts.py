@@ -7,7 +7,7 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import pytest
-from numpyro.infer import MCMC, Trace_ELBO, init_to_sample
+from numpyro.infer import MCMC, NUTS, Trace_ELBO, init_to_sample
 from numpyro.infer.autoguide import AutoNormal
 
 from numpyro_ensemble import EnsembleMAP, EnsembleVI
@@ -62,8 +62,11 @@ def test_starts_from_ensembles():
     np.testing.assert_allclose(np.exp(still["s"]), result.params["s"], rtol=1e-5)
     vi = EnsembleVI(model, AutoNormal(model), optim, Trace_ELBO(), ensemble_size=2)
     result = vi.run(jax.random.key(0), 400, X, Y, progress_bar=False)
-    z = starts.from_ensemble(vi, result, X, Y, num_chains=10, rng_key=jax.random.key(3))
-    assert z["w"].shape == (10, 3) and len(np.unique(z["w"][:, 0])) == 10
+    z = starts.from_ensemble(vi, result, X, Y, num_chains=64, rng_key=jax.random.key(3))
+    check(z, 64)
+    for kernel in (MEADS(model), NUTS(model)):  # the same start for both
+        mcmc = run(kernel, z, warmup=20, draws=10)
+        assert abs(distances(mcmc.get_samples())).mean() < 3
     broken = result._replace(params={k: v * jnp.nan for k, v in result.params.items()})
     with pytest.raises(ValueError, match="No member"):
         starts.from_ensemble(vi, broken, X, Y)
@@ -92,6 +95,22 @@ def test_the_kernel_finds_its_start(compile_count):
 @pytest.mark.long
 def test_pathfinder_finds_the_typical_set():
     check(starts.from_pathfinder(jax.random.key(0), model, 16, X, Y, num_paths=2), 16)
+
+
+@pytest.mark.filterwarnings("ignore:Out-of-support")
+def test_searches_that_find_nothing_say_so():
+    key = jax.random.key(0)
+    for search in (starts.from_nuts, starts.from_pathfinder):
+        with pytest.raises(RuntimeError, match="Cannot find valid initial parameters"):
+            search(key, model, 8, X, np.nan * Y)
+
+    def jittered(x, y=None, jitter=1e-3):
+        model(x, y)
+
+    with pytest.raises(ValueError, match="'jitter' is both an option of from_nuts and a keyword"):
+        starts.from_nuts(key, jittered, 8, X, Y, jitter=0.2)
+    with pytest.raises(ValueError, match="jitter takes a finite number, 0 or above"):
+        starts.from_nuts(key, model, 8, X, Y, jitter=-1.0)
 
 
 def test_a_start_that_would_freeze_is_reported():

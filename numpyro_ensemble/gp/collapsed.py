@@ -86,7 +86,7 @@ class CollapsedSparseGP(Process):
         left = (value - jnp.broadcast_to(self.mean, value.shape)).reshape(-1, len(self.X))
         scaled = left / jnp.sqrt(self.variances)[None, :]
         c = solve_triangular(LB, jnp.matmul(A, scaled.T, precision=EXACT), lower=True)
-        trace = (self.kernel.diagonal(self.X) / self.variances).sum() - (A**2).sum()
+        trace = (self.kernel.diagonal(self.X) / self.variances - (A**2).sum(axis=0)).sum()
         constant = (
             0.5 * jnp.log(2.0 * jnp.pi * self.variances).sum()
             + jnp.log(jnp.diagonal(LB)).sum()
@@ -110,11 +110,7 @@ class CollapsedSparseGP(Process):
 
     def mask(self, mask: Any) -> dist.Distribution:
         """Mask copies; the bound has no part for each observation."""
-        if jnp.shape(mask) == self.event_shape:
-            raise ValueError(
-                "CollapsedSparseGP takes no mask of its observations: leave rows out of X and y."
-            )
-        return super().mask(mask)
+        return self.where(mask) if jnp.shape(mask) == self.event_shape else super().mask(mask)
 
     def optimal(self, values: ArrayLike) -> tuple[jax.Array, jax.Array]:
         """Return mean `(M,)` and covariance factor `(M, M)` of the best inducing values."""

@@ -59,6 +59,20 @@ class Process(dist.Distribution):
         """Mean `(N,)`."""
         return mean_at(self.mean_fn, self.X)
 
+    def expand(self, batch_shape: tuple[int, ...]) -> dist.Distribution:
+        """Return independent copies, as a plate makes them."""
+        return Copies(self, tuple(batch_shape)) if batch_shape else self
+
+    def where(self, mask: Any) -> Process:
+        """Leave observations out.
+
+        Raises:
+            ValueError: if the process has no part for each observation.
+        """
+        raise ValueError(
+            f"{type(self).__name__} takes no mask of its observations: leave rows out of X and y."
+        )
+
     def _checked(self, value: ArrayLike) -> jax.Array:
         if jnp.shape(value)[-1:] != (len(self.X),):
             raise ValueError(
@@ -68,6 +82,31 @@ class Process(dist.Distribution):
         if self.observed is None:
             check_values("the value of a Gaussian process", value)
         return jnp.asarray(value)
+
+
+class Copies(dist.ExpandedDistribution):
+    """Independent copies of a process, each of which has values of its own."""
+
+    def log_prob(self, value: ArrayLike, intermediates: Any = None) -> jax.Array:
+        """Return the log density of each copy's values.
+
+        Raises:
+            ValueError: if there are values for one copy alone, which would count for each.
+        """
+        copies, events = self.batch_shape, self.event_shape
+        if jnp.shape(value)[-len(copies) - 1 : -1] != copies:
+            raise ValueError(
+                f"{copies} copies of a Gaussian process take values {(*copies, *events)}, got "
+                f"{jnp.shape(value)}. A process is one event, of all its inputs: it stands outside "
+                f"a plate of the data, and inside one of independent copies."
+            )
+        return super().log_prob(value, intermediates)
+
+    def mask(self, mask: Any) -> dist.Distribution:
+        """Mask observations by `(N,)`, or copies."""
+        if jnp.shape(mask) == self.event_shape:
+            return self.base_dist.mask(mask).expand(self.batch_shape)
+        return super().mask(mask)
 
 
 def check_values(name: str, value: ArrayLike) -> None:
@@ -194,9 +233,12 @@ class GaussianProcess(Process):
 
         A mask of that shape always means observations, never as many copies in a plate.
         """
-        if jnp.shape(mask) != self.event_shape:
-            return super().mask(mask)
-        observed = mask if self.observed is None else jnp.asarray(mask) & self.observed
+        return self.where(mask) if jnp.shape(mask) == self.event_shape else super().mask(mask)
+
+    def where(self, mask: Any) -> GaussianProcess:
+        """Leave observations out for good, by a mask `(N,)` or one flag for all."""
+        observed = jnp.broadcast_to(jnp.asarray(mask, bool), self.event_shape)
+        observed = observed if self.observed is None else observed & self.observed
         parts = (self.kernel, self.X, self.noise, self.mean_fn, self.jitter)
         return GaussianProcess(*parts, observed=observed)
 

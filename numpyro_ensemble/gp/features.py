@@ -13,6 +13,7 @@ from jax.typing import ArrayLike
 from numpyro_ensemble.gp.inputs import EXACT, as_inputs
 from numpyro_ensemble.gp.kernels import Kernel
 from numpyro_ensemble.gp.spectra import sobol
+from numpyro_ensemble.gp.waves import sine_cosine
 from numpyro_ensemble.handlers import check_count
 
 _FEWEST = 16  # frequencies of a product with other columns, below which a warning is given
@@ -43,11 +44,15 @@ class Block:
                 jnp.matmul(factor.inputs(X), w.T, precision=EXACT)
                 for factor, w in zip(self.spectral, self.frequencies, strict=True)
             )
-            waves = (jnp.cos(phase), jnp.sin(phase))
-            columns = jnp.concatenate([self.amplitudes[None, :] * wave for wave in waves], axis=1)
+            sine, cosine = sine_cosine(phase)
+            columns = (
+                jnp.concatenate([cosine, sine], axis=1) * jnp.tile(self.amplitudes, 2)[None, :]
+            )
         for factor in self.finite:
             more = factor.columns(X)
-            columns = (columns[:, :, None] * more[:, None, :]).reshape(len(X), -1)
+            columns = (columns[:, :, None] * more[:, None, :]).reshape(
+                len(X), columns.shape[1] * more.shape[1]
+            )
         return columns
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from numpyro_ensemble.arguments import has_tracers
 from numpyro_ensemble.gp.distribution import GaussianProcess
-from numpyro_ensemble.gp.matheron import contradictions
+from numpyro_ensemble.gp.inputs import contradictions
 from numpyro_ensemble.gp.sites import Site
 from numpyro_ensemble.results import EnsembleResult
 
@@ -84,10 +84,11 @@ def check_told(told: dict[str, Any], seen: dict[str, Seen], old: list[Any], new:
     ]
     if not stayed:  # else the arguments are compared on the host
         return
-    moved = [len(x) for x in new if not any(np.array_equal(x, before) for before in old)]
+    changed = [x for x in new if not any(np.array_equal(x, before) for before in old)]
     for name in stayed:
         # where the user asks for the inputs of the fit again, all that is new is as long
         number = seen[name].number
+        moved = [len(x) for x in changed if not _is_index(x, number)]
         if any(n != number for n in moved) or (moved and not holds(told[name]["given"])):
             raise ValueError(
                 f"the inputs of {name!r} are the same at the new arguments as in the fit: "
@@ -99,7 +100,24 @@ def check_told(told: dict[str, Any], seen: dict[str, Seen], old: list[Any], new:
 
 def arrays_of(*given: Any) -> list[Any]:
     """Return the arrays among arguments."""
-    return [x for x in jax.tree.leaves(given) if jnp.ndim(x)]
+    return [x for x in jax.tree.leaves(given) if np.ndim(x)]
+
+
+def _is_index(x: Any, number: int) -> bool:
+    """Say whether an array says which of so many values of a process belong to each row."""
+    x = np.asarray(x)
+    return x.dtype.kind in "iu" and bool(((x >= 0) & (x < number)).all())
+
+
+def digest(arrays: list[Any]) -> jax.Array:
+    """Return a number that differs for arrays of other contents."""
+    total = jnp.zeros((), jnp.uint32)
+    for x in arrays:
+        if jnp.issubdtype(x.dtype, jnp.number) or x.dtype == bool:
+            bits = jax.lax.bitcast_convert_type(jnp.asarray(x, jnp.float32).ravel(), jnp.uint32)
+            places = 2 * jnp.arange(bits.size, dtype=jnp.uint32) + 1
+            total = 2654435761 * total + (bits * places).sum(dtype=jnp.uint32)
+    return total
 
 
 def holds(flags: Any) -> bool:

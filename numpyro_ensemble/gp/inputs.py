@@ -13,6 +13,9 @@ from jax.typing import ArrayLike
 
 from numpyro_ensemble.arguments import has_tracers
 
+CONTRADICTION = (
+    "values at equal points differ although noise is 0: give the noise's variance, or average them."
+)
 EXACT = jax.lax.Precision.HIGHEST  # of distances, phases and all that is built on them
 
 
@@ -194,7 +197,25 @@ def diagonal(name: str, value: Any, X: jax.Array) -> jax.Array:
         raise ValueError(
             f"{name} takes one variance, or one for each of the {len(X)} inputs, got shape {shape}."
         )
-    if not has_tracers(value) and not (np.asarray(value) >= 0).all():
-        raise ValueError(f"{name} is a variance and not negative, got {np.asarray(value)}.")
+    if not has_tracers(value):
+        known = np.asarray(value)
+        if not ((known >= 0) & np.isfinite(known)).all():
+            raise ValueError(f"{name} is a variance, finite and not negative, got {known}.")
     value = _as_array(value, X)
     return jnp.broadcast_to(value, (len(X),))
+
+
+def contradictions(points: jax.Array, values: jax.Array, noise: jax.Array, jitter: Any) -> Any:
+    """Say whether values at equal inputs differ although there is no noise."""
+    order = jnp.lexsort(points.T)
+    points, values, noise = points[order], values[..., order], noise[order]
+    equal = (points[1:] == points[:-1]).all(axis=1) & (noise[1:] + noise[:-1] == 0)
+    apart = jnp.abs(jnp.diff(values, axis=-1)) > 20.0 * jnp.sqrt(jitter)
+    return (equal & apart.any(axis=tuple(range(apart.ndim - 1)))).any()
+
+
+def repeated(X: jax.Array, points: jax.Array) -> np.ndarray:
+    """Say which of some inputs are among the points, `(..., N, D)`."""
+    rows = [np.ascontiguousarray(x, points.dtype).reshape(-1, X.shape[1]) + 0 for x in (X, points)]
+    new, old = (x.view(f"V{x.itemsize * x.shape[1]}")[:, 0] for x in rows)
+    return np.isin(new, old)

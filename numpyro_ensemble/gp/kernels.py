@@ -93,6 +93,8 @@ class Kernel:
         return Sum(self, _as_kernel(other))
 
     def __radd__(self, other: Any) -> Kernel:
+        if isinstance(other, int) and other == 0:  # where Python's sum starts
+            return self
         return Sum(_as_kernel(other), self)
 
     def __mul__(self, other: Any) -> Kernel:

@@ -8,25 +8,25 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 
 from numpyro_ensemble.arguments import has_tracers
 from numpyro_ensemble.draws import pick
 from numpyro_ensemble.gp.features import check_num_features, draw_features
-from numpyro_ensemble.gp.inputs import as_inputs, as_mean, check_finite, diagonal, mean_at
+from numpyro_ensemble.gp.inputs import (
+    CONTRADICTION,
+    as_inputs,
+    as_mean,
+    check_finite,
+    contradictions,
+    diagonal,
+    mean_at,
+)
 from numpyro_ensemble.gp.kernels import Kernel
 from numpyro_ensemble.gp.paths import Paths, check_solved
 from numpyro_ensemble.gp.solvers import SOLVERS, default_jitter
 from numpyro_ensemble.handlers import check_count
-
-
-def contradictions(points: jax.Array, values: jax.Array, noise: jax.Array, jitter: Any) -> Any:
-    """Say whether values at equal inputs differ although there is no noise."""
-    order = jnp.lexsort(points.T)
-    points, values, noise = points[order], values[..., order], noise[order]
-    equal = (points[1:] == points[:-1]).all(axis=1) & (noise[1:] + noise[:-1] == 0)
-    apart = jnp.abs(jnp.diff(values, axis=-1)) > 20.0 * jnp.sqrt(jitter)
-    return (equal & apart.reshape(-1, len(equal)).any(axis=0)).any()
 
 
 def check_options(num_paths: int, num_bases: int, num_features: int, solver: str) -> None:
@@ -61,6 +61,7 @@ def draw_paths(
     num_bases: int = 4,
     solver: str = "cholesky",
     tolerance: float | None = None,
+    copies: int = 1,
 ) -> Paths:
     """Draw functions from the posterior of a Gaussian process, by Matheron's rule.
 
@@ -81,6 +82,7 @@ def draw_paths(
             removed by more paths.
         solver: "cholesky", or "cg" for conjugate gradients in memory that grows with N.
         tolerance: relative residual of conjugate gradients (default: the root of the precision).
+        copies: how many paths that follow each other share a basis: those of a plate's processes.
 
     Raises:
         ValueError: for shapes that do not match, values that are not finite, or solves that fail.
@@ -114,10 +116,7 @@ def draw_paths(
     variances = diagonal("noise", noise, points)
     if observed is None and not has_tracers((points, values, variances, extra)):
         if contradictions(points, values, variances, extra):
-            raise ValueError(
-                "values at equal points differ although noise is 0: give the noise's variance, or "
-                "average them."
-            )
+            raise ValueError(CONTRADICTION)
     dtype = jnp.result_type(points.dtype, values.dtype)
     paths = _draw(
         rng_key,
@@ -129,7 +128,8 @@ def draw_paths(
         observed,
         num_paths=num_paths,
         num_features=num_features,
-        num_bases=min(num_bases, num_paths),
+        num_bases=min(num_bases, num_paths // copies),
+        copies=copies,
         solver=solver,
         tolerance=None if tolerance is None else jnp.asarray(tolerance, dtype),
     )
@@ -137,7 +137,7 @@ def draw_paths(
     return paths
 
 
-@partial(jax.jit, static_argnames=("num_paths", "num_features", "num_bases", "solver"))
+@partial(jax.jit, static_argnames=("num_paths", "num_features", "num_bases", "copies", "solver"))
 def _draw(
     rng_key: jax.Array,
     process: tuple[Kernel, Any],
@@ -150,6 +150,7 @@ def _draw(
     num_paths: int,
     num_features: int,
     num_bases: int,
+    copies: int,
     solver: str,
     tolerance: jax.Array | None,
 ) -> Paths:
@@ -160,7 +161,9 @@ def _draw(
         jax.random.split(key_features, num_bases)
     )
     width = sum(pick(features, 0).sizes(points.shape[1]))
-    shape = (num_bases, -(-num_paths // num_bases), width)
+    each = -(-(num_paths // copies) // num_bases) * copies
+    group, copy = np.divmod(np.arange(num_paths), copies)
+    order = group % num_bases * each + group // num_bases * copies + copy  # one basis after another
     total = diagonal("noise", noise, points) + jitter
     normal = jax.random.normal(key_noise, (num_paths, len(points)), values.dtype)
     paths = Paths(
@@ -168,8 +171,8 @@ def _draw(
         mean_fn=mean_fn,
         points=points,
         features=features,
-        weights=jax.random.normal(key_weights, shape, values.dtype),
-        order=jnp.arange(num_paths),
+        weights=jax.random.normal(key_weights, (num_bases, each, width), values.dtype),
+        order=jnp.asarray(order),
         number=jnp.arange(num_paths),
         alpha=jnp.zeros_like(normal),
         right=jnp.zeros_like(normal),
@@ -184,7 +187,7 @@ def _draw(
         tolerance=tolerance,
     )
     values = jnp.broadcast_to(values, normal.shape)
-    left = values - mean_at(mean_fn, points)[None, :] - paths._prior(points).T
+    left = values - mean_at(mean_fn, points)[None, :] - paths._prior_at(points).T
     right = left - jnp.sqrt(total)[None, :] * normal
     if observed is not None:
         right = jnp.where(observed[None, :], right, 0.0)

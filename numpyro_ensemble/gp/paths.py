@@ -14,11 +14,14 @@ from numpyro_ensemble.arguments import has_tracers
 from numpyro_ensemble.draws import pick
 from numpyro_ensemble.gp.features import Features
 from numpyro_ensemble.gp.inputs import (
+    CONTRADICTION,
     EXACT,
     as_inputs,
     check_finite,
+    contradictions,
     diagonal,
     mean_at,
+    repeated,
 )
 from numpyro_ensemble.gp.kernels import Kernel
 from numpyro_ensemble.gp.solvers import by_rows, default_jitter, solve, why_unfactored
@@ -101,8 +104,9 @@ class Paths:
         """Evaluate the prior functions that the paths were made of, without the mean."""
         X = self._inputs(X)
         if self.num_draws is None:
-            return self._prior(X).T
-        return jax.lax.map(lambda paths: paths._prior(X).T, self).reshape(-1, len(X))
+            return self._prior_at(X).T
+        prior = jax.lax.map(lambda paths: paths._prior_at(X).T, self)
+        return prior.reshape(self.num_paths, len(X))
 
     def each(self, X: ArrayLike) -> jax.Array:
         """Evaluate each path at inputs of its own, `(num_paths, N, D)`: `(num_paths, N)`."""
@@ -126,15 +130,24 @@ class Paths:
             cross = self.kernel.matrix(X, self.points)
             return self._prior(X) + jnp.matmul(cross, self.alpha.T, precision=EXACT)
 
-        width = max(len(self.points), self.weights.shape[0] * self.weights.shape[2])
-        return by_rows(rows, X, width).T + mean_at(self.mean_fn, X)[None, :]
+        values = by_rows(rows, X, max(len(self.points), self._columns))
+        return values.T + mean_at(self.mean_fn, X)[None, :]
+
+    @property
+    def _columns(self) -> int:
+        """Columns of all bases together."""
+        return self.weights.shape[-3] * self.weights.shape[-1]
+
+    def _prior_at(self, X: jax.Array) -> jax.Array:
+        """Evaluate the prior functions in blocks of rows, `(N, P)`."""
+        return by_rows(self._prior, X, self._columns)
 
     def _prior(self, X: jax.Array) -> jax.Array:
         def one(features: Features, weights: jax.Array) -> jax.Array:
             return jnp.matmul(features(X), weights.T, precision=EXACT)
 
         each = jax.vmap(one, out_axes=1)(self.features, self.weights)
-        return each.reshape(len(X), -1)[:, self.order]
+        return jax.lax.collapse(each, 1, 3)[:, self.order]
 
     # Parts --------------------------------------------------------------------------------------
 
@@ -149,7 +162,7 @@ class Paths:
             places = places[np.asarray(index) if isinstance(index, jax.Array) else index]
         if places.ndim == 0:
             return self._one(places)
-        if self.num_draws is None and not has_tracers(places):
+        if self.num_draws is None and not has_tracers((places, self.order)):
             return self._some(places)
         return jax.vmap(self._one)(jnp.asarray(places))
 
@@ -252,7 +265,7 @@ class Paths:
         if self.part:
             raise ValueError("one term's paths cannot be updated alone: update the whole first.")
         check_finite("values", values)
-        X, values = self._inputs(X), jnp.asarray(values)
+        X, values = self._inputs(X), jnp.asarray(values, self.alpha.dtype)
         if values.shape not in ((len(X),), (self.num_paths, len(X))):
             raise ValueError(
                 f"values take shape ({len(X)},) or ({self.num_paths}, {len(X)}), got "
@@ -262,9 +275,26 @@ class Paths:
             diagonal("noise", noise, X)
         if noise is None and self.noise.ndim > (self.num_draws is not None):
             raise ValueError("the paths have a noise for each point: say that of the new values.")
+        self._check_agrees(X, values, noise)
         more = _update(self, X, values, noise, rng_key)
         check_solved(more)
         return more
+
+    def _check_agrees(self, X: jax.Array, values: jax.Array, noise: Any) -> None:
+        """Raise a ValueError where values without noise differ from others at the same inputs."""
+        if self.solver == "cg" or has_tracers((self.alpha, X, values, noise)):
+            return
+        variances = diagonal("noise", self.noise.min() if noise is None else noise, X)
+        jitter = 4.0 * self.jitter.max()
+        sure = self.diagonal <= jitter
+        sure = sure if self.observed is None else sure & self.observed
+        again = repeated(X, self.points[sure]) & np.asarray(variances == 0)
+        differs = contradictions(X, values, variances, jitter)
+        if again.any():
+            known = np.asarray(self(X[again]))
+            differs |= (abs(known - np.asarray(values)[..., again]) > 20.0 * np.sqrt(jitter)).any()
+        if differs:
+            raise ValueError(CONTRADICTION)
 
     def _more(self, X: jax.Array, values: jax.Array, noise: Any, key: jax.Array | None) -> Paths:
         points = jnp.concatenate([self.points, X])
@@ -278,7 +308,7 @@ class Paths:
         keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(self.number)
         normal = jax.vmap(lambda key: jax.random.normal(key, (len(X),), values.dtype))(keys)
         error = jnp.sqrt(added)[None, :] * normal
-        right = values - mean_at(self.mean_fn, X)[None, :] - self._prior(X).T - error
+        right = values - mean_at(self.mean_fn, X)[None, :] - self._prior_at(X).T - error
         observed = self.observed
         if observed is not None:
             observed = jnp.concatenate([observed, jnp.ones(len(X), bool)])
@@ -287,6 +317,7 @@ class Paths:
             points=points,
             diagonal=jnp.concatenate([self.diagonal, added]),
             right=jnp.concatenate([self.right, right], axis=1),
+            jitter=jitter,
             noise=jnp.concatenate([self.noise, variances]) if self.noise.ndim else self.noise,
             observed=observed,
         )
@@ -311,7 +342,8 @@ def _evaluate(paths: Paths, X: jax.Array) -> jax.Array:
         return paths._at(X)
     if paths.num_draws == 1:
         return pick(paths, 0)._at(X)
-    return jax.lax.map(lambda each: each._at(X), paths).reshape(-1, len(X))
+    each = jax.lax.map(lambda each: each._at(X), paths)
+    return each.reshape(paths.num_paths, len(X))
 
 
 @jax.jit

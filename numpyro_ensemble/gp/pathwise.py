@@ -14,13 +14,14 @@ import numpy as np
 from numpyro import handlers
 from numpyro.util import is_prng_key
 
-from numpyro_ensemble.arguments import Arguments, arrange
-from numpyro_ensemble.draws import Programs, fill_model, filled, map_draws, pick
+from numpyro_ensemble.arguments import refuse_clashes
+from numpyro_ensemble.draws import fill_model, filled, map_draws, pick
 from numpyro_ensemble.gp.findings import (
     Seen,
     arrays_of,
     check_flags,
     check_told,
+    digest,
     flags_of,
     flat_samples,
     holds,
@@ -30,6 +31,7 @@ from numpyro_ensemble.gp.matheron import check_options
 from numpyro_ensemble.gp.paths import PER_PATH, Paths
 from numpyro_ensemble.gp.sites import Answer, Site, gather_sites
 from numpyro_ensemble.handlers import check_count
+from numpyro_ensemble.programs import Programs
 
 
 class Moments(NamedTuple):
@@ -44,7 +46,7 @@ class Pathwise:
 
     `pathwise(rng_key, X_new)` draws functions for each posterior draw and runs the model on them at
     the new inputs. One key is one set of functions, wherever they are evaluated, for data of one
-    dtype; noise is drawn for each call. Latent processes return their values, observed ones
+    dtype; other inputs have other noise. Latent processes return their values, observed ones
     `{name}` with noise and `{name}_f` without; other sites that were not sampled are drawn on top.
 
     Args:
@@ -82,6 +84,7 @@ class Pathwise:
         (6, 50)
     """
 
+    @refuse_clashes
     def __init__(
         self,
         model: Callable,
@@ -123,7 +126,6 @@ class Pathwise:
         self.shared: dict[str, Any] = {}
         self.params = self._per_draw(params or {})
         self._programs = Programs()
-        self._concrete = False  # whether the model looks at the values of its arguments
         self._check_model()
 
     # What is given ------------------------------------------------------------------------------
@@ -137,23 +139,28 @@ class Pathwise:
             trace = fill_model(self.model, jax.random.key(0), first, self.args, self.kwargs)
             for name, site in trace.items():
                 if site["type"] == "param":
-                    own[name] = jax.tree.map(jnp.shape, site["value"])
+                    own[name] = [jnp.shape(leaf) for leaf in jax.tree.leaves(site["value"])]
 
         if not params:
             return {}
         jax.eval_shape(look)
         each = {}
         for name in params.keys() & own.keys():  # the others are a guide's
-            shapes = jax.tree.leaves(own[name], is_leaf=lambda s: isinstance(s, tuple))
+            shapes = own[name]
             given = [jnp.shape(leaf) for leaf in jax.tree.leaves(params[name])]
+            lead = next((shape[0] for shape in given if shape), 0) or self.num_draws
             if given == shapes:
                 self.shared[name] = params[name]
-            elif given == [(self.num_draws, *shape) for shape in shapes]:
-                each[name] = jax.tree.map(jnp.asarray, params[name])
+            elif (
+                lead and given == [(lead, *shape) for shape in shapes] and not self.num_draws % lead
+            ):
+                # of members, whose draws follow each other
+                repeat = partial(jnp.repeat, repeats=self.num_draws // lead, axis=0)
+                each[name] = jax.tree.map(repeat, jax.tree.map(jnp.asarray, params[name]))
             else:
                 raise ValueError(
                     f"params[{name!r}] has shapes {given}: the model's are {shapes}, or each with "
-                    f"a leading ({self.num_draws},) of draws."
+                    f"a leading ({self.num_draws},) of draws, or of members."
                 )
         return each
 
@@ -201,9 +208,10 @@ class Pathwise:
         paths = {}
         number = self._bases * self._each
         for key, (name, site) in zip(keys, sorted(sites.items()), strict=True):
+            copies = len(site.flat())
             values = jnp.tile(site.flat(), (number, 1))
-            draw = site.process.draw_paths
-            paths[name] = draw(key, values, num_paths=len(values), **self._options)
+            options = {"num_paths": len(values), "copies": copies, **self._options}
+            paths[name] = site.process.draw_paths(key, values, **options)
         return paths
 
     def draw(self, rng_key: jax.Array) -> dict[str, Paths]:
@@ -270,7 +278,7 @@ class Pathwise:
         """Return values by site name, samples and paths leading: `(S * num_paths, ...)`.
 
         Args:
-            rng_key: one key: one set of functions, and one draw of the noise.
+            rng_key: one key: one set of functions, and for the same arguments one draw of noise.
             *args: arguments of the model at the new inputs; leave the data out (None).
             **kwargs: keyword arguments of the model.
         """
@@ -278,8 +286,9 @@ class Pathwise:
         number = self._bases * self._each
 
         def arrange_paths(x: jax.Array) -> jax.Array:
-            x = x.reshape(self.num_draws, number, *x.shape[3:])[:, : self.num_paths]
-            return x if self.group_by_draw else x.reshape(-1, *x.shape[2:])
+            x = x.swapaxes(1, 2).reshape(self.num_draws, number, *x.shape[3:])
+            x = x[:, : self.num_paths]
+            return x if self.group_by_draw else jax.lax.collapse(x, 0, 2)
 
         return {name: arrange_paths(value) for name, value in values.items()}
 
@@ -306,65 +315,34 @@ class Pathwise:
 
     def _checked(self, one: Callable, inputs: tuple, args: tuple, kwargs: dict) -> Any:
         """Run a program over all draws, and raise a ValueError for what it found wrong."""
-        out, flags, told = self._run(one, inputs, args, kwargs)
+
+        def program(call: tuple, *inputs: Any) -> Any:
+            return map_draws(lambda given: one(call, *given), inputs, self._at_once())
+
+        call = (self.model, args, kwargs, one.__name__)
+        out, flags, told = self._programs.call(program, inputs, *call)
         check_told(told, self._seen, arrays_of(self.args, self.kwargs), arrays_of(args, kwargs))
         check_flags(flags, self.num_draws)
         return out
 
-    def _run(self, one: Callable, inputs: tuple, args: tuple, kwargs: dict) -> Any:
-        """Run a program over all draws; arrays among the model's arguments are its inputs.
-
-        A model that looks at their values has them concrete, and is compiled for each.
-        """
-        while True:
-            traced = not self._concrete
-            arguments = arrange(self.model, args, kwargs, jit_model_args=traced)
-
-            program = self._programs.get(
-                partial(self._mapped_call, one, arguments),
-                self.model,
-                None,
-                args,
-                kwargs,
-                one.__name__,
-                jit_model_args=traced,
-            )
-            try:
-                return program(arguments.dynamic, *inputs)
-            except (
-                jax.errors.ConcretizationTypeError,
-                jax.errors.TracerArrayConversionError,
-                jax.errors.TracerIntegerConversionError,
-                jax.errors.NonConcreteBooleanIndexError,
-            ):
-                if self._concrete:
-                    raise
-                self._concrete = True
-
-    def _mapped_call(self, one: Callable, arguments: Arguments) -> Callable:
-        def program(dynamic: Any, *inputs: Any) -> Any:
-            call = arguments.rebuild(dynamic)
-            return map_draws(lambda given: one(call, *given), inputs, self._at_once())
-
-        return jax.jit(program)
-
     def _predict(self, call: tuple, rng_key: jax.Array, sample: dict, params: dict) -> Any:
         """Run the model at the new inputs on the functions of one posterior draw."""
-        sites = self._find(sample, params)
+        sites = {k: site.centred() for k, site in self._find(sample, params).items()}
         path_key, noise_key = jax.random.split(rng_key)
         paths = self._functions(path_key, sites)
         copies = {name: site.flat().shape[0] for name, site in sites.items()}
         shape = (self._bases, self._each)
 
-        def grouped(name: str, leaf: jax.Array) -> jax.Array:
-            return leaf.reshape(*shape, copies[name], leaf.shape[-1])
+        def grouped(name: str, drawn: Paths) -> tuple[jax.Array, jax.Array]:
+            weights = drawn.weights.reshape(*shape, copies[name], drawn.weights.shape[-1])
+            alpha = drawn.alpha.reshape(*shape[::-1], copies[name], drawn.alpha.shape[-1])
+            return weights, alpha.swapaxes(0, 1)  # one path after another is of another basis
 
         # the bases and what goes with each path: mapped over bases, then over their paths
         features = {name: drawn.features for name, drawn in paths.items()}
-        own = {
-            name: (grouped(name, drawn.weights), grouped(name, drawn.alpha))
-            for name, drawn in paths.items()
-        }
+        own = {name: grouped(name, drawn) for name, drawn in paths.items()}
+        # other inputs have other noise
+        noise_key = jax.random.fold_in(noise_key, digest(arrays_of(*call)))
         keys = jax.random.split(noise_key, shape)
 
         def run(features: dict, own: dict, key: jax.Array) -> Any:
@@ -411,9 +389,10 @@ class Pathwise:
         return values
 
     def _moments(self, call: tuple, sample: dict, params: dict) -> Any:
-        sites, known = self._find(sample, params), self._known(sample, params)
+        known = self._known(sample, params)
+        sites = {k: site.centred() for k, site in self._find(sample, params).items()}
 
-        def answers(shift: float) -> tuple[dict, Answer]:
+        def answers(shift: Callable) -> tuple[dict, Answer]:
             moments: dict[str, tuple] = {}
 
             def conditional(name: str, X: jax.Array) -> jax.Array:
@@ -422,17 +401,24 @@ class Pathwise:
                 mean, variance = predict(site.flat())
                 mean, variance = (a.reshape(*site.copies, len(X)) for a in (mean, variance))
                 moments[name] = (mean, variance)
-                return mean + shift
+                return shift(mean)
 
             functions = {name: partial(conditional, name) for name in sites}
             return moments, self._call(call, known, functions, sites, jax.random.key(0))[0]
 
-        moments, answer = answers(0.0)
-        other = answers(1.0)[1]  # inputs that follow other functions differ
+        moments, answer = answers(lambda mean: mean)
+        # inputs that follow other functions differ where these do
+        other = answers(lambda x: x + 3.0 * jax.random.normal(jax.random.key(1), x.shape))[1]
         free = {name: (X == other.inputs[name]).all() for name, X in answer.inputs.items()}
         met = {name: sites[name] for name in moments}
         solved = {name: jnp.isfinite(jnp.stack(moments[name])).all() for name in met}
-        named = {f"{name}_f" if met[name].noisy else name: moments[name] for name in met}
+        named = {
+            f"{name}_f" if met[name].noisy else name: (
+                mean + jnp.broadcast_to(answer.means[name], mean.shape),
+                variance,
+            )
+            for name, (mean, variance) in moments.items()
+        }
         return (named, free), flags_of(met, solved), answer.told
 
 
@@ -456,4 +442,4 @@ def _values(
         order=jnp.arange(len(alpha)),
         alpha=alpha,
     )
-    return one(X).reshape(*copies, -1)
+    return one(X).reshape(*copies, len(X))

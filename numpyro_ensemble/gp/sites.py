@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import copy
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import numpyro.distributions as dist
 from numpyro import handlers
 from numpyro.primitives import Messenger
 
 from numpyro_ensemble.draws import filled
 from numpyro_ensemble.gp.distribution import Process, check_values
+from numpyro_ensemble.gp.inputs import mean_at
 from numpyro_ensemble.gp.whiten import SUFFIX
 from numpyro_ensemble.handlers import is_zero, unwrapped
 
@@ -47,6 +50,13 @@ class Site(NamedTuple):
         """Return the values, one row for each copy."""
         return self.values.reshape(-1, self.values.shape[-1])
 
+    def centred(self) -> Site:
+        """Return the same without its mean, in whose place a call has its own."""
+        process = copy.copy(self.process)
+        process.mean_fn = None
+        mean = jnp.broadcast_to(self.process.mean, self.values.shape)
+        return self._replace(process=process, values=self.values - mean)
+
 
 def is_transformed(fn: Any) -> bool:
     """Say whether a distribution transforms a process, so that its values are no Gaussian's."""
@@ -59,8 +69,9 @@ def is_transformed(fn: Any) -> bool:
 class _Gather(Messenger):
     """Collect the processes of a model, and the names of latents that nothing is known of."""
 
-    def __init__(self, fn: Callable) -> None:
+    def __init__(self, fn: Callable, known: Collection[str]) -> None:
         super().__init__(fn)
+        self.known = known
         self.sites: dict[str, Site] = {}
         self.unknown: list[str] = []
         self.unfitted: list[str] = []
@@ -76,7 +87,10 @@ class _Gather(Messenger):
                 f"the site {msg['name']!r} transforms a Gaussian process. Sample the process "
                 f"itself, and transform its values in the model."
             )
-        if msg["value"] is None and not msg["infer"].get("is_auxiliary"):
+        # what a scan has drawn comes with its value
+        drawn = msg.get("_control_flow_done") and not msg["is_observed"]
+        missing = msg["value"] is None or (drawn and msg["name"] not in self.known)
+        if missing and not msg["infer"].get("is_auxiliary"):
             self.unknown.append(msg["name"])
 
     def postprocess_message(self, msg: dict[str, Any]) -> None:
@@ -112,7 +126,23 @@ class _Gather(Messenger):
             )
         if msg["is_observed"] and process.observed is None:
             check_values(f"{name!r}", value)
+        process = _masked(name, msg["fn"], process) if msg["is_observed"] else process
         return Site(process, jnp.asarray(value), bool(msg["is_observed"]), process.X)
+
+
+def _masked(name: str, fn: dist.Distribution, process: Process) -> Process:
+    """Return a process that leaves out what a mask around it leaves out."""
+    while not isinstance(fn, Process):
+        mask = getattr(fn, "_mask", True)
+        if jnp.ndim(mask):
+            raise ValueError(
+                f"{name!r} has a mask {jnp.shape(mask)} of its copies. Mask observations, by "
+                f"GaussianProcess(..., observed=), or leave the copies out."
+            )
+        if mask is not True:
+            process = process.where(mask)
+        fn = fn.base_dist
+    return process
 
 
 def _check_shape(name: str, shape: tuple[int, ...], fn: dist.Distribution) -> None:
@@ -127,7 +157,7 @@ def _check_shape(name: str, shape: tuple[int, ...], fn: dist.Distribution) -> No
 
 def gather_sites(model: Callable, known: Mapping[str, Any], args: tuple, kwargs: dict) -> _Gather:
     """Run a model on one posterior draw; return its processes, and names nothing is known of."""
-    gather = _Gather(filled(model, known))
+    gather = _Gather(filled(model, known), known)
     with handlers.seed(rng_seed=jax.random.key(0)):
         gather(*args, **kwargs)
     return gather
@@ -138,7 +168,7 @@ class Answer(Messenger):
 
     Args:
         fn: the model.
-        functions: by name, from inputs `(N, D)` to values `(*copies, N)`.
+        functions: by name, from inputs `(N, D)` to values `(*copies, N)` without the mean.
         sites: the processes as they were found.
         rng_key: of the noise of observations.
         given: arrays among the arguments of this call.
@@ -146,6 +176,7 @@ class Answer(Messenger):
     Attributes:
         values: of the processes, by site name.
         inputs: of each process in this call.
+        means: of each process, in this call, at these inputs.
         told: what is known of these inputs: whether they are `finite`, those of the fit
             (`stayed`), and among the arguments (`given`).
     """
@@ -160,9 +191,10 @@ class Answer(Messenger):
     ) -> None:
         super().__init__(fn)
         self.functions, self.sites, self.rng_key = functions, sites, rng_key
-        self.given = [as_columns(x) for x in given if jnp.ndim(x) in (1, 2)]
+        self.given = [as_columns(x) for x in given if np.ndim(x) in (1, 2)]
         self.values: dict[str, jax.Array] = {}
         self.inputs: dict[str, jax.Array] = {}
+        self.means: dict[str, jax.Array] = {}
         self.told: dict[str, dict[str, jax.Array]] = {}
 
     def process_message(self, msg: dict[str, Any]) -> None:
@@ -184,6 +216,8 @@ class Answer(Messenger):
     def _value(self, name: str, process: Process, X: jax.Array, copies: tuple) -> jax.Array:
         """Return the function at the inputs, with noise if the process has any."""
         value = self._function(name, X, copies)
+        self.means[name] = mean_at(process.mean_fn, X)
+        value = value + jnp.broadcast_to(self.means[name], value.shape)
         if self.sites[name].noisy:
             self.values[f"{name}_f"] = value
             self.rng_key, key = jax.random.split(self.rng_key)

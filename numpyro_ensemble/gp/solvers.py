@@ -47,7 +47,8 @@ def default_jitter(kernel: Kernel, X: jax.Array) -> jax.Array:
     The rounding of a matrix of N rows is of this size.
     """
     diag = kernel.diagonal(X)
-    return 4 * len(X) * jnp.finfo(diag.dtype).eps * diag.mean()
+    eps = max(float(jnp.finfo(dtype).eps) for dtype in (diag.dtype, X.dtype))
+    return 4 * len(X) * eps * diag.mean()
 
 
 def covariance(
@@ -125,14 +126,19 @@ def by_rows(fn, X: jax.Array, width: int):  # type: ignore[no-untyped-def]
 
 
 def _preconditioner(kernel: Kernel, X: jax.Array, diagonal: jax.Array, seen: jax.Array):  # type: ignore[no-untyped-def]
-    """Return `v -> (L L' + diag)^-1 v`, with L of low rank by greedy pivots, by Woodbury."""
+    """Return `v -> (L L' + diag)^-1 v`, with L of low rank by greedy pivots.
+
+    The inverse is `D^-1/2 (I - Q Q') D^-1/2`, Q the upper part of a factor of L scaled, over I.
+    """
     L = seen[:, None] * pivoted_cholesky(kernel, X, min(RANK, len(X)), seen)[0]
-    scaled = L / diagonal[:, None]
-    inner = jnp.eye(L.shape[1], dtype=L.dtype) + jnp.matmul(L.T, scaled, precision=EXACT)
-    factor = cho_factor(inner, lower=True)
+    root = jnp.sqrt(diagonal)
+    both = jnp.concatenate([L / root[:, None], jnp.eye(L.shape[1], dtype=L.dtype)])
+    Q = jnp.linalg.qr(both)[0][: len(L)]
 
     def apply(v: jax.Array) -> jax.Array:
-        return v / diagonal - scaled @ cho_solve(factor, scaled.T @ v)
+        w = v / root
+        inside = jnp.matmul(Q.T, w, precision=EXACT)
+        return (w - jnp.matmul(Q, inside, precision=EXACT)) / root
 
     return apply
 
@@ -151,7 +157,7 @@ def pivoted_cholesky(
     def step(i: jax.Array, state: tuple) -> tuple:
         L, left, pivots = state
         pivot = jnp.argmax(left)
-        row = kernel.matrix(X[pivot][None], X)[0] - L @ L[pivot]
+        row = kernel.matrix(X[pivot][None], X)[0] - jnp.matmul(L, L[pivot], precision=EXACT)
         column = jnp.where(left[pivot] > floor, row / jnp.sqrt(jnp.maximum(left[pivot], floor)), 0)
         # what was taken, or is not to be, stays below zero: it is never taken again
         left = jnp.where(left < 0, left, jnp.maximum(left - column**2, 0.0)).at[pivot].set(-1.0)

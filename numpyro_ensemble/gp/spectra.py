@@ -126,6 +126,7 @@ def signed_harmonics(
     chosen = []
     for table in (narrow, wide):
         bounds = jnp.cumsum(table, axis=0)
+        bounds = bounds / bounds[-1:]  # rounding leaves no place beyond the last one
         chosen.append(jax.vmap(jnp.searchsorted, 1, 1)(bounds, uniforms[:, 1:]))
     place = jnp.where(uniforms[:, :1] < 0.5, chosen[0], chosen[1]).clip(0, len(order) - 1)
     p, q = (jnp.take_along_axis(table, place, axis=0).prod(axis=1) for table in (narrow, wide))

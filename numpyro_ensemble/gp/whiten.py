@@ -81,4 +81,4 @@ class WhitenReparam(Reparam):
             values = jnp.einsum("ij,...j->...i", process.scale_tril(), z, precision=EXACT)
             return jnp.broadcast_to(process.mean, values.shape) + values
 
-        return None, announce(name, process, process.X, draw, expand_shape[:-1])["value"]
+        return None, announce(name, process, process.X, draw, expand_shape)["value"]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpyro
 from blackjax.adaptation.meads_adaptation import maximum_eigenvalue
 
 from numpyro_ensemble.mcmc.target import flat, site_of
@@ -15,6 +18,17 @@ from numpyro_ensemble.mcmc.target import flat, site_of
 _NAMED = 10
 _FREEZING = 1e3  # the largest eigenvalue above which steps are a 60th of the scale, or less
 _FAR = 5.0  # times the virial of the typical set
+
+
+_INSIDE = tuple(str(path) for path in (Path(numpyro.__file__).parent, Path(__file__).parents[1]))
+
+
+def callers_level() -> int:
+    """Return the `stacklevel` of a warning that speaks to the caller of NumPyro's `MCMC`."""
+    frame, level = inspect.currentframe(), 0
+    while frame is not None and frame.f_code.co_filename.startswith(_INSIDE):
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 class Survey(NamedTuple):
@@ -35,14 +49,20 @@ def survey(log_density: Any, z: Any, num_folds: int) -> tuple[Any, jax.Array, An
     folds = rows.reshape(num_folds, -1, rows.shape[1])
     scale = folds.std(axis=1)
     scaled = slopes.reshape(folds.shape) * scale[:, None]
-    varies = (scale > 0).all(axis=0)
+    varies = (folds.max(axis=1) > folds.min(axis=1)).all(axis=0)  # a scale may round above 0
     eigenvalues = jax.vmap(maximum_eigenvalue)(scaled)
     virial = -((rows - rows.mean(axis=0, keepdims=True)) * slopes).mean()
     return z, values, grads, Survey(finite, varies, eigenvalues, virial)
 
 
-def check_start(name: str, z: Any, found: Survey) -> None:
+def check_start(name: str, z: Any, found: Survey, remedy: str) -> None:
     """Raise or warn where chains cannot start, or would not get away from, where they are.
+
+    Args:
+        name: of the kernel.
+        z: where they are.
+        found: what is known of it.
+        remedy: what to do about it.
 
     Raises:
         ValueError: if a chain has no finite density, or all agree in a coordinate.
@@ -55,30 +75,49 @@ def check_start(name: str, z: Any, found: Survey) -> None:
         shown = ", ".join(map(str, wrong[:_NAMED])) + (", ..." if len(wrong) > _NAMED else "")
         raise ValueError(
             f"{len(wrong)} of {len(finite)} chains start where the log density or its gradient is "
-            f"not finite: {shown}. Leave init_params out, so that {name} finds its start, or take "
-            f"it from numpyro_ensemble.mcmc.starts."
+            f"not finite: {shown}. {remedy}"
         )
     varies = np.asarray(found.varies)
     if not varies.all():
         site = site_of(z, int(np.flatnonzero(~varies)[0]))
         raise ValueError(
-            f"The chains start at the same value of {site!r}, which makes its scale zero. Spread "
-            f"them: add noise to init_params, or take them from numpyro_ensemble.mcmc.starts."
+            f"The chains start at the same value of {site!r}, which makes its scale zero: they "
+            f"must be spread. {remedy}"
         )
     largest, virial = float(np.max(np.asarray(found.eigenvalue))), float(found.virial)
     if largest > _FREEZING and virial > _FAR:
         warnings.warn(
             f"{name} starts far from the typical set, where its chains may freeze: the largest "
             f"eigenvalue of the scaled gradients is {largest:.1e} (1 to 100 is usual), so that "
-            f"steps are {0.5 / largest**0.5:.1e} of the scale. Leave init_params out, with "
-            f'start="nuts", or take them from numpyro_ensemble.mcmc.starts.',
-            stacklevel=4,
+            f"steps are {0.5 / largest**0.5:.1e} of the scale. {remedy}",
+            stacklevel=callers_level(),
         )
 
 
 def check_positive(name: str, value: Any) -> None:
     """Raise where an option is not a finite number above 0."""
+    if not (_check_number(name, value) and value > 0):
+        raise ValueError(f"{name} takes a finite number above 0, got {value}.")
+
+
+def check_scale(name: str, value: Any) -> None:
+    """Raise where an option is not a finite number, 0 or above."""
+    if not (_check_number(name, value) and value >= 0):
+        raise ValueError(f"{name} takes a finite number, 0 or above, got {value}.")
+
+
+def check_part(name: str, value: Any) -> float:
+    """Return an option that is a part of something.
+
+    Raises:
+        TypeError, ValueError: if it is not a number from 0 to 1.
+    """
+    if not (_check_number(name, value) and 0.0 <= value <= 1.0):
+        raise ValueError(f"{name} takes 0 to 1, got {value}.")
+    return float(value)
+
+
+def _check_number(name: str, value: Any) -> bool:
     if isinstance(value, bool) or not isinstance(value, int | float | np.number):
         raise TypeError(f"{name} takes a number, got {value!r}.")
-    if not (np.isfinite(value) and value > 0):
-        raise ValueError(f"{name} takes a finite number above 0, got {value}.")
+    return bool(np.isfinite(value))

@@ -16,7 +16,7 @@ from blackjax.mcmc.metrics import default_metric
 from numpyro.infer import init_to_uniform
 
 from numpyro_ensemble.handlers import check_count
-from numpyro_ensemble.mcmc.checks import Survey, check_positive
+from numpyro_ensemble.mcmc.checks import Survey, check_part, check_positive
 from numpyro_ensemble.mcmc.kernel import ChainsState, ManyChainKernel
 from numpyro_ensemble.mcmc.progress import Progress
 from numpyro_ensemble.mcmc.target import all_finite, choose, flat, per_chain, shared
@@ -128,7 +128,9 @@ def chees_step(
     new, info = move(keys, chains, log_density, step_size, variance, (length / step_size,))
     whole = all_finite(new.logdensity, new.logdensity_grad)
     new = DynamicHMCState(*choose(whole, new[:3], chains[:3]), new.random_generator_arg)
-    info = info._replace(is_divergent=info.is_divergent | ~whole)
+    info = info._replace(
+        is_divergent=info.is_divergent | ~whole, is_accepted=info.is_accepted & whole
+    )
     adaptation = adaptation._replace(place=adaptation.place + 1)
     adaptation = jax.lax.cond(
         adaptation.progress.warming,
@@ -172,7 +174,9 @@ def _adapt(
         variance = variance + recent * (flat(after).var(axis=0) - variance)
     ending = a.progress.ending
     step_size = jnp.where(ending, jnp.exp(log_step_size), inner.step_size)
+    longest = scheme.max_leapfrog_steps * step_size  # the two were averaged apart
     length = jnp.where(ending, jnp.exp(log_length), inner.trajectory_length)
+    length = length if scheme.plain else jnp.minimum(length, longest)
     new = (step_size, length, variance, a.place[0], log_step_size, log_length, inner)
     new = jax.tree.map(lambda x, old: x.astype(old.dtype), per_chain(new, num_chains), tuple(a[:7]))
     return ChEESAdaptation._make([*new, a.progress.next()])
@@ -233,8 +237,8 @@ class ChEES(ManyChainKernel):
             check_positive("step_size", step_size)
         check_positive("learning_rate", learning_rate)
         check_count("max_leapfrog_steps", max_leapfrog_steps)
-        if not 0.0 < target_accept_prob < 1.0:
-            raise ValueError(f"target_accept_prob takes 0 to 1, got {target_accept_prob}.")
+        if check_part("target_accept_prob", target_accept_prob) in (0.0, 1.0):
+            raise ValueError(f"target_accept_prob lies between 0 and 1, got {target_accept_prob}.")
         self._step_size = step_size
         self._scheme = Scheme(
             learning_rate, target_accept_prob, max_leapfrog_steps=max_leapfrog_steps

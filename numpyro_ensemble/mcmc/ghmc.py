@@ -26,7 +26,6 @@ def first_momentum(key: jax.Array, z: Any, scale: jax.Array) -> tuple[Any, jax.A
 class Outcome(NamedTuple):
     """What is known of steps of all chains, summed over the steps: each field is `(C,)`."""
 
-    energy: jax.Array  # after the last step
     accept_prob: jax.Array
     num_divergences: jax.Array
 
@@ -63,8 +62,7 @@ def ghmc_step(
     whole = all_finite(new.logdensity, new.logdensity_grad)
     new = choose(whole, new, stayed)
     new = new._replace(slice=jnp.where(jnp.isfinite(new.slice), new.slice, before))
-    energy = kinetic_energy(scale, new.momentum) - new.logdensity
-    return new, Outcome(energy, info.acceptance_rate, (info.is_divergent | ~whole).astype(int))
+    return new, Outcome(info.acceptance_rate, (info.is_divergent | ~whole).astype(int))
 
 
 def ghmc_steps(
@@ -78,13 +76,12 @@ def ghmc_steps(
         new, so_far = carry
         new, this = ghmc_step(keys[j], new, *parameters)
         return new, Outcome(
-            this.energy,
             so_far.accept_prob + this.accept_prob,
             so_far.num_divergences + this.num_divergences,
         )
 
     zeros = jnp.zeros_like(chains.logdensity)
-    nothing = Outcome(zeros, zeros, jnp.zeros(zeros.shape, int))
+    nothing = Outcome(zeros, jnp.zeros(zeros.shape, int))
     return jax.lax.fori_loop(0, num_steps, body, (chains, nothing))
 
 

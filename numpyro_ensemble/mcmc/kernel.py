@@ -116,12 +116,10 @@ class ManyChainKernel(MCMCKernel):
     def postprocess_fn(self, args: tuple, kwargs: dict) -> Callable:
         """Return the map from one chain's unconstrained values to the model's sites."""
         # MCMC calls it once outside its program, where the model would run operation by operation
-        return self._target.compiled(
-            "constrain",
-            lambda z, args, kwargs: self._target.constrain(args, kwargs)(z),
-            args,
-            kwargs,
-        )
+        return lambda z: self._target.run("constrain", self._constrain, (z,), args, kwargs)
+
+    def _constrain(self, call: tuple[tuple, dict], z: Any) -> Any:
+        return self._target.constrain(*call)(z)
 
     def get_diagnostics_str(self, state: ChainsState) -> str:
         """Return step size, acceptance and divergences over all chains, for the progress bar."""
@@ -150,26 +148,47 @@ class ManyChainKernel(MCMCKernel):
         args, kwargs = model_args, model_kwargs or {}
         name = type(self).__name__
         if is_prng_key(rng_key):
-            raise ValueError(
-                f"{name} adapts over all chains at once and was given one alone. Write "
-                f'MCMC({name}(model), num_chains=64, chain_method="vectorized", ...).'
-            )
+            raise ValueError(self._alone())
         num_chains = rng_key.shape[0]
         self._check_chains(num_chains)
-        names = self._target.check(args, kwargs)
+        self._target.check(args, kwargs)
         keys = jax.vmap(lambda key: jax.random.split(key, 3))(rng_key)
+        remedy = self._remedy(init_params is not None)
         if init_params is None:
-            init_params = self._find_start(keys[0, 2], num_chains, args, kwargs)
-        if names is not None:
-            _check_names(init_params, names)
-        first = self._target.compiled(
-            ("first", num_warmup), partial(self._first, num_warmup), args, kwargs
+            init_params = self._find_start(keys[0, 2], num_chains, num_warmup, args, kwargs)
+        if self._target.model is not None:
+            _check_values(init_params, self._target.shapes(num_chains, args, kwargs))
+        first = partial(self._first, num_warmup)
+        state, found = self._target.run(
+            ("first", num_warmup), first, (init_params, keys), args, kwargs
         )
-        state, found = first(init_params, keys)
-        check_start(name, state.z, found)
+        check_start(name, state.z, found, remedy)
         return state
 
-    def _find_start(self, key: jax.Array, num_chains: int, args: tuple, kwargs: dict) -> Any:
+    def _alone(self) -> str:
+        name = type(self).__name__
+        return (
+            f"{name} adapts over all chains at once and was given one alone. Write "
+            f'MCMC({name}(model), num_chains=64, chain_method="vectorized", ...).'
+        )
+
+    def _remedy(self, given: bool) -> str:
+        """Return what to do about a start that is no good."""
+        if self._target.model is None:
+            return "Give other init_params: finite, spread, and where the potential is small."
+        if given:
+            return (
+                f"Leave init_params out, so that {type(self).__name__} finds its start, or take "
+                f"them from numpyro_ensemble.mcmc.starts."
+            )
+        return (
+            f'It was found by start={self._start!r}: take start="nuts", or init_params from '
+            f"numpyro_ensemble.mcmc.starts, and look at the data and at init_strategy."
+        )
+
+    def _find_start(
+        self, key: jax.Array, num_chains: int, num_warmup: int, args: tuple, kwargs: dict
+    ) -> Any:
         if callable(self._start):
             return self._start(key, num_chains, *args, **kwargs)
         if self._target.model is None:
@@ -177,15 +196,15 @@ class ManyChainKernel(MCMCKernel):
                 "A kernel with a potential_fn needs to be told where its chains start: "
                 "mcmc.run(key, init_params=...), with a leading axis of num_chains."
             )
-        return STARTS[self._start](self._target, key, num_chains, args, kwargs)
+        # without warm-up nothing is searched: `sample` says what is wrong
+        start = STARTS[self._start] if num_warmup else STARTS["init"]
+        return start(self._target, key, num_chains, args, kwargs)
 
     def _first(
-        self, num_warmup: int, z: Any, keys: jax.Array, args: tuple, kwargs: dict
+        self, num_warmup: int, call: tuple[tuple, dict], z: Any, keys: jax.Array
     ) -> tuple[ChainsState, Survey]:
         """Return the state of chains that have not moved, and what is known of their start."""
-        z, log_density, grad, found = survey(
-            self._target.log_density(args, kwargs), z, self._num_folds
-        )
+        z, log_density, grad, found = survey(self._target.log_density(*call), z, self._num_folds)
         num_chains = log_density.shape[0]
         zeros = jnp.zeros_like(log_density)
         state = ChainsState(
@@ -207,12 +226,27 @@ class ManyChainKernel(MCMCKernel):
         progress = Progress.start(num_warmup, num_chains)
         return self._first_adaptation(keys[:, 1], state, progress, found), found
 
+    def refresh(
+        self, state: ChainsState, model_args: tuple, model_kwargs: dict | None
+    ) -> ChainsState:
+        """Return the state with density and gradient for other arguments of the model."""
+        log_density = self._target.log_density(model_args, model_kwargs or {})
+        values, grads = jax.vmap(jax.value_and_grad(log_density))(state.z)
+        kinetic = state.energy - state.potential_energy
+        return state._replace(
+            potential_energy=-values,
+            z_grad=jax.tree.map(jnp.negative, grads),
+            energy=kinetic - values,
+        )
+
     def sample(self, state: ChainsState, model_args: tuple, model_kwargs: dict) -> ChainsState:
         """Make one iteration of all chains: one step of the scheme in warm-up, else one draw.
 
         Raises:
             ValueError: if nothing was ever adapted.
         """
+        if jnp.ndim(state.i) == 0:
+            raise ValueError(self._alone())
         progress = state.adapt_state.progress
         if progress.remaining is None:
             raise ValueError(
@@ -251,10 +285,18 @@ class ManyChainKernel(MCMCKernel):
         """Make one iteration; `num_divergences` of what is returned counts those of it alone."""
 
 
-def _check_names(init_params: Any, names: tuple[str, ...]) -> None:
-    if not isinstance(init_params, dict) or set(init_params) != set(names):
+def _check_values(init_params: Any, expected: dict[str, tuple[int, ...]]) -> None:
+    """Raise where unconstrained values are not those of the latent sites."""
+    if not isinstance(init_params, dict) or init_params.keys() != expected.keys():
         got = sorted(init_params) if isinstance(init_params, dict) else type(init_params).__name__
         raise ValueError(
             f"init_params takes unconstrained values by the names of the latent sites, "
-            f"{sorted(names)}; got {got}."
+            f"{sorted(expected)}; got {got}."
         )
+    for name, shape in expected.items():
+        given = jnp.shape(init_params[name])
+        if given != shape:
+            raise ValueError(
+                f"init_params[{name!r}] takes unconstrained values of shape {shape}, chains "
+                f"leading; got {given}."
+            )

@@ -62,8 +62,9 @@ class LowRank(NamedTuple):
     def whiten(self, positions: jax.Array) -> jax.Array:
         """Scale positions `(..., d)` as BlackJAX does for the damping."""
         sigma, directions, eigenvalues = self.metric
-        along = positions @ directions
-        return (positions + (along * (eigenvalues**-0.5 - 1.0)) @ directions.T) / sigma
+        shrink = directions * (eigenvalues**-0.5 - 1.0)[None, :]
+        inside = positions + positions @ (shrink @ directions.T)
+        return inside / jnp.broadcast_to(sigma, inside.shape)
 
     def _block(self) -> MomentBlock:
         size = self.sigma.shape[1]

@@ -11,7 +11,7 @@ from blackjax.mcmc.ghmc import GHMCState
 from numpyro.infer import init_to_uniform
 
 from numpyro_ensemble.handlers import check_count
-from numpyro_ensemble.mcmc.checks import Survey, check_positive
+from numpyro_ensemble.mcmc.checks import Survey, callers_level, check_part, check_positive
 from numpyro_ensemble.mcmc.ghmc import first_momentum
 from numpyro_ensemble.mcmc.kernel import ChainsState, ManyChainKernel
 from numpyro_ensemble.mcmc.meads_scheme import Scheme, meads_start, meads_step
@@ -78,12 +78,11 @@ class MEADS(ManyChainKernel):
         super().__init__(model, potential_fn, start=start, init_strategy=init_strategy)
         check_count("num_folds", num_folds)
         check_count("steps_per_draw", steps_per_draw)
-        check_count("low_rank_rank", 1 if low_rank_rank is None else low_rank_rank)
+        if low_rank_rank is not None:
+            check_count("low_rank_rank", low_rank_rank)
         check_positive("step_size_multiplier", step_size_multiplier)
         check_positive("damping_slowdown", damping_slowdown)
-        window = low_rank_window_fraction
-        if not 0.0 <= window <= 1.0:
-            raise ValueError(f"low_rank_window_fraction takes 0 to 1, got {window}.")
+        window = check_part("low_rank_window_fraction", low_rank_window_fraction)
         self._scheme = Scheme(
             num_folds, step_size_multiplier, damping_slowdown, low_rank_rank, window
         )
@@ -93,23 +92,23 @@ class MEADS(ManyChainKernel):
     def _check_chains(self, num_chains: int) -> None:
         num_folds = self._scheme.num_folds
         if num_chains % num_folds:
-            lower = num_chains - num_chains % num_folds
+            next_one = num_chains - num_chains % num_folds + num_folds
             raise ValueError(
                 f"num_chains={num_chains} is not a multiple of num_folds={num_folds}. Run "
-                f"{lower + num_folds} chains, or give MEADS another num_folds."
+                f"{max(next_one, _FEWEST * num_folds)} chains, or give MEADS another num_folds."
             )
         if num_chains < _FEWEST * num_folds:
             raise ValueError(
                 f"num_chains={num_chains} leaves {num_chains // num_folds} chains in each of "
                 f"num_folds={num_folds} folds, fewer than {_FEWEST}. Run "
-                f"{_FEWEST * num_folds} chains or more (64, say), or fewer folds."
+                f"{_FEWEST * num_folds} chains or more, or fewer folds."
             )
         if num_chains < _FEW * num_folds:
             warnings.warn(
                 f"MEADS adapts from {num_chains // num_folds} chains in each of {num_folds} folds, "
                 f"and its chains may freeze: run {_FEW * num_folds} or more, or ChEES, which needs "
                 f"fewer.",
-                stacklevel=4,
+                stacklevel=callers_level(),
             )
 
     def _first_adaptation(
@@ -130,7 +129,7 @@ class MEADS(ManyChainKernel):
             state.slice,
         )
         warming = state.adapt_state.progress.warming
-        chains, adaptation, outcome = meads_step(
+        chains, adaptation, energy, outcome = meads_step(
             drawn[:, 1:].swapaxes(0, 1),
             drawn[0, 0],
             chains,
@@ -143,7 +142,7 @@ class MEADS(ManyChainKernel):
             z=chains.position,
             z_grad=jax.tree.map(jnp.negative, chains.logdensity_grad),
             potential_energy=-chains.logdensity,
-            energy=outcome.energy,
+            energy=energy,
             r=chains.momentum,
             slice=chains.slice,
             num_steps=jnp.broadcast_to(steps, state.num_steps.shape).astype(state.num_steps.dtype),

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from blackjax.adaptation.meads_adaptation import maximum_eigenvalue
 from blackjax.mcmc.ghmc import GHMCState
 
-from numpyro_ensemble.mcmc.ghmc import Outcome, ghmc_steps
+from numpyro_ensemble.mcmc.ghmc import Outcome, ghmc_steps, kinetic_energy
 from numpyro_ensemble.mcmc.low_rank import LowRank
 from numpyro_ensemble.mcmc.progress import Progress
 from numpyro_ensemble.mcmc.target import choose, flat, per_chain
@@ -83,7 +83,7 @@ def meads_step(
     adaptation: MEADSAdaptation,
     log_density: Callable,
     scheme: Scheme,
-) -> tuple[GHMCState, MEADSAdaptation, Outcome]:
+) -> tuple[GHMCState, MEADSAdaptation, jax.Array, Outcome]:
     """Make one iteration: one step of Algorithm 3 in warm-up, else one step for each row of keys.
 
     Args:
@@ -93,6 +93,9 @@ def meads_step(
         adaptation: the state of the scheme.
         log_density: of one chain's position.
         scheme: its constants.
+
+    Returns:
+        Chains, adaptation, the chains' energies, and what is known of the steps.
     """
     warming = adaptation.progress.warming
     adaptation = jax.lax.cond(
@@ -101,27 +104,31 @@ def meads_step(
         lambda a: a,
         adaptation,
     )
+    metric = adaptation.scale if adaptation.low_rank is None else adaptation.low_rank.metric
     new, outcome = ghmc_steps(
         keys[:, adaptation.slot],
         jnp.where(warming, 1, keys.shape[0]),
         chains,
         log_density,
         adaptation.step_size,
-        adaptation.scale if adaptation.low_rank is None else adaptation.low_rank.metric,
+        metric,
         adaptation.damping,
         adaptation.drift,
     )
     # line 4: all folds but k = t mod K move
-    resting = adaptation.progress.iteration % scheme.num_folds == _fold(adaptation, scheme)
     if scheme.num_folds > 1:
+        resting = adaptation.progress.iteration % scheme.num_folds == _fold(adaptation, scheme)
         new = choose(warming & resting, chains, new)
+        diverged = jnp.where(warming & resting, 0, outcome.num_divergences)
+        outcome = outcome._replace(num_divergences=diverged)
+    energy = kinetic_energy(metric, new.momentum) - new.logdensity
     adaptation = jax.lax.cond(
         warming,
         lambda a: _end_step(shuffle_key, flat(new.position), a, scheme),
         lambda a: a,
         adaptation,
     )
-    return new, adaptation, outcome
+    return new, adaptation, energy, outcome
 
 
 def _fold(adaptation: MEADSAdaptation, scheme: Scheme) -> jax.Array:

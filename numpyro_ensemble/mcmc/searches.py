@@ -12,7 +12,10 @@ from blackjax.util import psis_weights
 from blackjax.vi.multipathfinder import multi_approximate
 from numpyro.infer.hmc import hmc
 
+from numpyro_ensemble.arguments import has_tracers
 from numpyro_ensemble.mcmc.target import Target
+
+_POOL = 10  # draws of Pathfinder for each chain, of which the weights choose one
 
 
 def search(
@@ -24,16 +27,30 @@ def search(
     kwargs: dict,
     **options: Any,
 ) -> Any:
-    """Start a target's chains by one of the programs below, compiled."""
+    """Start a target's chains by one of the programs below, compiled.
+
+    Raises:
+        RuntimeError: where no start is valid, as NumPyro says it.
+        ValueError: where what is found is not finite.
+    """
     fn = partial(draw, target=target, num_chains=num_chains, **options)
     name = (draw.__name__, num_chains, *sorted(options.items()))
-    return target.compiled(name, fn, args, kwargs)(key)
+    z, valid = target.run(name, fn, (key,), args, kwargs)
+    if not has_tracers((z, valid)):
+        if not valid.all():  # the same again outside a program, where NumPyro says what is wrong
+            target.initial(jax.random.split(key, valid.size), args, kwargs)
+        if not (valid.all() and all(jnp.isfinite(x).all() for x in jax.tree.leaves(z))):
+            raise ValueError(
+                "no start with a finite log density and gradient was found: look for data that "
+                "are not finite or outside of their distribution's support, or give another "
+                "init_strategy, such as init_to_median or init_to_value."
+            )
+    return z
 
 
 def _draw_nuts(
+    call: tuple[tuple, dict],
     key: jax.Array,
-    args: tuple,
-    kwargs: dict,
     *,
     target: Target,
     num_chains: int,
@@ -43,8 +60,8 @@ def _draw_nuts(
     jitter: float = 0.1,
 ) -> Any:
     start_key, run_key, spread_key = jax.random.split(key, 3)
-    first = target.initial(jax.random.split(start_key, num_starts), args, kwargs)
-    log_density = target.log_density(args, kwargs)
+    first, valid = target.initial(jax.random.split(start_key, num_starts), *call)
+    log_density = target.log_density(*call)
     start, step = hmc(potential_fn=lambda z: -log_density(z), algo="NUTS")
 
     def run(z: Any, key: jax.Array) -> Any:
@@ -63,7 +80,7 @@ def _draw_nuts(
         draws = jax.lax.map(lambda pair: run(*pair), (first, keys))
     else:
         draws = jax.vmap(run)(first, keys)
-    return spread(spread_key, draws, num_chains, jitter)
+    return spread(spread_key, draws, num_chains, jitter), valid
 
 
 def spread(key: jax.Array, draws: Any, num_chains: int, jitter: float) -> Any:
@@ -88,9 +105,8 @@ def spread(key: jax.Array, draws: Any, num_chains: int, jitter: float) -> Any:
 
 
 def _draw_pathfinder(
+    call: tuple[tuple, dict],
     key: jax.Array,
-    args: tuple,
-    kwargs: dict,
     *,
     target: Target,
     num_chains: int,
@@ -98,12 +114,12 @@ def _draw_pathfinder(
     max_iterations: int = 50,
 ) -> Any:
     start_key, path_key, pick_key = jax.random.split(key, 3)
-    first = target.initial(jax.random.split(start_key, num_paths), args, kwargs)
-    each = -(-2 * num_chains // num_paths)
+    first, valid = target.initial(jax.random.split(start_key, num_paths), *call)
+    each = -(-_POOL * num_chains // num_paths)
     with jax.numpy_rank_promotion("allow"):  # BlackJAX does, whatever the user's setting
         state, _ = multi_approximate(
             path_key,
-            target.log_density(args, kwargs),
+            target.log_density(*call),
             first,
             num_samples=each,
             maxiter=max_iterations,
@@ -114,13 +130,14 @@ def _draw_pathfinder(
     noise = jax.random.gumbel(pick_key, log_weights.shape, log_weights.dtype)
     ranked = jnp.where(jnp.isfinite(log_weights), log_weights, -1e30) + noise
     _, chosen = jax.lax.top_k(ranked, num_chains)
-    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[chosen], state.samples)
+    draws = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[chosen], state.samples)
+    return draws, valid
 
 
 def _draw_initial(
-    key: jax.Array, args: tuple, kwargs: dict, *, target: Target, num_chains: int
+    call: tuple[tuple, dict], key: jax.Array, *, target: Target, num_chains: int
 ) -> Any:
-    return target.initial(jax.random.split(key, num_chains), args, kwargs)
+    return target.initial(jax.random.split(key, num_chains), *call)
 
 
 # by NUTS, by Pathfinder, and by the initialisation strategy alone

@@ -17,13 +17,17 @@ from jax.flatten_util import ravel_pytree
 from numpyro.infer import init_to_uniform
 from numpyro.infer.util import unconstrain_fn
 
+from numpyro_ensemble.arguments import refuse_clashes
 from numpyro_ensemble.handlers import check_count
+from numpyro_ensemble.mcmc.checks import check_scale
 from numpyro_ensemble.mcmc.searches import nuts, pathfinder
 from numpyro_ensemble.mcmc.target import Target
 
 _PROBES = 32  # random directions in which the curvature is measured
+_FLATTEST = 1e-4  # the least curvature of a mode that noise follows
 
 
+@refuse_clashes
 def from_nuts(
     rng_key: jax.Array,
     model: Callable,
@@ -60,9 +64,11 @@ def from_nuts(
     """
     options = {"num_starts": num_starts, "num_warmup": num_warmup, "num_draws": num_draws}
     target = _checked(model, init_strategy, args, kwargs, num_chains=num_chains, **options)
+    check_scale("jitter", jitter)
     return nuts(target, rng_key, num_chains, args, kwargs, jitter=jitter, **options)
 
 
+@refuse_clashes
 def from_pathfinder(
     rng_key: jax.Array,
     model: Callable,
@@ -101,6 +107,7 @@ def _checked(
     return target
 
 
+@refuse_clashes
 def from_ensemble(
     runner: Any,
     result: Any,
@@ -129,6 +136,7 @@ def from_ensemble(
         ValueError: if no member is finite.
     """
     check_count("num_chains", num_chains)
+    check_scale("jitter", 0.0 if jitter is None else jitter)
     key = jax.random.key(0) if rng_key is None else rng_key
     draw_key, noise_key = jax.random.split(key)
     members = np.flatnonzero(np.asarray(result.finite))
@@ -144,42 +152,40 @@ def from_ensemble(
     else:
         draws = jax.tree.map(lambda x: x[:, None], result.params)
     target = Target(runner.model)
-    names = target.check(args, kwargs) or ()
+    names = target.check(args, kwargs)
     draws = {name: draws[name] for name in names}
     scale = 0.1 if draws_guide else 1.0
     place = np.arange(num_chains) // members.size if draws_guide else np.zeros(num_chains, int)
     deal = partial(_around, target=target, modes=not draws_guide)
-    return target.compiled(("ensemble", draws_guide), deal, args, kwargs)(
-        noise_key, draws, chosen, place, jnp.asarray(scale if jitter is None else jitter)
-    )
+    inputs = noise_key, draws, chosen, place, jnp.asarray(scale if jitter is None else jitter)
+    return target.run(("ensemble", draws_guide), deal, inputs, args, kwargs)
 
 
 def _around(
+    call: tuple[tuple, dict],
     key: jax.Array,
     draws: Any,
     chosen: jax.Array,
     place: jax.Array,
     jitter: jax.Array,
-    args: tuple,
-    kwargs: dict,
     *,
     target: Target,
     modes: bool,
 ) -> Any:
     """Unconstrain draws `(E, n, ...)`, and add noise to those that chains start at."""
-    model = target.prepared(args, kwargs)
+    model, probe_key, *noise_keys = target.prepared(*call), *jax.random.split(key, 1 + len(draws))
 
     def free(values: Any) -> Any:
-        return unconstrain_fn(model, args, kwargs, values)
+        return unconstrain_fn(model, *call, values)
 
     z = jax.vmap(jax.vmap(free))(draws)
     if modes:
-        keys = jax.random.split(jax.random.fold_in(key, 0), jax.tree.leaves(z)[0].shape[0])
+        keys = jax.random.split(probe_key, jax.tree.leaves(z)[0].shape[0])
         at_modes = jax.tree.map(lambda x: x[:, 0], z)
-        scales = jax.vmap(partial(_widths, target.smooth_density(args, kwargs)))(keys, at_modes)
+        scales = jax.vmap(partial(_widths, target.smooth_density(*call)))(keys, at_modes)
     else:
         scales = jax.tree.map(lambda x: x.std(axis=1), z)
-    leaf_keys = iter(jax.random.split(key, len(jax.tree.leaves(z))))
+    leaf_keys = iter(noise_keys)
 
     def deal(x: jax.Array, scale: jax.Array) -> jax.Array:
         taken = x[chosen, place]
@@ -198,6 +204,8 @@ def _widths(log_density: Callable, key: jax.Array, z: Any) -> Any:
         direction = jax.random.rademacher(key, row.shape, row.dtype)
         return direction * jax.jvp(gradient, (row,), (direction,))[1]
 
-    # Hutchinson's estimate of the diagonal of the Hessian
-    curvature = jnp.abs(jax.vmap(probe)(jax.random.split(key, _PROBES)).mean(axis=0))
-    return unravel(1.0 / jnp.sqrt(jnp.maximum(curvature, 1.0)))
+    # Hutchinson's estimate of the diagonal of the Hessian, no smaller than its error
+    probes = jax.vmap(probe)(jax.random.split(key, _PROBES))
+    error = probes.std(axis=0) / _PROBES**0.5
+    curvature = jnp.maximum(jnp.abs(probes.mean(axis=0)), error)
+    return unravel(1.0 / jnp.sqrt(jnp.maximum(curvature, _FLATTEST)))

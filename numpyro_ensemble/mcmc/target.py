@@ -14,15 +14,15 @@ from numpyro.infer import init_to_uniform
 from numpyro.infer.util import constrain_fn, initialize_model, potential_energy
 
 from numpyro_ensemble.density import anatomy, filled_trace
+from numpyro_ensemble.fingerprints import captured
 from numpyro_ensemble.mcmc.layout import laid_out
-
-_VALUE_NEEDED = (jax.errors.JAXTypeError, jax.errors.JAXIndexError)
+from numpyro_ensemble.programs import Programs
 
 
 class Target:
     """A model or a potential energy, without arguments: every method is given its own.
 
-    Nothing of a call is kept, so that no density can be stale.
+    Programs alone are kept, for arguments and surroundings of a model that they can serve.
 
     Args:
         model: a NumPyro model, or None.
@@ -44,10 +44,7 @@ class Target:
         if not callable(init_strategy):
             raise TypeError(f"init_strategy takes a NumPyro strategy, got {init_strategy!r}.")
         self.model, self.potential_fn, self.init_strategy = model, potential_fn, init_strategy
-        self._programs: dict[Any, Callable] = {}
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_programs": {}}
+        self._programs = Programs()
 
     def log_density(self, args: tuple, kwargs: dict) -> Callable[[Any], jax.Array]:
         """Return the log density over unconstrained values."""
@@ -55,14 +52,16 @@ class Target:
             potential_fn = self.potential_fn
             return lambda z: -potential_fn(z)
         # concrete arguments stay so: a model may look at them
-        arguments = Arguments(args, kwargs, lambda leaf: isinstance(leaf, jax.core.Tracer))
+        leaves, treedef = jax.tree.flatten((args, kwargs))
+        traced = [leaf if isinstance(leaf, jax.core.Tracer) else None for leaf in leaves]
 
         def density(z: Any, data: tuple[list, dict]) -> jax.Array:
-            args, kwargs = arguments.rebuild(data[0])
+            filled = [x if t is None else t for x, t in zip(leaves, data[0], strict=True)]
+            args, kwargs = treedef.unflatten(filled)
             return -potential_energy(self._with(data[1]), args, kwargs, z)
 
         density = laid_out(density)
-        data = arguments.arrays, self._fixed(args, kwargs)
+        data = traced, self._fixed(args, kwargs)
         return lambda z: density(z, data)
 
     def smooth_density(self, args: tuple, kwargs: dict) -> Callable[[Any], jax.Array]:
@@ -77,8 +76,8 @@ class Target:
         model = self.prepared(args, kwargs)
         return lambda z: constrain_fn(model, args, kwargs, z, return_deterministic=True)
 
-    def initial(self, keys: jax.Array, args: tuple, kwargs: dict) -> Any:
-        """Draw one valid start for each key, by the initialisation strategy."""
+    def initial(self, keys: jax.Array, args: tuple, kwargs: dict) -> tuple[Any, jax.Array]:
+        """Draw one start for each key by the initialisation strategy, and say which are valid."""
         info = initialize_model(
             keys,
             self.model,
@@ -86,8 +85,8 @@ class Target:
             dynamic_args=True,
             model_args=args,
             model_kwargs=kwargs,
-        )
-        return info.param_info.z
+        ).param_info
+        return info.z, all_finite(info.potential_energy, info.z_grad)
 
     def prepared(self, args: tuple, kwargs: dict) -> Callable:
         """Give the model a key, and parameters and mutable state the values of one start."""
@@ -101,14 +100,14 @@ class Target:
     def _with(self, fixed: dict[str, Any]) -> Callable:
         return handlers.seed(handlers.substitute(self.model, data=fixed), jax.random.key(0))
 
-    def check(self, args: tuple, kwargs: dict) -> tuple[str, ...] | None:
-        """Return the names of the latent sites, None without a model.
+    def check(self, args: tuple, kwargs: dict) -> tuple[str, ...]:
+        """Return the names of the latent sites, none without a model.
 
         Raises:
-            ValueError: for a latent site that no gradient can move.
+            ValueError: for a latent site that no gradient can move, or a model without any.
         """
         if self.model is None:
-            return None
+            return ()
         sites = anatomy(self.model, args, kwargs).values()
         for site in sites:
             if site.kind == "discrete":
@@ -122,59 +121,24 @@ class Target:
                     f"latent site {site.name!r} is a Delta, which has no density to sample. Write "
                     f"numpyro.deterministic({site.name!r}, value) instead."
                 )
-        return tuple(site.name for site in sites if site.kind == "latent")
+        names = tuple(site.name for site in sites if site.kind == "latent")
+        if not names:
+            raise ValueError(
+                "the model has no latent site: everything is observed, or a parameter."
+            )
+        return names
 
-    def compiled(self, name: Any, fn: Callable, args: tuple, kwargs: dict) -> Callable:
-        """Compile `fn(*inputs, args, kwargs)`, once for all arguments of the same shapes if it can.
+    def shapes(self, num_chains: int, args: tuple, kwargs: dict) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of the unconstrained values of so many chains, by latent site."""
+        keys = jax.random.split(jax.random.key(0), num_chains)
+        z, _ = jax.eval_shape(lambda keys: self.initial(keys, args, kwargs), keys)
+        return {name: x.shape for name, x in z.items()}
 
-        Arrays among the arguments are traced, so that the program serves other data too. A model
-        that looks at their values is compiled for them instead, anew in every call.
-        """
-        arguments = Arguments(args, kwargs)
-
-        def run(*inputs: Any) -> Any:
-            try:
-                return self._program(
-                    (name, arguments.form),
-                    lambda arrays, *inputs: fn(*inputs, *arguments.rebuild(arrays)),
-                )(arguments.arrays, *inputs)
-            except _VALUE_NEEDED:
-                return jax.jit(lambda *inputs: fn(*inputs, args, kwargs))(*inputs)
-
-        return run
-
-    def _program(self, key: Any, fn: Callable) -> Callable:
-        try:
-            return self._programs.setdefault(key, jax.jit(fn))
-        except TypeError:  # an argument that cannot be hashed
-            return jax.jit(fn)
-
-
-class Arguments:
-    """A model's arguments, taken apart into those to be traced, arrays say, and the rest."""
-
-    def __init__(self, args: tuple, kwargs: dict, traced: Callable | None = None) -> None:
-        leaves, self._treedef = jax.tree.flatten((args, kwargs))
-        self._traced = tuple(map(traced or _is_array, leaves))
-        self.arrays = [x for x, t in zip(leaves, self._traced, strict=True) if t]
-        self._rest = tuple(None if t else x for x, t in zip(leaves, self._traced, strict=True))
-
-    @property
-    def form(self) -> tuple:
-        """What is not traced, to be compared."""
-        return self._treedef, self._traced, self._rest, tuple(map(type, self._rest))
-
-    def rebuild(self, arrays: list) -> tuple[tuple, dict]:
-        """Put other arrays in the arguments' places."""
-        left = iter(arrays)
-        pairs = zip(self._rest, self._traced, strict=True)
-        return self._treedef.unflatten([next(left) if t else x for x, t in pairs])
-
-
-def _is_array(leaf: Any) -> bool:
-    if isinstance(leaf, jax.Array):
-        return True
-    return isinstance(leaf, np.ndarray) and leaf.dtype.kind in "biufc"
+    def run(self, name: Any, fn: Callable, inputs: tuple, args: tuple, kwargs: dict) -> Any:
+        """Run `fn((args, kwargs), *inputs)`, compiled once for all arguments of the same shapes."""
+        surroundings = captured((self.init_strategy, self.potential_fn))
+        others = (name, surroundings)
+        return self._programs.call(fn, inputs, self.model, args, kwargs, *others)
 
 
 def flat(tree: Any) -> jax.Array:

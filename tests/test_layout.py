@@ -1,0 +1,31 @@
+"""A density laid out for a few chains at a time is the same density."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from numpyro_ensemble.mcmc import layout
+
+GROUP = np.array([0, 1, 1, 2, 0])
+
+
+def density(z, data):
+    """Adds to indexed places in its gradient."""
+    return -0.5 * ((z[GROUP] - data) ** 2).sum() - 0.5 * (z**2).sum()
+
+
+@pytest.mark.parametrize("chains", [3, 6, 17, 64])
+def test_the_layout_changes_no_number(chains, monkeypatch):
+    taken = []
+    mapped = jax.lax.map
+    monkeypatch.setattr(layout.jax.lax, "map", lambda *a, **k: taken.append(k) or mapped(*a, **k))
+    z = jax.random.normal(jax.random.key(0), (chains, 3))
+    data = jnp.arange(5.0)
+    of_chains = jax.vmap(jax.value_and_grad(layout.laid_out(density)), (0, None))
+    values, slopes = of_chains(z, data)
+    if jax.default_backend() == "cpu":
+        assert [k["batch_size"] for k in taken] == {3: [], 6: [3], 17: [1], 64: [4]}[chains]
+    expected, gradients = jax.vmap(jax.value_and_grad(density), (0, None))(z, data)
+    np.testing.assert_allclose(values, expected, rtol=1e-5)
+    np.testing.assert_allclose(slopes, gradients, rtol=1e-5)
