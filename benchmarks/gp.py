@@ -8,6 +8,7 @@ for a baseline of another kind.
 
 import sys
 import time
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -181,29 +182,52 @@ def reference(repeats=7):
 
 
 def large(number=15_000):
-    """Compare conjugate gradients with Cholesky, or with a tighter solve of many points."""
+    """Compare conjugate gradients with Cholesky or, for many points, with a tighter solve.
+
+    That one solves for the same functions, in double precision, 100 times as tightly.
+    """
     number = int(number)
-    X, X_new = points(number), points(500, seed=1)
+    X, X_new = (x.astype(np.float32) for x in (points(number), points(500, seed=1)))
     truth = lambda X: np.sin(6 * X[:, 0]) * np.cos(5 * X[:, 1])  # noqa: E731
-    y = truth(X) + 0.1 * np.random.default_rng(2).normal(size=number)
-    reference = ("cholesky", None) if number < 20_000 else ("cg", 1e-5)
-    for solver, tolerance in (("cg", 1e-3), reference):
+    rng = np.random.default_rng(2)
+    y = (truth(X) + 0.1 * rng.normal(size=number)).astype(np.float32)
+    y_new = truth(X_new) + 0.1 * rng.normal(size=len(X_new))
+
+    def drawn(**options):
+        kernel = Matern52(1.0, 0.3)
+        return draw_paths(jax.random.key(0), kernel, X, y, noise=0.01, num_paths=16, **options)
+
+    def tighter():
+        paths = jax.tree.map(
+            lambda x: jnp.asarray(x, float) if jnp.issubdtype(x.dtype, jnp.floating) else x,
+            drawn(solver="cg", tolerance=1e-1),
+        )
+        paths = replace(paths, tolerance=jnp.asarray(1e-5))
+        return jax.jit(type(paths)._solved)(paths)
+
+    def show(label, draw):
         begin = time.perf_counter()
-        paths = draw_paths(
-            jax.random.key(0), Matern52(1.0, 0.3), X.astype(np.float32), y.astype(np.float32),
-            noise=0.01, num_paths=16, solver=solver, tolerance=tolerance,
-        )  # fmt: skip
-        values = np.asarray(paths(X_new.astype(np.float32)))
+        paths = draw()
+        values = np.asarray(paths(X_new))
         seconds = time.perf_counter() - begin
         rmse = np.sqrt(((values.mean(axis=0) - truth(X_new)) ** 2).mean())
         sd = np.sqrt(values.var(axis=0) + 0.01)
-        nll = -dist.Normal(values.mean(axis=0), sd).log_prob(truth(X_new)).mean()
+        nll = -dist.Normal(values.mean(axis=0), sd).log_prob(y_new).mean()
         print(
-            f"{number} points, {solver} {tolerance or ''}: {seconds:.1f} s with compilation, peak "
-            f"{peak():.2f} GiB, RMSE {rmse:.5f}, NLL {nll:.4f}, largest residual "
-            f"{float(paths.residuals.max()):.1e}",
+            f"{number} points, {label}: {seconds:.1f} s with compilation, peak {peak():.2f} GiB, "
+            f"RMSE {rmse:.5f}, NLL {nll:.4f}, largest residual {float(paths.residuals.max()):.1e}",
             flush=True,
         )
+        return values
+
+    ours = show("cg, 1e-3", partial(drawn, solver="cg", tolerance=1e-3))
+    if number < 20_000:
+        show("Cholesky", drawn)
+        return
+    numpyro.enable_x64()
+    theirs = show("cg, 1e-5, double", tighter)
+    apart = np.sqrt(((ours - theirs) ** 2).mean()) / theirs.std(axis=0).mean()
+    print(f"the functions are {apart:.4f} of their standard deviation apart")
 
 
 def co2_data(every=1):
@@ -253,21 +277,43 @@ def co2(every=1):
     )
 
 
-def hsgp(repeats=5):
-    """Time NumPyro's Hilbert-space approximation, a fixed basis on a box, at the same task."""
-    from numpyro.contrib.hsgp.approximation import hsgp_squared_exponential
+def hsgp(repeats=7):
+    """Compare with a fixed basis on a box, NumPyro's Hilbert-space approximation, at this task."""
+    from numpyro.contrib.hsgp.laplacian import eigenfunctions
+    from numpyro.contrib.hsgp.spectral_densities import diag_spectral_density_squared_exponential
 
-    X, X_new = jnp.asarray(points(512)) - 0.5, jnp.asarray(points(1000, seed=1)) - 0.5
+    numpyro.enable_x64()
+    X, X_new, noise = jnp.asarray(points(512)) - 0.5, jnp.asarray(points(1000, seed=1)) - 0.5, 0.01
+    kernel, y = RBF(1.0, 0.25), jnp.sin(6 * X.sum(axis=1))
+    density = diag_spectral_density_squared_exponential(1.0, 0.25, 0.75, 32, 2)
 
-    def prior(x):
-        return hsgp_squared_exponential(x, 1.0, 0.25, ell=0.75, m=32)
+    def columns(X):
+        return eigenfunctions(X, 0.75, 32) * jnp.sqrt(density)[None, :]
 
-    program = jax.jit(lambda key: numpyro.handlers.seed(prior, key)(jnp.concatenate([X, X_new])))
-    jax.block_until_ready(program(jax.random.key(0)))
-    kernel = RBF(1.0, 0.25)
-    ours = jax.jit(lambda key: draw_features(key, kernel, 1024, X)(jnp.concatenate([X, X_new])))
-    jax.block_until_ready(ours(jax.random.key(0)))
-    report("features / Hilbert-space basis", in_turns(ours, program, repeats))
+    def precision():
+        A = columns(X)
+        return A.T @ A / noise + jnp.eye(A.shape[1])
+
+    @jax.jit
+    def theirs(key):
+        """Draw 256 functions by the weights' posterior, and evaluate them."""
+        L = jnp.linalg.cholesky(precision())
+        mean = jax.scipy.linalg.cho_solve((L, True), columns(X).T @ y / noise)
+        z = jax.random.normal(key, (len(L), 256))
+        weights = mean[:, None] + jax.scipy.linalg.solve_triangular(L.T, z)
+        return columns(X_new) @ weights
+
+    def ours(key):
+        return draw_paths(key, kernel, X, y, noise=noise, num_paths=256)(X_new)
+
+    A = jnp.linalg.solve(kernel(X) + noise * jnp.eye(512), kernel(X, X_new)).T
+    exact = kernel(X_new) - A @ kernel(X, X_new)
+    at = columns(X_new)
+    error = jnp.linalg.norm(at @ jnp.linalg.solve(precision(), at.T) - exact)
+    print(f"Hilbert-space basis, 32 x 32: error {error / jnp.linalg.norm(exact):.4f}")
+    for fn in (ours, theirs):
+        jax.block_until_ready(fn(jax.random.key(0)))
+    report("draw and evaluate / Hilbert-space basis", in_turns(ours, theirs, repeats))
 
 
 if __name__ == "__main__":

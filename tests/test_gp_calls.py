@@ -124,6 +124,7 @@ def test_processes_at_sites_are_read_by_an_index(key):
     assert_allclose(out["f"], samples["f"], atol=0.05)
 
 
+@pytest.mark.long
 def test_parameters_of_networks_and_of_members(key):
     net = eqx.nn.MLP(1, 1, 4, 1, key=jax.random.key(3))
 
@@ -198,6 +199,7 @@ def test_some_paths_are_taken_inside_jit(key):
     assert_allclose(inside, paths(X_NEW)[:2], atol=1e-4)
 
 
+@pytest.mark.long
 def test_kernels_of_many_columns(key):
     many = np.random.default_rng(0).normal(size=(5, 11))
     apart = many[:, None] - many[None]

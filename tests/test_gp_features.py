@@ -14,9 +14,11 @@ from numpyro_ensemble.gp import (
     Linear,
     Matern52,
     Periodic,
+    RationalQuadratic,
     draw_features,
 )
-from numpyro_ensemble.gp.spectra import bessel_weights, sobol
+from numpyro_ensemble.gp.kernels import Spectrum
+from numpyro_ensemble.gp.spectra import bessel_weights, scale_mixture, sobol
 
 NOISE = 0.01
 draw = jax.jit(draw_features, static_argnums=2)
@@ -109,6 +111,24 @@ def test_matern_frequencies_share_one_chi_square():
         return np.concatenate([np.cos(phase), np.sin(phase)], axis=1) / np.sqrt(2048)
 
     assert abs(variance_ratio(kernel, apart, X, X_new) - 1.0) > 0.02
+
+
+def test_a_widened_rational_quadratic_against_plain_sampling():
+    class Plain(RationalQuadratic):
+        def spectrum(self, uniforms, dim):
+            frequencies, weights = scale_mixture(uniforms, self.alpha, widening=1.0)
+            return Spectrum(self._unscaled(frequencies), weights)
+
+    X, X_new = inputs(25, 1), inputs(30, 1, seed=1)
+    errors = []
+    for kernel in (RationalQuadratic(1.0, 0.25, 1.0), Plain(1.0, 0.25, 1.0)):
+        exact = posterior(kernel, X, np.zeros(25), X_new, 1e-3)[1]
+        each = [
+            implied(draw(jax.random.key(seed), kernel, 512, X), kernel, X, X_new, 1e-3)
+            for seed in range(8)
+        ]
+        errors.append(np.mean([relative(covariance, exact) for covariance in each]))
+    assert errors[0] < 0.9 * errors[1], errors
 
 
 def test_amplitudes_are_bounded_and_unbiased():

@@ -132,6 +132,7 @@ def test_outputs_of_a_coregionalisation():
         (lambda: RBF()(X1, X2[:, :1]), "X1 has 2 columns, and X2 has 1"),
         (lambda: RBF()(X1[None]), r"inputs of shape \(N, D\) or \(N,\), got \(1, 5, 2\)"),
         (lambda: RBF().warp(lambda x: x[:2])(X1), "returned 2 rows for 5 inputs"),
+        (lambda: RBF() * Coregion(np.ones((2, 1))), "RBF works on all columns.*active_dims"),
         (lambda: Coregion(np.ones(2)), r"W takes shape \(num_outputs, rank\)"),
     ],
 )

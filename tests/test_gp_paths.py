@@ -1,5 +1,7 @@
 """Paths against the covariance that their own basis implies, and what can be done with them."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,23 +24,40 @@ from numpyro_ensemble.gp import (
 
 X, X_NEW = inputs(15, 1, width=5.0), np.linspace(-1.0, 6.0, 9)[:, None]
 Y = np.sin(X[:, 0])
+CLOSE = np.linspace(-1.1, 6.0, 36)[:, None]  # so close that how smooth paths are is seen
 NUMBER = 512
 # of the same paths in two programs
 SAME = within({"rtol": 1e-9}, {"rtol": 1e-5, "atol": 2e-5})
 
 
 def z_scores(values, mean, covariance):
-    """Return z-scores of means and variances of draws at each point."""
-    number, variance = len(values), np.diag(covariance)
-    mean_z = (values.mean(axis=0) - mean) / np.sqrt(variance / number)
-    # the variance of a normal sample is chi-square
-    ratio = ((values - mean) ** 2).mean(axis=0) / variance
-    return np.concatenate([mean_z, (ratio - 1) * np.sqrt(number / 2)])
+    """Return z-scores of means and variances of draws, at points and along principal directions."""
+    number, left = len(values), values - mean
+    width, directions = np.linalg.eigh(covariance)
+    wide = width > 1e-3 * width.max()  # the others drown in rounding
+    scores = []
+    for each, variance in (
+        (left, np.diag(covariance)),
+        (left @ directions[:, wide], width[wide]),
+    ):
+        scores.append(each.mean(axis=0) / np.sqrt(variance / number))
+        # the variance of a normal sample is chi-square
+        scores.append(((each**2).mean(axis=0) / variance - 1) * np.sqrt(number / 2))
+    return np.concatenate(scores)
 
 
 def accepts(values, mean, covariance):
     z = z_scores(np.asarray(values, float), mean, covariance)
     return bool(abs(z).max() < norm.isf(0.001 / 2 / len(z)))  # Bonferroni
+
+
+def stretched(kernel, by):
+    """Return the kernel with other lengthscales."""
+
+    def stretch(path, leaf):
+        return by * leaf if jax.tree_util.keystr(path).endswith("lengthscale") else leaf
+
+    return jax.tree_util.tree_map_with_path(stretch, kernel)
 
 
 TESTED = {"RBF": RBF(1.2, 0.8), "Matern52": Matern52(1.2, 0.8)} | {
@@ -55,19 +74,21 @@ def test_paths_are_draws_from_what_the_basis_implies(name):
     # these values are not periodic: their weights are in the thousands, times the kernel's rounding
     extra = within(1e-4, 1e-2) if name == "Periodic" else 1e-4
     for points, values, noise in ((X, Y, 0.05), (X, Y, 0.0), (Z, np.cos(Z[:, 0]), 0.0)):
-        paths = draw_paths(
-            jax.random.key(3), kernel, points, values,
+        draw = partial(
+            draw_paths, jax.random.key(3), points=points, values=values,
             noise=noise, num_paths=NUMBER, num_features=256, num_bases=1, jitter=extra,
         )  # fmt: skip
+        paths = draw(kernel)
         added = noise + extra
         features = jax.tree.map(lambda leaf: leaf[0], paths.features)
-        mean, _ = posterior(kernel, points, values, X_NEW, added)
-        covariance = implied(features, kernel, points, X_NEW, added) + 1e-9 * np.eye(9)
-        drawn = np.asarray(paths(X_NEW))
+        mean, _ = posterior(kernel, points, values, CLOSE, added)
+        covariance = implied(features, kernel, points, CLOSE, added) + 1e-9 * np.eye(len(CLOSE))
+        drawn = np.asarray(paths(CLOSE))
         assert accepts(drawn, mean, covariance)
         # wrong answers are seen
         assert not accepts(mean + 0.0 * drawn, mean, covariance)
         assert not accepts(mean + 1.3 * (drawn - mean), mean, covariance)
+        assert not accepts(draw(stretched(kernel, 1.1))(CLOSE), mean, covariance)
 
 
 def test_a_wrong_lengthscale_is_seen():

@@ -241,6 +241,7 @@ def test_parameters_and_networks_of_each_draw(key):
         out.draw(key)
 
 
+@pytest.mark.long
 def test_a_flax_network_in_front_of_a_kernel(key):
     from flax import linen
 
@@ -319,6 +320,7 @@ def test_models_and_samples_that_do_not_fit(name):
         Pathwise(model, samples, X, Y)
 
 
+@pytest.mark.long
 def test_draws_that_no_functions_can_be_made_of(key):
     for samples, message in (
         ([1.0, -1.0], r"not positive in 1 of 2 .*: \[1\]"),

@@ -223,6 +223,7 @@ def test_latents_are_not_masked_or_copied(key):
         seed(plated, key)()
 
 
+@pytest.mark.long
 def test_data_changed_in_place_do_not_change_the_functions(key):
     y = Y.copy()
     pathwise = functions(y=y)

@@ -17,7 +17,7 @@ from numpyro_ensemble.gp.inputs import (
     EXACT,
     as_inputs,
     as_mean,
-    check_finite,
+    check_values,
     diagonal,
     mean_at,
 )
@@ -107,17 +107,6 @@ class Copies(dist.ExpandedDistribution):
         if jnp.shape(mask) == self.event_shape:
             return self.base_dist.mask(mask).expand(self.batch_shape)
         return super().mask(mask)
-
-
-def check_values(name: str, value: ArrayLike) -> None:
-    """Raise a ValueError for values of a process that are not finite, if they are known."""
-    try:
-        check_finite(name, value)
-    except ValueError as error:
-        raise ValueError(
-            f"{error} Missing observations are left out by GaussianProcess(..., "
-            f"observed=~jnp.isnan(y))."
-        ) from None
 
 
 def check_factor(L: jax.Array) -> jax.Array:

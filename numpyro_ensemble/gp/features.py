@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 
 from numpyro_ensemble.gp.inputs import EXACT, as_inputs
@@ -40,20 +42,32 @@ class Block:
         """Evaluate the columns at a matrix of inputs."""
         columns = jnp.ones((len(X), 1), X.dtype)
         if self.amplitudes is not None:
-            phase = sum(
-                jnp.matmul(factor.inputs(X), w.T, precision=EXACT)
-                for factor, w in zip(self.spectral, self.frequencies, strict=True)
-            )
-            sine, cosine = sine_cosine(phase)
-            columns = (
-                jnp.concatenate([cosine, sine], axis=1) * jnp.tile(self.amplitudes, 2)[None, :]
-            )
+            waves = [self.amplitudes[None, :] * wave for wave in self._waves(X)]
+            columns = jnp.concatenate(waves, axis=1)
         for factor in self.finite:
             more = factor.columns(X)
             columns = (columns[:, :, None] * more[:, None, :]).reshape(
                 len(X), columns.shape[1] * more.shape[1]
             )
         return columns
+
+    def _waves(self, X: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Return cosines and sines `(N, M)`."""
+        phase = sum(
+            jnp.matmul(factor.inputs(X), w.T, precision=EXACT)
+            for factor, w in zip(self.spectral, self.frequencies, strict=True)
+        )
+        sine, cosine = sine_cosine(phase)
+        return cosine, sine
+
+    def weighted(self, X: jax.Array, weights: jax.Array) -> jax.Array:
+        """Return the columns times weights `(Q, F)`, as `(N, Q)`; waves are not copied for it."""
+        if self.amplitudes is None or self.finite:
+            return jnp.matmul(self(X), weights.T, precision=EXACT)
+        scaled = (weights * jnp.tile(self.amplitudes, 2)[None, :]).T
+        (cosine, sine), (upper, lower) = self._waves(X), jnp.split(scaled, 2)
+        times = partial(jnp.matmul, precision=EXACT)
+        return times(cosine, upper) + times(sine, lower)
 
 
 @jax.tree_util.register_dataclass
@@ -67,6 +81,12 @@ class Features:
         """Return the columns `(N, F)` at inputs; `phi(X1) @ phi(X2).T` approximates the kernel."""
         X = as_inputs(X)
         return jnp.concatenate([block(X) for block in self.blocks], axis=1)
+
+    def weighted(self, X: jax.Array, weights: jax.Array) -> jax.Array:
+        """Return functions with weights `(Q, F)` on the columns at a matrix of inputs, `(N, Q)`."""
+        ends = np.cumsum(self.sizes(X.shape[1]))
+        each = zip(self.blocks, jnp.split(weights, ends[:-1], axis=1), strict=True)
+        return sum((block.weighted(X, part) for block, part in each), jnp.zeros((), X.dtype))
 
     def sizes(self, dim: int) -> list[int]:
         """Return the number of columns of each block."""

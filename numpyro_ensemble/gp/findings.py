@@ -14,11 +14,18 @@ from numpyro_ensemble.gp.inputs import contradictions
 from numpyro_ensemble.gp.sites import Site
 from numpyro_ensemble.results import EnsembleResult
 
-_FAILURES = {  # flags of a draw, and what is said of it
-    "finite": "has values that are not finite",
-    "valid": "has hyperparameters that are not positive",
-    "agrees": "has different values at equal inputs without noise",
-    "solved": "has a kernel matrix that could not be solved with",
+_FAILURES = {  # flags of a draw, what is said of it, and what to do
+    "finite": ("has values that are not finite", "Leave these draws out"),
+    "valid": ("has hyperparameters that are not positive", "Give them a positive support"),
+    "agrees": (
+        "has different values at equal inputs without noise",
+        "Give the process the noise's variance, or average them",
+    ),
+    "solved": (
+        "has a kernel matrix that could not be solved with",
+        "More noise or jitter, double precision (numpyro.enable_x64()), or with solver='cg' a "
+        "larger tolerance",
+    ),
 }
 
 
@@ -52,14 +59,15 @@ def flags_of(sites: dict[str, Site], solved: dict[str, jax.Array]) -> dict[str, 
 def check_flags(flags: dict[str, dict[str, jax.Array]], num_draws: int) -> None:
     """Raise a ValueError that counts and names the draws with which something is wrong."""
     for name, of_site in flags.items():
-        for flag, said in _FAILURES.items():
+        for flag, (said, remedy) in _FAILURES.items():
             if has_tracers(of_site[flag]):
                 continue
             bad = np.flatnonzero(~np.asarray(of_site[flag]))
             if len(bad):
                 some = f"{bad[:5].tolist()}{' and more' if len(bad) > 5 else ''}"
                 raise ValueError(
-                    f"{name!r} {said} in {len(bad)} of {num_draws} posterior draws: {some}."
+                    f"{name!r} {said} in {len(bad)} of {num_draws} posterior draws: {some}. "
+                    f"{remedy}."
                 )
 
 

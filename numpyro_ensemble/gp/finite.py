@@ -48,6 +48,7 @@ class Coregion(Kernel):
         active_dims: the column that holds the outputs' numbers.
     """
 
+    is_numbered: ClassVar[bool] = True
     _leaves: ClassVar[tuple[str, ...]] = ("W", "kappa")
     _fixed: ClassVar[tuple[str, ...]] = ("active_dims",)
 
@@ -71,8 +72,9 @@ class Coregion(Kernel):
             parts.append(jnp.diag(jnp.sqrt(jnp.asarray(self.kappa))))
         factor = jnp.concatenate(parts, axis=1)
         column = check_dims("Coregion", (self.active_dims,), X)
-        numbers = jnp.round(X[:, column[0]]).astype(int)
+        numbers = X[:, column[0]]
         # an output that does not exist is NaN, never its neighbour
+        numbers = jnp.where(numbers == jnp.round(numbers), numbers, -1.0).astype(int)
         return factor.at[numbers].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
 
     def matrix(self, X1: jax.Array, X2: jax.Array) -> jax.Array:

@@ -48,6 +48,16 @@ def check_finite(name: str, values: ArrayLike) -> None:
         )
 
 
+def check_values(name: str, value: ArrayLike) -> None:
+    """Raise a ValueError for values of a process that are not finite, if they are known."""
+    try:
+        check_finite(name, value)
+    except ValueError as error:
+        raise ValueError(
+            f"{error} Missing observations are left out by observed=~jnp.isnan(y)."
+        ) from None
+
+
 def hyperparameter(owner: str, name: str, value: Any, *, vector: bool = False) -> Any:
     """Return a positive number, or one for each dimension where `vector` says so.
 

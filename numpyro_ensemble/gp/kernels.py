@@ -122,6 +122,8 @@ class Kernel:
     # Features -----------------------------------------------------------------------------------
 
     is_spectral: ClassVar[bool] = False
+    is_numbered: ClassVar[bool] = False  # whether it reads the numbers of outputs
+    takes_all: bool = False  # whether it works on all columns of the inputs, whatever they are
 
     def inputs(self, X: jax.Array) -> jax.Array:
         """Return the inputs that the kernel's own frequencies belong to."""
@@ -191,7 +193,21 @@ class Sum(_Pair):
 
 
 class Product(_Pair):
-    """The product of two kernels."""
+    """The product of two kernels.
+
+    Raises:
+        ValueError: if one reads a column of outputs' numbers, and the other takes it for an input.
+    """
+
+    def __init__(self, left: Kernel, right: Kernel) -> None:
+        super().__init__(left, right)
+        for one, other in ((left, right), (right, left)):
+            wide = [type(f).__name__ for f in _atoms(other) if f.takes_all]
+            if wide and any(f.is_numbered for f in _atoms(one)):
+                raise ValueError(
+                    f"{wide[0]} works on all columns, and a Coregion it is multiplied with reads "
+                    f"the outputs' numbers from one of them: give {wide[0]} its active_dims."
+                )
 
     def matrix(self, X1: jax.Array, X2: jax.Array) -> jax.Array:
         return self.left.matrix(X1, X2) * self.right.matrix(X1, X2)
@@ -204,6 +220,10 @@ class Product(_Pair):
 
     def factors(self) -> list[Kernel]:
         return self.left.factors() + self.right.factors()
+
+
+def _atoms(kernel: Kernel) -> list[Kernel]:
+    return [factor for term in kernel.terms() for factor in term.factors()]
 
 
 class _Wrapped(Kernel):
@@ -295,6 +315,10 @@ class Atom(Kernel):
         dims = None if active_dims is None else np.atleast_1d(active_dims)
         self.active_dims = None if dims is None else tuple(map(int, dims))
 
+    @property
+    def takes_all(self) -> bool:  # type: ignore[override]
+        return self.active_dims is None
+
     def _number(self, name: str, value: Any, *, vector: bool = False) -> Any:
         return hyperparameter(type(self).__name__, name, value, vector=vector)
 
@@ -317,6 +341,8 @@ class Constant(Atom):
     Args:
         variance: one number.
     """
+
+    takes_all = False  # type: ignore[assignment]
 
     def __init__(self, variance: Any = 1.0) -> None:
         super().__init__(variance, None)

@@ -18,7 +18,7 @@ from numpyro_ensemble.gp.inputs import (
     CONTRADICTION,
     as_inputs,
     as_mean,
-    check_finite,
+    check_values,
     contradictions,
     diagonal,
     mean_at,
@@ -100,7 +100,7 @@ def draw_paths(
     check_kernel(kernel, jitter)
     check_options(num_paths, num_bases, num_features, solver)
     if observed is None:
-        check_finite("values", values)
+        check_values("values", values)
     points, values = as_inputs(points, "points"), jnp.asarray(values)
     if values.shape not in ((len(points),), (num_paths, len(points))):
         raise ValueError(

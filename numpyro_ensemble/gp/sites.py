@@ -14,8 +14,8 @@ from numpyro import handlers
 from numpyro.primitives import Messenger
 
 from numpyro_ensemble.draws import filled
-from numpyro_ensemble.gp.distribution import Process, check_values
-from numpyro_ensemble.gp.inputs import mean_at
+from numpyro_ensemble.gp.distribution import Process
+from numpyro_ensemble.gp.inputs import check_values, mean_at
 from numpyro_ensemble.gp.whiten import SUFFIX
 from numpyro_ensemble.handlers import is_zero, unwrapped
 

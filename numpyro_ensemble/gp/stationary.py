@@ -190,7 +190,8 @@ class RationalQuadratic(_Radial):
         return 2 + dim
 
     def spectrum(self, uniforms: jax.Array, dim: int) -> Spectrum:
-        frequencies, weights = scale_mixture(uniforms, self.alpha, widening=2.0)
+        widening = 3.0 if dim == 1 else 2.0
+        frequencies, weights = scale_mixture(uniforms, self.alpha, widening)
         return Spectrum(self._unscaled(frequencies), weights)
 
 
