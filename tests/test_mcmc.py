@@ -151,6 +151,60 @@ def test_the_density_is_that_of_the_arguments(compile_count):
     assert others[1:] == [[], []], others  # MCMC compiles its loop at every run
 
 
+SHIFT = 0.0
+
+
+def of_surroundings():
+    mu = numpyro.sample("mu", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
+    numpyro.sample("y", dist.Normal(mu, 1.0).to_event(1), obs=jnp.full(2, SHIFT))
+
+
+def test_the_first_density_is_that_of_the_surroundings(monkeypatch):
+    kernel = ChEES(of_surroundings, start="init")
+    keys = jax.random.split(jax.random.key(0), 8)
+    for shift in (0.0, 3.0):
+        monkeypatch.setitem(globals(), "SHIFT", shift)
+        state = kernel.init(keys, 10, None)
+        mu = state.z["mu"]
+        expected = 0.5 * (mu**2 + (mu - shift) ** 2).sum(axis=1) + 2 * np.log(2 * np.pi)
+        np.testing.assert_allclose(state.potential_energy, expected, rtol=1e-5)
+
+
+@pytest.mark.long
+def test_a_state_goes_on_with_other_data():
+    mcmc = sampler(ChEES(model, start="init"), draws=100, num_chains=16)
+    mcmc.warmup(jax.random.key(0), Y)
+    mcmc.run(jax.random.key(1), Y - 20.0)  # what is proposed is far less likely than it was before
+    draws = mcmc.get_samples(group_by_chain=True)["mu"][:, 50:, 0]
+    assert z_scores(draws, (Y - 20.0).sum() / 5) < 4
+
+
+def test_a_state_is_refreshed_for_other_data():
+    kernel = ChEES(model, start="init")
+    keys = jax.random.split(jax.random.key(0), 8)
+    state = kernel.init(keys, 10, None, (Y,))
+    other = kernel.refresh(state, (Y + 2.0,), {})
+    fresh = kernel.init(keys, 10, state.z, (Y + 2.0,))
+    for ours, expected in zip(
+        jax.tree.leaves((other.potential_energy, other.energy, other.z_grad)),
+        jax.tree.leaves((fresh.potential_energy, fresh.energy, fresh.z_grad)),
+        strict=True,
+    ):
+        np.testing.assert_allclose(ours, expected, rtol=1e-5)
+
+
+def test_models_may_look_at_their_data():
+    def looks(y):
+        groups = sorted(set(np.asarray(y).tolist()))
+        mu = numpyro.sample("mu", dist.Normal(0.0, 1.0).expand([len(groups)]).to_event(1))
+        place = np.array([groups.index(value) for value in y])
+        numpyro.sample("y", dist.Normal(mu[place], 1.0).to_event(1), obs=jnp.asarray(y))
+
+    mcmc = sampler(ChEES(looks, start="init"), draws=5, warmup=5, num_chains=8)
+    mcmc.run(jax.random.key(0), np.array([0.5, 1.5, 0.5]))
+    assert mcmc.get_samples()["mu"].shape == (40, 2)
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("kernel", KERNELS, ids=NAMES)
 def test_latents_on_a_simplex_and_in_order(kernel):

@@ -35,6 +35,7 @@ class _Fields(NamedTuple):
     num_divergences: jax.Array
     adapt_state: Any
     rng_key: jax.Array
+    known: jax.Array
 
 
 class ChainsState(_Fields):
@@ -55,12 +56,19 @@ class ChainsState(_Fields):
         num_divergences: how many steps diverged since the start or the end of warm-up.
         adapt_state: what is adapted, `step_size` among it.
         rng_key: one key for each chain.
+        known: whether density and gradient are those of the arguments that `sample` is called with;
+            a run that begins, or goes on, evaluates them again.
     """
 
     __slots__ = ()
 
     def _replace(self, /, **changes: Any) -> ChainsState:  # type: ignore[override]
-        """Replace fields; MCMC gives ensemble kernels one key, which is split for the chains."""
+        """Replace fields, as MCMC does to go on with another key, and perhaps with other data.
+
+        It gives ensemble kernels one key, which is split for the chains.
+        """
+        if "rng_key" in changes:
+            changes.setdefault("known", jnp.zeros_like(self.known))
         if is_prng_key(changes.get("rng_key")):
             changes["rng_key"] = jax.random.split(changes["rng_key"], self.i.shape[0])
         return super()._replace(**changes)
@@ -81,8 +89,11 @@ class ManyChainKernel(MCMCKernel):
         init_strategy: Callable = init_to_uniform,
     ) -> None:
         self._target = Target(model, potential_fn, init_strategy)
-        if not callable(start) and start not in STARTS:
-            raise ValueError(f"start takes one of {sorted(STARTS)} or a function, got {start!r}.")
+        if not callable(start) and (not isinstance(start, str) or start not in STARTS):
+            raise ValueError(
+                f"start takes one of {sorted(STARTS)} or a function, got {start!r}; values go to "
+                f"mcmc.run(init_params=...)."
+            )
         self._start = start
         # MCMC runs init at every run of a kernel that has none; here a state is all `sample` needs
         self._sample_fn = self.sample
@@ -168,7 +179,8 @@ class ManyChainKernel(MCMCKernel):
     def _alone(self) -> str:
         name = type(self).__name__
         return (
-            f"{name} adapts over all chains at once and was given one alone. Write "
+            f"{name} adapts over all chains at once and was given one alone, by num_chains=1 or "
+            f"another chain_method. Write "
             f'MCMC({name}(model), num_chains=64, chain_method="vectorized", ...).'
         )
 
@@ -222,6 +234,7 @@ class ManyChainKernel(MCMCKernel):
             num_divergences=jnp.zeros(num_chains, int),
             adapt_state=None,
             rng_key=keys[:, 0],
+            known=jnp.zeros(num_chains, bool),
         )
         progress = Progress.start(num_warmup, num_chains)
         return self._first_adaptation(keys[:, 1], state, progress, found), found
@@ -230,13 +243,16 @@ class ManyChainKernel(MCMCKernel):
         self, state: ChainsState, model_args: tuple, model_kwargs: dict | None
     ) -> ChainsState:
         """Return the state with density and gradient for other arguments of the model."""
-        log_density = self._target.log_density(model_args, model_kwargs or {})
+        return self._refreshed(state, self._target.log_density(model_args, model_kwargs or {}))
+
+    def _refreshed(self, state: ChainsState, log_density: Callable) -> ChainsState:
         values, grads = jax.vmap(jax.value_and_grad(log_density))(state.z)
         kinetic = state.energy - state.potential_energy
         return state._replace(
             potential_energy=-values,
             z_grad=jax.tree.map(jnp.negative, grads),
             energy=kinetic - values,
+            known=jnp.ones_like(state.known),
         )
 
     def sample(self, state: ChainsState, model_args: tuple, model_kwargs: dict) -> ChainsState:
@@ -254,6 +270,10 @@ class ManyChainKernel(MCMCKernel):
                 f"set mcmc.post_warmup_state to the state of a run that had one."
             )
         log_density = self._target.log_density(model_args, model_kwargs)
+        # of other data than those of the state's density every proposal might be rejected
+        state = jax.lax.cond(
+            state.known[0], lambda s: s, lambda s: self._refreshed(s, log_density), state
+        )
         keys = jax.vmap(jax.random.split)(state.rng_key)
         new = self._iterate(keys[:, 1], state, log_density)
         n = jnp.where(progress.warming, progress.iteration, state.i - progress.iteration) + 1
@@ -262,6 +282,7 @@ class ManyChainKernel(MCMCKernel):
         return new._replace(
             i=state.i + 1,
             rng_key=keys[:, 0],
+            known=state.known,
             mean_accept_prob=mean.astype(state.mean_accept_prob.dtype),
             num_divergences=jnp.where(n == 1, 0, state.num_divergences) + new.num_divergences,
         )
