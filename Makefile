@@ -74,7 +74,7 @@ test: $(call ready,test) ## check format, lint, types and doctests, and run all 
 long: $(call ready,test) ## run what `make test` leaves out: long tests, the core in float64, processes in float32
 	XLA_FLAGS="$(QUICK)" $(PYTEST) -m "(core or long) and not single"
 	XLA_FLAGS="$(FASTER)" JAX_ENABLE_X64=0 $(PYTEST) -m "long and single"
-	XLA_FLAGS="$(QUICK)" JAX_ENABLE_X64=0 $(PYTEST) -m "not core and not long" $(addprefix tests/test_gp_,$(addsuffix .py,distribution features kernels paths))
+	XLA_FLAGS="$(QUICK)" JAX_ENABLE_X64=0 $(PYTEST) -m "not core and not long" $(addprefix tests/test_gp_,$(addsuffix .py,calls distribution features kernels paths))
 
 define count_tests
 import sys

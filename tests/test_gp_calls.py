@@ -58,7 +58,10 @@ def test_a_process_in_a_plate_of_its_data_is_refused():
         with numpyro.plate("data", len(X)):
             numpyro.sample("y", GaussianProcess(RBF(), X, 0.1), obs=y)
 
-    with pytest.raises(ValueError, match="one event, of all its inputs: it stands outside"):
+    with (
+        pytest.warns(UserWarning, match="12 copies of a Gaussian process at as many inputs"),
+        pytest.raises(ValueError, match="one event, of all its inputs: it stands outside"),
+    ):
         numpyro.infer.util.log_density(counted, (X, Y), {}, {})
     copies = GaussianProcess(RBF(), X, 0.1).expand([3])
     one = GaussianProcess(RBF(), X, 0.1).log_prob(Y)
@@ -89,6 +92,7 @@ def test_data_that_do_not_count_do_not_condition(key, how):
     assert_allclose(moments.variance, 1.0, rtol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:12 copies of a Gaussian process")
 def test_masks_of_copies_are_refused_and_those_of_observations_kept(key):
     y = np.tile(Y, (12, 1))  # as many copies as observations
     seen = np.arange(12) < 9

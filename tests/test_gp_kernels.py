@@ -14,6 +14,7 @@ from numpyro_ensemble.gp import (
     Constant,
     Coregion,
     Cosine,
+    GaussianProcess,
     Linear,
     Matern12,
     Matern32,
@@ -132,6 +133,10 @@ def test_outputs_of_a_coregionalisation():
         (lambda: RBF()(X1, X2[:, :1]), "X1 has 2 columns, and X2 has 1"),
         (lambda: RBF()(X1[None]), r"inputs of shape \(N, D\) or \(N,\), got \(1, 5, 2\)"),
         (lambda: RBF().warp(lambda x: x[:2])(X1), "returned 2 rows for 5 inputs"),
+        (
+            lambda: GaussianProcess(Coregion(np.ones((2, 1))), np.arange(1.0, 3.0)),
+            r"outputs' numbers, 0 to 1; got 2.0 in row 1",
+        ),
         (lambda: RBF() * Coregion(np.ones((2, 1))), "RBF works on all columns.*active_dims"),
         (lambda: Coregion(np.ones(2)), r"W takes shape \(num_outputs, rank\)"),
     ],

@@ -165,6 +165,19 @@ def test_the_draws_distance_is_that_of_exact_draws():
         assert np.mean(ratios) <= most, ratios
 
 
+@pytest.mark.core
+def test_solves_in_single_precision_are_refined(key):
+    """A factor's rounding is as large as the jitter: unrefined, three roots of it are left."""
+    points = inputs(300, 1, width=3.0).astype(np.float32)
+    y = np.sin(2 * points[:, 0])
+    paths = draw_paths(key, RBF(1.0, 10.0), points, y, num_paths=50, num_bases=1, num_features=64)
+    exact, alpha = np.float64(points), np.asarray(paths.alpha, float)
+    K = np.exp(-0.5 * ((exact - exact.T) / 10.0) ** 2)
+    added = float(paths.jitter)
+    left = alpha @ (K + added * np.eye(300)) - np.asarray(paths.right, float)
+    assert np.sqrt((left**2).mean()) < np.sqrt(added)
+
+
 # What can be done with them ---------------------------------------------------------------------
 
 PATHS = {}

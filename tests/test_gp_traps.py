@@ -214,7 +214,7 @@ def test_latents_are_not_masked_or_copied(key):
             numpyro.sample("f", GaussianProcess(RBF(), X))
 
     def plated():
-        with numpyro.plate("data", 4):
+        with numpyro.plate("data", 3):
             sparse_gp("f", RBF(), X, Z, whiten=False)
 
     with pytest.raises(ValueError, match="mask its likelihood"):

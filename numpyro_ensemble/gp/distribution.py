@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import jax
@@ -45,6 +46,7 @@ class Process(dist.Distribution):
     ) -> None:
         check_kernel(kernel, jitter)
         self.kernel, self.X = kernel, as_inputs(X)
+        kernel.check_inputs(self.X)
         diagonal("noise", noise, self.X)
         self.noise, self.mean_fn, self.jitter = noise, as_mean(mean_fn), jitter
         super().__init__((), (len(self.X),), validate_args=validate_args)
@@ -61,6 +63,12 @@ class Process(dist.Distribution):
 
     def expand(self, batch_shape: tuple[int, ...]) -> dist.Distribution:
         """Return independent copies, as a plate makes them."""
+        if batch_shape and batch_shape[-1] == len(self.X) > 1:
+            warnings.warn(
+                f"{batch_shape[-1]} copies of a Gaussian process at as many inputs: if the plate "
+                f"is that of its data, sample the process outside of it.",
+                stacklevel=2,
+            )
         return Copies(self, tuple(batch_shape)) if batch_shape else self
 
     def where(self, mask: Any) -> Process:

@@ -100,8 +100,9 @@ def check_num_features(num_features: int) -> int:
     Raises:
         ValueError: if it is odd, or below 2.
     """
-    check_count("num_features", num_features)
-    if num_features % 2:
+    if num_features != 0:
+        check_count("num_features", num_features)
+    if num_features % 2 or num_features == 0:
         raise ValueError(
             f"num_features counts columns, a sine and a cosine for each frequency: it must be even "
             f"and at least 2, got {num_features}."

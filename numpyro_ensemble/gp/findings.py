@@ -124,7 +124,7 @@ def digest(arrays: list[Any]) -> jax.Array:
         if jnp.issubdtype(x.dtype, jnp.number) or x.dtype == bool:
             bits = jax.lax.bitcast_convert_type(jnp.asarray(x, jnp.float32).ravel(), jnp.uint32)
             places = 2 * jnp.arange(bits.size, dtype=jnp.uint32) + 1
-            total = 2654435761 * total + (bits * places).sum(dtype=jnp.uint32)
+            total = np.uint32(2654435761) * total + (bits * places).sum(dtype=jnp.uint32)
     return total
 
 

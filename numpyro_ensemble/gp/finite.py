@@ -66,6 +66,18 @@ class Coregion(Kernel):
     def is_valid(self) -> jax.Array:
         return jnp.asarray(True) if self.kappa is None else (jnp.asarray(self.kappa) >= 0).all()
 
+    def check_inputs(self, X: jax.Array) -> None:
+        if has_tracers((X, self.W)):
+            return
+        number, column = jnp.shape(self.W)[-2], check_dims("Coregion", (self.active_dims,), X)[0]
+        numbers = np.asarray(X[:, column])
+        wrong = np.flatnonzero((numbers != np.round(numbers)) | (numbers < 0) | (numbers >= number))
+        if len(wrong):
+            raise ValueError(
+                f"Coregion: column {column} holds the outputs' numbers, 0 to {number - 1}; got "
+                f"{numbers[wrong[0]]} in row {wrong[0]}."
+            )
+
     def columns(self, X: jax.Array) -> jax.Array:
         parts = [jnp.asarray(self.W)]
         if self.kappa is not None:

@@ -82,6 +82,12 @@ class Kernel:
         """Return the variances at a matrix of inputs."""
         return jax.vmap(lambda x: self.matrix(x[None], x[None])[0, 0])(X)
 
+    def check_inputs(self, X: jax.Array) -> None:
+        """Raise a ValueError for inputs that are known, and that the kernel does not take."""
+        for factor in _atoms(self):
+            if factor is not self:
+                factor.check_inputs(X)
+
     def is_valid(self) -> jax.Array:
         """Say, traced values included, whether all hyperparameters are positive."""
         positive = [(jnp.asarray(getattr(self, name)) > 0).all() for name in self._positive]
@@ -231,6 +237,9 @@ class _Wrapped(Kernel):
 
     def __init__(self, kernel: Kernel, fn: Callable) -> None:
         self.kernel, self.fn = kernel, Function(fn)
+
+    def check_inputs(self, X: jax.Array) -> None:
+        """Check nothing: the kernel sees what the function makes of the inputs."""
 
     def is_valid(self) -> jax.Array:
         return self.kernel.is_valid()

@@ -111,6 +111,7 @@ def draw_paths(
         observed = jnp.asarray(observed, bool)
         if observed.shape != (len(points),):
             raise ValueError(f"observed takes shape ({len(points)},), got {observed.shape}.")
+    kernel.check_inputs(points)
     mean_fn = as_mean(mean_fn)
     extra = default_jitter(kernel, points) if jitter is None else jnp.asarray(jitter)
     variances = diagonal("noise", noise, points)

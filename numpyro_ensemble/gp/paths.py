@@ -55,7 +55,7 @@ class Paths:
         noise: of observations, a number or `(N,)`; 0 for latent processes.
         jitter: what the diagonal has beside the noise.
         observed: which values count, `(N,)`, or None.
-        residuals: relative residuals of the solves, `(P,)`; 0 for a Cholesky factor.
+        residuals: relative residuals of the solves, `(P,)`; 0 for a factor in double precision.
         ok: whether each path's solve succeeded, `(P,)`.
         seed: of the noise of later updates.
         part: whether these are the paths of one term of a sum.
@@ -123,6 +123,7 @@ class Paths:
             raise ValueError(
                 f"the paths are functions of {self.points.shape[-1]} columns, got {X.shape[1]}."
             )
+        self.kernel.check_inputs(X)
         return X
 
     def _at(self, X: jax.Array) -> jax.Array:
@@ -369,6 +370,11 @@ def check_solved(paths: Paths) -> None:
         raise ValueError(
             f"{len(bad)} of {paths.num_paths} paths did not converge (largest relative residual "
             f"{worst:.1e}): more noise, a larger tolerance, or solver='cholesky'."
+        )
+    if jnp.isfinite(paths.residuals).all():
+        raise ValueError(
+            f"single precision does not solve for {len(bad)} of {paths.num_paths} paths: more "
+            f"noise or jitter, or double precision (numpyro.enable_x64())."
         )
     raise ValueError(
         f"the kernel matrix could not be factored for {len(bad)} of {paths.num_paths} paths: "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -15,6 +16,9 @@ from numpyro_ensemble.gp.kernels import Kernel
 
 RANK = 100  # of the preconditioner
 _ENTRIES = 1 << 22  # of the kernel matrix that are held at once
+
+_REFINEMENTS = 2  # of a factor in single precision
+_LEFT_OVER = 1.0  # of the noise's and jitter's standard deviation, the most that is trusted
 
 SOLVERS = ("cholesky", "cg")
 
@@ -73,11 +77,51 @@ def solve(
 ) -> Solution:
     """Solve `(K + diag) x = b` for each row b of `right`, which is 0 where nothing is observed."""
     if solver == "cholesky":
-        factor = cho_factor(covariance(kernel, X, diagonal, observed), lower=True)
-        values = cho_solve(factor, right.T).T
+        return _by_factor(kernel, X, diagonal, observed, right)
+    return _conjugate_gradients(kernel, X, diagonal, observed, right, tolerance)
+
+
+def _by_factor(
+    kernel: Kernel,
+    X: jax.Array,
+    diagonal: jax.Array,
+    observed: jax.Array | None,
+    right: jax.Array,
+) -> Solution:
+    """Solve by Cholesky; in single precision, whose factor errs by parts of the jitter, refine."""
+    factor = cho_factor(covariance(kernel, X, diagonal, observed), lower=True)
+    values = cho_solve(factor, right.T).T
+    if right.dtype == jnp.float64:
         ok = jnp.isfinite(values).all(axis=1)
         return Solution(values, jnp.where(ok, 0.0, jnp.nan), ok)
-    return _conjugate_gradients(kernel, X, diagonal, observed, right, tolerance)
+    product, total = _product(kernel, X, diagonal, observed)
+    for _ in range(_REFINEMENTS):
+        values = values + cho_solve(factor, right.T - product(values.T)).T
+    left = right - product(values.T).T
+    # what is left must be small beside the noise and jitter that the values are known to have
+    ok = (left**2).mean(axis=1) <= (_LEFT_OVER**2) * total.mean()
+    return Solution(values, _relative(left, right), ok)
+
+
+def _relative(left: jax.Array, right: jax.Array) -> jax.Array:
+    scale = jnp.maximum(jnp.linalg.norm(right, axis=1), jnp.finfo(right.dtype).tiny)
+    return jnp.linalg.norm(left, axis=1) / scale
+
+
+def _product(
+    kernel: Kernel, X: jax.Array, diagonal: jax.Array, observed: jax.Array | None
+) -> tuple[Callable[[jax.Array], jax.Array], jax.Array]:
+    """Return the product of `covariance` with columns, in bounded memory, and its diagonal part."""
+    if observed is None:
+        seen = jnp.ones(len(X), diagonal.dtype)
+    else:
+        seen, diagonal = observed.astype(diagonal.dtype), jnp.where(observed, diagonal, 1.0)
+
+    def product(v: jax.Array) -> jax.Array:
+        alike = (slice(None), *(None,) * (v.ndim - 1))
+        return seen[alike] * times(kernel, X, X, seen[alike] * v) + diagonal[alike] * v
+
+    return product, diagonal
 
 
 def _conjugate_gradients(
@@ -90,18 +134,12 @@ def _conjugate_gradients(
 ) -> Solution:
     if tolerance is None:
         tolerance = float(jnp.finfo(right.dtype).eps) ** 0.5
-    if observed is not None:
-        diagonal = jnp.where(observed, diagonal, 1.0)
     seen = jnp.ones(len(X), right.dtype) if observed is None else observed.astype(right.dtype)
-
-    def product(v: jax.Array) -> jax.Array:
-        return seen * times(kernel, X, X, seen * v) + diagonal * v
-
+    product, diagonal = _product(kernel, X, diagonal, observed)
     precondition = _preconditioner(kernel, X, diagonal, seen)
     run = partial(cg, product, tol=tolerance, maxiter=min(1000, 2 * len(X)), M=precondition)
     values = jax.vmap(lambda b: run(b)[0])(right)
-    left_over = jnp.linalg.norm(right - jax.vmap(product)(values), axis=1)
-    residuals = left_over / jnp.maximum(jnp.linalg.norm(right, axis=1), jnp.finfo(right.dtype).tiny)
+    residuals = _relative(right - jax.vmap(product)(values), right)
     # what is computed here again differs from the recurrence by rounding
     return Solution(values, residuals, residuals <= 10 * tolerance)
 
