@@ -13,6 +13,7 @@ from numpyro.handlers import reparam
 from numpyro.infer import MCMC, NUTS, SVI, Predictive, Trace_ELBO, autoguide
 from zoo import chosen
 
+from numpyro_ensemble import EnsembleVI
 from numpyro_ensemble.gp import (
     RBF,
     CollapsedSparseGP,
@@ -52,6 +53,33 @@ def sampled(kernel, **options):
     mcmc = MCMC(kernel, progress_bar=False, chain_method="vectorized", **options)
     mcmc.run(jax.random.key(0), X, Y)
     return mcmc.get_samples()
+
+
+@pytest.mark.long
+@pytest.mark.promotes_ranks  # NumPyro's guides do
+def test_functions_from_ensembles_of_variational_fits(key):
+    """The model has a parameter, a mean, for each member; the guide can hold what is left."""
+
+    def shifted(X, y=None):
+        shift = numpyro.param("shift", 0.5)
+        f = numpyro.sample("f", GaussianProcess(KERNEL, X))
+        numpyro.sample("y", dist.Normal(f + shift, SD).to_event(1), obs=y)
+
+    white = reparam(shifted, config={"f": WhitenReparam()})
+    guide = autoguide.AutoMultivariateNormal(white)
+    optim = optax.adam(optax.cosine_decay_schedule(0.05, 1500))
+    runner = EnsembleVI(white, guide, optim, Trace_ELBO(8), ensemble_size=2)
+    result = runner.run(key, 1500, X, Y, progress_bar=False)
+    draws = runner.sample_posterior(key, result, X, Y, num_samples=200)
+    options = {"params": result.params, "num_features": 256, "batch_size": 200}
+    values = np.asarray(Pathwise(white, draws, X, Y, **options)(key, X_NEW)["f"])
+    for shift, own in zip(
+        np.asarray(result.params["shift"]), values.reshape(2, 200, -1), strict=True
+    ):
+        mean, variance = EXACT.predict(Y - shift, X_NEW)
+        assert (abs(own.mean(axis=0) - mean) < 6 * np.sqrt(variance / 200)).all()
+        assert_allclose(own.var(axis=0) / variance, 1.0, atol=0.4)
+        assert abs(EXACT.predict(Y - shift - 1.0, X_NEW)[0] - mean).max() > 0.5  # another's mean
 
 
 SAMPLERS = {
