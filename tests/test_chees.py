@@ -68,6 +68,7 @@ def test_the_step_is_blackjax(key):
     np.testing.assert_array_equal(jax.vmap(_halton)(index), own)
 
 
+@pytest.mark.long
 def test_lengths_grow_from_short_ones(key):
     """BlackJAX's own scheme stays near its first length, for it steps from the average so far."""
     near = 0.1 * jax.random.normal(key, (NUM_CHAINS, 3))

@@ -175,6 +175,7 @@ def test_latents_inside_a_scan_are_asked_for():
     Pathwise(model, SCALES | {"step": np.zeros((2, 2))}, X, Y, **OPTIONS)
 
 
+@pytest.mark.long
 def test_paths_share_the_bases_evenly(key):
     paths = draw_paths(key, RBF(), X, Y, noise=0.1, num_paths=9, num_bases=4, num_features=8)
     each = paths.weights.shape[1]

@@ -99,8 +99,13 @@ def test_one_key_is_one_set_of_functions(pathwise, key, compile_count):
         pathwise.draw(jax.random.key(1))
     assert count.count <= 1, count.names  # the key itself
     assert abs(other - whole).max() > 1e-2
-    old = pathwise(jax.random.PRNGKey(0), X_NEW)["y_f"]
-    assert_allclose(old, whole, **exact)
+
+
+@pytest.mark.long
+def test_keys_of_both_styles_are_one(pathwise):
+    styles = jax.random.key(0), jax.random.PRNGKey(0)
+    old, new = (pathwise(key, X_NEW)["y_f"] for key in styles)
+    assert_allclose(old, new, **within({"rtol": 1e-6, "atol": 1e-9}, {"rtol": 1e-5, "atol": 1e-4}))
 
 
 @pytest.mark.long

@@ -74,6 +74,7 @@ def test_updates_add_the_jitter_that_more_points_need(key):
     assert paths.update(many, np.sin(many)).ok.all()
 
 
+@pytest.mark.long
 def test_updates_that_contradict_what_is_known_are_refused(key):
     X, y = np.arange(6.0), np.sin(np.arange(6.0))
     sure = draw_paths(key, RBF(), X, y, num_paths=3)
@@ -101,6 +102,7 @@ def test_one_term_cannot_be_updated(key):
         paths.components()[1].update(X_NEW, np.zeros(7))
 
 
+@pytest.mark.long
 def test_updates_of_collapsed_paths_have_the_models_noise(key):
     paths = CollapsedSparseGP(RBF(), X, Z, 0.25).draw_paths(key, Y, num_paths=4, **OPTIONS)
     assert_allclose(paths.noise, 0.25)

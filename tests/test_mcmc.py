@@ -179,6 +179,7 @@ def test_a_state_goes_on_with_other_data():
     assert z_scores(draws, (Y - 20.0).sum() / 5) < 4
 
 
+@pytest.mark.long
 def test_a_state_is_refreshed_for_other_data():
     kernel = ChEES(model, start="init")
     keys = jax.random.split(jax.random.key(0), 8)

@@ -98,6 +98,7 @@ def test_the_step_is_blackjax(key, scheme):
         assert low.number[0] == NUM_CHAINS * (NUM_STEPS - 4)  # from a fifth of warm-up on
 
 
+@pytest.mark.long
 def test_draws_are_made_with_averages_over_the_last_half(key):
     scheme = Scheme(4)
     chains = jax.vmap(lambda z, k: ghmc.init(z, log_density, k))(

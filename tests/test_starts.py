@@ -98,6 +98,7 @@ def test_pathfinder_finds_the_typical_set():
     check(starts.from_pathfinder(jax.random.key(0), model, 16, X, Y, num_paths=2), 16)
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:Out-of-support")
 def test_searches_that_find_nothing_say_so():
     key = jax.random.key(0)
@@ -122,7 +123,8 @@ def test_a_start_that_would_freeze_is_reported():
 
 def test_few_chains_in_a_fold_are_told_of():
     with pytest.warns(UserWarning, match="from 8 chains in each of 4 folds.*run 64 or more"):
-        MEADS(model).init(jax.random.split(jax.random.key(0), 32), 10, None, (X, Y))
+        kernel = MEADS(model, start="init")
+        kernel.init(jax.random.split(jax.random.key(0), 32), 10, None, (X, Y))
 
 
 @pytest.mark.core

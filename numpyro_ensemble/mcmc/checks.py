@@ -94,6 +94,23 @@ def check_start(name: str, z: Any, found: Survey, remedy: str) -> None:
         )
 
 
+def check_values(init_params: Any, expected: dict[str, tuple[int, ...]]) -> None:
+    """Raise where unconstrained values are not those of the latent sites."""
+    if not isinstance(init_params, dict) or init_params.keys() != expected.keys():
+        got = sorted(init_params) if isinstance(init_params, dict) else type(init_params).__name__
+        raise ValueError(
+            f"init_params takes unconstrained values by the names of the latent sites, "
+            f"{sorted(expected)}; got {got}."
+        )
+    for name, shape in expected.items():
+        given = jnp.shape(init_params[name])
+        if given != shape:
+            raise ValueError(
+                f"init_params[{name!r}] takes unconstrained values of shape {shape}, chains "
+                f"leading; got {given}."
+            )
+
+
 def check_positive(name: str, value: Any) -> None:
     """Raise where an option is not a finite number above 0."""
     if not (_check_number(name, value) and value > 0):

@@ -14,7 +14,7 @@ from numpyro.infer import init_to_uniform
 from numpyro.infer.mcmc import MCMCKernel
 from numpyro.util import is_prng_key
 
-from numpyro_ensemble.mcmc.checks import Survey, check_start, survey
+from numpyro_ensemble.mcmc.checks import Survey, check_start, check_values, survey
 from numpyro_ensemble.mcmc.progress import Progress
 from numpyro_ensemble.mcmc.searches import STARTS
 from numpyro_ensemble.mcmc.target import Target
@@ -165,10 +165,11 @@ class ManyChainKernel(MCMCKernel):
         self._target.check(args, kwargs)
         keys = jax.vmap(lambda key: jax.random.split(key, 3))(rng_key)
         remedy = self._remedy(init_params is not None)
+        of_users = init_params is not None or callable(self._start)
         if init_params is None:
             init_params = self._find_start(keys[0, 2], num_chains, num_warmup, args, kwargs)
-        if self._target.model is not None:
-            _check_values(init_params, self._target.shapes(num_chains, args, kwargs))
+        if of_users and self._target.model is not None:
+            check_values(init_params, self._target.shapes(num_chains, args, kwargs))
         first = partial(self._first, num_warmup)
         state, found = self._target.run(
             ("first", num_warmup), first, (init_params, keys), args, kwargs
@@ -304,20 +305,3 @@ class ManyChainKernel(MCMCKernel):
     @abstractmethod
     def _iterate(self, keys: jax.Array, state: ChainsState, log_density: Callable) -> ChainsState:
         """Make one iteration; `num_divergences` of what is returned counts those of it alone."""
-
-
-def _check_values(init_params: Any, expected: dict[str, tuple[int, ...]]) -> None:
-    """Raise where unconstrained values are not those of the latent sites."""
-    if not isinstance(init_params, dict) or init_params.keys() != expected.keys():
-        got = sorted(init_params) if isinstance(init_params, dict) else type(init_params).__name__
-        raise ValueError(
-            f"init_params takes unconstrained values by the names of the latent sites, "
-            f"{sorted(expected)}; got {got}."
-        )
-    for name, shape in expected.items():
-        given = jnp.shape(init_params[name])
-        if given != shape:
-            raise ValueError(
-                f"init_params[{name!r}] takes unconstrained values of shape {shape}, chains "
-                f"leading; got {given}."
-            )
