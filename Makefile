@@ -60,10 +60,6 @@ $(call ready,%): pyproject.toml
 demo: $(or $(wildcard $(call ready,test)),$(call ready,plots)) ## run the quickstart
 	$(BIN)/python examples/quickstart.py
 
-# tests share what they compile: a tenth of the time, and more of a second run
-test long: export JAX_COMPILATION_CACHE_DIR := $(CACHE)/compiled
-test long: export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS := 0
-
 test: $(call ready,test) ## check format, lint, types and doctests, and run all tests
 	@rm -rf "$(CACHE)/reports"
 	$(BIN)/ruff format --check $(SOURCES)
@@ -78,7 +74,7 @@ test: $(call ready,test) ## check format, lint, types and doctests, and run all 
 long: $(call ready,test) ## run what `make test` leaves out: long tests, the core in float64, processes in float32
 	XLA_FLAGS="$(QUICK)" $(PYTEST) -m "(core or long) and not single and not leaks"
 	XLA_FLAGS="$(FASTER)" JAX_ENABLE_X64=0 $(PYTEST) -m "long and single"
-	XLA_FLAGS="$(QUICK)" JAX_ENABLE_X64=0 $(PYTEST) -m "not core and not long" $(addprefix tests/test_gp_,$(addsuffix .py,calls distribution features kernels paths))
+	XLA_FLAGS="$(QUICK)" JAX_ENABLE_X64=0 $(PYTEST) -m "not core and not long" $(addprefix tests/test_gp_,$(addsuffix .py,calls features paths))
 
 define count_tests
 import sys

@@ -323,6 +323,7 @@ def test_a_partial_model_and_keywords_run(make, key):
     same(quiet(make(ridge), key, 3, y=Y, x=X), plain)
 
 
+@pytest.mark.long
 @QUICK_IN_MAP
 def test_a_transformed_call_sees_its_own_data(make, w, key):
     """What one trace has learnt of its data must not serve another's."""

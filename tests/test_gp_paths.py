@@ -355,6 +355,7 @@ def test_collapsed_paths_follow_the_optimal_inducing_values():
     assert_allclose(paths(X_NEW).var(axis=0) / np.diag(covariance), 1.0, atol=0.16)
 
 
+@pytest.mark.long
 def test_conjugate_gradients_agree_with_cholesky():
     points = inputs(300, 2, width=2.0)
     y = np.sin(3 * points.sum(axis=1))

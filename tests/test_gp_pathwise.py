@@ -350,6 +350,7 @@ def test_draws_that_no_functions_can_be_made_of(key):
         Pathwise(latent, {"scale": np.ones(2), "f": values}, X, Y, **OPTIONS)(key, X_NEW)
 
 
+@pytest.mark.long
 def test_calls_that_cannot_be_answered(key, pathwise):
     with pytest.raises(ValueError, match="'y' is observed in this call: let the model take y=None"):
         pathwise(key, X_NEW, Y[:7])
