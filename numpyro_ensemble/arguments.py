@@ -53,20 +53,36 @@ class Arguments(NamedTuple):
 
     def key(self) -> tuple:
         """Return a hashable that is equal for arguments that one compiled program can serve."""
-        return (self.treedef, self.kinds, tuple(fingerprint(leaf) for leaf in self.select(FIXED)))
-
-    def form(self) -> tuple:
-        """Return a hashable like `key`, for arguments some of which are tracers."""
         marks = [
-            (np.shape(leaf), str(leaf.dtype))
-            if kind != FIXED or isinstance(leaf, jax.core.Tracer)
-            else fingerprint(leaf)
+            fingerprint(leaf) if kind == FIXED else (np.shape(leaf), str(leaf.dtype))
             for leaf, kind in zip(self.leaves, self.kinds, strict=True)
         ]
         return (self.treedef, self.kinds, tuple(marks))
 
 
 NO_ARGUMENTS = Arguments(jax.tree.structure(((), {})), (), (), ())
+
+
+class CallForm:
+    """The arguments of a call without those that a program takes as inputs.
+
+    Two are equal, and hash alike, where the contents of what they hold are equal.
+    """
+
+    def __init__(self, arguments: Arguments) -> None:
+        self.arguments = arguments.without_inputs()
+        self.key = arguments.key()
+        self._hash = hash(self.key)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, CallForm) and self.key == other.key
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def rebuild(self, dynamic: Mapping[str, Sequence[Any]]) -> tuple[tuple, dict]:
+        """Put `(args, kwargs)` together, with the given values of the inputs."""
+        return self.arguments.rebuild(dynamic)
 
 
 def has_tracers(tree: Any) -> bool:
@@ -106,7 +122,8 @@ def arrange(
         batch = {i for i, leaf in enumerate(leaves) if is_array(leaf) and np.ndim(leaf)} - member
     kinds = tuple(
         MEMBER if i in member else BATCH if i in batch
-        else TRACED if jit_model_args and is_array(leaf) else FIXED
+        else TRACED if isinstance(leaf, jax.core.Tracer) or (jit_model_args and is_array(leaf))
+        else FIXED
         for i, leaf in enumerate(leaves)
     )  # fmt: skip
     labels = tuple(

@@ -12,7 +12,6 @@ import numpyro.distributions as dist
 from numpyro import handlers
 from numpyro.infer import util
 
-from numpyro_ensemble.arguments import MEMBER
 from numpyro_ensemble.density import anatomy, filled_trace
 from numpyro_ensemble.draws import (
     check_failed,
@@ -24,6 +23,7 @@ from numpyro_ensemble.draws import (
 from numpyro_ensemble.engine import Ensemble
 from numpyro_ensemble.handlers import is_factor, unwrapped
 from numpyro_ensemble.results import EnsembleResult
+from numpyro_ensemble.setup import setup_of
 from numpyro_ensemble.vi import EnsembleVI
 
 _VI_DRAWS = 100
@@ -82,19 +82,19 @@ def collect(
 
 def _check_fit(runner: Ensemble, result: EnsembleResult, args: tuple, kwargs: dict) -> None:
     """Raise a ValueError where the arguments are not such as the fit had, as far as it is known."""
-    bound = result._bound
-    if bound is None:
+    setup = setup_of(result.state)
+    if setup is None or setup.template is None:
         return
-    own = [label for label, _ in bound.arguments.labelled(MEMBER)]
+    own = setup.template.member_labels
     if own:
         raise ValueError(
-            f"the members were fitted to data of their own, member_args={own}: make ArviZ data of "
-            f"one at a time, to_arviz(runner.model, ...) with its draws and its data."
+            f"the members were fitted to data of their own, member_args={list(own)}: make ArviZ "
+            f"data of one at a time, to_arviz(runner.model, ...) with its draws and its data."
         )
     now = anatomy(runner.model, args, kwargs)
     lost = [
         name
-        for name, site in bound.sites.items()
+        for name, site in setup.template.sites.items()
         if site.kind == "observed" and name in now and now[name].kind != "observed"
     ]
     if lost:

@@ -18,16 +18,17 @@ from numpyro.util import is_prng_key
 
 from numpyro_ensemble.arguments import has_tracers, traces
 from numpyro_ensemble.batching import batch_keys, first_order
-from numpyro_ensemble.bindings import Bindings
-from numpyro_ensemble.bound import Bound
-from numpyro_ensemble.fingerprints import captured
-from numpyro_ensemble.guides import Filling, fresh, take_out
-from numpyro_ensemble.handlers import check_count, check_names, check_weight, reweight
+from numpyro_ensemble.fingerprints import Same, captured
+from numpyro_ensemble.fit_programs import FitCall
+from numpyro_ensemble.guides import fresh, take_out
+from numpyro_ensemble.handlers import check_count, check_names, reweight
 from numpyro_ensemble.optimisers import loopable
 from numpyro_ensemble.options import RunOptions, refuse_clashes
 from numpyro_ensemble.preflight import check_size, check_state
 from numpyro_ensemble.primitives import member_keys
+from numpyro_ensemble.program_cache import ProgramCache
 from numpyro_ensemble.results import EnsembleResult, name_members
+from numpyro_ensemble.setup import GuideValues, SetupValues, plain, with_setup
 from numpyro_ensemble.starts import start_forms
 from numpyro_ensemble.training import (
     Carry,
@@ -36,6 +37,7 @@ from numpyro_ensemble.training import (
     copy_buffers,
     first_stop,
     train,
+    without_stopped,
 )
 
 
@@ -47,6 +49,7 @@ class Ensemble:
         ensemble_size: number of members E.
     """
 
+    prior_weight: Any
     data_sites: tuple[str, ...] = ()  # factors that must depend on the batch, though none said so
 
     def __init__(
@@ -57,42 +60,67 @@ class Ensemble:
         loss: Any,
         *,
         ensemble_size: int = 16,
-        prior_weight: ArrayLike = 1.0,
         prior_sites: Collection[str] = (),
         likelihood_sites: Collection[str] = (),
         **static_kwargs: Any,
     ) -> None:
-        check_count("ensemble_size", ensemble_size)
-        for name, fn in (("model", model), ("guide", guide)):
-            if not callable(fn):
-                raise TypeError(f"{name} takes a callable with NumPyro primitives, got {fn!r}.")
         taken = sorted(static_kwargs.keys() & RunOptions._fields)
         if taken:
             raise ValueError(
                 f"static keywords {taken} are options of run; bind them to the model and the guide "
                 f"with functools.partial instead."
             )
+        self.ensemble_size = ensemble_size
+        self.model, self.guide, self.loss = model, guide, loss
+        self.optim, self.static_kwargs = optim, static_kwargs
+        self.prior_sites = prior_sites  # type: ignore[assignment]
+        self.likelihood_sites = likelihood_sites  # type: ignore[assignment]
+        both = sorted(set(self.prior_sites) & set(self.likelihood_sites))
+        if both:
+            raise ValueError(f"prior_sites and likelihood_sites both name {both}.")
+        self._cache = ProgramCache(self)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Check a setting; it holds from the next call on."""
+        object.__setattr__(self, name, self.checked_setting(name, value))
+
+    def checked_setting(self, name: str, value: Any) -> Any:
+        """Return the value that a setting takes.
+
+        Raises:
+            TypeError: for a value of the wrong kind.
+            ValueError: for a number out of range.
+        """
+        if name == "ensemble_size":
+            check_count(name, value)
+            return int(value)
+        if name in ("prior_sites", "likelihood_sites"):
+            return check_names(name, value)
+        if name in ("model", "guide") and not callable(value):
+            raise TypeError(f"{name} takes a callable with NumPyro primitives, got {value!r}.")
+        if name == "loss" and (isinstance(value, type) or not hasattr(value, "loss")):
+            raise TypeError(f"loss takes an ELBO of NumPyro, Trace_ELBO() say; got {value!r}.")
+        if name == "optim":
+            return self._checked_optim(value)
+        return value
+
+    def _checked_optim(self, optim: Any) -> Any:
         if isinstance(optim, numpyro.optim.Minimize):
             raise TypeError(
                 "optim takes an optimiser that makes one gradient step at a time; "
                 "numpyro.optim.Minimize makes a whole search in one. Use numpyro.optim.Adam, say."
             )
-        if isinstance(loss, type) or not hasattr(loss, "loss"):
-            raise TypeError(f"loss takes an ELBO of NumPyro, Trace_ELBO() say; got {loss!r}.")
         try:
-            plain = SVI(model, guide, optim, loss, **static_kwargs)
+            return loopable(SVI(self.model, self.guide, optim, self.loss).optim)
         except TypeError as error:
             raise TypeError(f"optim takes an optimiser, got {optim!r}. {error}") from error
-        self.model, self.guide, self.loss = model, guide, loss
-        self.optim, self.static_kwargs = loopable(plain.optim), static_kwargs
-        self.ensemble_size = int(ensemble_size)
-        self.prior_weight = check_weight("prior_weight", prior_weight)
-        self.prior_sites = check_names("prior_sites", prior_sites)
-        self.likelihood_sites = check_names("likelihood_sites", likelihood_sites)
-        both = sorted(set(self.prior_sites) & set(self.likelihood_sites))
-        if both:
-            raise ValueError(f"prior_sites and likelihood_sites both name {both}.")
-        self._bindings = Bindings(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the compiled programs out of copies."""
+        return {name: value for name, value in vars(self).items() if name != "_cache"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _cache=ProgramCache(self))
 
     # One member, in the terms of a plain SVI --------------------------------------------------
 
@@ -111,17 +139,24 @@ class Ensemble:
         sites = self.prior_sites
         return reweight(self.model, prior=prior, likelihood=likelihood, prior_sites=sites)
 
-    def weights(self) -> tuple:
-        """Return what the weights of a program's sites are keyed by."""
-        return (captured(self.prior_weight),)
+    def settings(self) -> tuple:
+        """Return the settings that a program depends on, as a hashable."""
+        return (
+            type(self), Same(self.loss), Same(self.optim), self.ensemble_size,
+            captured(self.prior_weight), self.prior_sites, self.likelihood_sites,
+        )  # fmt: skip
 
     def fresh_guide(self, init_params: dict | None, sites: dict) -> tuple[Callable, dict | None]:
         """Return a guide that was not set up, and the start values that `SVI.init` is to take."""
         return fresh(self.guide), init_params
 
-    def distilled_guide(self, guide: Callable, dynamic: dict) -> tuple[Callable, Filling]:
+    def distilled_guide(self, guide: Callable, dynamic: dict) -> tuple[Callable, GuideValues]:
         """Return what a guide is after its set-up, with what was traced apart."""
         return take_out(guide, dynamic)
+
+    def constrains_with_arguments(self, guide: Any) -> bool:
+        """Return whether `member_params` reads the arguments of the model."""
+        return False
 
     def check_run(self, first: int, num_steps: int) -> None:
         """Raise an error where the steps to come cannot be taken."""
@@ -153,20 +188,18 @@ class Ensemble:
             **kwargs: keyword arguments of the model.
         """
         keys = member_keys(rng_key, self.ensemble_size)
-        bound = self._bindings.bind(args, kwargs, starts=start_forms(init_params, keys))
-        state, _ = bound.start(keys, init_params)
-        return state
+        call = self._cache.call(args, kwargs, starts=start_forms(init_params, keys))
+        return call.start(keys, init_params)
 
     def get_params(self, state: SVIState) -> dict[str, Any]:
         """Return the constrained parameters of a state, each leaf with a leading `(E,)`.
 
         Raises:
-            RuntimeError: if this runner has seen no model arguments yet.
+            ValueError: for a state that does not hold its constraints: NumPyro's own, or one that
+                was pickled.
         """
-        if self._bindings.last is None:
-            raise RuntimeError("get_params needs init, update or run to be called first.")
         check_size(state, self.ensemble_size)
-        return self._bindings.last.params(state)
+        return self._cache.params(state)
 
     def update(
         self,
@@ -177,9 +210,8 @@ class Ensemble:
     ) -> tuple[SVIState, jax.Array]:
         """Take one step with every member and return the new state and the losses `(E,)`."""
         check_size(state, self.ensemble_size)
-        return self._bindings.bind(args, kwargs, state=state).step(
-            state, False, forward_mode_differentiation
-        )
+        call = self._cache.call(args, kwargs, state=state, steps=True)
+        return call.step(state, False, forward_mode_differentiation)
 
     def stable_update(
         self,
@@ -190,14 +222,13 @@ class Ensemble:
     ) -> tuple[SVIState, jax.Array]:
         """Take one step, in which a member whose loss or state fails keeps its last good state."""
         check_size(state, self.ensemble_size)
-        return self._bindings.bind(args, kwargs, state=state).step(
-            state, True, forward_mode_differentiation
-        )
+        call = self._cache.call(args, kwargs, state=state, steps=True)
+        return call.step(state, True, forward_mode_differentiation)
 
     def evaluate(self, state: SVIState, *args: Any, **kwargs: Any) -> jax.Array:
         """Return the members' losses `(E,)`, with the randomness that `update` would use."""
         check_size(state, self.ensemble_size)
-        return self._bindings.bind(args, kwargs, state=state).evaluate(state)
+        return self._cache.call(args, kwargs, state=state, steps=True).evaluate(state)
 
     @refuse_clashes
     def run(
@@ -261,61 +292,68 @@ class Ensemble:
         options.check(num_steps)
         keys = member_keys(rng_key, self.ensemble_size)
         starts = start_forms(init_params, keys)
-        bound = self._bindings.bind(args, kwargs, options, starts=starts)
+        call = self._cache.call(args, kwargs, options, starts=starts, state=init_state)
         if init_state is None:
-            state, stems = bound.start(keys, init_params)
+            state: SVIState = call.start(keys, init_params)
             step: Any = 0
         else:
-            check_state(init_state, bound.anatomy.state, self.ensemble_size)
-            state, stems = init_state, bound.known_stems(init_state)
+            state = init_state
+            check_state(init_state, call.forms.state, self.ensemble_size)
             step = jnp.max(init_state.optim_state[0])
-        batches = bound.batches
+        values = call.values_of(state)
+        setup = call.setup_with(values)
+        batches = call.batches
         single = rng_key if is_prng_key(rng_key) else keys[0]
         shuffles = None if batches is None else batch_keys(keys, single, batches.shared)
         carry = Carry(
-            state,
+            plain(state),
             None if early_stopping is None else first_stop(self.ensemble_size),
             None if batches is None else first_order(batches, self.ensemble_size),
         )
-        carry, losses, stopped = self._loop(bound, carry, num_steps, options, step, stems, shuffles)
-        params, finite = bound.outcome(carry.state, stems)
-        result = EnsembleResult(params, carry.state, jax.device_put(losses))
+        if callback is not None:
+
+            def report(step: int, state: SVIState, losses: Any) -> Any:
+                return callback(step, with_setup(state, setup), losses)
+
+            options = options._replace(callback=report)
+        carry, losses, stopped = self._loop(call, carry, num_steps, options, step, values, shuffles)
+        params, finite = call.outcome(carry.state, values)
+        result = EnsembleResult(params, with_setup(carry.state, setup), jax.device_put(losses))
         if stopped is not None:  # steps that were left out on purpose are no failures either
             result.stopped = stopped | stable_update
         if not has_tracers((finite, losses)):
-            result._bound = bound
             result.seconds = time.perf_counter() - begin
             _warn_failed(np.asarray(finite) & np.asarray(result.finite), losses, stable_update)
         return result
 
     def _loop(
         self,
-        bound: Bound,
+        call: FitCall,
         carry: Carry,
         num_steps: int,
         options: RunOptions,
         step: Any,
-        stems: Any,
+        values: SetupValues,
         shuffles: Any,
     ) -> tuple[Carry, Any, Any]:
         """Run the compiled loop; under an outer transformation as one chunk without a host."""
-        dynamic = bound.arguments.dynamic
-        if traces((carry, step, stems, shuffles, bound.arguments.leaves)):
+        dynamic = call.dynamic
+        if traces((carry, step, values, shuffles, call.arguments.leaves)):
             if options.callback is not None:
                 raise ValueError("callback cannot be called from inside jit, vmap or grad.")
-            whole = bound.chunk(num_steps, options, consume=False)
-            carry, (losses, _) = whole(carry, num_steps, 0, step, stems, dynamic, shuffles)
-            return carry, losses.T, None
+            whole = call.chunk(num_steps, options, consume=False)
+            carry, (losses, flags) = whole(carry, num_steps, 0, step, values, dynamic, shuffles)
+            return carry, without_stopped(losses, 0, flags).T, None
         step = int(step)
         self.check_run(step, num_steps)
         looks = (options.progress_bar, options.callback, options.early_stopping)
         size, capacity = capacity_for(num_steps, options.chunk_size, any(looks))
-        compiled = bound.chunk(capacity, options)
+        compiled = call.chunk(capacity, options)
         if options.init_state is not None or options.init_params is not None:
             carry = copy_buffers(carry)  # its arrays may be the user's own
 
         def chunk(carry: Carry, number: int, done: int) -> tuple[Carry, Any]:
-            return compiled(carry, number, done, step + done, stems, dynamic, shuffles)
+            return compiled(carry, number, done, step + done, values, dynamic, shuffles)
 
         return train(
             chunk,

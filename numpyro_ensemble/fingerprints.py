@@ -85,6 +85,13 @@ def captured(fn: Any) -> tuple:
     return tuple(marks)
 
 
+def holds_tracers(marks: Any) -> bool:
+    """Return whether what `captured` has returned refers to a tracer."""
+    if isinstance(marks, tuple):
+        return any(map(holds_tracers, marks))
+    return isinstance(marks, Same) and isinstance(marks.value, jax.core.Tracer)
+
+
 def _collect(value: Any, marks: list, met: dict[int, int]) -> None:
     if isinstance(value, jax.core.Tracer):
         marks.append(Same(value))

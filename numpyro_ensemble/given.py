@@ -13,6 +13,7 @@ from jax.typing import ArrayLike
 from numpyro_ensemble.arguments import has_tracers
 from numpyro_ensemble.draws import check_failed, check_mixture, finite_members, pick
 from numpyro_ensemble.results import EnsembleResult
+from numpyro_ensemble.setup import setup_of
 
 
 class Given(NamedTuple):
@@ -69,7 +70,9 @@ def read_given(
             raise ValueError(f"an EnsembleResult has batch_ndims=1, got {batch_ndims}.")
         result = posterior_samples
         fitted, ended_well = frozenset(result.params), result.finite
-        known = None if result._bound is None else frozenset(result._bound.sites)
+        setup = setup_of(result.state)
+        if setup is not None and setup.template is not None:
+            known = frozenset(setup.template.sites)
         samples, params = result.params, result.state.mutable_state or {}
         if guide is not None:
             samples, params = None, {**result.params, **params}

@@ -9,53 +9,102 @@ inside the next program, concrete ones to set up the user's own guide.
 from __future__ import annotations
 
 import copy
+import functools
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import numpy as np
+from numpyro import handlers
 from numpyro.infer.autoguide import AutoGuide
+from numpyro.infer.util import compute_log_probs
 from numpyro.primitives import Messenger
 
-from numpyro_ensemble.arguments import has_tracers
+from numpyro_ensemble.arguments import BATCH, MEMBER, TRACED, has_tracers
 from numpyro_ensemble.fingerprints import open_up
-
-# what a guide only needs for names and shapes once its parameters exist
-_STRUCTURE = ("prototype_trace", "_init_locs", "_init_latent")
-_WRITTEN = ("_event_dims", "_init_locs")  # dictionaries that a set-up writes into
+from numpyro_ensemble.setup import GuideValues
 
 
 class Slot(NamedTuple):
     """The place of a value in a guide: which kind of value, and which of them."""
 
-    kind: str  # a field of Filling, or the kind of an argument
+    kind: str  # a field of GuideValues
     place: int
 
 
-class Filling(NamedTuple):
-    """The values for a guide's slots."""
+class _KeepsOrder(AutoGuide):
+    """The set-up of an autoguide whose latents keep the order that the model meets them in.
 
-    supports: list[Any]  # of the member's own: what its constrained values depend on
-    own: list[Any]  # of the member's own start
-    first: list[Any]  # of the first member's start
+    NumPyro's search for a valid start passes the latents through a `while_loop` when it is traced,
+    and dictionaries come back from that with sorted keys. Guides that lay latents side by side
+    would exchange them. A class made of a guide's own and this one has this set-up between those
+    of the guide's class and of `AutoGuide`.
+    """
+
+    _order: tuple[str, ...]
+    _init_locs: dict[str, Any]
+
+    def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
+        super()._setup_prototype(*args, **kwargs)
+        order = self._order
+        if set(order) != self._init_locs.keys():
+            order = tuple(name for name in self.prototype_trace if name in self._init_locs)
+        self._init_locs = {name: self._init_locs[name] for name in order}
+
+
+@functools.cache
+def _order_keeping(cls: type[AutoGuide]) -> type[AutoGuide]:
+    return type(cls.__name__, (cls, _KeepsOrder), {"__module__": cls.__module__})
+
+
+def latent_order(guide: Callable) -> tuple:
+    """Return the order of a guide's latents, and of those of its parts; empty if not set up."""
+    if not isinstance(guide, AutoGuide):
+        return ()
+    mine = _own_order(guide)
+    parts = tuple(latent_order(part) for part in _parts(guide))
+    return (mine, *parts) if mine or any(parts) else ()
+
+
+def _own_order(guide: AutoGuide) -> tuple[str, ...]:
+    return tuple(vars(guide).get("_init_locs") or ()) if is_set_up(guide) else ()
+
+
+def _parts(guide: AutoGuide) -> list[AutoGuide]:
+    """Return the autoguides that an autoguide is made of."""
+    held = [v for v in vars(guide).values() if isinstance(v, AutoGuide)]
+    lists = [v for v in vars(guide).values() if isinstance(v, list)]
+    return held + [part for items in lists for part in items if isinstance(part, AutoGuide)]
 
 
 def fresh(guide: Callable) -> Callable:
-    """Copy an autoguide, and those it is made of, as it was before it was set up."""
+    """Copy an autoguide, and those it is made of, as it was before it was set up.
+
+    The copy lays its latents out in the order of the guide, if that was set up before.
+    """
     if not isinstance(guide, AutoGuide):
         return guide
     new = copy.copy(guide)
-    new.prototype_trace = None
-    for name, value in vars(guide).items():
+    for name, value in vars(guide).items():  # a set-up writes into dictionaries and lists
         if isinstance(value, AutoGuide):
             setattr(new, name, fresh(value))
         elif isinstance(value, list):
             setattr(new, name, [fresh(part) for part in value])
-        elif isinstance(value, dict) and (name.startswith("_prototype") or name in _WRITTEN):
-            setattr(new, name, {})
+        elif isinstance(value, dict):
+            setattr(new, name, {} if name.startswith("_prototype") else copy.copy(value))
+    new.prototype_trace = None
+    new._order = _own_order(guide)  # type: ignore[attr-defined]
+    new._own_class = type(guide)  # type: ignore[attr-defined]
+    new.__class__ = _order_keeping(cast(Hashable, type(guide)))
     return new
+
+
+def _restore_class(guide: AutoGuide) -> None:
+    """Undo what `fresh` has added to a copy."""
+    guide.__class__ = vars(guide).pop("_own_class")
+    del guide._order  # type: ignore[attr-defined]
 
 
 def is_set_up(guide: Callable) -> bool:
@@ -86,41 +135,70 @@ def check_hidden(guide: Callable) -> None:
         ahead += open_up(value)[1]
 
 
-def take_out(guide: Callable, arguments: dict[str, list[Any]]) -> tuple[Any, Filling]:
+def take_out(guide: Callable, arguments: dict[str, list[Any]]) -> tuple[Any, GuideValues]:
     """Replace the tracers in a guide by slots, and return the guide and the tracers.
 
     Args:
         guide: a copy made by `fresh`, after its call.
-        arguments: the model's traced arguments by kind, which fill slots of their own.
+        arguments: the model's traced arguments by kind.
     """
-    filling = Filling([], [], [])
+    values = GuideValues([], [], [])
     if not isinstance(guide, AutoGuide):
-        return guide, filling
-    known = {
-        id(leaf): Slot(kind, i)
-        for kind, leaves in arguments.items()
-        for i, leaf in enumerate(leaves)
-    }
+        return guide, values
+    kind_of = {id(leaf): "shared" for k in (TRACED, BATCH) for leaf in arguments[k]}
+    kind_of |= {id(leaf): "own" for leaf in arguments[MEMBER]}
+    known: dict[int, Slot] = {}
 
     def put(kind: str) -> Callable:
         def slot(value: Any) -> Slot:
             if id(value) not in known:
-                values = getattr(filling, kind)
-                values.append(value)
-                known[id(value)] = Slot(kind, len(values) - 1)
+                place = kind_of.get(id(value), kind)
+                values_of_kind = getattr(values, place)
+                values_of_kind.append(value)
+                known[id(value)] = Slot(place, len(values_of_kind) - 1)
             return known[id(value)]
 
         return slot
 
-    return _Walk(jax.core.Tracer, put).guide(guide), filling
+    return _Walk(jax.core.Tracer, put).guide(guide), values
 
 
-def fill(guide: Callable, filling: Filling, arguments: dict[str, list[Any]]) -> Callable:
+def fill(guide: Callable, values: GuideValues) -> Callable:
     """Return a guide with values in place of its slots."""
     if not isinstance(guide, AutoGuide):
         return guide
-    values = {**filling._asdict(), **arguments}
-    return _Walk(Slot, lambda _: lambda slot: values[slot.kind][slot.place]).guide(guide)
+    return _Walk(Slot, lambda _: lambda slot: getattr(values, slot.kind)[slot.place]).guide(guide)
+
+
+def drop_unread(
+    guide: Callable, values: GuideValues, params: dict, args: tuple, kwargs: dict
+) -> GuideValues:
+    """Return the values with None for those that neither a step nor a draw of the guide reads.
+
+    Start values, for example, serve for their shape alone once the parameters exist, and most
+    guides never read the data that they were set up with.
+    """
+    leaves, treedef = jax.tree.flatten(values)
+    if not leaves:
+        return values
+
+    def read(leaves: list[Any]) -> Any:
+        filled = fill(guide, jax.tree.unflatten(treedef, leaves))
+        seeded = handlers.seed(filled, jax.random.key(0))
+        log_probs, trace = compute_log_probs(seeded, args, kwargs, params)
+        sites = {n: s["value"] for n, s in trace.items() if s["type"] in ("sample", "plate")}
+        key = jax.random.key(0)
+        draws = filled.sample_posterior(key, params, *args, **kwargs)  # type: ignore[attr-defined]
+        return log_probs, sites, draws
+
+    try:
+        jaxpr = jax.make_jaxpr(read)(leaves).jaxpr
+    except Exception:  # a guide that cannot be traced alone keeps all its values
+        return values
+    used = {id(v) for equation in jaxpr.eqns for v in equation.invars}
+    used |= {id(v) for v in jaxpr.outvars}
+    kept = [x if id(v) in used else None for x, v in zip(leaves, jaxpr.invars, strict=True)]
+    return jax.tree.unflatten(treedef, kept)
 
 
 def set_up(guide: Callable, other: Callable) -> None:
@@ -148,11 +226,12 @@ class _Walk:
 
     def guide(self, guide: AutoGuide) -> AutoGuide:
         new = self._note(guide, copy.copy(guide))
-        for name, value in vars(guide).items():
-            kind = "first" if name in _STRUCTURE else "own"
+        if isinstance(new, _KeepsOrder):
+            _restore_class(new)
+        for name, value in list(vars(new).items()):
             if name == "prototype_trace" and value is not None:
                 value = self._trace(value)
-            setattr(new, name, self.copy(value, self.put(kind)))
+            setattr(new, name, self.copy(value, self.put("own")))
         return new
 
     def _trace(self, trace: dict) -> dict:

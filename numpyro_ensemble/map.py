@@ -13,11 +13,13 @@ from jax.typing import ArrayLike
 from numpyro.infer import Trace_ELBO, init_to_uniform
 
 from numpyro_ensemble.engine import Ensemble
-from numpyro_ensemble.guides import Filling
+from numpyro_ensemble.fingerprints import captured
+from numpyro_ensemble.handlers import check_weight
 from numpyro_ensemble.optimisers import choose_optimizer
 from numpyro_ensemble.point_guide import PointGuide
 from numpyro_ensemble.primitives import combine, partition, stack_members
 from numpyro_ensemble.results import EnsembleResult
+from numpyro_ensemble.setup import GuideValues
 
 
 class EnsembleMAP(Ensemble):
@@ -70,20 +72,29 @@ class EnsembleMAP(Ensemble):
         prior_sites: Collection[str] = (),
         likelihood_sites: Collection[str] = (),
     ) -> None:
-        if not callable(init_loc_fn):
-            raise TypeError(f"init_loc_fn takes a NumPyro strategy, got {init_loc_fn!r}.")
+        self.prior_weight = prior_weight
+        self.init_loc_fn, self.jacobian = init_loc_fn, jacobian
         super().__init__(
             model,
             PointGuide(model, init_loc_fn=init_loc_fn, jacobian=jacobian),
             optim,
             Trace_ELBO(),
             ensemble_size=ensemble_size,
-            prior_weight=prior_weight,
             prior_sites=prior_sites,
             likelihood_sites=likelihood_sites,
         )
-        self.init_loc_fn = init_loc_fn
-        self.jacobian = jacobian
+
+    def checked_setting(self, name: str, value: Any) -> Any:
+        """Return the value that a setting takes."""
+        if name == "prior_weight":
+            return check_weight(name, value)
+        if name == "init_loc_fn" and not callable(value):
+            raise TypeError(f"init_loc_fn takes a NumPyro strategy, got {value!r}.")
+        return super().checked_setting(name, value)
+
+    def settings(self) -> tuple:
+        """Return the settings that a program depends on, as a hashable."""
+        return (*super().settings(), captured(self.init_loc_fn), bool(self.jacobian))
 
     @classmethod
     def from_log_joint(
@@ -123,9 +134,13 @@ class EnsembleMAP(Ensemble):
         )
         return guide, given or None
 
-    def distilled_guide(self, guide: Callable, dynamic: dict) -> tuple[Callable, Filling]:
+    def distilled_guide(self, guide: Callable, dynamic: dict) -> tuple[Callable, GuideValues]:
         """Return the structure of the point guide alone."""
-        return guide.distilled(), Filling([], [], [])  # type: ignore[attr-defined]
+        return guide.distilled(), GuideValues([], [], [])  # type: ignore[attr-defined]
+
+    def constrains_with_arguments(self, guide: Any) -> bool:
+        """Return whether a support depends on other latents, and so on the model's arguments."""
+        return any(point.transform is None for point in guide.points.values())
 
     def member_params(self, guide: Any, params: dict, args: tuple, kwargs: dict) -> dict:
         """Return constrained values by site name."""

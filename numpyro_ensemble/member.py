@@ -11,10 +11,10 @@ from numpyro.infer import SVI
 from numpyro.infer.svi import SVIState
 from numpyro.infer.util import transform_fn
 
-from numpyro_ensemble.arguments import BATCH, Arguments
+from numpyro_ensemble.arguments import BATCH, CallForm
 from numpyro_ensemble.batching import Batches
 from numpyro_ensemble.guides import fill
-from numpyro_ensemble.preflight import Anatomy, Stems
+from numpyro_ensemble.setup import SetupTemplate, SetupValues
 from numpyro_ensemble.training import keep_good
 
 if TYPE_CHECKING:
@@ -22,39 +22,39 @@ if TYPE_CHECKING:
 
 
 class Member(NamedTuple):
-    """Pure functions of one member's state, what stems from its start, and its arguments."""
+    """Pure functions of one member's state, its set-up's values, and its arguments."""
 
     engine: Ensemble
-    arguments: Arguments
+    call: CallForm
     batches: Batches | None
-    anatomy: Anatomy
+    template: SetupTemplate
 
-    def guide(self, stems: Stems, dynamic: dict) -> Callable:
-        """Return the guide, with the values of the member's own start in it."""
-        return fill(self.anatomy.guide, stems.guide, dynamic)
+    def guide(self, values: SetupValues) -> Callable:
+        """Return the guide, with the values of the member's own set-up in it."""
+        return fill(self.template.guide, self.template.fill_values(values.guide))
 
-    def svi(self, state: SVIState, stems: Stems, dynamic: dict, scale: float = 1.0) -> SVI:
+    def svi(self, state: SVIState, values: SetupValues, scale: float = 1.0) -> SVI:
         """Return a plain SVI, past its `init`."""
-        guide = self.guide(stems, dynamic)
-        model, guide = self.engine.weighted(guide, scale, state.optim_state[0])
+        model, guide = self.engine.weighted(self.guide(values), scale, state.optim_state[0])
         svi = SVI(model, guide, self.engine.optim, self.engine.loss)
-        stem = iter(stems.constraints)
-        leaves = [next(stem) if leaf is None else leaf for leaf in self.anatomy.leaves]
-        transforms = jax.tree.unflatten(self.anatomy.transforms, leaves)
+        constraints = iter(values.constraints)
+        leaves = [next(constraints) if leaf is None else leaf for leaf in self.template.leaves]
+        transforms = jax.tree.unflatten(self.template.transforms, leaves)
         svi.constrain_fn = partial(transform_fn, transforms)
         return svi
 
     def update(
-        self, state: SVIState, stems: Stems, dynamic: dict, rows: Any, stable: bool, forward: bool
-    ) -> tuple[SVIState, jax.Array]:
+        self, state: SVIState, values: SetupValues, dynamic: dict, rows: Any, stable: bool,
+        forward: bool,
+    ) -> tuple[SVIState, jax.Array]:  # fmt: skip
         """Take one step, on these rows of the batched arguments if there are any."""
         scale = 1.0
         if rows is not None and self.batches is not None:
             scale = self.batches.total / rows.shape[-1]
             taken = [leaf.at[rows].get(mode="promise_in_bounds") for leaf in dynamic[BATCH]]
             dynamic = {**dynamic, BATCH: taken}
-        args, kwargs = self.arguments.rebuild(dynamic)
-        svi = self.svi(state, stems, dynamic, scale)
+        args, kwargs = self.call.rebuild(dynamic)
+        svi = self.svi(state, values, scale)
         step = svi.stable_update if stable else svi.update
         new, loss = step(state, *args, forward_mode_differentiation=forward, **kwargs)
         if new.mutable_state is None:  # losses of several particles leave it alone
@@ -63,16 +63,16 @@ class Member(NamedTuple):
             return new, loss
         return keep_good(state, new, loss, counts=rows is not None)
 
-    def loss(self, state: SVIState, stems: Stems, dynamic: dict) -> jax.Array:
+    def loss(self, state: SVIState, values: SetupValues, dynamic: dict) -> jax.Array:
         """Return the loss, with the randomness of the next step."""
-        args, kwargs = self.arguments.rebuild(dynamic)
-        svi = self.svi(state, stems, dynamic)
+        args, kwargs = self.call.rebuild(dynamic)
+        svi = self.svi(state, values)
         key = jax.random.split(state.rng_key)[1]  # as SVI.evaluate
         params = {**svi.get_params(state), **(state.mutable_state or {})}
         return svi.loss.loss(key, params, svi.model, svi.guide, *args, **kwargs)
 
-    def params(self, state: SVIState, stems: Stems, dynamic: dict) -> dict[str, Any]:
+    def params(self, state: SVIState, values: SetupValues, dynamic: dict) -> dict[str, Any]:
         """Return the parameters, as users see them."""
-        args, kwargs = self.arguments.rebuild(dynamic)
-        params = self.svi(state, stems, dynamic).get_params(state)
-        return self.engine.member_params(self.anatomy.guide, params, args, kwargs)
+        args, kwargs = self.call.rebuild(dynamic)
+        params = self.svi(state, values).get_params(state)
+        return self.engine.member_params(self.template.guide, params, args, kwargs)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from numpyro_ensemble.bound import ARGUMENT_AXES, Bound
 from numpyro_ensemble.draws import (
     Density,
     density_at,
@@ -19,42 +19,49 @@ from numpyro_ensemble.draws import (
     map_member_draws,
     pick,
 )
-from numpyro_ensemble.preflight import STEM_AXES, Stems
+from numpyro_ensemble.guides import fill
+from numpyro_ensemble.setup import VALUE_AXES, GuideValues, SetupTemplate
 
 
 class MemberGuides(NamedTuple):
     """The guides of one fit, called with these arguments."""
 
-    bound: Bound
+    model: Callable
+    template: SetupTemplate
+    ensemble_size: int
     args: tuple
     kwargs: dict[str, Any]
     with_density: bool
 
     def draw(
-        self, number: int, key: jax.Array, params: dict, stems: Stems, dynamic: dict
+        self, number: int, key: jax.Array, params: dict, values: GuideValues
     ) -> tuple[dict[str, Any], dict[str, jax.Array], jax.Array]:
         """Return the model's sites `(E, number, ...)` at draws from the guides, and log densities.
 
         The last value says whether the density under the mixture is that of the same draws.
         """
-        size = self.bound.engine.ensemble_size
+        size = self.ensemble_size
         keys = jax.random.split(key, (size, number))
-        axes = (0, None, None, None), (0, 0, STEM_AXES, ARGUMENT_AXES)
+        axes = (0, None, None), (0, 0, VALUE_AXES.guide)
         many = jax.vmap(jax.vmap(self._latents, in_axes=axes[0]), in_axes=axes[1])
-        latents, density = many(keys, params, stems, dynamic)
+        latents, density = many(keys, params, values)
         samples = self._filled(keys, params, latents)
         if density is None:
             return samples, {}, jnp.asarray(True)
         densities, known = {"log_q": density.log_q}, jnp.asarray(True)
-        mixture = self._mixture(latents, density, params, stems, dynamic)
+        mixture = self._mixture(latents, density, params, values)
         if mixture is not None:
             densities["log_q_mixture"], known = mixture
         return samples, densities, known
 
+    def _guide(self, values: GuideValues) -> Callable:
+        """Return one member's guide."""
+        return fill(self.template.guide, self.template.fill_values(values))
+
     def _latents(
-        self, key: jax.Array, params: dict, stems: Stems, dynamic: dict
+        self, key: jax.Array, params: dict, values: GuideValues
     ) -> tuple[dict[str, Any], Density | None]:
-        guide = self.bound.member.guide(stems, dynamic)
+        guide = self._guide(values)
         key = jax.random.split(key)[0]
         if self.with_density:
             return draw_with_density(guide, key, params, self.args, self.kwargs)
@@ -62,7 +69,7 @@ class MemberGuides(NamedTuple):
 
     def _filled(self, keys: jax.Array, params: dict, latents: dict) -> dict[str, Any]:
         """Run the model on the draws, as many at once as there is room for."""
-        model = self.bound.engine.model
+        model = self.model
 
         def one(where: tuple) -> dict[str, Any]:
             key, e, s = where
@@ -79,7 +86,7 @@ class MemberGuides(NamedTuple):
         return map_member_draws(one, keys)
 
     def _mixture(
-        self, latents: dict, density: Density, params: dict, stems: Stems, dynamic: dict
+        self, latents: dict, density: Density, params: dict, values: GuideValues
     ) -> tuple[jax.Array, jax.Array] | None:
         """Return the log density of all draws under the equal mixture of all guides."""
         size, number = density.log_q.shape
@@ -87,8 +94,8 @@ class MemberGuides(NamedTuple):
             lambda x: x.reshape(size * number, *x.shape[2:]), (latents, density.values)
         )
 
-        def under(params: dict, stems: Stems, dynamic: dict) -> tuple[jax.Array, jax.Array]:
-            guide = self.bound.member.guide(stems, dynamic)
+        def under(params: dict, values: GuideValues) -> tuple[jax.Array, jax.Array]:
+            guide = self._guide(values)
 
             def at(draw: tuple) -> tuple[jax.Array, jax.Array]:
                 return density_at(guide, draw[0], draw[1], params, self.args, self.kwargs)
@@ -96,8 +103,8 @@ class MemberGuides(NamedTuple):
             return map_draws(at, flat)
 
         try:
-            every = jax.vmap(under, in_axes=(0, STEM_AXES, ARGUMENT_AXES))
-            log_q, same = every(params, stems, dynamic)
+            every = jax.vmap(under, in_axes=(0, VALUE_AXES.guide))
+            log_q, same = every(params, values)
         except NotImplementedError:  # flows that cannot be inverted
             return None
         mixture = jax.nn.logsumexp(log_q, axis=0) - np.log(size)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +19,9 @@ from numpyro.primitives import Messenger
 from numpyro_ensemble.arguments import BATCH, MEMBER, TRACED, Arguments, traces
 from numpyro_ensemble.batching import Batches, check_follows, rescaled
 from numpyro_ensemble.density import Site, anatomy, filled_trace
-from numpyro_ensemble.guides import Filling, check_hidden
+from numpyro_ensemble.guides import check_hidden
 from numpyro_ensemble.handlers import is_zero
+from numpyro_ensemble.tracing import tracing_alone
 
 if TYPE_CHECKING:
     from numpyro_ensemble.engine import Ensemble
@@ -33,34 +34,6 @@ _VALUES_WANTED = (
 )
 _TRACED_BY = {TRACED: "jit_model_args", BATCH: "batch_size", MEMBER: "member_args"}
 _LINE_SEARCHES = (optax.ScaleByBacktrackingLinesearchState, optax.ScaleByZoomLinesearchState)
-
-
-class Stems(NamedTuple):
-    """What stems from the start of a fit and is needed at its later steps."""
-
-    constraints: list[Any]  # leaves of the parameters' transforms, with the member axis
-    guide: Filling  # what the guide's set-up keeps; all but `first` with the member axis
-
-    def agrees(self, other: Stems | None) -> bool:
-        """Say whether two starts, or else all members of one, lead to the same constraints."""
-        mine = [np.asarray(leaf) for leaf in (*self.constraints, *self.guide.supports)]
-        if other is None:
-            return all((leaf == leaf[:1]).all() for leaf in mine)
-        theirs = (*other.constraints, *other.guide.supports)
-        return all((a == np.asarray(b)).all() for a, b in zip(mine, theirs, strict=True))
-
-
-STEM_AXES = Stems(0, Filling(0, 0, None))  # type: ignore[arg-type]
-
-
-class Anatomy(NamedTuple):
-    """What tracing the start of a fit tells of its later steps; it holds nothing traced."""
-
-    guide: Callable  # set up, with slots for the values
-    transforms: Any  # tree of the transforms of the parameters
-    leaves: tuple[Any, ...]  # its leaves, None for those that stem from the start itself
-    state: SVIState  # shapes and dtypes, with the member axis
-    stems: Stems  # shapes and dtypes
 
 
 class _Supply(Messenger):
@@ -154,9 +127,10 @@ def _check_scales(
         trace = filled_trace(engine.model, *arguments.rebuild(dynamic))
         return [trace[name]["scale"] for name in names]
 
+    scales_of = jax.jit(tracing_alone(scales))
     whole = arguments.dynamic
     piece = {**whole, BATCH: [leaf[: batches.size] for leaf in whole[BATCH]]}
-    for name, a, b in zip(names, jax.jit(scales)(whole), jax.jit(scales)(piece), strict=True):
+    for name, a, b in zip(names, scales_of(whole), scales_of(piece), strict=True):
         if not np.isclose(a, b):
             raise rescaled(name, a, b, batches)
 
@@ -174,7 +148,7 @@ def _check_factors(engine: Ensemble, arguments: Arguments) -> None:
         return [trace[name]["fn"].log_prob(trace[name]["value"]) for name in wanted]
 
     rows = {f"row{i:04d}": leaf for i, leaf in enumerate(arguments.select(BATCH))}
-    for name, sources in zip(wanted, eval_provenance(factors, **rows), strict=True):
+    for name, sources in zip(wanted, eval_provenance(tracing_alone(factors), **rows), strict=True):
         if not sources:
             raise ValueError(
                 f"factor {name!r} is part of the likelihood and does not depend on the batched "
@@ -198,7 +172,7 @@ def _trace(
             found.update(anatomy(model, args, kwargs, prior_sites=engine.prior_sites))
 
     try:
-        jax.eval_shape(look, arguments.dynamic)
+        jax.eval_shape(tracing_alone(look), arguments.dynamic)
     except _VALUES_WANTED as error:
         named = [
             f"{option} traces {label!r}"
@@ -284,7 +258,12 @@ def _other_state(wanted: SVIState, state: SVIState) -> ValueError:
 
 
 def check_size(state: SVIState, ensemble_size: int) -> None:
-    """Raise a ValueError where a state is of another ensemble size."""
+    """Raise where a state is none, or of another ensemble size."""
+    if not isinstance(state, SVIState):
+        raise TypeError(
+            f"state takes what init, update or run of a runner returned; got "
+            f"{type(state).__name__}."
+        )
     leading = np.shape(state.optim_state[0])
     if leading != (ensemble_size,):
         raise ValueError(

@@ -33,10 +33,6 @@ class EnsembleResult(_Fields):
 
     stopped: np.ndarray | None = None
     seconds: float | None = None
-    _bound: Any = None  # the runner's programs for the arguments of this fit
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "_bound"}
 
     @property
     def ensemble_size(self) -> int:
@@ -94,7 +90,7 @@ class EnsembleResult(_Fields):
         if not -size <= index < size:
             raise IndexError(f"index takes {-size} to {size - 1}, got {index}.")
         params = jax.tree.map(lambda leaf: leaf[index] if is_inexact(leaf) else leaf, self.params)
-        state = jax.tree.map(lambda leaf: leaf[index], self.state)
+        state = jax.tree.map(lambda leaf: leaf[index], SVIState(*self.state))
         return SVIRunResult(params, state, self.losses[index])
 
 

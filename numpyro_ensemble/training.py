@@ -65,6 +65,7 @@ class Stop(NamedTuple):
     best: jax.Array  # lowest mean of a window so far
     stale: jax.Array  # windows since then
     stopped: jax.Array
+    taken: jax.Array  # steps of this run before the stop
 
 
 class Carry(NamedTuple):
@@ -79,7 +80,8 @@ def first_stop(ensemble_size: int) -> Stop:
     """Return fresh counters."""
     zeros = jnp.zeros(ensemble_size)
     none = jnp.zeros(ensemble_size, jnp.int32)
-    return Stop(zeros, none, zeros + jnp.inf, none + 0, jnp.zeros(ensemble_size, bool))
+    stopped = jnp.zeros(ensemble_size, bool)
+    return Stop(zeros, none, zeros + jnp.inf, none + 0, stopped, none + 0)
 
 
 def count(stop: Stop, losses: jax.Array, done: jax.Array, rule: EarlyStopping) -> Stop:
@@ -87,15 +89,15 @@ def count(stop: Stop, losses: jax.Array, done: jax.Array, rule: EarlyStopping) -
     good = jnp.isfinite(losses)
     total = stop.total + jnp.where(good, losses, 0.0)
     number = stop.number + good
-    mean = total / number  # NaN where the whole window failed: that is no improvement
-    better = mean < stop.best - rule.min_delta
+    mean = total / jnp.maximum(number, 1)
+    better = (number > 0) & (mean < stop.best - rule.min_delta)  # a window that failed is no better
     stale = jnp.where(better, 0, stop.stale + 1)
     closes = done % rule.window == 0
     stopped = stop.stopped | ((stale >= rule.patience) & (done >= rule.min_steps))
-    after = Stop(
-        total * 0, number * 0, jnp.where(better, mean, stop.best), stale.astype(jnp.int32), stopped
-    )
-    before = Stop(total, number, stop.best, stop.stale, stop.stopped)
+    taken = stop.taken + ~stop.stopped
+    best = jnp.where(better, mean, stop.best)
+    after = Stop(total * 0, number * 0, best, stale.astype(jnp.int32), stopped, taken)
+    before = Stop(total, number, stop.best, stop.stale, stop.stopped, taken)
     return jax.tree.map(lambda a, b: jnp.where(closes, a, b), after, before)
 
 
@@ -132,41 +134,55 @@ def make_chunk(
     """Build the function that a chunk of steps compiles to.
 
     Args:
-        update: `(state, stems, dynamic, rows) -> (state, losses)`, for all members at once.
+        update: `(state, values, dynamic, rows) -> (state, losses)`, for all members at once.
         ensemble_size: number of members E.
         capacity: number of losses a chunk has room for.
         batches: how the data is cut, or None.
         rule: when members stop, or None.
 
     Returns:
-        `chunk(carry, number, done, step, stems, dynamic, keys) -> (carry, (losses, stopped))`:
+        `chunk(carry, number, done, step, values, dynamic, keys) -> (carry, (losses, flags))`:
         takes `number` steps, of which `done` precede in this run and `step` in the optimiser's
-        life; the losses are `(capacity, E)`.
+        life; the losses are `(capacity, E)`, and the flags who has stopped, and after how many
+        steps.
     """
 
     def chunk(
-        carry: Carry, number: Any, done: Any, step: Any, stems: Any, dynamic: Any, keys: Any
+        carry: Carry, number: Any, done: Any, step: Any, values: Any, dynamic: Any, keys: Any
     ) -> tuple[Carry, tuple[jax.Array, Any]]:
         def body(i: jax.Array, loop: tuple[Carry, jax.Array]) -> tuple[Carry, jax.Array]:
             (state, stop, order), buffer = loop
-            step_on = partial(update, state, stems, dynamic)
+            step_on = partial(update, state, values, dynamic)
             if batches is None or order is None:
                 new, losses = step_on(None)
             else:
                 order, (new, losses) = draw(batches, order, step + i, keys, step_on)
             if rule is not None and stop is not None:
                 new = where_members(stop.stopped, state, new)
-                losses = jnp.where(stop.stopped, jnp.nan, losses)
+                losses = jnp.where(stop.stopped, 0.0, losses)  # see `without_stopped`
                 stop = count(stop, losses, done + i + 1, rule)
             buffer = lax.dynamic_update_index_in_dim(buffer, losses.astype(buffer.dtype), i, 0)
             return Carry(new, stop, order), buffer
 
-        buffer = jnp.full((capacity, ensemble_size), jnp.nan)
+        buffer = jnp.zeros((capacity, ensemble_size))
         carry, buffer = lax.fori_loop(0, number, body, (carry, buffer))
-        stopped = None if carry.stop is None else carry.stop.stopped | False  # not the carry's own
-        return carry, (buffer, stopped)
+        if carry.stop is None:
+            return carry, (buffer, None)
+        return carry, (buffer, (carry.stop.stopped | False, carry.stop.taken + 0))  # own buffers
 
     return chunk
+
+
+def without_stopped(losses: Any, done: int, flags: Any) -> Any:
+    """Return losses `(steps, E)` with NaN for the steps after a member's stop.
+
+    Compiled programs hold no NaN of their own, or `jax.debug_nans` would stop them.
+    """
+    if flags is None:
+        return losses
+    xp = jnp if isinstance(losses, jax.core.Tracer) else np
+    steps = done + np.arange(len(losses))
+    return xp.where(steps[:, None] < xp.asarray(flags[1])[None], losses, np.nan)
 
 
 def capacity_for(num_steps: int, chunk_size: int | None, watched: bool) -> tuple[int, int]:
@@ -211,8 +227,8 @@ def train(
     with tqdm.tqdm(total=num_steps, disable=not progress_bar) as bar:
         chunks = _dispatched(chunk, carry, num_steps, chunk_size, callback)
         for carry, number, (buffer, flags) in chunks:  # noqa: B020 (a chunk hands on the carry)
-            part = np.asarray(buffer)[:number]
-            stopped = np.zeros(part.shape[1], bool) if flags is None else np.asarray(flags)
+            part = without_stopped(np.asarray(buffer)[:number], done, flags)
+            stopped = np.zeros(part.shape[1], bool) if flags is None else np.asarray(flags[0])
             if not parts:
                 _check_start(part, stable)
             parts.append(part)

@@ -15,15 +15,17 @@ from numpyro.infer.autoguide import AutoGuide, AutoLaplaceApproximation
 from numpyro.util import is_prng_key
 
 from numpyro_ensemble.arguments import has_tracers
-from numpyro_ensemble.bound import Bound
 from numpyro_ensemble.engine import Ensemble
 from numpyro_ensemble.fingerprints import captured
+from numpyro_ensemble.guides import is_set_up
 from numpyro_ensemble.handlers import check_count, check_weight, reweight
 from numpyro_ensemble.member_guides import MemberGuides
 from numpyro_ensemble.optimisers import choose_optimizer
 from numpyro_ensemble.preflight import check_size
 from numpyro_ensemble.programs import Programs
 from numpyro_ensemble.results import EnsembleResult
+from numpyro_ensemble.setup import GuideValues, SetupTemplate, setup_of
+from numpyro_ensemble.tracing import tracing_alone
 
 
 class EnsembleVI(Ensemble):
@@ -80,34 +82,53 @@ class EnsembleVI(Ensemble):
         likelihood_sites: Collection[str] = (),
         **static_kwargs: Any,
     ) -> None:
+        self.kl_weight = kl_weight  # type: ignore[assignment]
         super().__init__(
             model,
             guide,
             optim,
             loss,
             ensemble_size=ensemble_size,
-            prior_weight=1.0 if callable(kl_weight) else check_weight("kl_weight", kl_weight),
             prior_sites=prior_sites,
             likelihood_sites=likelihood_sites,
             **static_kwargs,
         )
-        self.kl_weight = kl_weight if callable(kl_weight) else self.prior_weight
         self._drawing = Programs()
-        if self.tempered and isinstance(guide, AutoLaplaceApproximation):
+
+    def checked_setting(self, name: str, value: Any) -> Any:
+        """Return the value that a setting takes."""
+        if name == "kl_weight" and not callable(value):
+            value = check_weight(name, value)
+        value = super().checked_setting(name, value)
+        now = {**vars(self), name: value}
+        weight, laplace = now["kl_weight"], isinstance(now.get("guide"), AutoLaplaceApproximation)
+        if laplace and (callable(weight) or bool(weight != 1.0)):
             raise ValueError(
-                f"kl_weight={kl_weight} does not go with AutoLaplaceApproximation: it takes its "
+                f"kl_weight={weight} does not go with AutoLaplaceApproximation: it takes its "
                 f"Hessian from the untempered model. Give both the guide "
-                f"and EnsembleVI reweight(model, prior={kl_weight}) instead."
+                f"and EnsembleVI reweight(model, prior={weight}) instead."
             )
+        return value
+
+    @property
+    def prior_weight(self) -> Any:  # type: ignore[override]
+        """The weight of the prior, 1 where a schedule sets it at each step."""
+        return 1.0 if callable(self.kl_weight) else self.kl_weight
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in super().__getstate__().items() if name != "_drawing"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__({**state, "_drawing": Programs()})
 
     @property
     def tempered(self) -> bool:
         """Whether the divergence has another weight than 1."""
         return callable(self.kl_weight) or bool(self.kl_weight != 1.0)
 
-    def weights(self) -> tuple:
-        """Return what the weights of a program's sites are keyed by."""
-        return (captured(self.kl_weight),)
+    def settings(self) -> tuple:
+        """Return the settings that a program depends on, as a hashable."""
+        return (*super().settings(), captured(self.kl_weight))
 
     def weighted(self, guide: Callable, scale: float, step: Any) -> tuple[Callable, Callable]:
         """Return the model and the guide, weighted for one step of one member."""
@@ -168,7 +189,7 @@ class EnsembleVI(Ensemble):
 
         Args:
             rng_key: one key.
-            result: what `run` returned; this runner must have made it, or another fit before.
+            result: what `run` of a runner of this model returned.
             *args: arguments of the model and guide.
             num_samples: number of draws from each member.
             group_by_member: return `(E, num_samples, ...)` instead of `(E * num_samples, ...)`.
@@ -206,42 +227,48 @@ class EnsembleVI(Ensemble):
             raise ValueError(f"rng_key takes one key, jax.random.key(0) say; got {rng_key!r}.")
         check_count("num_samples", num_samples)
         check_size(result.state, self.ensemble_size)
-        bound = self._bound_of(result)
+        template, values = self._setup_of(result)
         kwargs = {**kwargs, **self.static_kwargs}
-        moving = isinstance(self.guide, AutoGuide) and bound.anatomy.stems.guide.supports
-        guides = MemberGuides(bound, args, kwargs, with_density and not moving)
+        moving = isinstance(self.guide, AutoGuide) and template.guide_forms.supports
+        size, with_density = self.ensemble_size, with_density and not moving
+        guides = MemberGuides(self.model, template, size, args, kwargs, with_density)
 
         def build() -> Callable:
-            return jax.jit(partial(guides.draw, num_samples))
+            return jax.jit(tracing_alone(partial(guides.draw, num_samples)))
 
-        how = (bound, num_samples, guides.with_density)
-        program = self._drawing.get(build, self.model, self.guide, args, kwargs, *how)
+        how = (template, size, num_samples, guides.with_density)
+        program = self._drawing.get(build, self.model, None, args, kwargs, *how)
         params = {**result.params, **(result.state.mutable_state or {})}
-        stems = bound.known_stems(result.state)
-        dynamic = bound.arguments.dynamic
-        samples, densities, known = program(rng_key, params, stems, dynamic)
+        samples, densities, known = program(rng_key, params, values)
         if "log_q_mixture" in densities and not has_tracers(known) and not bool(known):
             del densities["log_q_mixture"]
         return samples, densities
 
-    def _bound_of(self, result: EnsembleResult) -> Bound:
-        """Return the programs of the fit that a result is of; it must be one of this runner's."""
-        bound = result._bound
-        if bound is not None and bound.engine is not self:
-            same = bound.engine.model is self.model and bound.engine.guide is self.guide
-            bound = bound if same else None
-        bound = bound or self._bindings.last
-        if bound is None:
-            raise RuntimeError(
-                "the result is of another runner, and this one has not been called yet: take the "
-                "runner that made it, or call init with the arguments of the fit first."
-            )
-        if bound.names != result.params.keys():
+    def _setup_of(self, result: EnsembleResult) -> tuple[SetupTemplate, GuideValues]:
+        """Return the set-up of the guides of a result; it must be of this runner's model."""
+        setup = setup_of(result.state)
+        if setup is not None and setup.template is not None:
+            if captured(setup.template.model) != captured(self.model):
+                raise ValueError(
+                    "the result is of another model than this runner's: pass it to the runner that "
+                    "made it."
+                )
+            return setup.template, setup.values.guide
+        if setup is not None and setup.values.guide.supports:
             raise ValueError(
-                f"the result is of another fit: it has the parameters {sorted(result.params)}, and "
-                f"this runner's are {sorted(bound.names)}."
+                "the result was pickled, and its constraints depend on where each member started: "
+                "go on from it for a step, run(rng_key, 1, ..., init_state=result.state), and pass "
+                "that result."
             )
-        return bound
+        if not is_set_up(self.guide):
+            raise ValueError(
+                "the result was pickled, and the guide of this runner was never called: call "
+                "runner.init with the arguments of the fit first."
+            )
+        nothing = GuideValues([], [], [])
+        return SetupTemplate(
+            object(), self.model, self.guide, nothing, None, (), {}, {}, ()
+        ), nothing
 
 
 def ensemble_vi(

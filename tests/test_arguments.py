@@ -16,7 +16,7 @@ from numpyro import handlers
 from zoo import NNX
 
 from numpyro_ensemble import EnsembleMAP, reweight
-from numpyro_ensemble.arguments import NO_ARGUMENTS, arrange, has_tracers
+from numpyro_ensemble.arguments import NO_ARGUMENTS, CallForm, arrange, has_tracers
 from numpyro_ensemble.fingerprints import captured, fingerprint
 
 
@@ -427,23 +427,26 @@ def test_arguments_are_rebuilt_with_other_values():
     assert NO_ARGUMENTS.rebuild(NO_ARGUMENTS.dynamic) == ((), {})
 
 
-def test_a_key_is_for_contents_and_a_form_for_shapes_where_there_are_tracers():
+def test_a_key_is_for_contents_and_for_shapes_where_arguments_are_traced():
     def arranged(x, **options):
         return arrange(model, (x, 2), {}, **options)
 
-    key, form = arranged(ZEROS).key(), arranged(ZEROS).form()
+    key = arranged(ZEROS).key()
     assert arranged(ZEROS.copy()).key() == key
     assert arranged(ZEROS + 1.0).key() != key
-    assert arranged(ZEROS + 1.0).form() != form
-    assert arranged(ZEROS.T).form() != form
-    forms = []
+    keys = []
     for shift in (0.0, 1.0):
-        jax.make_jaxpr(lambda x: forms.append(arranged(x).form()))(ZEROS + shift)
-    assert forms[0] == forms[1] != form
-    assert arrange(model, (ZEROS, 3), {}).form() != form
+        jax.make_jaxpr(lambda x: keys.append(arranged(x).key()))(ZEROS + shift)
+    assert keys[0] == keys[1] != key
+    assert arrange(model, (ZEROS, 3), {}).key() != key
     assert arrange(model, (), {"x": ZEROS, "y": 2}).key() != key
     traced = arranged(ZEROS, jit_model_args=True)
     assert traced.key() == arranged(ZEROS + 1.0, jit_model_args=True).key() != key
+    assert traced.key() != arranged(ZEROS.T, jit_model_args=True).key()
+    form = CallForm(traced)
+    assert form == CallForm(arranged(ZEROS + 1.0, jit_model_args=True)) != CallForm(arranged(ZEROS))
+    assert form.rebuild(traced.dynamic)[0][1] == 2
+    assert not any(isinstance(leaf, np.ndarray) for leaf in form.arguments.leaves)
 
 
 class Settings:

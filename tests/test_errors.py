@@ -1,5 +1,6 @@
 """What is wrong is said before anything is compiled, with the name, the value and the remedy."""
 
+import pickle
 from functools import partial
 
 import jax
@@ -12,6 +13,7 @@ import pytest
 from numpy.testing import assert_allclose
 from numpyro.infer import Trace_ELBO
 from numpyro.infer.autoguide import AutoNormal
+from numpyro.infer.svi import SVIState
 from zoo import X, Y, positive, ridge
 
 from numpyro_ensemble import EnsembleMAP, EnsembleVI
@@ -230,8 +232,13 @@ def test_line_searches_are_refused(key):
 
 
 def test_params_need_a_fit(key):
-    with pytest.raises(RuntimeError, match="get_params needs init, update or run"):
-        EnsembleMAP(ridge, ADAM).get_params(None)
+    runner = EnsembleMAP(ridge, ADAM, ensemble_size=2)
+    with pytest.raises(TypeError, match="state takes what init, update or run of a runner"):
+        runner.get_params(None)
+    state = runner.init(key, X, Y)
+    for without in (SVIState(*state), pickle.loads(pickle.dumps(state))):
+        with pytest.raises(ValueError, match="get_params takes a state that init, update or run"):
+            runner.get_params(without)
 
 
 @pytest.mark.long

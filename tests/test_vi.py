@@ -28,6 +28,7 @@ from numpyro.infer import (
     TraceMeanField_ELBO,
     autoguide,
 )
+from numpyro.infer.svi import SVIState
 from zoo import (
     CASES,
     EQX,
@@ -397,12 +398,19 @@ def test_constraints_that_stem_from_a_start_are_not_mixed_up(key):
     runner = EnsembleVI(model, guide, ADAM, Trace_ELBO(), ensemble_size=2)
     first = quiet(runner, key, 3, y)
     close(runner.get_params(first.state), first.params, rtol=1e-9)
+    more = quiet(runner, key, 3, y, init_state=first.state)
     quiet(runner, jax.random.key(8), 3, y)
-    with pytest.raises(RuntimeError, match="more than one start: make a new runner"):
-        runner.get_params(first.state)
+    close(runner.get_params(first.state), first.params, rtol=1e-9)
     other = EnsembleVI(model, guide, ADAM, Trace_ELBO(), ensemble_size=2)
-    with pytest.raises(RuntimeError, match="go on with the runner that made the state"):
-        quiet(other, key, 3, y, init_state=first.state)
+    close(other.get_params(first.state), first.params, rtol=1e-9)
+    close(quiet(other, key, 3, y, init_state=first.state).params, more.params, rtol=1e-9)
+    plain = SVIState(*first.state)
+    with pytest.raises(ValueError, match="plain SVIState.* constraints .* depend on where it"):
+        quiet(other, key, 3, y, init_state=plain)
+    alone = EnsembleVI(model, guide, ADAM, Trace_ELBO(), ensemble_size=1)
+    plain = SVIState(*alone.init(key, y))
+    with pytest.raises(ValueError, match="plain SVIState.* constraints .* depend on where it"):
+        alone.update(plain, y)
 
 
 def test_another_loss_may_be_set(key):

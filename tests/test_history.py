@@ -1,0 +1,359 @@
+"""What was called before, elsewhere or at the same time changes no answer."""
+
+import copy
+import threading
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import pytest
+from numpy.testing import assert_allclose, assert_array_equal
+from numpyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
+from numpyro.infer.autoguide import AutoDelta, AutoLaplaceApproximation, AutoNormal
+
+from numpyro_ensemble import EarlyStopping, EnsembleMAP, EnsembleVI, to_arviz
+
+ADAM = numpyro.optim.Adam(0.05)
+ONES = np.ones(3)
+
+
+def bounded(y, top):
+    """Sites in no alphabetical order; a support that depends on an argument."""
+    slope = numpyro.sample("slope", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
+    below = numpyro.sample("below", dist.Uniform(0.0, top))
+    numpyro.sample("y", dist.Normal(below + slope.sum(), 1.0).expand([3]).to_event(1), obs=y)
+
+
+def follows_data(y):
+    """A support that the model computes from its data."""
+    u = numpyro.sample("u", dist.Uniform(0.0, y.max()))
+    c = numpyro.sample("c", dist.Normal(0.0, 1.0))
+    numpyro.sample("y", dist.Normal(u + c, 1.0).expand([3]).to_event(1), obs=y)
+
+
+def follows_latent(y):
+    """A support that depends on another latent, and so on where a fit starts."""
+    low = numpyro.sample("low", dist.Normal(0.0, 1.0))
+    high = numpyro.sample("high", dist.Uniform(low, low + y.max()))
+    numpyro.sample("y", dist.Normal(high, 1.0).expand([3]).to_event(1), obs=y)
+
+
+def with_bound(y):
+    """A parameter whose constraint follows the data."""
+    rate = numpyro.param("rate", 0.5, constraint=dist.constraints.interval(0.0, jnp.max(y) + 1.0))
+    alpha = numpyro.sample("alpha", dist.Normal(0.0, 1.0))
+    numpyro.sample("y", dist.Normal(rate * alpha, 1.0).expand([3]).to_event(1), obs=y)
+
+
+def required(y, shift):
+    z = numpyro.sample("z", dist.Normal(0.0, 1.0))
+    a = numpyro.sample("a", dist.Normal(shift, 1.0))
+    numpyro.sample("y", dist.Normal(z + a, 1.0).expand([3]).to_event(1), obs=y)
+
+
+def vi(model, guide=AutoNormal, loss=None, **options):
+    options = {"ensemble_size": 2, **options}
+    return EnsembleVI(model, guide(model), ADAM, loss or Trace_ELBO(), **options)
+
+
+def map_fit(model, **options):
+    return EnsembleMAP(model, ADAM, **{"ensemble_size": 2, **options})
+
+
+def quiet(runner, key, num_steps, *args, **kwargs):
+    return runner.run(key, num_steps, *args, progress_bar=False, **kwargs)
+
+
+def same(ours, theirs):
+    """Compare the arrays of two trees bit for bit."""
+    ours, theirs = jax.tree.leaves(ours), jax.tree.leaves(theirs)
+    assert len(ours) == len(theirs)
+    for a, b in zip(ours, theirs, strict=True):
+        if jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
+            a, b = jax.random.key_data(a), jax.random.key_data(b)
+        assert_array_equal(a, b)
+
+
+# Results keep what is theirs --------------------------------------------------------------------
+
+TRACED = {
+    "concrete": ({}, lambda top: top),
+    "jit_model_args": ({"jit_model_args": True}, jnp.asarray),
+    "member_args": ({"member_args": ["top"]}, lambda top: np.full(2, top)),
+}
+
+
+@pytest.mark.parametrize("how", TRACED)
+def test_a_later_run_changes_no_earlier_result(how, key):
+    options, argument = TRACED[how]
+    runner = vi(bounded)
+    first = quiet(runner, key, 3, ONES, argument(1.0), **options)
+    before = runner.sample_posterior(key, first, ONES, 1.0, num_samples=20)
+    params = runner.get_params(first.state)
+    second = quiet(runner, key, 3, ONES, argument(100.0), **options)
+    same(runner.sample_posterior(key, first, ONES, 1.0, num_samples=20), before)
+    same(runner.get_params(first.state), params)
+    assert before["below"].max() < 1.0
+    assert runner.sample_posterior(key, second, ONES, 1.0, num_samples=20)["below"].max() > 2.0
+
+
+@pytest.mark.parametrize("jit_model_args", [False, True])
+def test_a_laplace_approximation_keeps_the_curvature_of_its_data(jit_model_args, key):
+    def model(y):
+        scale = numpyro.sample("scale", dist.LogNormal(0.0, 1.0))
+        loc = numpyro.sample("loc", dist.Normal(0.0, 1.0))
+        numpyro.sample("y", dist.Normal(loc, scale).expand([3]).to_event(1), obs=y)
+
+    def spread(result):
+        draws = runner.sample_posterior(key, result, np.arange(3.0), num_samples=200)
+        return draws["scale"].std()
+
+    runner = vi(model, AutoLaplaceApproximation)
+    options = {"jit_model_args": jit_model_args}
+    first = quiet(runner, key, 200, np.arange(3.0), **options)
+    before = spread(first)
+    quiet(runner, key, 200, 10.0 * np.arange(3.0), **options)
+    assert_allclose(spread(first), before, rtol=1e-12)
+    draws = quiet(vi(model, AutoLaplaceApproximation), key, 200, np.arange(3.0)).params["auto_loc"]
+    assert_allclose(first.params["auto_loc"], draws, rtol=1e-6)
+
+
+def test_draws_and_arviz_data_of_an_old_result_use_its_own_support(key):
+    runner = vi(follows_data)
+    first = quiet(runner, key, 3, ONES)
+    before = to_arviz(runner, first, ONES, num_samples=5, log_likelihood=False)
+    quiet(runner, key, 3, 100.0 * ONES)
+    after = to_arviz(runner, first, ONES, num_samples=5, log_likelihood=False)
+    assert_array_equal(after["posterior"]["u"], before["posterior"]["u"])
+    assert runner.sample_posterior(key, first, ONES, num_samples=50)["u"].max() < 1.0
+
+
+@pytest.mark.parametrize("make", [vi, map_fit])
+@pytest.mark.parametrize("model", [follows_data, with_bound])
+def test_steps_of_two_fits_in_turns_keep_their_own_constraints(make, model, key):
+    """`evaluate`, `update` and `get_params` use the constraints of the state's own start."""
+    runner, data = make(model), (ONES, 50.0 * ONES)
+    states = [runner.init(key, y) for y in data]
+    values = [[runner.evaluate(s, y) for y in data] for s in states]
+    steps = [[runner.update(s, y)[1] for y in data] for s in states]
+    for i, start in enumerate(data):
+        alone = make(model)
+        state = alone.init(key, start)
+        for j, y in enumerate(data):
+            assert_allclose(values[i][j], alone.evaluate(state, y), rtol=1e-12)
+            assert_allclose(steps[i][j], alone.update(state, y)[1], rtol=1e-12)
+        same(runner.get_params(states[i]), alone.get_params(state))
+
+
+def test_svi_keeps_the_constraints_of_a_states_start_too(key):
+    """The single run: after its start, SVI takes other data with the constraints of the first."""
+    runner = vi(with_bound, ensemble_size=1)
+    state = runner.init(key, ONES)
+    svi = SVI(with_bound, AutoNormal(with_bound), ADAM, Trace_ELBO())
+    single = svi.init(jax.random.split(key, 1)[0], ONES)
+    assert_allclose(
+        runner.evaluate(state, 50.0 * ONES)[0], svi.evaluate(single, 50.0 * ONES), rtol=1e-9
+    )
+
+
+@pytest.mark.parametrize("model", [follows_latent, follows_data])
+def test_a_map_state_knows_its_supports(model, key):
+    runner = map_fit(model)
+    first = quiet(runner, key, 3, ONES, jit_model_args=True)
+    quiet(runner, key, 3, 9.0 * ONES, jit_model_args=True)
+    same(runner.get_params(first.state), first.params)
+    same(jax.jit(runner.get_params)(first.state), first.params)
+
+
+def test_a_state_goes_through_transformations(key):
+    runner = vi(follows_latent, AutoDelta)
+    state = jax.jit(runner.init)(key, ONES)
+    plain = runner.init(key, ONES)
+    for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(plain), strict=True):
+        if not jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
+            assert_allclose(a, b, rtol=1e-9)
+    state, losses = jax.jit(runner.update)(plain, ONES)
+    assert_allclose(losses, runner.update(plain, ONES)[1], rtol=1e-9)
+    many = jax.vmap(lambda k: runner.init(k, ONES))(jax.random.split(key, 3))
+    params = jax.vmap(runner.get_params)(many)
+    assert params["high_auto_loc"].shape == (3, 2)
+
+    def body(_, state):
+        return runner.update(state, ONES)[0]
+
+    state = jax.lax.fori_loop(0, 3, body, plain)
+    whole = quiet(runner, key, 3, ONES)
+    got = runner.get_params(state)
+    for name, value in whole.params.items():
+        assert_allclose(got[name], value, rtol=1e-9)
+
+
+# Threads and callbacks --------------------------------------------------------------------------
+
+
+def test_two_threads_share_a_runner(key):
+    runner = vi(required)
+    data = [(shift + ONES, shift) for shift in (0.0, 7.0)]
+    alone = [quiet(vi(required), key, 20, *args).losses for args in data]
+    wrong: list = []
+
+    def work(which):
+        for i in range(6):
+            args = data[(which + i) % 2]
+            losses = quiet(runner, key, 20, *args).losses
+            if not np.array_equal(losses, alone[(which + i) % 2]):
+                wrong.append((which, i))
+
+    threads = [threading.Thread(target=work, args=(which,)) for which in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+@pytest.mark.parametrize("make", [vi, map_fit])
+def test_a_run_inside_a_callback_of_another_changes_nothing(make, key):
+    runner = make(required)
+    plain = quiet(make(required), key, 6, ONES, 0.0)
+    inner = []
+
+    def callback(step, state, losses):
+        inner.append(quiet(runner, key, 6, 9.0 * ONES, 9.0).losses)
+        runner.evaluate(state, ONES, 0.0)
+
+    outer = quiet(runner, key, 6, ONES, 0.0, callback=callback, chunk_size=2)
+    same(outer.params, plain.params)
+    same(outer.losses, plain.losses)
+    same(runner.get_params(outer.state), plain.params)
+    same(inner[-1], quiet(make(required), key, 6, 9.0 * ONES, 9.0).losses)
+
+
+# First use inside a transformation --------------------------------------------------------------
+
+Y = jnp.asarray(ONES)
+USES = {
+    "plain": lambda run: run(Y),
+    "jit": lambda run: jax.jit(run)(Y),
+    "vmap": lambda run: jax.vmap(run)(Y[None])[0],
+    "jvp": lambda run: jax.jvp(run, (Y,), (Y,))[0],
+    "eval_shape": lambda run: jax.eval_shape(run, Y) and None,
+    "debug_nans": lambda run: _within(jax.debug_nans(True), run),
+    "disable_jit": lambda run: _within(jax.disable_jit(), run),
+}
+
+
+def _within(context, run):
+    with context:
+        return run(Y)
+
+
+@pytest.fixture(scope="module", params=[vi, map_fit], ids=["vi", "map"])
+def expected(request):
+    """Give a kind of runner, and what it answers."""
+    make = request.param
+    return make, quiet(make(required), jax.random.key(0), 2, Y, 0.5).losses
+
+
+PAIRS = [(a, b) for a in USES for b in USES]
+QUICK_PAIRS = [("jit", "plain"), ("vmap", "plain"), ("jvp", "plain"), ("eval_shape", "plain")]
+QUICK_PAIRS += [("debug_nans", "plain"), ("disable_jit", "plain"), ("plain", "disable_jit")]
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [pytest.param(*p, marks=[] if p in QUICK_PAIRS else pytest.mark.long) for p in PAIRS],
+)
+def test_the_first_use_of_a_runner_may_be_any(expected, first, second, key):
+    make, losses = expected
+    runner = make(required)
+    for use in (first, second):
+        got = USES[use](lambda y: quiet(runner, key, 2, y, 0.5).losses)
+        if got is not None:
+            assert_allclose(got, losses, rtol=1e-8)
+    assert not any(isinstance(v, jax.core.Tracer) for v in jax.tree.leaves(vars(runner.guide)))
+
+
+def test_init_under_jit_leaves_a_runner_as_it_was(key):
+    runner = vi(required)
+    jax.jit(runner.init)(key, Y, 0.5)
+    same(quiet(runner, key, 2, Y, 0.5).losses, quiet(vi(required), key, 2, Y, 0.5).losses)
+
+
+# Settings ---------------------------------------------------------------------------------------
+
+SETTINGS = {
+    "prior_weight": (map_fit, 0.1),
+    "jacobian": (map_fit, True),
+    "init_loc_fn": (map_fit, numpyro.infer.init_to_median),
+    "kl_weight": (vi, 0.1),
+    "loss": (vi, TraceMeanField_ELBO()),
+    "optim": (vi, numpyro.optim.SGD(0.01)),
+    "ensemble_size": (map_fit, 3),
+    "model": (map_fit, lambda y: follows_data(2.0 * y)),
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("copied", [False, True])
+def test_a_setting_that_is_changed_takes_effect(name, copied, key):
+    make, value = SETTINGS[name]
+    runner = make(follows_data)
+    before = quiet(runner, key, 2, ONES)
+    changed = copy.copy(runner) if copied else runner
+    setattr(changed, name, value)
+    after = quiet(changed, key, 2, ONES)
+    if name in ("optim", "loss"):
+        wanted = vi(follows_data)
+        wanted = EnsembleVI(
+            follows_data, wanted.guide, value if name == "optim" else ADAM,
+            value if name == "loss" else Trace_ELBO(), ensemble_size=2,
+        )  # fmt: skip
+    elif name == "model":
+        wanted = map_fit(value)
+    else:
+        wanted = make(follows_data, **{name: value})
+    same(after.losses, quiet(wanted, key, 2, ONES).losses)
+    assert after.losses.shape != before.losses.shape or np.abs(after.losses - before.losses).max()
+    if copied:
+        same(quiet(runner, key, 2, ONES).losses, before.losses)
+
+
+def test_a_setting_of_the_wrong_kind_is_refused(key):
+    runner, guided = map_fit(follows_data), vi(follows_data)
+    for owner, name, value, error in (
+        (runner, "prior_weight", -1.0, ValueError),
+        (runner, "init_loc_fn", 3, TypeError),
+        (runner, "ensemble_size", 0, ValueError),
+        (guided, "loss", Trace_ELBO, TypeError),
+        (guided, "kl_weight", -1.0, ValueError),
+        (guided, "optim", 3, TypeError),
+        (guided, "guide", 3, TypeError),
+    ):
+        held = getattr(owner, name)
+        with pytest.raises(error, match=f"^{name} "):
+            setattr(owner, name, value)
+        assert getattr(owner, name) is held
+
+
+@pytest.mark.parametrize("make", [vi, map_fit])
+def test_a_runner_can_be_deeply_copied(make, key):
+    runner = make(required)
+    before = quiet(runner, key, 2, ONES, 0.5)
+    other = copy.deepcopy(runner)
+    same(quiet(other, key, 2, ONES, 0.5).losses, before.losses)
+    held = copy.deepcopy(before)
+    same(runner.get_params(held.state), before.params)
+    assert held.finite.all()
+
+
+def test_early_stopping_goes_with_debug_nans(key):
+    rule = EarlyStopping(patience=1, window=2, min_delta=1e3)
+    runner = map_fit(required)
+    with jax.debug_nans(True):
+        losses = quiet(runner, key, 12, Y, 0.5, early_stopping=rule).losses
+    assert_array_equal(np.isfinite(losses).sum(1), [4, 4])
+    inside = jax.jit(lambda y: runner.run(key, 12, y, 0.5, early_stopping=rule).losses)(Y)
+    assert_allclose(inside, losses, rtol=1e-9)
