@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from numpyro_ensemble.fingerprints import fingerprint
@@ -103,9 +104,12 @@ def arrange(
     batched: bool = False,
     batch_args: Iterable[str | int] | None = None,
     member_args: Iterable[str | int] = (),
-    jit_model_args: bool = False,
+    traced: bool = True,
 ) -> Arguments:
     """Sort the leaves of `(args, kwargs)` by how a compiled program sees them.
+
+    With `traced`, arrays are inputs of the program; without, they are concrete, for models that
+    look at their values.
 
     Raises:
         ValueError: if `batch_args` or `member_args` name what is no argument, or no array.
@@ -122,7 +126,7 @@ def arrange(
         batch = {i for i, leaf in enumerate(leaves) if is_array(leaf) and np.ndim(leaf)} - member
     kinds = tuple(
         MEMBER if i in member else BATCH if i in batch
-        else TRACED if isinstance(leaf, jax.core.Tracer) or (jit_model_args and is_array(leaf))
+        else TRACED if isinstance(leaf, jax.core.Tracer) or (traced and is_traceable(leaf))
         else FIXED
         for i, leaf in enumerate(leaves)
     )  # fmt: skip
@@ -140,6 +144,15 @@ def arrange(
 def is_array(leaf: Any) -> bool:
     """Say whether a leaf is an array that a program could take as an input."""
     return isinstance(leaf, np.ndarray | jax.Array)
+
+
+def is_traceable(leaf: Any) -> bool:
+    """Return whether a leaf is an array that JAX can take: not one of text, objects or masks."""
+    if isinstance(leaf, jax.Array):
+        return True
+    if not isinstance(leaf, np.ndarray) or isinstance(leaf, np.ma.MaskedArray):
+        return False
+    return bool(jnp.issubdtype(leaf.dtype, jnp.number) or leaf.dtype == bool)
 
 
 def _positional_names(model: Callable | None) -> list[str]:

@@ -150,9 +150,9 @@ class Ensemble:
         """Return a guide that was not set up, and the start values that `SVI.init` is to take."""
         return fresh(self.guide), init_params
 
-    def distilled_guide(self, guide: Callable, dynamic: dict) -> tuple[Callable, GuideValues]:
+    def distilled_guide(self, guide: Callable, tracer: type) -> tuple[Callable, GuideValues]:
         """Return what a guide is after its set-up, with what was traced apart."""
-        return take_out(guide, dynamic)
+        return take_out(guide, tracer)
 
     def constrains_with_arguments(self, guide: Any) -> bool:
         """Return whether `member_params` reads the arguments of the model."""
@@ -188,8 +188,8 @@ class Ensemble:
             **kwargs: keyword arguments of the model.
         """
         keys = member_keys(rng_key, self.ensemble_size)
-        call = self._cache.call(args, kwargs, starts=start_forms(init_params, keys))
-        return call.start(keys, init_params)
+        starts = start_forms(init_params, keys)
+        return self._cache.use(lambda c: c.start(keys, init_params), args, kwargs, starts=starts)
 
     def get_params(self, state: SVIState) -> dict[str, Any]:
         """Return the constrained parameters of a state, each leaf with a leading `(E,)`.
@@ -210,8 +210,8 @@ class Ensemble:
     ) -> tuple[SVIState, jax.Array]:
         """Take one step with every member and return the new state and the losses `(E,)`."""
         check_size(state, self.ensemble_size)
-        call = self._cache.call(args, kwargs, state=state, steps=True)
-        return call.step(state, False, forward_mode_differentiation)
+        forward = forward_mode_differentiation
+        return self._cache.use(lambda c: c.step(state, False, forward), args, kwargs, state=state)
 
     def stable_update(
         self,
@@ -222,13 +222,13 @@ class Ensemble:
     ) -> tuple[SVIState, jax.Array]:
         """Take one step, in which a member whose loss or state fails keeps its last good state."""
         check_size(state, self.ensemble_size)
-        call = self._cache.call(args, kwargs, state=state, steps=True)
-        return call.step(state, True, forward_mode_differentiation)
+        forward = forward_mode_differentiation
+        return self._cache.use(lambda c: c.step(state, True, forward), args, kwargs, state=state)
 
     def evaluate(self, state: SVIState, *args: Any, **kwargs: Any) -> jax.Array:
         """Return the members' losses `(E,)`, with the randomness that `update` would use."""
         check_size(state, self.ensemble_size)
-        return self._cache.call(args, kwargs, state=state, steps=True).evaluate(state)
+        return self._cache.use(lambda call: call.evaluate(state), args, kwargs, state=state)
 
     @refuse_clashes
     def run(
@@ -246,7 +246,7 @@ class Ensemble:
         shared_batches: bool = True,
         early_stopping: EarlyStopping | None = None,
         callback: Callable | None = None,
-        jit_model_args: bool = False,
+        jit_model_args: bool | None = None,
         member_args: Iterable[str | int] | None = None,
         chunk_size: int | None = None,
         **kwargs: Any,
@@ -269,8 +269,9 @@ class Ensemble:
             shared_batches: all members see the same batches, or each its own.
             early_stopping: when a member stops, an `EarlyStopping`.
             callback: `callback(step, state, losses)` after each chunk; a true value ends the run.
-            jit_model_args: trace the arguments, so that new values of equal shapes reuse the
-                program; by default the model sees concrete values.
+            jit_model_args: None makes arrays among the arguments inputs of the program, so that
+                other values of equal shapes use it again; a model that looks at their values is
+                given them concretely. True never does that, and False always, as `SVI.run`.
             member_args: names or positions of arguments with a leading `(E,)`, one per member.
             chunk_size: steps between two looks at the losses (default: a twentieth of a run that
                 has a progress bar, a callback or early stopping).
@@ -285,31 +286,61 @@ class Ensemble:
         """
         begin = time.perf_counter()
         options = RunOptions(
-            progress_bar, stable_update, forward_mode_differentiation, init_state, init_params,
-            batch_size, batch_args, shared_batches, early_stopping, callback, jit_model_args,
-            member_args, chunk_size,
-        )  # fmt: skip
+            progress_bar=progress_bar,
+            stable_update=stable_update,
+            forward_mode_differentiation=forward_mode_differentiation,
+            init_state=init_state,
+            init_params=init_params,
+            batch_size=batch_size,
+            batch_args=batch_args,
+            shared_batches=shared_batches,
+            early_stopping=early_stopping,
+            callback=callback,
+            jit_model_args=jit_model_args,
+            member_args=member_args,
+            chunk_size=chunk_size,
+        )
         options.check(num_steps)
         keys = member_keys(rng_key, self.ensemble_size)
         starts = start_forms(init_params, keys)
-        call = self._cache.call(args, kwargs, options, starts=starts, state=init_state)
-        if init_state is None:
-            state: SVIState = call.start(keys, init_params)
+
+        def fit(call: FitCall) -> EnsembleResult:
+            return self._fit(call, rng_key, keys, num_steps, options)
+
+        result = self._cache.use(
+            fit, args, kwargs, options, starts=starts, state=options.init_state
+        )
+        if not has_tracers((result.params, result.losses)):
+            result.seconds = time.perf_counter() - begin
+        return result
+
+    def _fit(
+        self,
+        call: FitCall,
+        rng_key: jax.Array,
+        keys: jax.Array,
+        num_steps: int,
+        options: RunOptions,
+    ) -> EnsembleResult:
+        """Start, or go on from a state, and take the steps of `run`."""
+        if options.init_state is None:
+            state: SVIState = call.start(keys, options.init_params)
             step: Any = 0
         else:
-            state = init_state
-            check_state(init_state, call.forms.state, self.ensemble_size)
-            step = jnp.max(init_state.optim_state[0])
+            state = options.init_state
+            check_state(state, call.forms.state, self.ensemble_size)
+            step = jnp.max(state.optim_state[0])
         values = call.values_of(state)
         setup = call.setup_with(values)
-        batches = call.batches
+        batches, stable = call.batches, options.stable_update
         single = rng_key if is_prng_key(rng_key) else keys[0]
         shuffles = None if batches is None else batch_keys(keys, single, batches.shared)
         carry = Carry(
             plain(state),
-            None if early_stopping is None else first_stop(self.ensemble_size),
+            None if options.early_stopping is None else first_stop(self.ensemble_size),
             None if batches is None else first_order(batches, self.ensemble_size),
         )
+        callback = options.callback
         if callback is not None:
 
             def report(step: int, state: SVIState, losses: Any) -> Any:
@@ -320,10 +351,9 @@ class Ensemble:
         params, finite = call.outcome(carry.state, values)
         result = EnsembleResult(params, with_setup(carry.state, setup), jax.device_put(losses))
         if stopped is not None:  # steps that were left out on purpose are no failures either
-            result.stopped = stopped | stable_update
+            result.stopped = stopped | stable
         if not has_tracers((finite, losses)):
-            result.seconds = time.perf_counter() - begin
-            _warn_failed(np.asarray(finite) & np.asarray(result.finite), losses, stable_update)
+            _warn_failed(np.asarray(finite) & np.asarray(result.finite), losses, stable)
         return result
 
     def _loop(

@@ -26,7 +26,12 @@ from numpyro_ensemble.density import Site
 from numpyro_ensemble.fingerprints import captured
 from numpyro_ensemble.guides import drop_unread, fill, is_set_up, set_up
 from numpyro_ensemble.member import Member
-from numpyro_ensemble.preflight import model_sites, refuse_line_searches, without_value
+from numpyro_ensemble.preflight import (
+    check_values,
+    model_sites,
+    refuse_line_searches,
+    without_value,
+)
 from numpyro_ensemble.primitives import is_inexact
 from numpyro_ensemble.setup import (
     ARGUMENT_AXES,
@@ -43,7 +48,7 @@ from numpyro_ensemble.setup import (
     with_setup,
 )
 from numpyro_ensemble.starts import all_alike, check_kept, check_starts, kept
-from numpyro_ensemble.tracing import TRACING, tracing_alone
+from numpyro_ensemble.tracing import TRACING, looking, tracing_alone
 from numpyro_ensemble.training import make_chunk
 
 if TYPE_CHECKING:
@@ -79,10 +84,8 @@ class FitPrograms:
         batches: Batches | None,
         template: SetupTemplate | None = None,
         starts: Mapping[str, Any] = MappingProxyType({}),
-        *,
-        compiles: bool = True,
     ) -> None:
-        self.engine, self.key, self.compiles = engine, key, compiles
+        self.engine, self.key = engine, key
         self.batches = batches if batches is None or batches.size < batches.total else None
         self.template = template
         self.starts = starts if template is None else template.undeclared
@@ -105,6 +108,7 @@ class FitPrograms:
         """Check the model with these arguments, and trace a start if no state has a template."""
         if self.checked is None:
             self.checked = model_sites(self.engine, arguments, self.batches, self.starts)
+            check_values(self.engine, arguments)
         if self.template is None:
             self.trace_start(arguments, call)
 
@@ -168,7 +172,7 @@ class FitPrograms:
             svi = SVI(engine.model, guide, engine.optim, engine.loss)
             state = svi.init(key, *args, init_params=given, **kwargs)
             engine.check_guide(guide, args, kwargs)
-            guide, every = engine.distilled_guide(guide, dynamic)
+            guide, every = engine.distilled_guide(guide, type(key))
             params = {**svi.get_params(state), **(state.mutable_state or {})}
             read = drop_unread(guide, every, params, args, kwargs)
             leaves, tree = jax.tree.flatten(svi.constrain_fn.args[0])
@@ -233,10 +237,9 @@ class FitPrograms:
             once: it runs once in a fit, so that a fast compilation counts for more than fast code.
         """
         if key not in self._programs:
-            fn = tracing_alone(build())
+            fn = tracing_alone(looking(build()))
             options = _FAST_COMPILE if once and jax.default_backend() == "cpu" else None
-            if self.compiles or once:
-                fn = jax.jit(fn, static_argnums=0, donate_argnums=donate, compiler_options=options)
+            fn = jax.jit(fn, static_argnums=0, donate_argnums=donate, compiler_options=options)
             self._programs.setdefault(key, fn)
         return self._programs[key]
 

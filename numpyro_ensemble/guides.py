@@ -22,7 +22,7 @@ from numpyro.infer.autoguide import AutoGuide
 from numpyro.infer.util import compute_log_probs
 from numpyro.primitives import Messenger
 
-from numpyro_ensemble.arguments import BATCH, MEMBER, TRACED, has_tracers
+from numpyro_ensemble.arguments import has_tracers
 from numpyro_ensemble.fingerprints import open_up
 from numpyro_ensemble.setup import GuideValues
 
@@ -135,24 +135,23 @@ def check_hidden(guide: Callable) -> None:
         ahead += open_up(value)[1]
 
 
-def take_out(guide: Callable, arguments: dict[str, list[Any]]) -> tuple[Any, GuideValues]:
+def take_out(guide: Callable, member_tracer: type) -> tuple[Any, GuideValues]:
     """Replace the tracers in a guide by slots, and return the guide and the tracers.
 
     Args:
         guide: a copy made by `fresh`, after its call.
-        arguments: the model's traced arguments by kind.
+        member_tracer: type of the tracers that the `vmap` over members has made; others are of
+            values that all members share, arguments of the model for example.
     """
     values = GuideValues([], [], [])
     if not isinstance(guide, AutoGuide):
         return guide, values
-    kind_of = {id(leaf): "shared" for k in (TRACED, BATCH) for leaf in arguments[k]}
-    kind_of |= {id(leaf): "own" for leaf in arguments[MEMBER]}
     known: dict[int, Slot] = {}
 
     def put(kind: str) -> Callable:
         def slot(value: Any) -> Slot:
             if id(value) not in known:
-                place = kind_of.get(id(value), kind)
+                place = kind if isinstance(value, member_tracer) else "shared"
                 values_of_kind = getattr(values, place)
                 values_of_kind.append(value)
                 known[id(value)] = Slot(place, len(values_of_kind) - 1)

@@ -134,7 +134,7 @@ class EnsembleMAP(Ensemble):
         )
         return guide, given or None
 
-    def distilled_guide(self, guide: Callable, dynamic: dict) -> tuple[Callable, GuideValues]:
+    def distilled_guide(self, guide: Callable, tracer: type) -> tuple[Callable, GuideValues]:
         """Return the structure of the point guide alone."""
         return guide.distilled(), GuideValues([], [], [])  # type: ignore[attr-defined]
 

@@ -29,7 +29,7 @@ class RunOptions(NamedTuple):
     shared_batches: bool = True
     early_stopping: EarlyStopping | None = None
     callback: Callable | None = None
-    jit_model_args: bool = False
+    jit_model_args: bool | None = None
     member_args: Iterable[str | int] | None = None
     chunk_size: int | None = None
 

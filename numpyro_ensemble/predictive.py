@@ -20,6 +20,7 @@ from numpyro_ensemble.draws import (
     map_draws,
     pick,
 )
+from numpyro_ensemble.fingerprints import captured
 from numpyro_ensemble.given import read_given
 from numpyro_ensemble.handlers import check_count
 from numpyro_ensemble.programs import Programs
@@ -131,11 +132,11 @@ class EnsemblePredictive:
         """
         if not is_prng_key(rng_key):
             raise ValueError(f"rng_key takes one key, jax.random.key(0) say; got {rng_key!r}.")
-        program = self._programs.get(
-            lambda: self._build(args, kwargs), self.model, self.guide, args, kwargs
-        )
-        member, draw = self._indices(rng_key)
-        predictions = program(rng_key, member, draw, self._given.samples, self._given.params)
+        inputs = (rng_key, *self._indices(rng_key), self._given.samples, self._given.params)
+        predictions = self._programs.call(
+            self._predict, inputs, self.model, args, kwargs, captured(self.guide),
+            prepare=lambda: self._check_model(args, kwargs),
+        )  # fmt: skip
         if self._given.ndims == 0:
             return predictions if self.num_samples > 1 else pick(predictions, 0)
         if not self.grouped or self.weights is not None:
@@ -202,41 +203,39 @@ class EnsemblePredictive:
                 stacklevel=6,
             )
 
-    def _build(self, args: tuple, kwargs: dict) -> Callable:
-        """Check the model, and make the program for these arguments, which stay concrete."""
-        self._check_model(args, kwargs)
+    def _predict(
+        self, call: tuple, rng_key: Any, member: Any, draw: Any, samples: Any, params: Any
+    ) -> Any:
+        """Return all predictions; this is what is compiled."""
+        args, kwargs = call
         total = self.ensemble_size * self.num_samples
         at_once = self.batch_size
         if self.parallel is not None:
             at_once = total if self.parallel else 1
+        places = (member, draw) if self._given.ndims == 2 else (member,)
+        if self.guide is not None:
+            rng_key, guide_key = jax.random.split(rng_key)
+            samples = self._draw(guide_key, member, params, args, kwargs)
+            places = (np.arange(total),)
+        keys = jax.random.split(rng_key, total) if total > 1 else rng_key[None]
 
-        def predict(rng_key: Any, member: Any, draw: Any, samples: Any, params: Any) -> Any:
-            places = (member, draw) if self._given.ndims == 2 else (member,)
-            if self.guide is not None:
-                rng_key, guide_key = jax.random.split(rng_key)
-                samples = self._draw(guide_key, member, params, args, kwargs)
-                places = (np.arange(total),)
-            keys = jax.random.split(rng_key, total) if total > 1 else rng_key[None]
+        def one(where: tuple) -> dict[str, Any]:
+            key, e, place = where
+            known = pick(samples, *place)
+            predictive = Predictive(
+                self.model,
+                known,
+                params=pick(params, e),
+                num_samples=None if known else 1,
+                batch_ndims=0,
+                return_sites=self.return_sites,
+                infer_discrete=self.infer_discrete,
+                condition_deterministic=self.condition_deterministic,
+            )
+            predictions = predictive(key, *args, **kwargs)
+            return predictions if known else pick(predictions, 0)
 
-            def one(where: tuple) -> dict[str, Any]:
-                key, e, place = where
-                known = pick(samples, *place)
-                predictive = Predictive(
-                    self.model,
-                    known,
-                    params=pick(params, e),
-                    num_samples=None if known else 1,
-                    batch_ndims=0,
-                    return_sites=self.return_sites,
-                    infer_discrete=self.infer_discrete,
-                    condition_deterministic=self.condition_deterministic,
-                )
-                predictions = predictive(key, *args, **kwargs)
-                return predictions if known else pick(predictions, 0)
-
-            return map_draws(one, (keys, member, places), at_once)
-
-        return jax.jit(predict)
+        return map_draws(one, (keys, member, places), at_once)
 
     def _draw(
         self, rng_key: jax.Array, member: Any, params: Any, args: tuple, kwargs: dict

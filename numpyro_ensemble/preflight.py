@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, Any
@@ -11,8 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from numpyro import handlers
+from numpyro.infer import init_to_uniform
 from numpyro.infer.autoguide import AutoGuide
 from numpyro.infer.svi import SVIState
+from numpyro.infer.util import compute_log_probs
 from numpyro.ops.provenance import eval_provenance
 from numpyro.primitives import Messenger
 
@@ -21,19 +24,30 @@ from numpyro_ensemble.batching import Batches, check_follows, rescaled
 from numpyro_ensemble.density import Site, anatomy, filled_trace
 from numpyro_ensemble.guides import check_hidden
 from numpyro_ensemble.handlers import is_zero
-from numpyro_ensemble.tracing import tracing_alone
+from numpyro_ensemble.tracing import LooksAtValuesError, looking, tracing_alone
 
 if TYPE_CHECKING:
     from numpyro_ensemble.engine import Ensemble
 
-_VALUES_WANTED = (
-    jax.errors.ConcretizationTypeError,
-    jax.errors.TracerArrayConversionError,
-    jax.errors.TracerIntegerConversionError,
-    jax.errors.NonConcreteBooleanIndexError,
-)
-_TRACED_BY = {TRACED: "jit_model_args", BATCH: "batch_size", MEMBER: "member_args"}
+_TRACED_BY = {BATCH: "batch_size", MEMBER: "member_args"}
 _LINE_SEARCHES = (optax.ScaleByBacktrackingLinesearchState, optax.ScaleByZoomLinesearchState)
+
+
+def looks_at(arguments: Arguments, error: Exception) -> ValueError:
+    """Return the error that names the traced arguments at whose values the model may look."""
+    named = []
+    for label, leaf, kind in zip(arguments.labels, arguments.leaves, arguments.kinds, strict=True):
+        if kind in _TRACED_BY:
+            named.append(f"{_TRACED_BY[kind]} traces {label!r}")
+        elif kind == TRACED:
+            outside = isinstance(leaf, jax.core.Tracer)
+            by = "jit, vmap or grad around this call" if outside else "jit_model_args=True"
+            named.append(f"{by} traces {label!r}")
+    return ValueError(
+        f"the model looks at the values of an argument that is traced ({', '.join(named)}): "
+        f"{error} Compute what it needs beforehand and pass that as an argument of its own that is "
+        f"no array; or leave the option out."
+    )
 
 
 class _Supply(Messenger):
@@ -172,20 +186,9 @@ def _trace(
             found.update(anatomy(model, args, kwargs, prior_sites=engine.prior_sites))
 
     try:
-        jax.eval_shape(tracing_alone(look), arguments.dynamic)
-    except _VALUES_WANTED as error:
-        named = [
-            f"{option} traces {label!r}"
-            for kind, option in _TRACED_BY.items()
-            for label, _ in arguments.labelled(kind)
-        ]
-        if not named:
-            raise
-        raise ValueError(
-            f"the model looks at the values of an argument that is traced ({', '.join(named)}): "
-            f"{str(error).partition(chr(10))[0]} Compute what it needs beforehand and pass that as "
-            f"an argument of its own, which stays concrete; or leave the option out."
-        ) from error
+        jax.eval_shape(tracing_alone(looking(look)), arguments.dynamic)
+    except LooksAtValuesError:
+        raise
     except Exception as error:
         if supply.missing:
             raise without_value(supply.missing) from error
@@ -193,6 +196,32 @@ def _trace(
     if supply.missing:
         raise without_value(supply.missing)
     return found
+
+
+def check_values(engine: Ensemble, arguments: Arguments) -> None:
+    """Let NumPyro check the values of the data, which it cannot do where they are traced.
+
+    It warns of observations outside their support, for example. Nothing is compiled.
+    """
+    traced = arguments.select(TRACED)
+    if not traced or traces(traced) or not all(leaf.is_fully_addressable for leaf in traced):
+        return
+    values = [x if _is_key(x) else np.asarray(x) for x in traced]
+    dynamic = {**arguments.dynamic, TRACED: values}
+    dynamic[MEMBER] = [leaf[0] for leaf in dynamic[MEMBER]]
+
+    def look() -> None:
+        args, kwargs = arguments.rebuild(dynamic)
+        seeded = handlers.seed(engine.model, jax.random.key(0))
+        filled = handlers.substitute(seeded, substitute_fn=init_to_uniform())
+        compute_log_probs(filled, args, kwargs, {})
+
+    with contextlib.suppress(Exception):  # what fails here fails where the model is fitted
+        jax.eval_shape(tracing_alone(look))
+
+
+def _is_key(leaf: Any) -> bool:
+    return bool(jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key))
 
 
 def _guide_params(guide: Callable, args: tuple, kwargs: dict) -> dict[str, Any]:

@@ -2,30 +2,34 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping
 from functools import partial
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import jax
 from numpyro.infer.svi import SVIState
 from numpyro.primitives import _PYRO_STACK
 
-from numpyro_ensemble.arguments import NO_ARGUMENTS, Arguments, CallForm, arrange, has_tracers
+from numpyro_ensemble.arguments import NO_ARGUMENTS, TRACED, Arguments, CallForm, arrange
 from numpyro_ensemble.fingerprints import captured, holds_tracers
 from numpyro_ensemble.fit_programs import FitCall, FitPrograms, constrain
 from numpyro_ensemble.guides import latent_order
 from numpyro_ensemble.options import RunOptions
-from numpyro_ensemble.setup import SetupTemplate, plain, setup_of
-from numpyro_ensemble.tracing import TRACING, tracing_alone
+from numpyro_ensemble.preflight import looks_at
+from numpyro_ensemble.programs import keep
+from numpyro_ensemble.setup import plain, setup_of
+from numpyro_ensemble.tracing import NUMPY_WANTED, TRACING, LooksAtValuesError, tracing_alone
 
 if TYPE_CHECKING:
     from numpyro_ensemble.engine import Ensemble
 
+Answer = TypeVar("Answer")
+Key = tuple[CallForm, Any, tuple]
+
 _KEPT = 8  # forms of arguments whose compiled programs a runner keeps
-_MISSES = 4  # calls of update in a row with other arguments, after which none is compiled
+_REMEMBERED = 256  # forms of arguments with which a model is known to look at values
 
 
 class ProgramCache:
@@ -37,33 +41,62 @@ class ProgramCache:
     def __init__(self, engine: Ensemble) -> None:
         self.engine = engine
         self._kept: OrderedDict[Hashable, Any] = OrderedDict()
-        self._misses = 0
+        self._looks: OrderedDict[Hashable, None] = OrderedDict()
 
-    def call(
+    def use(
         self,
+        use: Callable[[FitCall], Answer],
         args: tuple,
         kwargs: dict,
         options: RunOptions | None = None,
         *,
         starts: Mapping[str, Any] = MappingProxyType({}),
         state: SVIState | None = None,
-        steps: bool = False,
-    ) -> FitCall:
-        """Return the programs for these arguments, with the arguments.
+    ) -> Answer:
+        """Return what a function makes of the programs for these arguments.
+
+        Arrays among the arguments are inputs of the programs. A model that looks at their values
+        is found out when it is traced, and is then given them concretely.
 
         Args:
+            use: what to do with the programs; it is called again with concrete arguments where
+                the model looks at values.
             args: arguments of the model.
             kwargs: its keyword arguments.
             options: of `run`.
             starts: values, or shapes, for parameters that are declared without any.
             state: what is gone on from, which may have started with other arguments.
-            steps: single steps are taken, which may come with other arguments each time.
         """
-        engine = self.engine
         options = RunOptions() if options is None else options
-        twice = sorted(kwargs.keys() & engine.static_kwargs)
+        twice = sorted(kwargs.keys() & self.engine.static_kwargs)
         if twice:
             raise TypeError(f"{twice[0]!r} is given both as a static keyword and in this call.")
+        if options.jit_model_args is not False:
+            arguments, key = self._arranged(args, kwargs, options, traced=True)
+            falls_back = options.jit_model_args is None and _could_be_concrete(arguments)
+            if not (falls_back and key in self._looks):
+                call = None
+                try:
+                    call = self._call(arguments, key, starts, state)
+                    return use(call)
+                except LooksAtValuesError as error:
+                    if not falls_back:
+                        raise looks_at(arguments, error) from error
+                except NUMPY_WANTED:
+                    if not falls_back or call is not None:
+                        raise
+                keep(self._looks, key, None, _REMEMBERED)
+        arguments, key = self._arranged(args, kwargs, options, traced=False)
+        try:
+            return use(self._call(arguments, key, starts, state))
+        except LooksAtValuesError as error:
+            raise looks_at(arguments, error) from error
+
+    def _arranged(
+        self, args: tuple, kwargs: dict, options: RunOptions, *, traced: bool
+    ) -> tuple[Arguments, Key]:
+        """Return the arguments, and what a program for them depends on."""
+        engine = self.engine
         arguments = arrange(
             engine.model,
             args,
@@ -71,31 +104,25 @@ class ProgramCache:
             batched=options.batch_size is not None,
             batch_args=options.batch_args,
             member_args=options.member_args or (),
-            jit_model_args=options.jit_model_args,
+            traced=traced,
         )
         batches = options.batches(arguments, engine.ensemble_size)
-        setup = None if state is None else setup_of(state)
-        template = None if setup is None else setup.template
         with TRACING:  # or another thread's handlers are taken for this call's
             around = captured(tuple(_PYRO_STACK))
             settings = (captured(engine.model), captured(engine.guide), *engine.settings(), around)
-        form = CallForm(arguments)
-        key = (form, batches, settings)
-        programs = self._find(key, template, starts, arguments, steps)
-        if programs is None:
-            programs = FitPrograms(engine, key, batches, template, starts, compiles=False)
-            programs.prepare(arguments, form)
-        return FitCall(programs, arguments, form)
+        return arguments, (CallForm(arguments), batches, settings)
 
-    def _find(
+    def _call(
         self,
-        key: tuple[CallForm, Any, tuple],
-        template: SetupTemplate | None,
-        starts: Mapping[str, Any],
         arguments: Arguments,
-        steps: bool,
-    ) -> FitPrograms | None:
-        """Return kept programs, or new ones; None where there are new ones at every step."""
+        key: Key,
+        starts: Mapping[str, Any],
+        state: SVIState | None,
+    ) -> FitCall:
+        """Return kept programs that serve this call, or new ones, with its arguments."""
+        form, batches, settings = key
+        setup = None if state is None else setup_of(state)
+        template = None if setup is None else setup.template
         order = latent_order(self.engine.guide)
         keys: list[Hashable] = [(key, order)]
         if template is not None:
@@ -103,33 +130,17 @@ class ProgramCache:
         for candidate in keys:
             kept = self._kept.get(candidate)
             if kept is not None and template in (None, kept.template) and kept.serves(starts):
-                self._misses = 0
-                self._keep(candidate, kept)
-                return kept
-        self._misses = self._misses + 1 if steps and not has_tracers(arguments.leaves) else 0
-        if self._misses > _MISSES:
-            self._warn_of_misses()
-            return None
-        form, batches, settings = key
+                keep(self._kept, candidate, kept, 2 * _KEPT)
+                return FitCall(kept, arguments, form)
         programs = FitPrograms(self.engine, (key, order), batches, template, starts)
         programs.prepare(arguments, form)  # what fails is not kept
-        if holds_tracers(settings):  # of a transformation that the model takes values from
-            return programs
-        self._keep(keys[-1], programs)
-        if (
-            template is None and programs.template is not None and not order
-        ):  # once the guide is set up, it has this order
-            self._keep((key, latent_order(programs.template.guide)), programs)
-        return programs
-
-    def _warn_of_misses(self) -> None:
-        if self._misses == _MISSES + 1:
-            warnings.warn(
-                "update is called with other data at every step, and a program for each would have "
-                "to be compiled; it now runs without one, and slowly. Wrap it, as SVI.update: "
-                "update = jax.jit(runner.update).",
-                stacklevel=6,
-            )
+        if not holds_tracers(settings):  # of a transformation that the model takes values from
+            keep(self._kept, keys[-1], programs, 2 * _KEPT)
+            if template is None and programs.template is not None and not order:
+                # the order that the guide has once it is set up
+                later = (key, latent_order(programs.template.guide))
+                keep(self._kept, later, programs, 2 * _KEPT)
+        return FitCall(programs, arguments, form)
 
     def params(self, state: SVIState) -> dict[str, Any]:
         """Return the parameters of a state.
@@ -149,13 +160,11 @@ class ProgramCache:
         if program is None:
             build = tracing_alone(partial(constrain, self.engine, setup.template))
             program = jax.jit(build, static_argnums=0)
-        self._keep(key, program)
+        keep(self._kept, key, program, 2 * _KEPT)
         call = setup.call or CallForm(NO_ARGUMENTS)
         return program(call, plain(state), setup.values)
 
-    def _keep(self, key: Hashable, value: Any) -> None:
-        with TRACING:
-            self._kept[key] = value
-            self._kept.move_to_end(key)
-            while len(self._kept) > 2 * _KEPT:
-                self._kept.popitem(last=False)
+
+def _could_be_concrete(arguments: Arguments) -> bool:
+    """Return whether arguments are traced that need not be."""
+    return any(not isinstance(leaf, jax.core.Tracer) for leaf in arguments.select(TRACED))

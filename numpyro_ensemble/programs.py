@@ -9,10 +9,12 @@ from typing import Any
 import jax
 from numpyro.primitives import _PYRO_STACK
 
-from numpyro_ensemble.arguments import FIXED, arrange, has_tracers
-from numpyro_ensemble.fingerprints import captured
+from numpyro_ensemble.arguments import Arguments, arrange, has_tracers
+from numpyro_ensemble.fingerprints import captured, holds_tracers
+from numpyro_ensemble.tracing import NUMPY_WANTED, TRACING, tracing_alone
 
 _KEPT = 8  # sets of arguments whose programs are kept
+_REMEMBERED = 256  # sets of arguments with which a model is known to look at values
 
 
 class Programs:
@@ -20,10 +22,10 @@ class Programs:
 
     def __init__(self) -> None:
         self._kept: OrderedDict[Any, Any] = OrderedDict()
-        self._looks = False  # whether the model looks at the values of its arguments
+        self._looks: OrderedDict[Any, None] = OrderedDict()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_kept": OrderedDict(), "_looks": self._looks}
+        return {"_kept": OrderedDict(), "_looks": OrderedDict()}
 
     def get(
         self,
@@ -33,23 +35,12 @@ class Programs:
         args: tuple,
         kwargs: dict,
         *others: Any,
-        jit_model_args: bool = False,
     ) -> Any:
-        """Return what was built for arguments of equal contents, or build it.
-
-        With `jit_model_args`, arrays of any contents will do: the program takes them as inputs.
-        """
-        arguments = arrange(model, args, kwargs, jit_model_args=jit_model_args)
-        if has_tracers(arguments.select(FIXED)):
+        """Return what was built for arguments of equal contents, or build it."""
+        arguments = arrange(model, args, kwargs, traced=False)
+        if has_tracers(arguments.leaves):
             return build()
-        around = captured(tuple(_PYRO_STACK))  # handlers that the call stands in
-        key = (arguments.key(), captured(model), captured(guide), around, *others)
-        if key not in self._kept:
-            self._kept[key] = build()
-            if len(self._kept) > _KEPT:
-                self._kept.popitem(last=False)
-        self._kept.move_to_end(key)
-        return self._kept[key]
+        return self._find(self._key(arguments, model, captured(guide), *others), build)
 
     def call(
         self,
@@ -59,27 +50,64 @@ class Programs:
         args: tuple,
         kwargs: dict,
         *others: Any,
+        prepare: Callable[[], None] | None = None,
     ) -> Any:
         """Run `fn((args, kwargs), *inputs)` compiled, for arguments of other contents too.
 
         Arrays among the arguments are inputs of the program. A model that looks at their values has
         them concrete, and its program serves equal ones alone.
+
+        Args:
+            fn: the function.
+            inputs: arrays besides the arguments.
+            model: the model that `fn` calls.
+            args: its arguments.
+            kwargs: its keyword arguments.
+            *others: what else the program depends on.
+            prepare: checks to make before a program is compiled.
         """
-        for traced in (False,) if self._looks else (True, False):
-            arguments = arrange(model, args, kwargs, jit_model_args=traced)
+        for traced in (True, False):
+            arguments = arrange(model, args, kwargs, traced=traced)
+            key = self._key(arguments, model, *others)
+            if traced and key in self._looks:
+                continue
             form = arguments.without_inputs()
 
             def program(dynamic: Any, *inputs: Any, form: Any = form) -> Any:
                 return fn(form.rebuild(dynamic), *inputs)
 
-            build = lambda program=program: jax.jit(program)  # noqa: E731
-            compiled = self.get(build, model, None, args, kwargs, *others, jit_model_args=traced)
+            def build(program: Callable = program) -> Any:
+                if prepare is not None:
+                    prepare()
+                return jax.jit(tracing_alone(program))
+
             try:
-                result = compiled(arguments.dynamic, *inputs)
-            except Exception:  # how a model fails that looks at values is its own affair
-                if traced:
-                    continue
-                raise
-            self._looks = not traced
-            return result
+                return self._find(key, build)(arguments.dynamic, *inputs)
+            except NUMPY_WANTED:
+                self._kept.pop(key, None)
+                if not traced:
+                    raise
+            keep(self._looks, key, None, _REMEMBERED)
         raise AssertionError("the last attempt returns or raises")
+
+    def _key(self, arguments: Arguments, model: Callable | None, *others: Any) -> tuple:
+        with TRACING:
+            around = captured(tuple(_PYRO_STACK))  # handlers that the call stands in
+        return (arguments.key(), captured(model), around, *others)
+
+    def _find(self, key: Any, build: Callable[[], Any]) -> Any:
+        found = self._kept.get(key)
+        if found is None:
+            found = build()
+        if not holds_tracers(key[1:]):
+            keep(self._kept, key, found, _KEPT)
+        return found
+
+
+def keep(store: OrderedDict, key: Any, value: Any, most: int) -> None:
+    """Put a value into a store of so many values at most; those not used for longest go."""
+    with TRACING:
+        store[key] = value
+        store.move_to_end(key)
+        while len(store) > most:
+            store.popitem(last=False)

@@ -23,7 +23,7 @@ class GuideValues(NamedTuple):
 
     supports: list[Any]  # what the support of a latent depends on, per member
     own: list[Any]  # everything else of the member's own
-    shared: list[Any]  # arguments that the guide keeps, the same for all members
+    shared: list[Any]  # what all members share: arguments, and what was computed from these
 
 
 class SetupValues(NamedTuple):

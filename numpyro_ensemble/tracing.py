@@ -1,4 +1,7 @@
-"""One lock around tracing: NumPyro keeps its handlers in one list that all threads share."""
+"""Tracing models: one thread at a time, and what models raise that look at values.
+
+NumPyro keeps its handlers in one list that all threads share.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,8 @@ import functools
 import threading
 from collections.abc import Callable
 from typing import Any
+
+import jax
 
 TRACING = threading.RLock()
 
@@ -22,3 +27,30 @@ def tracing_alone(fn: Callable) -> Callable:
             return fn(*args, **kwargs)
 
     return alone
+
+
+VALUES_WANTED = (
+    jax.errors.ConcretizationTypeError,
+    jax.errors.TracerArrayConversionError,
+    jax.errors.TracerIntegerConversionError,
+    jax.errors.NonConcreteBooleanIndexError,
+)
+# what a model raises that was written for NumPy arrays and is given traced ones
+NUMPY_WANTED = (*VALUES_WANTED, TypeError, AttributeError)
+
+
+class LooksAtValuesError(ValueError):
+    """A model looks at the values of an argument that is traced."""
+
+
+def looking(fn: Callable) -> Callable:
+    """Make a traced function raise a `LooksAtValuesError` where it needs concrete values."""
+
+    @functools.wraps(fn)
+    def told(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return fn(*args, **kwargs)
+        except VALUES_WANTED as error:
+            raise LooksAtValuesError(str(error).partition("\n")[0]) from error
+
+    return told

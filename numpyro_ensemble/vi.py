@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from functools import partial
 from typing import Any
 
 import jax
@@ -25,7 +24,6 @@ from numpyro_ensemble.preflight import check_size
 from numpyro_ensemble.programs import Programs
 from numpyro_ensemble.results import EnsembleResult
 from numpyro_ensemble.setup import GuideValues, SetupTemplate, setup_of
-from numpyro_ensemble.tracing import tracing_alone
 
 
 class EnsembleVI(Ensemble):
@@ -231,15 +229,16 @@ class EnsembleVI(Ensemble):
         kwargs = {**kwargs, **self.static_kwargs}
         moving = isinstance(self.guide, AutoGuide) and template.guide_forms.supports
         size, with_density = self.ensemble_size, with_density and not moving
-        guides = MemberGuides(self.model, template, size, args, kwargs, with_density)
 
-        def build() -> Callable:
-            return jax.jit(tracing_alone(partial(guides.draw, num_samples)))
+        def draw(call: tuple, *inputs: Any) -> tuple:
+            args, kwargs = call
+            guides = MemberGuides(self.model, template, size, args, kwargs, with_density)
+            return guides.draw(num_samples, *inputs)
 
-        how = (template, size, num_samples, guides.with_density)
-        program = self._drawing.get(build, self.model, None, args, kwargs, *how)
         params = {**result.params, **(result.state.mutable_state or {})}
-        samples, densities, known = program(rng_key, params, values)
+        inputs = (rng_key, params, values)
+        how = (template, size, num_samples, with_density)
+        samples, densities, known = self._drawing.call(draw, inputs, self.model, args, kwargs, *how)
         if "log_q_mixture" in densities and not has_tracers(known) and not bool(known):
             del densities["log_q_mixture"]
         return samples, densities

@@ -16,7 +16,7 @@ from numpyro import handlers
 from zoo import NNX
 
 from numpyro_ensemble import EnsembleMAP, reweight
-from numpyro_ensemble.arguments import NO_ARGUMENTS, CallForm, arrange, has_tracers
+from numpyro_ensemble.arguments import NO_ARGUMENTS, CallForm, arrange, has_tracers, is_traceable
 from numpyro_ensemble.fingerprints import captured, fingerprint
 
 
@@ -334,12 +334,12 @@ def kinds(arguments):
     return dict(zip(arguments.labels, arguments.kinds, strict=True))
 
 
-def test_arguments_are_concrete_unless_asked():
+def test_arrays_are_inputs_unless_a_model_looks_at_values():
     args, kwargs = (ZEROS, {"a": Y, "b": 2}), {"groups": "left"}
-    plain = arrange(model, args, kwargs)
+    plain = arrange(model, args, kwargs, traced=False)
     assert kinds(plain) == dict.fromkeys(["x", "y['a']", "y['b']", "groups"], "fixed")
     assert plain.leaves[0] is ZEROS
-    traced = arrange(model, args, kwargs, jit_model_args=True)
+    traced = arrange(model, args, kwargs)
     assert kinds(traced) == {
         "x": "traced",
         "y['a']": "traced",
@@ -347,6 +347,26 @@ def test_arguments_are_concrete_unless_asked():
         "groups": "fixed",
     }
     assert [isinstance(leaf, jax.Array) for leaf in traced.leaves] == [True, True, False, False]
+
+
+@pytest.mark.parametrize(
+    ("array", "wanted"),
+    [
+        (jnp.ones(2), True),
+        (np.ones(2, bool), True),
+        (np.ones(2, np.int8), True),
+        (np.ones(2, jnp.bfloat16), True),
+        (KEY, True),
+        (np.array(["a"]), False),
+        (np.array([None]), False),
+        (np.array("2020-01-01", "M8[D]"), False),
+        (np.ma.array([1, 2], mask=[0, 1]), False),
+        (np.float64(1.0), False),
+        ([1.0], False),
+    ],
+)
+def test_what_an_input_can_be(array, wanted):
+    assert is_traceable(array) == wanted
 
 
 @pytest.mark.parametrize(
@@ -361,7 +381,8 @@ def test_arguments_are_concrete_unless_asked():
 )
 def test_batched_arguments_are_named_or_counted(batch_args, expected):
     args, kwargs = (ZEROS, Y), {"groups": Y}
-    found = arrange(model, args, kwargs, batched=True, batch_args=batch_args)
+    options = {"batched": True, "traced": False}
+    found = arrange(model, args, kwargs, batch_args=batch_args, **options)
     assert kinds(found) == expected
     assert [leaf.shape for leaf in found.select("batch")] == [
         {"x": (2, 3), "y": (4,), "groups": (4,)}[k] for k, v in expected.items() if v == "batch"
@@ -371,10 +392,10 @@ def test_batched_arguments_are_named_or_counted(batch_args, expected):
 def test_members_arguments_come_first_and_scalars_are_no_batches():
     args = (ZEROS, np.array(2.0), Y)
     found = arrange(lambda x, scale, y: None, args, {}, batched=True, member_args=["x"])
-    assert kinds(found) == {"x": "member", "scale": "fixed", "y": "batch"}
+    assert kinds(found) == {"x": "member", "scale": "traced", "y": "batch"}
     both = arrange(model, (ZEROS, Y), {}, batched=True, batch_args=["x", "y"], member_args=[0])
     assert kinds(both) == {"x": "member", "y": "batch"}
-    mixed = arrange(model, (ZEROS, Y), {}, member_args=[0], jit_model_args=True)
+    mixed = arrange(model, (ZEROS, Y), {}, member_args=[0])
     assert kinds(mixed) == {"x": "member", "y": "traced"}
     assert [label for label, _ in mixed.labelled("member")] == ["x"]
 
@@ -386,7 +407,7 @@ def test_names_come_from_the_signature():
     assert arrange(lambda *rows: None, (ZEROS, Y), {}).labels == ("argument 0", "argument 1")
     assert arrange(lambda x, **more: None, (ZEROS,), {"y": Y}).labels == ("x", "y")
     second = arrange(lambda *rows: None, (ZEROS, Y), {}, member_args=[1])
-    assert second.kinds == ("fixed", "member")
+    assert second.kinds == ("traced", "member")
 
 
 @pytest.mark.parametrize("option", ["batch_args", "member_args"])
@@ -429,7 +450,7 @@ def test_arguments_are_rebuilt_with_other_values():
 
 def test_a_key_is_for_contents_and_for_shapes_where_arguments_are_traced():
     def arranged(x, **options):
-        return arrange(model, (x, 2), {}, **options)
+        return arrange(model, (x, 2), {}, **{"traced": False, **options})
 
     key = arranged(ZEROS).key()
     assert arranged(ZEROS.copy()).key() == key
@@ -440,11 +461,11 @@ def test_a_key_is_for_contents_and_for_shapes_where_arguments_are_traced():
     assert keys[0] == keys[1] != key
     assert arrange(model, (ZEROS, 3), {}).key() != key
     assert arrange(model, (), {"x": ZEROS, "y": 2}).key() != key
-    traced = arranged(ZEROS, jit_model_args=True)
-    assert traced.key() == arranged(ZEROS + 1.0, jit_model_args=True).key() != key
-    assert traced.key() != arranged(ZEROS.T, jit_model_args=True).key()
+    traced = arranged(ZEROS, traced=True)
+    assert traced.key() == arranged(ZEROS + 1.0, traced=True).key() != key
+    assert traced.key() != arranged(ZEROS.T, traced=True).key()
     form = CallForm(traced)
-    assert form == CallForm(arranged(ZEROS + 1.0, jit_model_args=True)) != CallForm(arranged(ZEROS))
+    assert form == CallForm(arranged(ZEROS + 1.0, traced=True)) != CallForm(arranged(ZEROS))
     assert form.rebuild(traced.dynamic)[0][1] == 2
     assert not any(isinstance(leaf, np.ndarray) for leaf in form.arguments.leaves)
 

@@ -136,15 +136,15 @@ def test_a_second_run_compiles_nothing(make, key, compile_count):
     assert second.count == 0, second.names
 
 
-def test_equal_shapes_suffice_where_arguments_are_traced(make, key, compile_count):
+def test_equal_shapes_suffice(make, key, compile_count):
     runner = make(ridge)
-    options = {"jit_model_args": True}
-    first = quiet(runner, key, 6, X, Y, **options)
+    first = quiet(runner, key, 6, X, Y)
     with compile_count() as count:
-        second = quiet(runner, key, 6, X, Y + 1.0, **options)
+        second = quiet(runner, key, 6, X, Y + 1.0)
     assert count.count == 0, count.names
     assert np.abs(second.losses - first.losses).min() > 0.1
-    same(second.losses, quiet(runner, key, 6, X, Y + 1.0).losses, rtol=1e-9)
+    concrete = quiet(runner, key, 6, X, Y + 1.0, jit_model_args=False)
+    same(second.losses, concrete.losses, rtol=1e-9)
 
 
 def test_an_argument_changed_in_place_is_another(make, key):
@@ -172,12 +172,13 @@ def test_data_that_a_model_takes_from_its_surroundings_is_never_stale(make, key)
 
 
 @QUICK_IN_MAP
-def test_model_arguments_stay_concrete(make, key):
+def test_a_model_that_looks_at_values_sees_them(make, key, compile_count):
     seen = []
 
     def model(group, y, flag=True):
+        assert flag
+        np.unique(group)  # a tracer raises
         seen.append((group, y, flag))
-        assert flag  # a tracer would raise
         hierarchy(group, y)
 
     runner = make(model)
@@ -185,9 +186,29 @@ def test_model_arguments_stay_concrete(make, key):
     state = runner.init(key, *args)
     state, _ = runner.update(state, *args)
     runner.evaluate(state, *args)
-    quiet(runner, key, 2, *args)
+    plain = quiet(runner, key, 2, *args)
     assert seen
     assert not any(isinstance(v, jax.core.Tracer) for call in seen for v in call)
+    same(plain, quiet(make(model), key, 2, *args, jit_model_args=False))
+    runner = make(hierarchy)
+    quiet(runner, key, 2, *args)
+    with compile_count() as count:
+        quiet(runner, key, 2, *(leaf.copy() for leaf in args))
+    assert count.count == 0, count.names
+    others = quiet(runner, key, 2, np.array([0, 0, 1, 1, 1, 1, 0, 0]), args[1])
+    assert others.params.keys() == plain.params.keys()
+
+
+@pytest.mark.parametrize("given", [np.asarray, jnp.asarray])
+def test_numpyros_checks_of_values_hold(make, given, key):
+    """An observation outside its support is warned of, though data are inputs of the program."""
+
+    def model(y):
+        logit = numpyro.sample("logit", dist.Normal(0.0, 1.0))
+        numpyro.sample("y", dist.Bernoulli(logits=logit).expand([3]).to_event(1), obs=y)
+
+    with pytest.warns(UserWarning, match="Out-of-support values"):
+        quiet(make(model), key, 1, given([1.0, 2.0, 0.0]))
 
 
 def poisoned(member, size=3):
