@@ -152,5 +152,8 @@ class CollapsedSparseGP(Process):
             mean = jnp.broadcast_to(mean, (num_paths, len(mean)))
         z = jax.random.normal(key_u, mean.shape, mean.dtype)
         u = mean + jnp.matmul(z, factor.T, precision=EXACT)
+        options = {"latent": False} | options
         paths = self.inducing.draw_paths(key_paths, u, num_paths=num_paths, **options)
-        return replace(paths, noise=jnp.asarray(self.noise))  # of later observations
+        LB = self._factors()[2]
+        whitened = cho_solve((LB, True), jnp.eye(len(LB), dtype=LB.dtype))
+        return replace(paths, noise=jnp.asarray(self.noise), whitened=whitened)

@@ -210,8 +210,8 @@ class Pathwise:
         for key, (name, site) in zip(keys, sorted(sites.items()), strict=True):
             copies = len(site.flat())
             values = jnp.tile(site.flat(), (number, 1))
-            options = {"num_paths": len(values), "copies": copies, **self._options}
-            paths[name] = site.process.draw_paths(key, values, **options)
+            options = {"num_paths": len(values), "copies": copies, "latent": not site.observed}
+            paths[name] = site.process.draw_paths(key, values, **options, **self._options)
         return paths
 
     def draw(self, rng_key: jax.Array) -> dict[str, Paths]:
