@@ -112,6 +112,10 @@ class CollapsedSparseGP(Process):
         """Mask copies; the bound has no part for each observation."""
         return self.where(mask) if jnp.shape(mask) == self.event_shape else super().mask(mask)
 
+    def where(self, mask: Any) -> Process:
+        """Leave all observations out, by one flag."""
+        return super().where(mask) if jnp.ndim(mask) else self.tempered(jnp.where(mask, 1.0, 0.0))
+
     def optimal(self, values: ArrayLike) -> tuple[jax.Array, jax.Array]:
         """Return mean `(M,)` and covariance factor `(M, M)` of the best inducing values."""
         L, A, LB = self._factors()

@@ -130,10 +130,10 @@ def draw_paths(
         _check_covariance(covariance, values, noise_free and observed is None)
         key_values, rng_key = jax.random.split(rng_key)
         prior = covariance_of(kernel, points, jnp.broadcast_to(extra, len(points)), None)
-        values, whitened = _draw_latents(
-            key_values, values, jnp.asarray(covariance, prior.dtype), prior, num_paths
-        )
+        S = jnp.asarray(covariance, prior.dtype)
+        drawn, whitened = _draw_latents(key_values, values, S, prior, num_paths)
         moved = {"whitened": whitened, "noise": jnp.zeros(len(points))}  # of data: not known
+        values = jnp.asarray(drawn)
     elif latent is None:
         latent = values.ndim == 2 and noise_free
     variances = diagonal("noise", noise, points)

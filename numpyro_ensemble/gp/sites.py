@@ -16,6 +16,12 @@ from numpyro.primitives import Messenger
 from numpyro_ensemble.draws import filled
 from numpyro_ensemble.gp.distribution import Process
 from numpyro_ensemble.gp.inputs import check_values, mean_at
+from numpyro_ensemble.gp.weights import (
+    mask_of,
+    site_weight,
+    weighted_likelihood,
+    weighted_prior,
+)
 from numpyro_ensemble.gp.whiten import SUFFIX
 from numpyro_ensemble.handlers import is_zero, unwrapped
 
@@ -75,9 +81,15 @@ class _Gather(Messenger):
         self.sites: dict[str, Site] = {}
         self.unknown: list[str] = []
         self.unfitted: list[str] = []
+        self.plates: dict[str, int] = {}  # sizes
+        self.parts: list[tuple[Any, Any]] | None = None  # weights inside of an announced process
 
     def process_message(self, msg: dict[str, Any]) -> None:
         """Note latents and parameters without a value, and refuse transformed processes."""
+        if msg["type"] == "plate":
+            self.plates[msg["name"]] = msg["args"][0]
+        if msg["type"] == "gp":
+            self.parts = []
         if msg["type"] == "param" and msg["value"] is None:
             self.unfitted.append(msg["name"])
         if msg["type"] != "sample":
@@ -98,7 +110,9 @@ class _Gather(Messenger):
         name = msg.get("name", "")
         if msg["type"] == "gp":
             name = name.removesuffix(SUFFIX)
-            site = Site(msg["gp"], msg["value"], False, msg["at"])
+            parts, self.parts = self.parts or [], None
+            process = weighted_prior(name, msg["gp"], parts) if msg["whitened"] else msg["gp"]
+            site = Site(process, msg["value"], False, msg["at"])
             inner = self.sites.get(f"{name}_u")
             if inner is not None and inner.process is msg["gp"]:  # told of twice, not whitened
                 del self.sites[f"{name}_u"]
@@ -107,6 +121,8 @@ class _Gather(Messenger):
         else:
             if msg["type"] == "sample" and not msg["is_observed"]:
                 _check_shape(name, jnp.shape(msg["value"]), msg["fn"])
+                if self.parts is not None:
+                    self.parts.append((site_weight(msg, self.plates), mask_of(msg["fn"])))
             return
         if name in self.sites:
             raise ValueError(f"the model has two Gaussian processes of the name {name!r}.")
@@ -126,7 +142,11 @@ class _Gather(Messenger):
             )
         if msg["is_observed"] and process.observed is None:
             check_values(f"{name!r}", value)
-        process = _masked(name, msg["fn"], process) if msg["is_observed"] else process
+        weight = site_weight(msg, self.plates)
+        if msg["is_observed"]:
+            process = weighted_likelihood(name, _masked(name, msg["fn"], process), weight)
+        elif self.parts is None:
+            process = weighted_prior(name, process, [(weight, mask_of(msg["fn"]))])
         return Site(process, jnp.asarray(value), bool(msg["is_observed"]), process.X)
 
 
