@@ -164,9 +164,6 @@ class Paths:
 
     def __getitem__(self, index: Any) -> Paths:
         """Take some of the paths; a single one is left as a set of one."""
-        return replace(self, copies=1)._taken(index)
-
-    def _taken(self, index: Any) -> Paths:
         places: Any = np.arange(self.num_paths)
         if isinstance(index, jax.core.Tracer):
             places = jnp.asarray(index)
@@ -174,11 +171,28 @@ class Paths:
                 raise TypeError(f"inside a transformation paths take whole numbers, got {index!r}.")
         else:
             places = places[np.asarray(index) if isinstance(index, jax.Array) else index]
+        whole = replace(self, copies=self._copies_among(places))
         if places.ndim == 0:
-            return self._one(places)
+            return whole._one(places)
         if self.num_draws is None and not has_tracers((places, self.order)):
-            return self._some(places)
-        return jax.vmap(self._one)(jnp.asarray(places))
+            return whole._some(places)
+        return jax.vmap(whole._one)(jnp.asarray(places))
+
+    def _copies_among(self, places: Any) -> int:
+        """Return how many processes some of the paths are of: each has its own if it is not clear.
+
+        Inside a transformation this is not known of several paths.
+        """
+        if self.copies == 1 or places.ndim == 0:
+            return 1
+        if has_tracers(places):
+            return len(places)
+        copy = places % self.copies
+        if (copy == copy[:1]).all():
+            return 1
+        groups = np.resize(np.arange(self.copies), len(copy))
+        whole = len(copy) % self.copies == 0 and (copy == groups).all()
+        return self.copies if whole else len(copy)
 
     def _one(self, i: Any) -> Paths:
         if self.num_draws is not None:
