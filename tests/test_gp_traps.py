@@ -129,11 +129,6 @@ def in_a_plate(X, y=None, tasks=2):
         numpyro.sample("y", gp, obs=y)
 
 
-def by_hand(X, y=None):
-    numpyro.sample("u", GaussianProcess(RBF(1.0, scale()), Z))
-    numpyro.sample("y", GaussianProcess(RBF(1.0, 0.5), X, 0.1), obs=y)
-
-
 def functions(model=observed, samples=SCALES, x=X, y=Y, **options):
     return Pathwise(model, samples, x, y, **OPTIONS, **options)
 
@@ -173,10 +168,6 @@ HOLE = np.where(X > 4.0, np.nan, X)
             r"\(3,\) copies in this call, and had \(2,\)",
         ),
         (
-            lambda key: functions(by_hand, SCALES | {"u": np.ones((2, 4))})(key, X_NEW),
-            r"inputs of 'u' are the same .* gp.sparse_gp",
-        ),
-        (
             lambda key: GaussianProcess(RBF(1.0, 100.0), X, jitter=0.0).predict(Y, X_NEW),
             "could not be factored",
         ),
@@ -208,6 +199,23 @@ def test_inputs_of_the_fit_may_be_asked_for_again(key):
     assert_allclose(out["f"], samples["f"], atol=1e-2)
     assert out["y"].min() > 100
     assert functions()(key, X)["y"].shape == (2, 12)
+
+
+def test_a_process_on_a_fixed_grid_is_read_by_an_index(key):
+    """Its inputs do not move with the arguments, which is no reason for a complaint."""
+
+    def ages(age, dose, y=None):
+        width = numpyro.sample("width", dist.LogNormal(0.0, 0.5))
+        f = numpyro.sample("f", GaussianProcess(RBF(1.0, width), Z))
+        with numpyro.plate("person", len(dose)):
+            numpyro.sample("b", dist.Normal(f[age] + dose, 1e-6), obs=y)
+
+    age, dose = np.arange(12) % 4, np.linspace(0.0, 1.0, 12)
+    samples = {"width": np.array([0.8, 1.2]), "f": np.array([[1.0, 2.0, 3.0, 4.0]] * 2)}
+    pathwise = Pathwise(ages, samples, age, dose, Y, **OPTIONS)
+    out = pathwise(key, np.array([3, 0, 1]), np.array([0.5, 0.25, 0.125]))
+    assert_allclose(out["f"], samples["f"], atol=1e-3)
+    assert_allclose(out["b"], [[4.5, 1.25, 2.125]] * 2, atol=1e-3)
 
 
 def test_latents_are_not_masked_or_copied(key):

@@ -17,10 +17,9 @@ from numpyro.util import is_prng_key
 from numpyro_ensemble.arguments import refuse_clashes
 from numpyro_ensemble.draws import fill_model, filled, map_draws, pick
 from numpyro_ensemble.gp.findings import (
-    Seen,
     arrays_of,
     check_flags,
-    check_told,
+    check_inputs,
     digest,
     flags_of,
     flat_samples,
@@ -185,9 +184,7 @@ class Pathwise:
                 f"initial values.",
                 stacklevel=3,
             )
-        sites = found[0].sites
-        self._seen = {name: Seen(site.observed, len(site.at)) for name, site in sites.items()}
-        if not sites:
+        if not found[0].sites:
             raise ValueError(
                 "the model has no Gaussian process: a site with gp.GaussianProcess, WhitenReparam, "
                 "sparse_gp or CollapsedSparseGP."
@@ -320,8 +317,8 @@ class Pathwise:
             return map_draws(lambda given: one(call, *given), inputs, self._at_once())
 
         call = (self.model, args, kwargs, one.__name__)
-        out, flags, told = self._programs.call(program, inputs, *call)
-        check_told(told, self._seen, arrays_of(self.args, self.kwargs), arrays_of(args, kwargs))
+        out, flags, finite = self._programs.call(program, inputs, *call)
+        check_inputs(finite)
         check_flags(flags, self.num_draws)
         return out
 
@@ -351,12 +348,12 @@ class Pathwise:
                 for name in paths
             }
             answer, trace = self._call(call, self._known(sample, params), functions, sites, key)
-            return self._wanted(answer, trace), answer.told
+            return self._wanted(answer, trace), answer.finite
 
         over_paths = jax.vmap(run, in_axes=(None, 0, 0))
-        values, told = jax.vmap(over_paths)(features, own, keys)
+        values, finite = jax.vmap(over_paths)(features, own, keys)
         solved = {name: drawn.ok.all() for name, drawn in paths.items()}
-        return values, flags_of(sites, solved), jax.tree.map(jnp.all, told)
+        return values, flags_of(sites, solved), jax.tree.map(jnp.all, finite)
 
     def _call(
         self, call: tuple, known: dict, functions: dict, sites: dict[str, Site], key: jax.Array
@@ -365,8 +362,7 @@ class Pathwise:
         key_model, key_noise = jax.random.split(key)
         others = {name: value for name, value in known.items() if name not in sites}
         args, kwargs = call
-        given = arrays_of(args, kwargs)
-        answer = Answer(filled(self.model, others), functions, sites, key_noise, given)
+        answer = Answer(filled(self.model, others), functions, sites, key_noise)
         with handlers.seed(rng_seed=key_model):
             return answer, handlers.trace(answer).get_trace(*args, **kwargs)
 
@@ -419,7 +415,7 @@ class Pathwise:
             )
             for name, (mean, variance) in moments.items()
         }
-        return (named, free), flags_of(met, solved), answer.told
+        return (named, free), flags_of(met, solved), answer.finite
 
 
 def _copied(x: Any) -> Any:

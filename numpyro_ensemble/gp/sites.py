@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import numpyro.distributions as dist
 from numpyro import handlers
 from numpyro.primitives import Messenger
@@ -33,13 +32,11 @@ class Site(NamedTuple):
         process: the process, at its inputs.
         values: at these inputs, `(*copies, N)`.
         observed: whether the values are observations.
-        at: the inputs that the model works on.
     """
 
     process: Process
     values: jax.Array
     observed: bool
-    at: jax.Array
 
     @property
     def noisy(self) -> bool:
@@ -112,7 +109,7 @@ class _Gather(Messenger):
             name = name.removesuffix(SUFFIX)
             parts, self.parts = self.parts or [], None
             process = weighted_prior(name, msg["gp"], parts) if msg["whitened"] else msg["gp"]
-            site = Site(process, msg["value"], False, msg["at"])
+            site = Site(process, msg["value"], False)
             inner = self.sites.get(f"{name}_u")
             if inner is not None and inner.process is msg["gp"]:  # told of twice, not whitened
                 del self.sites[f"{name}_u"]
@@ -147,7 +144,7 @@ class _Gather(Messenger):
             process = weighted_likelihood(name, _masked(name, msg["fn"], process), weight)
         elif self.parts is None:
             process = weighted_prior(name, process, [(weight, mask_of(msg["fn"]))])
-        return Site(process, jnp.asarray(value), bool(msg["is_observed"]), process.X)
+        return Site(process, jnp.asarray(value), bool(msg["is_observed"]))
 
 
 def _masked(name: str, fn: dist.Distribution, process: Process) -> Process:
@@ -191,14 +188,12 @@ class Answer(Messenger):
         functions: by name, from inputs `(N, D)` to values `(*copies, N)` without the mean.
         sites: the processes as they were found.
         rng_key: of the noise of observations.
-        given: arrays among the arguments of this call.
 
     Attributes:
         values: of the processes, by site name.
         inputs: of each process in this call.
         means: of each process, in this call, at these inputs.
-        told: what is known of these inputs: whether they are `finite`, those of the fit
-            (`stayed`), and among the arguments (`given`).
+        finite: whether all of these inputs are.
     """
 
     def __init__(
@@ -207,15 +202,13 @@ class Answer(Messenger):
         functions: Mapping[str, Callable[[jax.Array], jax.Array]],
         sites: Mapping[str, Site],
         rng_key: jax.Array,
-        given: Sequence[Any] = (),
     ) -> None:
         super().__init__(fn)
         self.functions, self.sites, self.rng_key = functions, sites, rng_key
-        self.given = [as_columns(x) for x in given if np.ndim(x) in (1, 2)]
         self.values: dict[str, jax.Array] = {}
         self.inputs: dict[str, jax.Array] = {}
         self.means: dict[str, jax.Array] = {}
-        self.told: dict[str, dict[str, jax.Array]] = {}
+        self.finite: dict[str, jax.Array] = {}
 
     def process_message(self, msg: dict[str, Any]) -> None:
         """Set the value of a process."""
@@ -259,19 +252,6 @@ class Answer(Messenger):
                 f"plates of processes keep their size."
             )
 
-        def is_same(other: jax.Array) -> jax.Array:
-            return jnp.asarray((X == other).all() if X.shape == other.shape else False)
-
-        same = [is_same(x) for x in self.given]
         self.inputs[name] = X
-        self.told[name] = {
-            "finite": jnp.isfinite(X).all(),
-            "stayed": is_same(site.at),
-            "given": jnp.stack([jnp.asarray(False), *same]).any(),
-        }
+        self.finite[name] = jnp.isfinite(X).all()
         return self.functions[name](X)
-
-
-def as_columns(x: Any) -> jax.Array:
-    """Return an array of one or two axes as a matrix, as inputs are."""
-    return jnp.asarray(x) if jnp.ndim(x) == 2 else jnp.asarray(x)[:, None]
