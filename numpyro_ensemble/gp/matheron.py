@@ -157,7 +157,8 @@ def draw_paths(
         tolerance=None if tolerance is None else jnp.asarray(tolerance, dtype),
     )
     check_solved(paths)
-    return replace(paths, latent=bool(latent), copies=copies, **moved)
+    kept = {"latent": bool(latent), "copies": copies, "keeps_jitter": jitter is not None}
+    return replace(paths, **kept, **moved)
 
 
 def _check_covariance(covariance: ArrayLike, mean: jax.Array, exact: bool) -> None:

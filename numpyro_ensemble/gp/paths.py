@@ -55,12 +55,13 @@ class Paths:
         noise: of observations, a number or `(N,)`; 0 for latent processes.
         jitter: what the diagonal has beside the noise.
         observed: which values count, `(N,)`, or None.
-        residuals: relative residuals of the solves, `(P,)`; 0 for a factor in double precision.
+        residuals: relative residuals of the solves, `(P,)`.
         ok: whether each path's solve succeeded, `(P,)`.
         seed: of the noise of later updates.
         part: whether these are the paths of one term of a sum.
         latent: whether the values are draws of latent values, of a covariance that is not known.
         copies: how many processes of a plate the paths are of; path `i` is of copy `i % copies`.
+        keeps_jitter: whether the jitter was given, so that updates keep it.
         whitened: covariance of the values at the first `M` points, `(M, M)`, between the inverses
             of the prior covariance's Cholesky factor; None where the values are data.
     """
@@ -86,6 +87,7 @@ class Paths:
     part: bool = field(default=False, metadata={"static": True})
     latent: bool = field(default=False, metadata={"static": True})
     copies: int = field(default=1, metadata={"static": True})
+    keeps_jitter: bool = field(default=False, metadata={"static": True})
     whitened: jax.Array | None = None
 
     @property
@@ -155,9 +157,10 @@ class Paths:
             return pair[0].weighted(X, pair[1])
 
         # XLA's program for all bases at once takes three times as long on CPUs
-        on_cpu = jax.default_backend() == "cpu"
         bases = (self.features, self.weights)
-        each = jax.lax.map(one, bases) if on_cpu else jax.vmap(one)(bases)
+        each = jax.lax.platform_dependent(
+            bases, cpu=lambda bases: jax.lax.map(one, bases), default=jax.vmap(one)
+        )
         return jax.lax.collapse(each.swapaxes(0, 1), 1, 3)[:, self.order]
 
     # Parts --------------------------------------------------------------------------------------
@@ -352,7 +355,9 @@ class Paths:
     def _more(self, X: jax.Array, values: jax.Array, noise: Any, key: jax.Array | None) -> Paths:
         points = jnp.concatenate([self.points, X])
         variances = diagonal("noise", self.noise if noise is None else noise, X)
-        jitter = jnp.maximum(self.jitter, default_jitter(self.kernel, points))
+        jitter = self.jitter
+        if not self.keeps_jitter:
+            jitter = jnp.maximum(jitter, default_jitter(self.kernel, points))
         added = variances + jitter
         if key is None:
             seed = jax.random.wrap_key_data(self.seed, impl="threefry2x32")
@@ -423,7 +428,7 @@ def check_solved(paths: Paths) -> None:
         )
     if jnp.isfinite(paths.residuals).all():
         raise ValueError(
-            f"single precision does not solve for {len(bad)} of {paths.num_paths} paths: more "
+            f"{paths.alpha.dtype} does not solve for {len(bad)} of {paths.num_paths} paths: more "
             f"noise or jitter, or double precision (numpyro.enable_x64())."
         )
     raise ValueError(

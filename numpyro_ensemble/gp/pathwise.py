@@ -260,9 +260,9 @@ class Pathwise:
 
     def _at_once(self) -> int | None:
         """Return how many draws go at once: one on CPUs, where XLA's programs for many may hang."""
-        if self.batch_size is None and jax.default_backend() == "cpu":
-            return 1
-        return self.batch_size
+        return (
+            1 if self.batch_size is None and _platform(self.samples) == "cpu" else self.batch_size
+        )
 
     def _inputs(self, rng_key: jax.Array) -> tuple:
         if not is_prng_key(rng_key):
@@ -416,6 +416,12 @@ class Pathwise:
             for name, (mean, variance) in moments.items()
         }
         return (named, free), flags_of(met, solved), answer.finite
+
+
+def _platform(arrays: Any) -> str:
+    """Return where arrays are, or where new ones would be if that is not known."""
+    known = [x for x in jax.tree.leaves(arrays) if not isinstance(x, jax.core.Tracer)]
+    return next(iter((known[0] if known else jnp.zeros(())).devices())).platform
 
 
 def _copied(x: Any) -> Any:
