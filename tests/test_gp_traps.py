@@ -118,6 +118,10 @@ def deep(X, y=None):
     numpyro.sample("y", GaussianProcess(RBF(1.0, 0.5), h, 0.1), obs=y)
 
 
+def with_noise(X, y=None, noise=None):
+    numpyro.sample("y", GaussianProcess(RBF(1.0, scale()), X, noise), obs=y)
+
+
 def obs_mask(X, y=None):
     gp = GaussianProcess(RBF(1.0, scale()), X, 0.1)
     numpyro.sample("y", gp, obs=y, obs_mask=None if y is None else np.ones(len(X), bool))
@@ -161,6 +165,11 @@ HOLE = np.where(X > 4.0, np.nan, X)
             lambda key: functions(samples={"lengthscale": np.ones((2, 3))}),
             r"one sample of 'lengthscale' has shape \(3,\), .* has \(\) .*batch_ndims",
         ),
+        (
+            lambda key: functions(with_noise, SCALES, x=X, y=Y, noise=0.1)(key, X_NEW),
+            "noise takes a number, got None.*arguments are those of the fit but for the data",
+        ),
+        (lambda key: RBF(lengthscale=None), "RBF: lengthscale takes a number, got None"),
         (lambda key: functions(num_bases=0), "num_bases must be at least 1"),
         (lambda key: functions(obs_mask), "takes no obs_mask"),
         (
@@ -186,6 +195,25 @@ HOLE = np.where(X > 4.0, np.nan, X)
 def test_what_cannot_be_answered_is_an_error(call, message, key):
     with pytest.raises(ValueError, match=message):
         call(key)
+
+
+def test_arguments_of_kernels_and_signatures(key):
+    with pytest.raises(
+        TypeError, match=r"RBF: got an unexpected .*'width'; it takes variance, len"
+    ):
+        RBF(width=1.0)
+    with pytest.raises(TypeError, match="Coregion: missing a required argument: 'W'"):
+        Coregion()
+    by_place = draw_paths(key, RBF(), X, Y, 0.1, 0.5, 1e-6, **OPTIONS)
+    by_name = draw_paths(key, RBF(), X, Y, noise=0.1, mean_fn=0.5, jitter=1e-6, **OPTIONS)
+    assert_array_equal(by_place.alpha, by_name.alpha)
+
+    def no_latent(X, y=None):
+        numpyro.sample("y", GaussianProcess(RBF(), X, 0.1), obs=y)
+
+    mean, variance = GaussianProcess(RBF(), X, 0.1).predict(Y, X_NEW)
+    ours = Pathwise(no_latent, {}, X, Y, batch_ndims=0).moments(X_NEW)["y_f"]
+    assert_allclose(ours, (mean, variance), rtol=1e-6, atol=1e-6)
 
 
 def test_inputs_of_the_fit_may_be_asked_for_again(key):
@@ -253,7 +281,7 @@ def test_parameters_that_were_not_given_are_named():
 
 
 def test_greedy_inducing_points_are_distinct_when_no_variance_is_left():
-    points = choose_inducing(np.linspace(0.0, 1.0, 50), 30, kernel=RBF(1.0, 2.0))
+    points = choose_inducing(None, np.linspace(0.0, 1.0, 50), 30, kernel=RBF(1.0, 2.0))
     assert len(np.unique(np.asarray(points))) == 30
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from numpyro import handlers
 from numpyro.util import is_prng_key
 
-from numpyro_ensemble.arguments import refuse_clashes
+from numpyro_ensemble.arguments import has_tracers, refuse_clashes
 from numpyro_ensemble.draws import fill_model, filled, map_draws, pick
 from numpyro_ensemble.gp.findings import (
     arrays_of,
@@ -45,7 +45,7 @@ class Pathwise:
 
     `pathwise(rng_key, X_new)` draws functions for each posterior draw and runs the model on them at
     the new inputs. One key is one set of functions, wherever they are evaluated, for data of one
-    dtype; other inputs have other noise. Latent processes return their values, observed ones
+    dtype, and of the noise at each input. Latent processes return their values, observed ones
     `{name}` with noise and `{name}_f` without; other sites that were not sampled are drawn on top.
 
     Args:
@@ -275,7 +275,7 @@ class Pathwise:
         """Return values by site name, samples and paths leading: `(S * num_paths, ...)`.
 
         Args:
-            rng_key: one key: one set of functions, and for the same arguments one draw of noise.
+            rng_key: one key: one set of functions, and one draw of noise for each input.
             *args: arguments of the model at the new inputs; leave the data out (None).
             **kwargs: keyword arguments of the model.
         """
@@ -297,7 +297,7 @@ class Pathwise:
         Raises:
             ValueError: if the inputs of a process depend on another one's values.
         """
-        inputs = (self.samples, self.params)
+        inputs = (jnp.arange(self.num_draws), self.samples, self.params)
         per_draw, free = self._checked(self._moments, inputs, args, kwargs)
         bound = [name for name, of_draw in free.items() if not holds(of_draw)]
         if bound:
@@ -338,8 +338,6 @@ class Pathwise:
         # the bases and what goes with each path: mapped over bases, then over their paths
         features = {name: drawn.features for name, drawn in paths.items()}
         own = {name: grouped(name, drawn) for name, drawn in paths.items()}
-        # other inputs have other noise
-        noise_key = jax.random.fold_in(noise_key, digest(arrays_of(*call)))
         keys = jax.random.split(noise_key, shape)
 
         def run(features: dict, own: dict, key: jax.Array) -> Any:
@@ -360,6 +358,8 @@ class Pathwise:
     ) -> tuple[Answer, dict]:
         """Run the model once on functions in place of its processes; return these and its trace."""
         key_model, key_noise = jax.random.split(key)
+        # each input has noise of its own; other sites are drawn anew for other arguments
+        key_model = jax.random.fold_in(key_model, digest(arrays_of(*call)))
         others = {name: value for name, value in known.items() if name not in sites}
         args, kwargs = call
         answer = Answer(filled(self.model, others), functions, sites, key_noise)
@@ -384,7 +384,7 @@ class Pathwise:
             values = {name: values[name] for name in self.return_sites}
         return values
 
-    def _moments(self, call: tuple, sample: dict, params: dict) -> Any:
+    def _moments(self, call: tuple, draw: jax.Array, sample: dict, params: dict) -> Any:
         known = self._known(sample, params)
         sites = {k: site.centred() for k, site in self._find(sample, params).items()}
 
@@ -420,8 +420,10 @@ class Pathwise:
 
 def _platform(arrays: Any) -> str:
     """Return where arrays are, or where new ones would be if that is not known."""
-    known = [x for x in jax.tree.leaves(arrays) if not isinstance(x, jax.core.Tracer)]
-    return next(iter((known[0] if known else jnp.zeros(())).devices())).platform
+    leaves = jax.tree.leaves(arrays)
+    if not leaves or has_tracers(arrays):
+        return jax.default_backend()
+    return next(iter(leaves[0].devices())).platform
 
 
 def _copied(x: Any) -> Any:

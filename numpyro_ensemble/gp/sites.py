@@ -15,6 +15,7 @@ from numpyro.primitives import Messenger
 from numpyro_ensemble.draws import filled
 from numpyro_ensemble.gp.distribution import Process
 from numpyro_ensemble.gp.inputs import check_values, mean_at
+from numpyro_ensemble.gp.noise import normal_at
 from numpyro_ensemble.gp.weights import (
     mask_of,
     site_weight,
@@ -187,7 +188,7 @@ class Answer(Messenger):
         fn: the model.
         functions: by name, from inputs `(N, D)` to values `(*copies, N)` without the mean.
         sites: the processes as they were found.
-        rng_key: of the noise of observations.
+        rng_key: of the noise of observations, which each input has its own of.
 
     Attributes:
         values: of the processes, by site name.
@@ -235,7 +236,7 @@ class Answer(Messenger):
             self.values[f"{name}_f"] = value
             self.rng_key, key = jax.random.split(self.rng_key)
             sd = jnp.broadcast_to(jnp.sqrt(process.variances), value.shape)
-            value = value + sd * jax.random.normal(key, value.shape, value.dtype)
+            value = value + sd * normal_at(key, X, copies, value.dtype)
         self.values[name] = value
         return value
 
