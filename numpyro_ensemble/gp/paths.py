@@ -428,7 +428,7 @@ def check_solved(paths: Paths) -> None:
         )
     if jnp.isfinite(paths.residuals).all():
         raise ValueError(
-            f"{paths.alpha.dtype} does not solve for {len(bad)} of {paths.num_paths} paths: more "
+            f"single precision does not solve for {len(bad)} of {paths.num_paths} paths: more "
             f"noise or jitter, or double precision (numpyro.enable_x64())."
         )
     raise ValueError(

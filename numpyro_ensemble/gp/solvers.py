@@ -99,14 +99,13 @@ def _by_factor(
     C = covariance(kernel, X, diagonal, observed)
     factor = cho_factor(C, lower=True)
     values = cho_solve(factor, right.T).T
-    total = diagonal if observed is None else jnp.where(observed, diagonal, 1.0)
     if right.dtype == jnp.float64:
-        left = right - jnp.matmul(values, C, precision=EXACT)
-    else:
-        product = _product(kernel, X, diagonal, observed)[0]
-        for _ in range(_REFINEMENTS):
-            values = values + cho_solve(factor, right.T - product(values.T)).T
-        left = right - product(values.T).T
+        residuals = _relative(right - jnp.matmul(values, C, precision=EXACT), right)
+        return Solution(values, residuals, jnp.isfinite(values).all(axis=1))
+    product, total = _product(kernel, X, diagonal, observed)
+    for _ in range(_REFINEMENTS):
+        values = values + cho_solve(factor, right.T - product(values.T)).T
+    left = right - product(values.T).T
     # what is left must be small beside the noise and jitter that the values are known to have
     ok = (left**2).mean(axis=1) <= (_LEFT_OVER**2) * total.mean()
     return Solution(values, _relative(left, right), ok)
