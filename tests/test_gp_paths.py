@@ -330,16 +330,17 @@ def test_an_update_keeps_the_jitter_that_was_given(key):
     assert_allclose(grown, 17 / 15, rtol=1e-5)
 
 
-def test_residuals_are_measured_in_any_precision(key):
+def test_residuals_are_measured_or_left_out(key):
     """Against the residual of the paths' own solution, with the dense matrix in numpy."""
-    kernel = Matern52(1.2, 0.8)
-    paths = draw_paths(key, kernel, X, Y, noise=1e-3, num_paths=3, num_features=64)
+    kernel, tolerance = Matern52(1.2, 0.8), within(1e-8, 1e-5)
+    options = {"noise": 1e-3, "num_paths": 3, "num_features": 64}
+    paths = draw_paths(key, kernel, X, Y, solver="cg", tolerance=tolerance, **options)
     C = np.asarray(kernel(X)) + np.diag(paths.diagonal)
     left = np.asarray(paths.right) - np.asarray(paths.alpha) @ C
     norms = np.linalg.norm(left, axis=1) / np.linalg.norm(paths.right, axis=1)
-    assert (np.asarray(paths.residuals) > 0).all()
-    assert_allclose(paths.residuals, norms, rtol=1.0, atol=10 * jnp.finfo(X.dtype).eps)
-    assert norms.max() < within(1e-13, 1e-4)
+    assert_allclose(paths.residuals, norms, rtol=1e-2, atol=10 * float(jnp.finfo(float).eps))
+    factored = draw_paths(key, kernel, X, Y, **options)
+    assert (np.isnan(factored.residuals) == within(True, False)).all() and factored.ok.all()
 
 
 def test_components_add_up():

@@ -55,7 +55,8 @@ class Paths:
         noise: of observations, a number or `(N,)`; 0 for latent processes.
         jitter: what the diagonal has beside the noise.
         observed: which values count, `(N,)`, or None.
-        residuals: relative residuals of the solves, `(P,)`.
+        residuals: relative residuals of the solves, `(P,)`; NaN for a factor in double precision,
+            where they are not measured.
         ok: whether each path's solve succeeded, `(P,)`.
         seed: of the noise of later updates.
         part: whether these are the paths of one term of a sum.
