@@ -319,6 +319,7 @@ def test_an_update_keeps_noise_and_jitter_apart(key):
     assert_allclose(more.noise[14:], [0.05, 0.1, 0.2], rtol=1e-5)
 
 
+@pytest.mark.long
 def test_an_update_keeps_the_jitter_that_was_given(key):
     """Of 1e-12 where the default is 1.6e-14 for 15 points, and 1e-18 where it is more."""
     for given in (1e-12, 1e-18):
@@ -330,6 +331,7 @@ def test_an_update_keeps_the_jitter_that_was_given(key):
     assert_allclose(grown, 17 / 15, rtol=1e-5)
 
 
+@pytest.mark.long
 def test_residuals_are_measured_or_left_out(key):
     """Against the residual of the paths' own solution, with the dense matrix in numpy."""
     kernel, tolerance = Matern52(1.2, 0.8), within(1e-8, 1e-5)
