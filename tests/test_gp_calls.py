@@ -161,6 +161,36 @@ def test_other_inputs_have_other_noise(key):
     assert (abs(noise[0] - noise[2]) > 1e-3).mean() > 0.9
 
 
+def test_noise_belongs_to_inputs_so_that_chunks_agree(key):
+    """In a plate, where each copy has noise of its own; repeated inputs have it too."""
+
+    def model(X, y=None):
+        width = numpyro.sample("width", dist.LogNormal(0.0, 0.5))
+        gp = GaussianProcess(RBF(1.0, width), X, 0.1)
+        with numpyro.plate("unit", 1), numpyro.plate("board", 2):
+            numpyro.sample("b", gp, obs=y)
+
+    samples = {"width": np.array([0.8, 1.2])}
+    pathwise = Pathwise(model, samples, X, np.stack([Y, -Y])[:, None], num_paths=150, **OPTIONS)
+    places = np.linspace(0.0, 6.0, 21)[:, None]
+
+    def call(X):
+        out = pathwise(key, X)
+        return np.asarray(out["b"]), np.asarray(out["b"] - out["b_f"])
+
+    whole, noise = call(places[:14])
+    shifted, _ = call(places[7:][::-1])  # seven of the same, in another order
+    assert_allclose(shifted[..., 7:], whole[..., :6:-1], rtol=1e-6, atol=1e-6)
+    # noise of other inputs, copies and paths is independent: 14 * 2 columns, 300 rows
+    flat = noise.reshape(300, -1)
+    assert_allclose(flat.var(axis=0) / 0.1, 1.0, atol=5 * np.sqrt(2 / 300))
+    assert abs(np.corrcoef(flat.T) - np.eye(28)).max() < 5 / np.sqrt(300)
+    _, repeated = call(np.repeat(places[:7], 2, axis=0))
+    assert_allclose(repeated[..., ::2], noise[..., :7], atol=1e-6)
+    of_pairs = np.corrcoef(repeated[..., ::2].ravel(), repeated[..., 1::2].ravel())[0, 1]
+    assert abs(of_pairs) < 5 / np.sqrt(300 * 14)
+
+
 def test_latents_inside_a_scan_are_asked_for():
     def model(X, y=None):
         def step(carry, _):

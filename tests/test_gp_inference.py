@@ -151,7 +151,7 @@ def test_minibatches_reach_titsias_bound(key):
     number, noise = 300, 0.1
     points = inputs(number, 1, width=8.0)
     y = np.sin(points[:, 0]) + noise**0.5 * np.random.default_rng(1).normal(size=number)
-    Z = np.asarray(choose_inducing(points, 12, kernel=KERNEL))
+    Z = np.asarray(choose_inducing(None, points, 12, kernel=KERNEL))
     bound = CollapsedSparseGP(KERNEL, points, Z, noise).log_prob(y)
 
     def sparse(X, y, size, likelihood=ExpectedLikelihood):

@@ -319,6 +319,32 @@ def test_an_update_keeps_noise_and_jitter_apart(key):
     assert_allclose(more.noise[14:], [0.05, 0.1, 0.2], rtol=1e-5)
 
 
+@pytest.mark.long
+def test_an_update_keeps_the_jitter_that_was_given(key):
+    """Of 1e-12 where the default is 1.6e-14 for 15 points, and 1e-18 where it is more."""
+    for given in (1e-12, 1e-18):
+        paths = draw_paths(key, RBF(1.2, 0.2), X, Y, noise=0.05, jitter=given, num_features=64)
+        more = paths.update(np.array([-0.5, 5.7]), np.zeros(2))
+        assert_array_equal(more.jitter, jnp.asarray(given))
+    default = draw_paths(key, RBF(1.2, 0.2), X, Y, noise=0.05, num_features=64)
+    grown = default.update(np.array([-0.5, 5.7]), np.zeros(2)).jitter / default.jitter
+    assert_allclose(grown, 17 / 15, rtol=1e-5)
+
+
+@pytest.mark.long
+def test_residuals_are_measured_or_left_out(key):
+    """Against the residual of the paths' own solution, with the dense matrix in numpy."""
+    kernel, tolerance = Matern52(1.2, 0.8), within(1e-8, 1e-5)
+    options = {"noise": 1e-3, "num_paths": 3, "num_features": 64}
+    paths = draw_paths(key, kernel, X, Y, solver="cg", tolerance=tolerance, **options)
+    C = np.asarray(kernel(X)) + np.diag(paths.diagonal)
+    left = np.asarray(paths.right) - np.asarray(paths.alpha) @ C
+    norms = np.linalg.norm(left, axis=1) / np.linalg.norm(paths.right, axis=1)
+    assert_allclose(paths.residuals, norms, rtol=1e-2, atol=10 * float(jnp.finfo(float).eps))
+    factored = draw_paths(key, kernel, X, Y, **options)
+    assert (np.isnan(factored.residuals) == within(True, False)).all() and factored.ok.all()
+
+
 def test_components_add_up():
     kernel = RBF(1.0, 0.8) + Periodic(0.5, 0.8, 1.3) + Linear(0.2)
     paths = draw_paths(

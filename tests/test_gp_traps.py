@@ -118,6 +118,10 @@ def deep(X, y=None):
     numpyro.sample("y", GaussianProcess(RBF(1.0, 0.5), h, 0.1), obs=y)
 
 
+def with_noise(X, y=None, noise=None):
+    numpyro.sample("y", GaussianProcess(RBF(1.0, scale()), X, noise), obs=y)
+
+
 def obs_mask(X, y=None):
     gp = GaussianProcess(RBF(1.0, scale()), X, 0.1)
     numpyro.sample("y", gp, obs=y, obs_mask=None if y is None else np.ones(len(X), bool))
@@ -127,11 +131,6 @@ def in_a_plate(X, y=None, tasks=2):
     gp = GaussianProcess(RBF(1.0, scale()), X, 0.1)
     with numpyro.plate("task", tasks):
         numpyro.sample("y", gp, obs=y)
-
-
-def by_hand(X, y=None):
-    numpyro.sample("u", GaussianProcess(RBF(1.0, scale()), Z))
-    numpyro.sample("y", GaussianProcess(RBF(1.0, 0.5), X, 0.1), obs=y)
 
 
 def functions(model=observed, samples=SCALES, x=X, y=Y, **options):
@@ -166,15 +165,16 @@ HOLE = np.where(X > 4.0, np.nan, X)
             lambda key: functions(samples={"lengthscale": np.ones((2, 3))}),
             r"one sample of 'lengthscale' has shape \(3,\), .* has \(\) .*batch_ndims",
         ),
+        (
+            lambda key: functions(with_noise, SCALES, x=X, y=Y, noise=0.1)(key, X_NEW),
+            "noise takes a number, got None.*arguments are those of the fit but for the data",
+        ),
+        (lambda key: RBF(lengthscale=None), "RBF: lengthscale takes a number, got None"),
         (lambda key: functions(num_bases=0), "num_bases must be at least 1"),
         (lambda key: functions(obs_mask), "takes no obs_mask"),
         (
             lambda key: functions(in_a_plate, y=np.stack([Y, Y]))(key, X_NEW, tasks=3),
             r"\(3,\) copies in this call, and had \(2,\)",
-        ),
-        (
-            lambda key: functions(by_hand, SCALES | {"u": np.ones((2, 4))})(key, X_NEW),
-            r"inputs of 'u' are the same .* gp.sparse_gp",
         ),
         (
             lambda key: GaussianProcess(RBF(1.0, 100.0), X, jitter=0.0).predict(Y, X_NEW),
@@ -197,6 +197,25 @@ def test_what_cannot_be_answered_is_an_error(call, message, key):
         call(key)
 
 
+def test_arguments_of_kernels_and_signatures(key):
+    with pytest.raises(
+        TypeError, match=r"RBF: got an unexpected .*'width'; it takes variance, len"
+    ):
+        RBF(width=1.0)
+    with pytest.raises(TypeError, match="Coregion: missing a required argument: 'W'"):
+        Coregion()
+    by_place = draw_paths(key, RBF(), X, Y, 0.1, 0.5, 1e-6, **OPTIONS)
+    by_name = draw_paths(key, RBF(), X, Y, noise=0.1, mean_fn=0.5, jitter=1e-6, **OPTIONS)
+    assert_array_equal(by_place.alpha, by_name.alpha)
+
+    def no_latent(X, y=None):
+        numpyro.sample("y", GaussianProcess(RBF(), X, 0.1), obs=y)
+
+    mean, variance = GaussianProcess(RBF(), X, 0.1).predict(Y, X_NEW)
+    ours = Pathwise(no_latent, {}, X, Y, batch_ndims=0).moments(X_NEW)["y_f"]
+    assert_allclose(ours, (mean, variance), rtol=1e-6, atol=1e-6)
+
+
 def test_inputs_of_the_fit_may_be_asked_for_again(key):
     def counts(X, exposure, y=None):
         f = numpyro.sample("f", GaussianProcess(RBF(1.0, scale()), X))
@@ -208,6 +227,23 @@ def test_inputs_of_the_fit_may_be_asked_for_again(key):
     assert_allclose(out["f"], samples["f"], atol=1e-2)
     assert out["y"].min() > 100
     assert functions()(key, X)["y"].shape == (2, 12)
+
+
+def test_a_process_on_a_fixed_grid_is_read_by_an_index():
+    """Its inputs do not move with the arguments, which is no reason for a complaint."""
+
+    def ages(age, dose, y=None):
+        width = numpyro.sample("width", dist.LogNormal(0.0, 0.5))
+        f = numpyro.sample("f", GaussianProcess(RBF(1.0, width), Z))
+        with numpyro.plate("person", len(dose)):
+            numpyro.sample("b", dist.Normal(f[age] + dose, 1e-6), obs=y)
+
+    age, dose = np.arange(12) % 4, np.linspace(0.0, 1.0, 12)
+    samples = {"width": np.array([0.8, 1.2]), "f": np.array([[1.0, 2.0, 3.0, 4.0]] * 2)}
+    pathwise = Pathwise(ages, samples, age, dose, Y, **OPTIONS)
+    mean, variance = pathwise.moments(np.array([3, 0, 1]), np.array([0.5, 0.25, 0.125]))["f"]
+    assert_allclose(mean, samples["f"][0], atol=1e-3)
+    assert_allclose(variance, np.zeros(4), atol=1e-3)
 
 
 def test_latents_are_not_masked_or_copied(key):
@@ -245,7 +281,7 @@ def test_parameters_that_were_not_given_are_named():
 
 
 def test_greedy_inducing_points_are_distinct_when_no_variance_is_left():
-    points = choose_inducing(np.linspace(0.0, 1.0, 50), 30, kernel=RBF(1.0, 2.0))
+    points = choose_inducing(None, np.linspace(0.0, 1.0, 50), 30, kernel=RBF(1.0, 2.0))
     assert len(np.unique(np.asarray(points))) == 30
 
 

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from numpyro_ensemble.gp import RBF, draw_paths
 from numpyro_ensemble.gp.waves import sine_cosine
 
 pytestmark = pytest.mark.core
@@ -42,3 +43,14 @@ def test_no_wave_is_above_one_whatever_the_phase():
     waves = jnp.stack(sine_cosine(jnp.array([1e9, -1e12, 1e15, 3e30])))
     assert (abs(waves) <= 1.0 + 1e-6).all()
     assert jnp.isnan(jnp.stack(sine_cosine(jnp.array([jnp.inf, jnp.nan])))).all()
+
+
+def test_the_program_is_that_of_the_platform_it_runs_on():
+    """Not of the process's default one: a program for a GPU may be made where there is none."""
+    paths = draw_paths(jax.random.key(0), RBF(), jnp.arange(3.0), jnp.ones(3), num_features=64)
+    traced = jax.jit(paths._prior).trace(jnp.ones((2, 1)))
+    for platform, operation in (("cpu", "stablehlo.while"), ("cuda", "stablehlo.sine")):
+        text = traced.lower(lowering_platforms=(platform,)).as_text()
+        assert operation in text
+        assert ("stablehlo.sine" in text) == (platform == "cuda")
+        assert ("stablehlo.while" in text) == (platform == "cpu")

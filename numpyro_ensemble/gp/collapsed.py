@@ -112,6 +112,10 @@ class CollapsedSparseGP(Process):
         """Mask copies; the bound has no part for each observation."""
         return self.where(mask) if jnp.shape(mask) == self.event_shape else super().mask(mask)
 
+    def where(self, mask: Any) -> Process:
+        """Leave all observations out, by one flag."""
+        return super().where(mask) if jnp.ndim(mask) else self.tempered(jnp.where(mask, 1.0, 0.0))
+
     def optimal(self, values: ArrayLike) -> tuple[jax.Array, jax.Array]:
         """Return mean `(M,)` and covariance factor `(M, M)` of the best inducing values."""
         L, A, LB = self._factors()
@@ -152,5 +156,8 @@ class CollapsedSparseGP(Process):
             mean = jnp.broadcast_to(mean, (num_paths, len(mean)))
         z = jax.random.normal(key_u, mean.shape, mean.dtype)
         u = mean + jnp.matmul(z, factor.T, precision=EXACT)
+        options = {"latent": False} | options
         paths = self.inducing.draw_paths(key_paths, u, num_paths=num_paths, **options)
-        return replace(paths, noise=jnp.asarray(self.noise))  # of later observations
+        LB = self._factors()[2]
+        whitened = cho_solve((LB, True), jnp.eye(len(LB), dtype=LB.dtype))
+        return replace(paths, noise=jnp.asarray(self.noise), whitened=whitened)

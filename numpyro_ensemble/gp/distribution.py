@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from typing import Any
 
@@ -80,6 +81,17 @@ class Process(dist.Distribution):
         raise ValueError(
             f"{type(self).__name__} takes no mask of its observations: leave rows out of X and y."
         )
+
+    def tempered(self, weight: Any) -> Process:
+        """Return the process whose likelihood, normal around the function, has a weight.
+
+        The noise is divided by it; a weight of 0 leaves next to nothing of the observations.
+        """
+        largest = jnp.finfo(self.variances.dtype).max
+        divided = self.variances / jnp.where(weight > 0, weight, 1.0)
+        process = copy.copy(self)
+        process.noise = jnp.where(weight > 0, jnp.minimum(divided, largest), largest)
+        return process
 
     def _checked(self, value: ArrayLike) -> jax.Array:
         if jnp.shape(value)[-1:] != (len(self.X),):
@@ -238,6 +250,14 @@ class GaussianProcess(Process):
         observed = observed if self.observed is None else observed & self.observed
         parts = (self.kernel, self.X, self.noise, self.mean_fn, self.jitter)
         return GaussianProcess(*parts, observed=observed)
+
+    def tempered(self, weight: Any) -> Process:
+        """Return the process whose likelihood has a weight; 0 leaves all observations out."""
+        if not has_tracers(weight):
+            return super().tempered(weight)
+        process = self.where(weight > 0)
+        process.noise = self.variances / jnp.where(weight > 0, weight, 1.0)
+        return process
 
     # The posterior ------------------------------------------------------------------------------
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,13 +27,6 @@ _FAILURES = {  # flags of a draw, what is said of it, and what to do
         "larger tolerance",
     ),
 }
-
-
-class Seen(NamedTuple):
-    """A process of the fit: whether it was observed, and at how many inputs."""
-
-    observed: bool
-    number: int
 
 
 def flags_of(sites: dict[str, Site], solved: dict[str, jax.Array]) -> dict[str, Any]:
@@ -71,50 +64,16 @@ def check_flags(flags: dict[str, dict[str, jax.Array]], num_draws: int) -> None:
                 )
 
 
-def check_told(told: dict[str, Any], seen: dict[str, Seen], old: list[Any], new: list[Any]) -> None:
-    """Raise a ValueError for a process whose inputs are no numbers, or have not moved.
-
-    Args:
-        told: what the call told of each process's inputs.
-        seen: the processes of the fit.
-        old: arrays among the arguments of the fit.
-        new: arrays among those of the call.
-    """
-    if has_tracers(told):
-        return
-    for name, of_site in told.items():
-        if not holds(of_site["finite"]):
+def check_inputs(finite: dict[str, jax.Array]) -> None:
+    """Raise a ValueError for a process whose inputs in a call are not all finite."""
+    for name, flags in finite.items():
+        if not has_tracers(flags) and not holds(flags):
             raise ValueError(f"the inputs of {name!r} in this call are not all finite.")
-    stayed = [
-        name
-        for name, of_site in told.items()
-        if not seen[name].observed and holds(of_site["stayed"])
-    ]
-    if not stayed:  # else the arguments are compared on the host
-        return
-    changed = [x for x in new if not any(np.array_equal(x, before) for before in old)]
-    for name in stayed:
-        # where the user asks for the inputs of the fit again, all that is new is as long
-        number = seen[name].number
-        moved = [len(x) for x in changed if not _is_index(x, number)]
-        if any(n != number for n in moved) or (moved and not holds(told[name]["given"])):
-            raise ValueError(
-                f"the inputs of {name!r} are the same at the new arguments as in the fit: "
-                f"inducing points, it seems, whose values alone do not tell the function "
-                f"elsewhere. Write the model with gp.sparse_gp, or take the functions from "
-                f"draw(rng_key)."
-            )
 
 
 def arrays_of(*given: Any) -> list[Any]:
     """Return the arrays among arguments."""
     return [x for x in jax.tree.leaves(given) if np.ndim(x)]
-
-
-def _is_index(x: Any, number: int) -> bool:
-    """Say whether an array says which of so many values of a process belong to each row."""
-    x = np.asarray(x)
-    return x.dtype.kind in "iu" and bool(((x >= 0) & (x < number)).all())
 
 
 def digest(arrays: list[Any]) -> jax.Array:

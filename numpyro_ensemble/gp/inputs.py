@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -64,6 +65,7 @@ def hyperparameter(owner: str, name: str, value: Any, *, vector: bool = False) -
     Raises:
         ValueError: for another shape, or a value that is known not to be positive.
     """
+    _check_given(f"{owner}: {name}", value)
     shape = jnp.shape(value)
     if len(shape) > (1 if vector else 0) or 0 in shape:
         allowed = "a number, or one for each dimension, (D,)" if vector else "one number"
@@ -74,6 +76,32 @@ def hyperparameter(owner: str, name: str, value: Any, *, vector: bool = False) -
     if not has_tracers(value) and not (np.asarray(value) > 0).all():
         raise ValueError(f"{owner}: {name} must be positive, got {np.asarray(value)}.")
     return float(value) if isinstance(value, int) else value
+
+
+def _check_given(name: str, value: Any) -> None:
+    if value is None:
+        raise ValueError(
+            f"{name} takes a number, got None. A model that has it among its arguments needs it in "
+            f"each call of Pathwise, whose arguments are those of the fit but for the data."
+        )
+
+
+def with_named_errors(cls: type) -> Callable:
+    """Return the `__init__` of a class, with errors that name the class and what it takes."""
+    init: Callable = cls.__init__  # type: ignore[misc]
+    signature = inspect.signature(init)
+
+    @functools.wraps(init)
+    def checked(self: Any, *args: Any, **kwargs: Any) -> None:
+        if type(self) is cls:
+            try:
+                signature.bind(self, *args, **kwargs)
+            except TypeError as error:
+                names = list(signature.parameters)[1:]
+                raise TypeError(f"{cls.__name__}: {error}; it takes {', '.join(names)}.") from None
+        init(self, *args, **kwargs)
+
+    return checked
 
 
 def per_dimension(owner: str, name: str, value: Any, X: jax.Array) -> jax.Array:
@@ -202,6 +230,7 @@ def diagonal(name: str, value: Any, X: jax.Array) -> jax.Array:
     Raises:
         ValueError: for another shape, or values that are known to be negative or not finite.
     """
+    _check_given(name, value)
     shape = jnp.shape(value)
     if shape not in ((), (len(X),)):
         raise ValueError(

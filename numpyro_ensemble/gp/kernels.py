@@ -11,7 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from numpyro_ensemble.gp.inputs import Function, as_inputs, check_dims, hyperparameter
+from numpyro_ensemble.gp.inputs import (
+    Function,
+    as_inputs,
+    check_dims,
+    hyperparameter,
+    with_named_errors,
+)
 
 
 class Spectrum(NamedTuple):
@@ -45,6 +51,7 @@ class Kernel:
         jax.tree_util.register_pytree_with_keys(
             cls, cls._flatten_with_keys, partial(_unflatten, cls)
         )
+        cls.__init__ = with_named_errors(cls)  # type: ignore[method-assign]
 
     def _flatten_with_keys(self) -> tuple[tuple, tuple]:
         leaves = tuple(

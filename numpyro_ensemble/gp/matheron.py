@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.scipy.linalg import solve_triangular
 from jax.typing import ArrayLike
 
 from numpyro_ensemble.arguments import has_tracers
@@ -16,8 +17,10 @@ from numpyro_ensemble.draws import pick
 from numpyro_ensemble.gp.features import check_num_features, draw_features
 from numpyro_ensemble.gp.inputs import (
     CONTRADICTION,
+    EXACT,
     as_inputs,
     as_mean,
+    check_finite,
     check_values,
     contradictions,
     diagonal,
@@ -26,6 +29,7 @@ from numpyro_ensemble.gp.inputs import (
 from numpyro_ensemble.gp.kernels import Kernel
 from numpyro_ensemble.gp.paths import Paths, check_solved
 from numpyro_ensemble.gp.solvers import SOLVERS, default_jitter
+from numpyro_ensemble.gp.solvers import covariance as covariance_of
 from numpyro_ensemble.handlers import check_count
 
 
@@ -51,10 +55,10 @@ def draw_paths(
     kernel: Kernel,
     points: ArrayLike,
     values: ArrayLike,
-    *,
     noise: ArrayLike = 0.0,
     mean_fn: Any = None,
     jitter: ArrayLike | None = None,
+    *,
     observed: ArrayLike | None = None,
     num_paths: int = 1,
     num_features: int = 1024,
@@ -62,6 +66,8 @@ def draw_paths(
     solver: str = "cholesky",
     tolerance: float | None = None,
     copies: int = 1,
+    latent: bool | None = None,
+    covariance: ArrayLike | None = None,
 ) -> Paths:
     """Draw functions from the posterior of a Gaussian process, by Matheron's rule.
 
@@ -83,6 +89,10 @@ def draw_paths(
         solver: "cholesky", or "cg" for conjugate gradients in memory that grows with N.
         tolerance: relative residual of conjugate gradients (default: the root of the precision).
         copies: how many paths that follow each other share a basis: those of a plate's processes.
+        latent: whether values are draws of latent or inducing values, which `Paths.update` must
+            not take for data (default: where each path has its own, without noise).
+        covariance: `(N, N)`, of latent or inducing values with a normal posterior, whose mean
+            `values` is; each path draws its own, and `Paths.update` moves them.
 
     Raises:
         ValueError: for shapes that do not match, values that are not finite, or solves that fail.
@@ -114,6 +124,18 @@ def draw_paths(
     kernel.check_inputs(points)
     mean_fn = as_mean(mean_fn)
     extra = default_jitter(kernel, points) if jitter is None else jnp.asarray(jitter)
+    noise_free = not has_tracers(noise) and not np.any(noise)
+    moved = {}
+    if covariance is not None:
+        _check_covariance(covariance, values, noise_free and observed is None)
+        key_values, rng_key = jax.random.split(rng_key)
+        prior = covariance_of(kernel, points, jnp.broadcast_to(extra, len(points)), None)
+        S = jnp.asarray(covariance, prior.dtype)
+        drawn, whitened = _draw_latents(key_values, values, S, prior, num_paths)
+        moved = {"whitened": whitened, "noise": jnp.zeros(len(points))}  # of data: not known
+        values = jnp.asarray(drawn)
+    elif latent is None:
+        latent = values.ndim == 2 and noise_free
     variances = diagonal("noise", noise, points)
     if observed is None and not has_tracers((points, values, variances, extra)):
         if contradictions(points, values, variances, extra):
@@ -135,7 +157,38 @@ def draw_paths(
         tolerance=None if tolerance is None else jnp.asarray(tolerance, dtype),
     )
     check_solved(paths)
-    return paths
+    kept = {"latent": bool(latent), "copies": copies, "keeps_jitter": jitter is not None}
+    return replace(paths, **kept, **moved)
+
+
+def _check_covariance(covariance: ArrayLike, mean: jax.Array, exact: bool) -> None:
+    """Raise a ValueError for a covariance that does not fit the mean of latent values."""
+    number = mean.shape[-1]
+    if mean.ndim != 1 or jnp.shape(covariance) != (number, number):
+        raise ValueError(
+            f"covariance takes shape ({number}, {number}) and values, the mean, ({number},), got "
+            f"{jnp.shape(covariance)} and {mean.shape}."
+        )
+    if not exact:
+        raise ValueError(
+            "covariance is that of latent values, which have no noise and no mask: leave noise and "
+            "observed out, and give the noise of observations to Paths.update."
+        )
+    check_finite("covariance", covariance)
+
+
+@partial(jax.jit, static_argnames="number")
+def _draw_latents(
+    rng_key: jax.Array, mean: jax.Array, covariance: jax.Array, prior: jax.Array, number: int
+) -> tuple[jax.Array, jax.Array]:
+    """Draw latent values `(number, N)`; return also `L^-1 covariance L^-T`, `L L'` the prior's."""
+    width, directions = jnp.linalg.eigh(covariance)  # it may be singular
+    normal = jax.random.normal(rng_key, (number, len(mean)), covariance.dtype)
+    scaled = normal * jnp.sqrt(jnp.maximum(width, 0.0))[None, :]
+    values = mean[None, :] + jnp.matmul(scaled, directions.T, precision=EXACT)
+    L = jnp.linalg.cholesky(prior)
+    half = solve_triangular(L, covariance, lower=True)
+    return values, solve_triangular(L, half.T, lower=True)
 
 
 @partial(jax.jit, static_argnames=("num_paths", "num_features", "num_bases", "copies", "solver"))

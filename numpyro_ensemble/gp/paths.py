@@ -55,10 +55,16 @@ class Paths:
         noise: of observations, a number or `(N,)`; 0 for latent processes.
         jitter: what the diagonal has beside the noise.
         observed: which values count, `(N,)`, or None.
-        residuals: relative residuals of the solves, `(P,)`; 0 for a factor in double precision.
+        residuals: relative residuals of the solves, `(P,)`; NaN for a factor in double precision,
+            where they are not measured.
         ok: whether each path's solve succeeded, `(P,)`.
         seed: of the noise of later updates.
         part: whether these are the paths of one term of a sum.
+        latent: whether the values are draws of latent values, of a covariance that is not known.
+        copies: how many processes of a plate the paths are of; path `i` is of copy `i % copies`.
+        keeps_jitter: whether the jitter was given, so that updates keep it.
+        whitened: covariance of the values at the first `M` points, `(M, M)`, between the inverses
+            of the prior covariance's Cholesky factor; None where the values are data.
     """
 
     kernel: Kernel
@@ -80,6 +86,10 @@ class Paths:
     solver: str = field(metadata={"static": True})
     tolerance: jax.Array | None = None
     part: bool = field(default=False, metadata={"static": True})
+    latent: bool = field(default=False, metadata={"static": True})
+    copies: int = field(default=1, metadata={"static": True})
+    keeps_jitter: bool = field(default=False, metadata={"static": True})
+    whitened: jax.Array | None = None
 
     @property
     def num_paths(self) -> int:
@@ -148,9 +158,10 @@ class Paths:
             return pair[0].weighted(X, pair[1])
 
         # XLA's program for all bases at once takes three times as long on CPUs
-        on_cpu = jax.default_backend() == "cpu"
         bases = (self.features, self.weights)
-        each = jax.lax.map(one, bases) if on_cpu else jax.vmap(one)(bases)
+        each = jax.lax.platform_dependent(
+            bases, cpu=lambda bases: jax.lax.map(one, bases), default=jax.vmap(one)
+        )
         return jax.lax.collapse(each.swapaxes(0, 1), 1, 3)[:, self.order]
 
     # Parts --------------------------------------------------------------------------------------
@@ -164,11 +175,28 @@ class Paths:
                 raise TypeError(f"inside a transformation paths take whole numbers, got {index!r}.")
         else:
             places = places[np.asarray(index) if isinstance(index, jax.Array) else index]
+        whole = replace(self, copies=self._copies_among(places))
         if places.ndim == 0:
-            return self._one(places)
+            return whole._one(places)
         if self.num_draws is None and not has_tracers((places, self.order)):
-            return self._some(places)
-        return jax.vmap(self._one)(jnp.asarray(places))
+            return whole._some(places)
+        return jax.vmap(whole._one)(jnp.asarray(places))
+
+    def _copies_among(self, places: Any) -> int:
+        """Return how many processes some of the paths are of: each has its own if it is not clear.
+
+        Inside a transformation this is not known of several paths.
+        """
+        if self.copies == 1 or places.ndim == 0:
+            return 1
+        if has_tracers(places):
+            return len(places)
+        copy = places % self.copies
+        if (copy == copy[:1]).all():
+            return 1
+        groups = np.resize(np.arange(self.copies), len(copy))
+        whole = len(copy) % self.copies == 0 and (copy == groups).all()
+        return self.copies if whole else len(copy)
 
     def _one(self, i: Any) -> Paths:
         if self.num_draws is not None:
@@ -256,33 +284,56 @@ class Paths:
     ) -> Paths:
         """Condition the same functions on more points.
 
+        Inducing values move with the new observations, by their joint posterior. Draws of the
+        hyperparameters keep their equal weights.
+
         Args:
             X: inputs `(M, D)` or `(M,)`.
-            values: `(M,)`, or `(num_paths, M)` for values of each path's own (pending points).
-            noise: variance of the values (default: that of the paths, if it is one number, which
-                is 0 for paths of a latent process).
+            values: `(M,)`, `(copies, M)` for processes in a plate, or `(num_paths, M)` for values
+                of each path's own (pending points).
+            noise: variance of the values (default: that of the paths, if it is one number).
             rng_key: of the noise drawn here (default: one kept from when the paths were drawn).
 
         Raises:
-            ValueError: if shapes do not match, or the noise is not known.
+            ValueError: if shapes do not match, the noise is not known, or the paths are of latent
+                values whose posterior covariance is not known.
         """
-        if self.part:
-            raise ValueError("one term's paths cannot be updated alone: update the whole first.")
+        self._check_updatable(noise)
         check_finite("values", values)
         X, values = self._inputs(X), jnp.asarray(values, self.alpha.dtype)
-        if values.shape not in ((len(X),), (self.num_paths, len(X))):
+        rows = self.copies if values.ndim == 2 and len(values) == self.copies else self.num_paths
+        if values.shape != (rows, len(X)) and (values.shape != (len(X),) or self.copies > 1):
+            each = f"({self.copies}, {len(X)})" if self.copies > 1 else f"({len(X)},)"
             raise ValueError(
-                f"values take shape ({len(X)},) or ({self.num_paths}, {len(X)}), got "
-                f"{values.shape}."
+                f"values take shape {each} or ({self.num_paths}, {len(X)}), got {values.shape}. "
+                f"The paths are of {self.copies} processes, of which each has values of its own."
             )
         if noise is not None:
             diagonal("noise", noise, X)
-        if noise is None and self.noise.ndim > (self.num_draws is not None):
-            raise ValueError("the paths have a noise for each point: say that of the new values.")
+        if rows < self.num_paths:
+            values = jnp.tile(values, (self.num_paths // rows, 1))
         self._check_agrees(X, values, noise)
         more = _update(self, X, values, noise, rng_key)
         check_solved(more)
         return more
+
+    def _check_updatable(self, noise: Any) -> None:
+        """Raise a ValueError for paths that more values cannot be told to."""
+        if self.part:
+            raise ValueError("one term's paths cannot be updated alone: update the whole first.")
+        if self.latent:
+            raise ValueError(
+                "update cannot condition these paths: they pass through draws of latent or "
+                "inducing values, whose posterior covariance is not known, so that the new values "
+                "cannot move them. Add the new values to the data and fit again, use "
+                "CollapsedSparseGP where the noise is normal, or give draw_paths the mean and the "
+                "covariance= of the latent values."
+            )
+        if noise is None and self.noise.ndim > (self.num_draws is not None):
+            raise ValueError(
+                "the noise of the new values is not known, as that of the paths is not one number "
+                "for all observations: give update(..., noise=), a variance."
+            )
 
     def _check_agrees(self, X: jax.Array, values: jax.Array, noise: Any) -> None:
         """Raise a ValueError where values without noise differ from others at the same inputs."""
@@ -292,6 +343,8 @@ class Paths:
         jitter = 4.0 * self.jitter.max()
         sure = self.diagonal <= jitter
         sure = sure if self.observed is None else sure & self.observed
+        if self.whitened is not None:  # inducing values are not data
+            sure = sure.at[..., : self.whitened.shape[-1]].set(False)
         again = repeated(X, self.points[sure]) & np.asarray(variances == 0)
         differs = contradictions(X, values, variances, jitter)
         if again.any():
@@ -303,7 +356,9 @@ class Paths:
     def _more(self, X: jax.Array, values: jax.Array, noise: Any, key: jax.Array | None) -> Paths:
         points = jnp.concatenate([self.points, X])
         variances = diagonal("noise", self.noise if noise is None else noise, X)
-        jitter = jnp.maximum(self.jitter, default_jitter(self.kernel, points))
+        jitter = self.jitter
+        if not self.keeps_jitter:
+            jitter = jnp.maximum(jitter, default_jitter(self.kernel, points))
         added = variances + jitter
         if key is None:
             seed = jax.random.wrap_key_data(self.seed, impl="threefry2x32")
@@ -336,6 +391,7 @@ class Paths:
             self.right,
             self.solver,
             self.tolerance,
+            self.whitened,
         )
         return replace(self, alpha=solution.values, residuals=solution.residuals, ok=solution.ok)
 

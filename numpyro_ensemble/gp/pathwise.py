@@ -14,13 +14,12 @@ import numpy as np
 from numpyro import handlers
 from numpyro.util import is_prng_key
 
-from numpyro_ensemble.arguments import refuse_clashes
+from numpyro_ensemble.arguments import has_tracers, refuse_clashes
 from numpyro_ensemble.draws import fill_model, filled, map_draws, pick
 from numpyro_ensemble.gp.findings import (
-    Seen,
     arrays_of,
     check_flags,
-    check_told,
+    check_inputs,
     digest,
     flags_of,
     flat_samples,
@@ -46,7 +45,7 @@ class Pathwise:
 
     `pathwise(rng_key, X_new)` draws functions for each posterior draw and runs the model on them at
     the new inputs. One key is one set of functions, wherever they are evaluated, for data of one
-    dtype; other inputs have other noise. Latent processes return their values, observed ones
+    dtype, and of the noise at each input. Latent processes return their values, observed ones
     `{name}` with noise and `{name}_f` without; other sites that were not sampled are drawn on top.
 
     Args:
@@ -185,9 +184,7 @@ class Pathwise:
                 f"initial values.",
                 stacklevel=3,
             )
-        sites = found[0].sites
-        self._seen = {name: Seen(site.observed, len(site.at)) for name, site in sites.items()}
-        if not sites:
+        if not found[0].sites:
             raise ValueError(
                 "the model has no Gaussian process: a site with gp.GaussianProcess, WhitenReparam, "
                 "sparse_gp or CollapsedSparseGP."
@@ -210,8 +207,8 @@ class Pathwise:
         for key, (name, site) in zip(keys, sorted(sites.items()), strict=True):
             copies = len(site.flat())
             values = jnp.tile(site.flat(), (number, 1))
-            options = {"num_paths": len(values), "copies": copies, **self._options}
-            paths[name] = site.process.draw_paths(key, values, **options)
+            options = {"num_paths": len(values), "copies": copies, "latent": not site.observed}
+            paths[name] = site.process.draw_paths(key, values, **options, **self._options)
         return paths
 
     def draw(self, rng_key: jax.Array) -> dict[str, Paths]:
@@ -263,9 +260,9 @@ class Pathwise:
 
     def _at_once(self) -> int | None:
         """Return how many draws go at once: one on CPUs, where XLA's programs for many may hang."""
-        if self.batch_size is None and jax.default_backend() == "cpu":
-            return 1
-        return self.batch_size
+        return (
+            1 if self.batch_size is None and _platform(self.samples) == "cpu" else self.batch_size
+        )
 
     def _inputs(self, rng_key: jax.Array) -> tuple:
         if not is_prng_key(rng_key):
@@ -278,7 +275,7 @@ class Pathwise:
         """Return values by site name, samples and paths leading: `(S * num_paths, ...)`.
 
         Args:
-            rng_key: one key: one set of functions, and for the same arguments one draw of noise.
+            rng_key: one key: one set of functions, and one draw of noise for each input.
             *args: arguments of the model at the new inputs; leave the data out (None).
             **kwargs: keyword arguments of the model.
         """
@@ -300,7 +297,7 @@ class Pathwise:
         Raises:
             ValueError: if the inputs of a process depend on another one's values.
         """
-        inputs = (self.samples, self.params)
+        inputs = (jnp.arange(self.num_draws), self.samples, self.params)
         per_draw, free = self._checked(self._moments, inputs, args, kwargs)
         bound = [name for name, of_draw in free.items() if not holds(of_draw)]
         if bound:
@@ -320,8 +317,8 @@ class Pathwise:
             return map_draws(lambda given: one(call, *given), inputs, self._at_once())
 
         call = (self.model, args, kwargs, one.__name__)
-        out, flags, told = self._programs.call(program, inputs, *call)
-        check_told(told, self._seen, arrays_of(self.args, self.kwargs), arrays_of(args, kwargs))
+        out, flags, finite = self._programs.call(program, inputs, *call)
+        check_inputs(finite)
         check_flags(flags, self.num_draws)
         return out
 
@@ -341,8 +338,6 @@ class Pathwise:
         # the bases and what goes with each path: mapped over bases, then over their paths
         features = {name: drawn.features for name, drawn in paths.items()}
         own = {name: grouped(name, drawn) for name, drawn in paths.items()}
-        # other inputs have other noise
-        noise_key = jax.random.fold_in(noise_key, digest(arrays_of(*call)))
         keys = jax.random.split(noise_key, shape)
 
         def run(features: dict, own: dict, key: jax.Array) -> Any:
@@ -351,22 +346,23 @@ class Pathwise:
                 for name in paths
             }
             answer, trace = self._call(call, self._known(sample, params), functions, sites, key)
-            return self._wanted(answer, trace), answer.told
+            return self._wanted(answer, trace), answer.finite
 
         over_paths = jax.vmap(run, in_axes=(None, 0, 0))
-        values, told = jax.vmap(over_paths)(features, own, keys)
+        values, finite = jax.vmap(over_paths)(features, own, keys)
         solved = {name: drawn.ok.all() for name, drawn in paths.items()}
-        return values, flags_of(sites, solved), jax.tree.map(jnp.all, told)
+        return values, flags_of(sites, solved), jax.tree.map(jnp.all, finite)
 
     def _call(
         self, call: tuple, known: dict, functions: dict, sites: dict[str, Site], key: jax.Array
     ) -> tuple[Answer, dict]:
         """Run the model once on functions in place of its processes; return these and its trace."""
         key_model, key_noise = jax.random.split(key)
+        # each input has noise of its own; other sites are drawn anew for other arguments
+        key_model = jax.random.fold_in(key_model, digest(arrays_of(*call)))
         others = {name: value for name, value in known.items() if name not in sites}
         args, kwargs = call
-        given = arrays_of(args, kwargs)
-        answer = Answer(filled(self.model, others), functions, sites, key_noise, given)
+        answer = Answer(filled(self.model, others), functions, sites, key_noise)
         with handlers.seed(rng_seed=key_model):
             return answer, handlers.trace(answer).get_trace(*args, **kwargs)
 
@@ -388,7 +384,7 @@ class Pathwise:
             values = {name: values[name] for name in self.return_sites}
         return values
 
-    def _moments(self, call: tuple, sample: dict, params: dict) -> Any:
+    def _moments(self, call: tuple, draw: jax.Array, sample: dict, params: dict) -> Any:
         known = self._known(sample, params)
         sites = {k: site.centred() for k, site in self._find(sample, params).items()}
 
@@ -419,7 +415,15 @@ class Pathwise:
             )
             for name, (mean, variance) in moments.items()
         }
-        return (named, free), flags_of(met, solved), answer.told
+        return (named, free), flags_of(met, solved), answer.finite
+
+
+def _platform(arrays: Any) -> str:
+    """Return where arrays are, or where new ones would be if that is not known."""
+    leaves = jax.tree.leaves(arrays)
+    if not leaves or has_tracers(arrays):
+        return jax.default_backend()
+    return next(iter(leaves[0].devices())).platform
 
 
 def _copied(x: Any) -> Any:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import numpyro.distributions as dist
 from numpyro import handlers
 from numpyro.primitives import Messenger
@@ -16,6 +15,13 @@ from numpyro.primitives import Messenger
 from numpyro_ensemble.draws import filled
 from numpyro_ensemble.gp.distribution import Process
 from numpyro_ensemble.gp.inputs import check_values, mean_at
+from numpyro_ensemble.gp.noise import normal_at
+from numpyro_ensemble.gp.weights import (
+    mask_of,
+    site_weight,
+    weighted_likelihood,
+    weighted_prior,
+)
 from numpyro_ensemble.gp.whiten import SUFFIX
 from numpyro_ensemble.handlers import is_zero, unwrapped
 
@@ -27,13 +33,11 @@ class Site(NamedTuple):
         process: the process, at its inputs.
         values: at these inputs, `(*copies, N)`.
         observed: whether the values are observations.
-        at: the inputs that the model works on.
     """
 
     process: Process
     values: jax.Array
     observed: bool
-    at: jax.Array
 
     @property
     def noisy(self) -> bool:
@@ -75,9 +79,15 @@ class _Gather(Messenger):
         self.sites: dict[str, Site] = {}
         self.unknown: list[str] = []
         self.unfitted: list[str] = []
+        self.plates: dict[str, int] = {}  # sizes
+        self.parts: list[tuple[Any, Any]] | None = None  # weights inside of an announced process
 
     def process_message(self, msg: dict[str, Any]) -> None:
         """Note latents and parameters without a value, and refuse transformed processes."""
+        if msg["type"] == "plate":
+            self.plates[msg["name"]] = msg["args"][0]
+        if msg["type"] == "gp":
+            self.parts = []
         if msg["type"] == "param" and msg["value"] is None:
             self.unfitted.append(msg["name"])
         if msg["type"] != "sample":
@@ -98,7 +108,9 @@ class _Gather(Messenger):
         name = msg.get("name", "")
         if msg["type"] == "gp":
             name = name.removesuffix(SUFFIX)
-            site = Site(msg["gp"], msg["value"], False, msg["at"])
+            parts, self.parts = self.parts or [], None
+            process = weighted_prior(name, msg["gp"], parts) if msg["whitened"] else msg["gp"]
+            site = Site(process, msg["value"], False)
             inner = self.sites.get(f"{name}_u")
             if inner is not None and inner.process is msg["gp"]:  # told of twice, not whitened
                 del self.sites[f"{name}_u"]
@@ -107,6 +119,8 @@ class _Gather(Messenger):
         else:
             if msg["type"] == "sample" and not msg["is_observed"]:
                 _check_shape(name, jnp.shape(msg["value"]), msg["fn"])
+                if self.parts is not None:
+                    self.parts.append((site_weight(msg, self.plates), mask_of(msg["fn"])))
             return
         if name in self.sites:
             raise ValueError(f"the model has two Gaussian processes of the name {name!r}.")
@@ -126,8 +140,12 @@ class _Gather(Messenger):
             )
         if msg["is_observed"] and process.observed is None:
             check_values(f"{name!r}", value)
-        process = _masked(name, msg["fn"], process) if msg["is_observed"] else process
-        return Site(process, jnp.asarray(value), bool(msg["is_observed"]), process.X)
+        weight = site_weight(msg, self.plates)
+        if msg["is_observed"]:
+            process = weighted_likelihood(name, _masked(name, msg["fn"], process), weight)
+        elif self.parts is None:
+            process = weighted_prior(name, process, [(weight, mask_of(msg["fn"]))])
+        return Site(process, jnp.asarray(value), bool(msg["is_observed"]))
 
 
 def _masked(name: str, fn: dist.Distribution, process: Process) -> Process:
@@ -170,15 +188,13 @@ class Answer(Messenger):
         fn: the model.
         functions: by name, from inputs `(N, D)` to values `(*copies, N)` without the mean.
         sites: the processes as they were found.
-        rng_key: of the noise of observations.
-        given: arrays among the arguments of this call.
+        rng_key: of the noise of observations, which each input has its own of.
 
     Attributes:
         values: of the processes, by site name.
         inputs: of each process in this call.
         means: of each process, in this call, at these inputs.
-        told: what is known of these inputs: whether they are `finite`, those of the fit
-            (`stayed`), and among the arguments (`given`).
+        finite: whether all of these inputs are.
     """
 
     def __init__(
@@ -187,15 +203,13 @@ class Answer(Messenger):
         functions: Mapping[str, Callable[[jax.Array], jax.Array]],
         sites: Mapping[str, Site],
         rng_key: jax.Array,
-        given: Sequence[Any] = (),
     ) -> None:
         super().__init__(fn)
         self.functions, self.sites, self.rng_key = functions, sites, rng_key
-        self.given = [as_columns(x) for x in given if np.ndim(x) in (1, 2)]
         self.values: dict[str, jax.Array] = {}
         self.inputs: dict[str, jax.Array] = {}
         self.means: dict[str, jax.Array] = {}
-        self.told: dict[str, dict[str, jax.Array]] = {}
+        self.finite: dict[str, jax.Array] = {}
 
     def process_message(self, msg: dict[str, Any]) -> None:
         """Set the value of a process."""
@@ -222,7 +236,7 @@ class Answer(Messenger):
             self.values[f"{name}_f"] = value
             self.rng_key, key = jax.random.split(self.rng_key)
             sd = jnp.broadcast_to(jnp.sqrt(process.variances), value.shape)
-            value = value + sd * jax.random.normal(key, value.shape, value.dtype)
+            value = value + sd * normal_at(key, X, copies, value.dtype)
         self.values[name] = value
         return value
 
@@ -239,19 +253,6 @@ class Answer(Messenger):
                 f"plates of processes keep their size."
             )
 
-        def is_same(other: jax.Array) -> jax.Array:
-            return jnp.asarray((X == other).all() if X.shape == other.shape else False)
-
-        same = [is_same(x) for x in self.given]
         self.inputs[name] = X
-        self.told[name] = {
-            "finite": jnp.isfinite(X).all(),
-            "stayed": is_same(site.at),
-            "given": jnp.stack([jnp.asarray(False), *same]).any(),
-        }
+        self.finite[name] = jnp.isfinite(X).all()
         return self.functions[name](X)
-
-
-def as_columns(x: Any) -> jax.Array:
-    """Return an array of one or two axes as a matrix, as inputs are."""
-    return jnp.asarray(x) if jnp.ndim(x) == 2 else jnp.asarray(x)[:, None]

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.scipy.linalg import cho_factor, cho_solve
+from jax.scipy.linalg import cho_factor, cho_solve, solve_triangular
 from jax.scipy.sparse.linalg import cg
 
 from numpyro_ensemble.gp.inputs import EXACT
@@ -28,7 +28,8 @@ class Solution(NamedTuple):
 
     Attributes:
         values: one row for each right-hand side.
-        residuals: the norm of each residual, relative to that of its right-hand side.
+        residuals: the norm of each residual, relative to that of its right-hand side; NaN where it
+            is not measured, as a tenth of the time would go into it.
         ok: whether each solve is to be trusted.
     """
 
@@ -74,8 +75,15 @@ def solve(
     right: jax.Array,
     solver: str,
     tolerance: float | jax.Array | None,
+    whitened: jax.Array | None = None,
 ) -> Solution:
-    """Solve `(K + diag) x = b` for each row b of `right`, which is 0 where nothing is observed."""
+    """Solve `(K + diag) x = b` for each row b of `right`, which is 0 where nothing is observed.
+
+    The values at the first M inputs have the covariance that is `whitened` `(M, M)`, if that is
+    given; they are known otherwise, but for the diagonal.
+    """
+    if whitened is not None and len(X) > len(whitened):
+        return _after_inducing(kernel, X, diagonal, right, whitened)
     if solver == "cholesky":
         return _by_factor(kernel, X, diagonal, observed, right)
     return _conjugate_gradients(kernel, X, diagonal, observed, right, tolerance)
@@ -93,7 +101,7 @@ def _by_factor(
     values = cho_solve(factor, right.T).T
     if right.dtype == jnp.float64:
         ok = jnp.isfinite(values).all(axis=1)
-        return Solution(values, jnp.where(ok, 0.0, jnp.nan), ok)
+        return Solution(values, jnp.full_like(right[:, 0], jnp.nan), ok)
     product, total = _product(kernel, X, diagonal, observed)
     for _ in range(_REFINEMENTS):
         values = values + cho_solve(factor, right.T - product(values.T)).T
@@ -101,6 +109,34 @@ def _by_factor(
     # what is left must be small beside the noise and jitter that the values are known to have
     ok = (left**2).mean(axis=1) <= (_LEFT_OVER**2) * total.mean()
     return Solution(values, _relative(left, right), ok)
+
+
+def _after_inducing(
+    kernel: Kernel, X: jax.Array, diagonal: jax.Array, right: jax.Array, whitened: jax.Array
+) -> Solution:
+    """Solve for inducing values first, then for data given the distribution of these.
+
+    With `L L'` the prior covariance of the inducing values, `L W L'` their posterior one and
+    `P = L^-1 k(Z, X)`, functions have the covariance `k - P' (I - W) P` before the data.
+    """
+    M = len(whitened)
+    Z, X = X[:M], X[M:]
+    first = _by_factor(kernel, Z, diagonal[:M], None, right[:, :M])
+    L = jnp.linalg.cholesky(covariance(kernel, Z, diagonal[:M], None))
+    cross = kernel.matrix(Z, X)
+    P = solve_triangular(L, cross, lower=True)
+    known = P - jnp.matmul(whitened, P, precision=EXACT)
+    C = covariance(kernel, X, diagonal[M:], None) - jnp.matmul(P.T, known, precision=EXACT)
+    b = right[:, M:] - jnp.matmul(first.values, cross, precision=EXACT)
+    values = cho_solve(cho_factor(C, lower=True), b.T).T
+    residuals = _relative(b - jnp.matmul(values, C, precision=EXACT), b)
+    moved = jnp.matmul(values, known.T, precision=EXACT)
+    at_inducing = first.values - solve_triangular(L, moved.T, lower=True, trans=1).T
+    return Solution(
+        jnp.concatenate([at_inducing, values], axis=1),
+        jnp.maximum(first.residuals, residuals),
+        first.ok & jnp.isfinite(values).all(axis=1),
+    )
 
 
 def _relative(left: jax.Array, right: jax.Array) -> jax.Array:

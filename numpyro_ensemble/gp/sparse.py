@@ -10,6 +10,7 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 from jax.typing import ArrayLike
+from numpyro.util import is_prng_key
 
 from numpyro_ensemble.gp.distribution import GaussianProcess
 from numpyro_ensemble.gp.inputs import EXACT, as_inputs
@@ -79,26 +80,37 @@ def sparse_gp(
 
 
 def choose_inducing(
+    rng_key: jax.Array | None,
     X: ArrayLike,
     num_points: int,
     *,
     kernel: Kernel | None = None,
-    rng_key: jax.Array | None = None,
 ) -> jax.Array:
     """Choose inducing points `(num_points, D)`.
 
     With a kernel, the inputs where most of its variance is left, one after the other (Burt et al.,
     2020); without, the centres that k-means finds.
 
+    Args:
+        rng_key: one key, of the start of k-means; None with a kernel, whose choice is not random.
+        X: inputs `(N, D)` or `(N,)`.
+        num_points: how many points to choose.
+        kernel: a kernel.
+
     Raises:
-        ValueError: if there are more points than distinct inputs.
+        ValueError: if there are more points than distinct inputs, or no key for k-means.
 
     Example:
         >>> import jax.numpy as jnp
         >>> from numpyro_ensemble.gp import RBF, choose_inducing
-        >>> choose_inducing(jnp.linspace(0.0, 1.0, 50), 5, kernel=RBF(lengthscale=0.2)).shape
+        >>> choose_inducing(None, jnp.linspace(0.0, 1.0, 50), 5, kernel=RBF(lengthscale=0.2)).shape
         (5, 1)
     """
+    if not (is_prng_key(rng_key) or (rng_key is None and kernel is not None)):
+        raise ValueError(
+            f"choose_inducing(rng_key, X, num_points) takes one key first, jax.random.key(0) say, "
+            f"or None with a kernel; got {rng_key!r}."
+        )
     check_count("num_points", num_points)
     X = as_inputs(X)
     distinct = len(np.unique(np.asarray(X), axis=0))
@@ -108,8 +120,8 @@ def choose_inducing(
         return X[pivoted_cholesky(kernel, X, num_points)[1]]
     from scipy.cluster.vq import kmeans2
 
-    key = jax.random.key(0) if rng_key is None else rng_key
-    seed = int(jax.random.randint(key, (), 0, np.iinfo(np.int32).max, jnp.int32))
+    highest = np.iinfo(np.int32).max
+    seed = int(jax.random.randint(rng_key, (), 0, highest, jnp.int32))  # type: ignore[arg-type]
     spread = np.asarray(X).std(axis=0)
     spread = np.where(spread > 0, spread, 1.0)
     centres, _ = kmeans2(np.asarray(X) / spread, num_points, minit="++", rng=seed, missing="raise")

@@ -25,9 +25,17 @@ def sine_cosine(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     The error is that of `x` itself where x is above the 10^7 (10^4 in single precision) quarters of
     a turn for which the reduction is exact.
     """
+    if jnp.result_type(x).name not in _PIECES:
+        return _one_by_one(x)
+    return jax.lax.platform_dependent(x, cpu=_by_series, default=_one_by_one)
+
+
+def _one_by_one(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return jnp.sin(x), jnp.cos(x)
+
+
+def _by_series(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     name = jnp.result_type(x).name
-    if name not in _PIECES or jax.default_backend() != "cpu":
-        return jnp.sin(x), jnp.cos(x)
     r, turn = _reduce(x, _PIECES[name])
     r, more = _reduce(r, _PIECES[name])  # what rounding has left of a large x
     turn = _within_turn(turn + more)

@@ -24,8 +24,12 @@ def announce(
     at: jax.Array,
     draw: Callable[[], jax.Array],
     copies: tuple[int, ...] = (),
+    whitened: bool = False,
 ) -> dict[str, Any]:
     """Tell handlers of a process whose sample site they cannot see.
+
+    Where it is `whitened`, its own sample site is written in other terms, and `at` are its inputs;
+    else its values are those at inducing points.
 
     A handler that has functions for it sets the message's "value" to theirs at the inputs `at`, and
     "answered"; otherwise the value is drawn, at the process's own inputs.
@@ -36,6 +40,7 @@ def announce(
         "gp": gp,
         "at": at,
         "copies": copies,
+        "whitened": whitened,
         "fn": draw,
         "args": (),
         "kwargs": {},
@@ -81,4 +86,5 @@ class WhitenReparam(Reparam):
             values = jnp.einsum("ij,...j->...i", process.scale_tril(), z, precision=EXACT)
             return jnp.broadcast_to(process.mean, values.shape) + values
 
-        return None, announce(name, process, process.X, draw, expand_shape)["value"]
+        message = announce(name, process, process.X, draw, expand_shape, whitened=True)
+        return None, message["value"]

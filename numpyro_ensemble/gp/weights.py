@@ -1,0 +1,111 @@
+"""Weights of a process's site, as `reweight`, `scale` and masks set them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpyro.distributions as dist
+
+from numpyro_ensemble.arguments import has_tracers
+from numpyro_ensemble.gp.distribution import Process
+from numpyro_ensemble.handlers import is_zero
+
+
+def site_weight(msg: Mapping[str, Any], plates: Mapping[str, int]) -> Any:
+    """Return the weight of a site's log density, without the scale of subsampled plates.
+
+    Args:
+        msg: the message of a sample site.
+        plates: sizes of the plates met so far. A process in a subsampled plate is still one of
+            the copies, whose functions follow its own data once.
+    """
+    weight = 1.0 if msg.get("scale") is None else msg["scale"]
+    subsampled = 1.0
+    for frame in msg.get("cond_indep_stack", ()):
+        # a scope puts its prefix before the name of a plate that was made outside of it
+        names = [name for name in plates if frame.name.endswith(name)]
+        if names and plates[max(names, key=len)] != frame.size:
+            subsampled = subsampled * (plates[max(names, key=len)] / frame.size)
+    return weight / subsampled
+
+
+def mask_of(fn: dist.Distribution) -> Any:
+    """Return True where nothing masks the log density of a process, else a mask that does."""
+    while not isinstance(fn, Process):
+        mask = getattr(fn, "_mask", True)
+        if mask is not True:
+            return mask
+        if not hasattr(fn, "base_dist"):
+            return True
+        fn = fn.base_dist
+    return True if fn.observed is None else fn.observed
+
+
+def _is_one(weight: Any) -> bool:
+    return not has_tracers(weight) and jnp.ndim(weight) == 0 and bool(weight == 1)
+
+
+def _check_number(name: str, weight: Any) -> None:
+    if jnp.ndim(weight):
+        raise ValueError(
+            f"{name!r} has a weight of shape {jnp.shape(weight)}: a process, with all its copies, "
+            f"takes one number. Give copies of different weights sites of their own."
+        )
+
+
+def weighted_likelihood(name: str, process: Process, weight: Any) -> Process:
+    """Return a process whose observations count with a weight: its noise is divided by that.
+
+    Raises:
+        ValueError: for a process without noise, or a weight for each copy.
+    """
+    if _is_one(weight):
+        return process
+    _check_number(name, weight)
+    if jnp.ndim(process.noise) == 0 and is_zero(process.noise):
+        raise ValueError(
+            f"{name!r} has a likelihood of weight {weight}, and no noise that the weight could "
+            f"divide: its values are known exactly. Give GaussianProcess(..., noise=), or leave "
+            f"the weight out."
+        )
+    return process.tempered(weight)
+
+
+def weighted_prior(name: str, process: Process, weights: Sequence[tuple[Any, Any]]) -> Process:
+    """Return a latent process whose prior has a weight: its kernel is divided by that.
+
+    The density of a normal to the power w is that of one whose covariance is divided by w, at
+    these inputs and at all others.
+
+    Args:
+        name: of the process.
+        process: a process of latent values.
+        weights: the weight and the mask of each site that its values are made of.
+
+    Raises:
+        ValueError: for a prior that is masked, values of several sites, a weight for each copy, or
+            a process with noise.
+    """
+    if any(mask is not True for _, mask in weights):
+        raise ValueError(
+            f"the prior of the latent process {name!r} is masked or has weight 0, so that its "
+            f"values say nothing of the function elsewhere: mask its likelihood, not the process."
+        )
+    if all(_is_one(weight) for weight, _ in weights):
+        return process
+    weight = weights[0][0]
+    _check_number(name, weight)
+    noise_free = jnp.ndim(process.noise) == 0 and is_zero(process.noise)
+    if not noise_free or len(weights) > 1:
+        raise ValueError(
+            f"the prior of the latent process {name!r} has a weight, which is understood for a "
+            f"process without noise, whose values are one site: put the noise into the likelihood."
+        )
+    process = copy.copy(process)
+    process.kernel = process.kernel * (1.0 / weight)
+    if process.jitter is not None:
+        process.jitter = process.jitter / weight
+    return process
