@@ -134,10 +134,11 @@ def arrange(
         name + jax.tree_util.keystr(path[2:])
         for (path, _), (name, _) in zip(paths, owners, strict=True)
     )
-    leaves = tuple(
-        jax.device_put(leaf) if kind != FIXED and isinstance(leaf, np.ndarray) else leaf
-        for leaf, kind in zip(leaves, kinds, strict=True)
-    )
+    with jax.ensure_compile_time_eval():  # or a transformation around the call would trace them
+        leaves = tuple(
+            jax.device_put(leaf) if kind != FIXED and isinstance(leaf, np.ndarray) else leaf
+            for leaf, kind in zip(leaves, kinds, strict=True)
+        )
     return Arguments(treedef, kinds, labels, leaves)
 
 

@@ -207,7 +207,8 @@ def test_numpyros_checks_of_values_hold(make, given, key):
         logit = numpyro.sample("logit", dist.Normal(0.0, 1.0))
         numpyro.sample("y", dist.Bernoulli(logits=logit).expand([3]).to_event(1), obs=y)
 
-    with pytest.warns(UserWarning, match="Out-of-support values"):
+    nowhere = pytest.raises(ValueError, match="start where the loss is not finite")
+    with nowhere, pytest.warns(UserWarning, match="Out-of-support values"):
         quiet(make(model), key, 1, given([1.0, 2.0, 0.0]))
 
 
