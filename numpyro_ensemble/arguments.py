@@ -21,15 +21,25 @@ class Arguments(NamedTuple):
 
     treedef: Any
     kinds: tuple[str, ...]
-    labels: tuple[str, ...]
     leaves: tuple[Any, ...]
+    names: tuple[str, ...] = ()  # of the model's positional parameters
 
     def select(self, kind: str) -> list[Any]:
         """Return the leaves of one kind."""
         return [leaf for leaf, k in zip(self.leaves, self.kinds, strict=True) if k == kind]
 
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """What the user calls each leaf."""
+        return tuple(
+            _owner(path, self.names)[0] + jax.tree_util.keystr(path[2:])
+            for path in _paths(self.treedef)
+        )
+
     def labelled(self, kind: str) -> list[tuple[str, Any]]:
         """Return names and values of the leaves of one kind."""
+        if kind not in self.kinds:
+            return []
         triples = zip(self.labels, self.leaves, self.kinds, strict=True)
         return [(label, leaf) for label, leaf, k in triples if k == kind]
 
@@ -61,7 +71,7 @@ class Arguments(NamedTuple):
         return (self.treedef, self.kinds, tuple(marks))
 
 
-NO_ARGUMENTS = Arguments(jax.tree.structure(((), {})), (), (), ())
+NO_ARGUMENTS = Arguments(jax.tree.structure(((), {})), (), ())
 
 
 class CallForm:
@@ -76,7 +86,7 @@ class CallForm:
         self._hash = hash(self.key)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, CallForm) and self.key == other.key
+        return self is other or (isinstance(other, CallForm) and self.key == other.key)
 
     def __hash__(self) -> int:
         return self._hash
@@ -114,10 +124,12 @@ def arrange(
     Raises:
         ValueError: if `batch_args` or `member_args` name what is no argument, or no array.
     """
-    paths, treedef = jax.tree_util.tree_flatten_with_path((args, kwargs))
+    leaves, treedef = jax.tree.flatten((args, kwargs))
     names = _positional_names(model)
-    owners = [_owner(path, names) for path, _ in paths]
-    leaves = tuple(leaf for _, leaf in paths)
+    member_args = [member_args] if isinstance(member_args, str | int) else list(member_args)
+    owners = []
+    if member_args or batched:
+        owners = [_owner(path, names) for path in _paths(treedef)]
     member = _named("member_args", member_args, owners, leaves)
     batch: set[int] = set()
     if batched and batch_args is not None:
@@ -130,16 +142,10 @@ def arrange(
         else FIXED
         for i, leaf in enumerate(leaves)
     )  # fmt: skip
-    labels = tuple(
-        name + jax.tree_util.keystr(path[2:])
-        for (path, _), (name, _) in zip(paths, owners, strict=True)
+    inputs = zip(leaves, kinds, strict=True)
+    return Arguments(
+        treedef, kinds, tuple(x if k == FIXED else _on_device(x) for x, k in inputs), names
     )
-    with jax.ensure_compile_time_eval():  # or a transformation around the call would trace them
-        leaves = tuple(
-            jax.device_put(leaf) if kind != FIXED and isinstance(leaf, np.ndarray) else leaf
-            for leaf, kind in zip(leaves, kinds, strict=True)
-        )
-    return Arguments(treedef, kinds, labels, leaves)
 
 
 def is_array(leaf: Any) -> bool:
@@ -156,18 +162,35 @@ def is_traceable(leaf: Any) -> bool:
     return bool(jnp.issubdtype(leaf.dtype, jnp.number) or leaf.dtype == bool)
 
 
-def _positional_names(model: Callable | None) -> list[str]:
+def _on_device(leaf: Any) -> Any:
+    if not isinstance(leaf, np.ndarray):
+        return leaf
+    with jax.ensure_compile_time_eval():  # or a transformation around the call would trace it
+        return jax.device_put(leaf)
+
+
+@functools.lru_cache(maxsize=256)
+def _paths(treedef: Any) -> list[tuple]:
+    """Return the path to each leaf of `(args, kwargs)`."""
+    tree = jax.tree.unflatten(treedef, range(treedef.num_leaves))
+    return [path for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0]]
+
+
+def _positional_names(model: Callable | None) -> tuple[str, ...]:
+    code = getattr(model, "__code__", None)
+    if code is not None and not {"__wrapped__", "__signature__"} & vars(model).keys():
+        return code.co_varnames[: code.co_argcount]
     if model is None:
-        return []
+        return ()
     try:
         parameters = inspect.signature(model).parameters.values()
     except (TypeError, ValueError):
-        return []
+        return ()
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return [p.name for p in parameters if p.kind in positional]
+    return tuple(p.name for p in parameters if p.kind in positional)
 
 
-def _owner(path: tuple, names: list[str]) -> tuple[str, int | None]:
+def _owner(path: tuple, names: tuple[str, ...]) -> tuple[str, int | None]:
     """Return the name and the position (None for a keyword) of the argument that owns a leaf."""
     entry = path[1]
     if isinstance(entry, jax.tree_util.DictKey):
@@ -176,7 +199,10 @@ def _owner(path: tuple, names: list[str]) -> tuple[str, int | None]:
 
 
 def _named(
-    option: str, wanted: Iterable[str | int], owners: list[tuple[str, int | None]], leaves: tuple
+    option: str,
+    wanted: Iterable[str | int],
+    owners: list[tuple[str, int | None]],
+    leaves: Sequence[Any],
 ) -> set[int]:
     wanted = [wanted] if isinstance(wanted, str | int) else list(wanted)
     found: set[int] = set()

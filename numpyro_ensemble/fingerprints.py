@@ -24,6 +24,21 @@ _CONFIGURATION = (  # what an autoguide is made with; the rest of it comes from 
 )  # fmt: skip
 
 
+class Hashed:
+    """A hashable value that is hashed once."""
+
+    __slots__ = ("value", "_hash")
+
+    def __init__(self, value: Any) -> None:
+        self.value, self._hash = value, hash(value)
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (isinstance(other, Hashed) and self.value == other.value)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+
 class Same:
     """Equal to another one of the very same object, which it keeps alive."""
 
@@ -130,7 +145,7 @@ def open_up(value: Any) -> tuple[Any, list[Any]]:
         return Same(value), []
     if isinstance(value, types.FunctionType):
         cells = [_contents(cell) for cell in value.__closure__ or ()]
-        names = [n for n in sorted(_names(value.__code__)) if n in value.__globals__]
+        names = [n for n in _names(value.__code__) if n in value.__globals__]
         reached = [value.__globals__[n] for n in names]
         defaults = [value.__defaults__, value.__kwdefaults__]
         return (value.__code__, tuple(names)), [*cells, *reached, *defaults]
@@ -189,6 +204,8 @@ def _contents(cell: types.CellType) -> Any:
         return None
 
 
-def _names(code: types.CodeType) -> set[str]:
+@functools.lru_cache(maxsize=1024)
+def _names(code: types.CodeType) -> tuple[str, ...]:
+    """Return the names that code and the code within it take from elsewhere, in order."""
     inner = [_names(const) for const in code.co_consts if isinstance(const, types.CodeType)]
-    return set(code.co_names).union(*inner)
+    return tuple(sorted(set(code.co_names).union(*inner)))

@@ -13,7 +13,7 @@ from numpyro.infer.svi import SVIState
 from numpyro.primitives import _PYRO_STACK
 
 from numpyro_ensemble.arguments import NO_ARGUMENTS, TRACED, Arguments, CallForm, arrange
-from numpyro_ensemble.fingerprints import captured, holds_tracers
+from numpyro_ensemble.fingerprints import Hashed, captured, holds_tracers
 from numpyro_ensemble.fit_programs import FitCall, FitPrograms, constrain
 from numpyro_ensemble.guides import latent_order
 from numpyro_ensemble.options import RunOptions
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from numpyro_ensemble.engine import Ensemble
 
 Answer = TypeVar("Answer")
-Key = tuple[CallForm, Any, tuple]
+Key = tuple[CallForm, Any, Hashed]
 
 _KEPT = 8  # forms of arguments whose compiled programs a runner keeps
 _REMEMBERED = 256  # forms of arguments with which a model is known to look at values
@@ -109,8 +109,8 @@ class ProgramCache:
         batches = options.batches(arguments, engine.ensemble_size)
         with TRACING:  # or another thread's handlers are taken for this call's
             around = captured(tuple(_PYRO_STACK))
-            settings = (captured(engine.model), captured(engine.guide), *engine.settings(), around)
-        return arguments, (CallForm(arguments), batches, settings)
+            marks = (captured(engine.model), captured(engine.guide), *engine.settings(), around)
+        return arguments, (CallForm(arguments), batches, Hashed(marks))
 
     def _call(
         self,
@@ -134,7 +134,8 @@ class ProgramCache:
                 return FitCall(kept, arguments, form)
         programs = FitPrograms(self.engine, (key, order), batches, template, starts)
         programs.prepare(arguments, form)  # what fails is not kept
-        if not holds_tracers(settings):  # of a transformation that the model takes values from
+        # a model may close over values of a transformation around the call
+        if not holds_tracers(settings.value):
             keep(self._kept, keys[-1], programs, 2 * _KEPT)
             if template is None and programs.template is not None and not order:
                 # the order that the guide has once it is set up

@@ -106,6 +106,8 @@ class Programs:
 
 def keep(store: OrderedDict, key: Any, value: Any, most: int) -> None:
     """Put a value into a store of so many values at most; those not used for longest go."""
+    if key in store and next(reversed(store)) is key:
+        return
     with TRACING:
         store[key] = value
         store.move_to_end(key)
