@@ -13,7 +13,7 @@ import numpy as np
 import numpyro
 from blackjax.adaptation.meads_adaptation import maximum_eigenvalue
 
-from numpyro_ensemble.mcmc.target import flat, site_of
+from numpyro_ensemble.mcmc.positions import Coordinates
 
 _NAMED = 10
 _FREEZING = 1e3  # the largest eigenvalue above which steps are a 60th of the scale, or less
@@ -40,11 +40,9 @@ class Survey(NamedTuple):
     virial: jax.Array  # mean of -(z - mean) * gradient, which is 1 in the typical set
 
 
-def survey(log_density: Any, z: Any, num_folds: int) -> tuple[Any, jax.Array, Any, Survey]:
-    """Return positions, log densities, gradients and what is known of them."""
-    z = jax.tree.map(lambda x: jnp.asarray(x, jnp.result_type(x, float)), z)
-    values, grads = jax.vmap(jax.value_and_grad(log_density))(z)
-    rows, slopes = flat(z), flat(grads)
+def survey(log_density: Any, rows: jax.Array, num_folds: int) -> tuple[jax.Array, Any, Survey]:
+    """Return the log densities and gradients of positions `(C, D)`, and what is known of them."""
+    values, slopes = jax.vmap(jax.value_and_grad(log_density))(rows)
     finite = jnp.isfinite(values) & jnp.isfinite(slopes).all(axis=1)
     folds = rows.reshape(num_folds, -1, rows.shape[1])
     scale = folds.std(axis=1)
@@ -52,16 +50,16 @@ def survey(log_density: Any, z: Any, num_folds: int) -> tuple[Any, jax.Array, An
     varies = (folds.max(axis=1) > folds.min(axis=1)).all(axis=0)  # a scale may round above 0
     eigenvalues = jax.vmap(maximum_eigenvalue)(scaled)
     virial = -((rows - rows.mean(axis=0, keepdims=True)) * slopes).mean()
-    return z, values, grads, Survey(finite, varies, eigenvalues, virial)
+    return values, slopes, Survey(finite, varies, eigenvalues, virial)
 
 
-def check_start(name: str, z: Any, found: Survey, remedy: str) -> None:
+def check_start(name: str, coordinates: Coordinates, found: Survey, remedy: str) -> None:
     """Raise or warn where chains cannot start, or would not get away from, where they are.
 
     Args:
         name: of the kernel.
-        z: where they are.
-        found: what is known of it.
+        coordinates: of their positions.
+        found: what is known of where they are.
         remedy: what to do about it.
 
     Raises:
@@ -79,7 +77,7 @@ def check_start(name: str, z: Any, found: Survey, remedy: str) -> None:
         )
     varies = np.asarray(found.varies)
     if not varies.all():
-        site = site_of(z, int(np.flatnonzero(~varies)[0]))
+        site = coordinates.site_of(int(np.flatnonzero(~varies)[0]))
         raise ValueError(
             f"The chains start at the same value of {site!r}, which makes its scale zero: they "
             f"must be spread. {remedy}"

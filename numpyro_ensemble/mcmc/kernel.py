@@ -15,6 +15,7 @@ from numpyro.infer.mcmc import MCMCKernel
 from numpyro.util import is_prng_key
 
 from numpyro_ensemble.mcmc.checks import Survey, check_start, check_values, survey
+from numpyro_ensemble.mcmc.positions import Coordinates
 from numpyro_ensemble.mcmc.progress import Progress
 from numpyro_ensemble.mcmc.searches import STARTS
 from numpyro_ensemble.mcmc.target import Target
@@ -72,6 +73,9 @@ class ChainsState(_Fields):
         if is_prng_key(changes.get("rng_key")):
             changes["rng_key"] = jax.random.split(changes["rng_key"], self.i.shape[0])
         return super()._replace(**changes)
+
+
+_OF_SITES = ("z", "z_grad", "r")
 
 
 class ManyChainKernel(MCMCKernel):
@@ -162,7 +166,7 @@ class ManyChainKernel(MCMCKernel):
             raise ValueError(self._alone())
         num_chains = rng_key.shape[0]
         self._check_chains(num_chains)
-        self._target.check(args, kwargs)
+        self._target.latent_names(args, kwargs)
         keys = jax.vmap(lambda key: jax.random.split(key, 3))(rng_key)
         remedy = self._remedy(init_params is not None)
         of_users = init_params is not None or callable(self._start)
@@ -174,7 +178,7 @@ class ManyChainKernel(MCMCKernel):
         state, found = self._target.run(
             ("first", num_warmup), first, (init_params, keys), args, kwargs
         )
-        check_start(name, state.z, found, remedy)
+        check_start(name, self._target.coordinates(state.z, args, kwargs), found, remedy)
         return state
 
     def _alone(self) -> str:
@@ -217,13 +221,17 @@ class ManyChainKernel(MCMCKernel):
         self, num_warmup: int, call: tuple[tuple, dict], z: Any, keys: jax.Array
     ) -> tuple[ChainsState, Survey]:
         """Return the state of chains that have not moved, and what is known of their start."""
-        z, log_density, grad, found = survey(self._target.log_density(*call), z, self._num_folds)
+        z = jax.tree.map(lambda x: jnp.asarray(x, jnp.result_type(x, float)), z)
+        coordinates = self._target.coordinates(z, *call)
+        rows = coordinates.rows(z)
+        density = self._target.log_density(*call, coordinates)
+        log_density, grad, found = survey(density, rows, self._num_folds)
         num_chains = log_density.shape[0]
         zeros = jnp.zeros_like(log_density)
         state = ChainsState(
             i=jnp.zeros(num_chains, int),
-            z=z,
-            z_grad=jax.tree.map(jnp.negative, grad),
+            z=rows,
+            z_grad=-grad,
             potential_energy=-log_density,
             energy=-log_density,
             r=None,
@@ -238,20 +246,24 @@ class ManyChainKernel(MCMCKernel):
             known=jnp.zeros(num_chains, bool),
         )
         progress = Progress.start(num_warmup, num_chains)
-        return self._first_adaptation(keys[:, 1], state, progress, found), found
+        state = self._first_adaptation(keys[:, 1], state, progress, found)
+        return _in_sites(state, coordinates), found
 
     def refresh(
         self, state: ChainsState, model_args: tuple, model_kwargs: dict | None
     ) -> ChainsState:
         """Return the state with density and gradient for other arguments of the model."""
-        return self._refreshed(state, self._target.log_density(model_args, model_kwargs or {}))
+        call = model_args, model_kwargs or {}
+        coordinates = self._target.coordinates(state.z, *call)
+        log_density = self._target.log_density(*call, coordinates)
+        return _in_sites(self._refreshed(_in_rows(state, coordinates), log_density), coordinates)
 
     def _refreshed(self, state: ChainsState, log_density: Callable) -> ChainsState:
         values, grads = jax.vmap(jax.value_and_grad(log_density))(state.z)
         kinetic = state.energy - state.potential_energy
         return state._replace(
             potential_energy=-values,
-            z_grad=jax.tree.map(jnp.negative, grads),
+            z_grad=-grads,
             energy=kinetic - values,
             known=jnp.ones_like(state.known),
         )
@@ -270,7 +282,9 @@ class ManyChainKernel(MCMCKernel):
                 f"num_warmup=0 leaves {type(self).__name__} unadapted. Give MCMC a num_warmup, or "
                 f"set mcmc.post_warmup_state to the state of a run that had one."
             )
-        log_density = self._target.log_density(model_args, model_kwargs)
+        coordinates = self._target.coordinates(state.z, model_args, model_kwargs)
+        log_density = self._target.log_density(model_args, model_kwargs, coordinates)
+        state = _in_rows(state, coordinates)
         # of other data than those of the state's density every proposal might be rejected
         state = jax.lax.cond(
             state.known[0], lambda s: s, lambda s: self._refreshed(s, log_density), state
@@ -280,13 +294,14 @@ class ManyChainKernel(MCMCKernel):
         n = jnp.where(progress.warming, progress.iteration, state.i - progress.iteration) + 1
         mean = jnp.where(n == 1, 0.0, state.mean_accept_prob)
         mean = mean + (new.accept_prob - mean) / n
-        return new._replace(
+        new = new._replace(
             i=state.i + 1,
             rng_key=keys[:, 0],
             known=state.known,
             mean_accept_prob=mean.astype(state.mean_accept_prob.dtype),
             num_divergences=jnp.where(n == 1, 0, state.num_divergences) + new.num_divergences,
         )
+        return _in_sites(new, coordinates)
 
     # What a subclass adds -----------------------------------------------------------------------
 
@@ -300,8 +315,18 @@ class ManyChainKernel(MCMCKernel):
     def _first_adaptation(
         self, keys: jax.Array, state: ChainsState, progress: Progress, found: Survey
     ) -> ChainsState:
-        """Return the state with its first momentum and adaptation."""
+        """Return the state, in rows, with its first momentum and adaptation."""
 
     @abstractmethod
     def _iterate(self, keys: jax.Array, state: ChainsState, log_density: Callable) -> ChainsState:
-        """Make one iteration; `num_divergences` of what is returned counts those of it alone."""
+        """Make one iteration of a state in rows, and count its divergences alone."""
+
+
+def _in_rows(state: ChainsState, coordinates: Coordinates) -> ChainsState:
+    """Turn positions, gradients and momenta into arrays `(C, D)`, which all kernels move."""
+    return state._replace(**{name: coordinates.rows(getattr(state, name)) for name in _OF_SITES})
+
+
+def _in_sites(state: ChainsState, coordinates: Coordinates) -> ChainsState:
+    """Undo `_in_rows`: between iterations a state holds values by site, as NumPyro's do."""
+    return state._replace(**{name: coordinates.tree(getattr(state, name)) for name in _OF_SITES})

@@ -114,9 +114,8 @@ class MEADS(ManyChainKernel):
     def _first_adaptation(
         self, keys: jax.Array, state: ChainsState, progress: Progress, found: Survey
     ) -> ChainsState:
-        grad = jax.tree.map(jnp.negative, state.z_grad)
-        adaptation = meads_start(state.z, grad, progress, self._scheme)
-        momentum, slice_ = jax.vmap(first_momentum)(keys, state.z, adaptation.scale)
+        adaptation = meads_start(state.z, -state.z_grad, progress, self._scheme)
+        momentum, slice_ = jax.vmap(first_momentum)(keys, adaptation.scale)
         return state._replace(r=momentum, slice=slice_, adapt_state=adaptation)
 
     def _iterate(self, keys: jax.Array, state: ChainsState, log_density: Callable) -> ChainsState:
@@ -125,7 +124,7 @@ class MEADS(ManyChainKernel):
             state.z,
             state.r,
             -state.potential_energy,
-            jax.tree.map(jnp.negative, state.z_grad),
+            -state.z_grad,
             state.slice,
         )
         warming = state.adapt_state.progress.warming
@@ -140,7 +139,7 @@ class MEADS(ManyChainKernel):
         steps = jnp.where(warming, 1, self._steps_per_draw)
         return state._replace(
             z=chains.position,
-            z_grad=jax.tree.map(jnp.negative, chains.logdensity_grad),
+            z_grad=-chains.logdensity_grad,
             potential_energy=-chains.logdensity,
             energy=energy,
             r=chains.momentum,
