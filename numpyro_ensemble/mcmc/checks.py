@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import inspect
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Any, NamedTuple
 
 import jax
@@ -20,7 +22,8 @@ _FREEZING = 1e3  # the largest eigenvalue above which steps are a 60th of the sc
 _FAR = 5.0  # times the virial of the typical set
 
 
-_INSIDE = tuple(str(path) for path in (Path(numpyro.__file__).parent, Path(__file__).parents[1]))
+_JAX = str(Path(jax.__file__).parent)
+_INSIDE = (_JAX, *map(str, (Path(numpyro.__file__).parent, Path(__file__).parents[1])))
 
 
 def callers_level() -> int:
@@ -29,6 +32,20 @@ def callers_level() -> int:
     while frame is not None and frame.f_code.co_filename.startswith(_INSIDE):
         frame, level = frame.f_back, level + 1
     return level
+
+
+def frames_outside_jax() -> Iterator[FrameType]:
+    """Yield the frames of the calls that are being made, from the innermost, but those of JAX."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        if not frame.f_code.co_filename.startswith((_JAX, str(Path(__file__).parent))):
+            yield frame
+        frame = frame.f_back
+
+
+def listed(numbers: np.ndarray) -> str:
+    """Return the first few numbers as text."""
+    return ", ".join(map(str, numbers[:_NAMED])) + (", ..." if len(numbers) > _NAMED else "")
 
 
 class Survey(NamedTuple):
@@ -70,10 +87,9 @@ def check_start(name: str, coordinates: Coordinates, found: Survey, remedy: str)
     finite = np.asarray(found.finite)
     if not finite.all():
         wrong = np.flatnonzero(~finite)
-        shown = ", ".join(map(str, wrong[:_NAMED])) + (", ..." if len(wrong) > _NAMED else "")
         raise ValueError(
             f"{len(wrong)} of {len(finite)} chains start where the log density or its gradient is "
-            f"not finite: {shown}. {remedy}"
+            f"not finite: {listed(wrong)}. {remedy}"
         )
     varies = np.asarray(found.varies)
     if not varies.all():

@@ -244,6 +244,11 @@ class ChEES(ManyChainKernel):
             learning_rate, target_accept_prob, max_leapfrog_steps=max_leapfrog_steps
         )
 
+    _remedies = (
+        "more warm-up (num_warmup=1000 or more); ChEES(model, target_accept_prob=0.95), for a "
+        "density with narrow places"
+    )
+
     def _check_chains(self, num_chains: int) -> None:
         if num_chains < 4:
             raise ValueError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,67 +15,17 @@ from numpyro.infer.mcmc import MCMCKernel
 from numpyro.util import is_prng_key
 
 from numpyro_ensemble.mcmc.checks import Survey, check_start, check_values, survey
-from numpyro_ensemble.mcmc.positions import Coordinates
+from numpyro_ensemble.mcmc.mixing import Advice, CollectedDraws, collected
 from numpyro_ensemble.mcmc.progress import Progress
 from numpyro_ensemble.mcmc.searches import STARTS
+from numpyro_ensemble.mcmc.state import ChainsState, in_rows, in_sites
 from numpyro_ensemble.mcmc.target import Target
 
-
-class _Fields(NamedTuple):
-    i: jax.Array
-    z: Any
-    z_grad: Any
-    potential_energy: jax.Array
-    energy: jax.Array
-    r: Any
-    slice: Any
-    num_steps: jax.Array
-    accept_prob: jax.Array
-    mean_accept_prob: jax.Array
-    diverging: jax.Array
-    num_divergences: jax.Array
-    adapt_state: Any
-    rng_key: jax.Array
-    known: jax.Array
-
-
-class ChainsState(_Fields):
-    """The state of all chains; every array has a leading chain axis, so any can be collected.
-
-    Attributes:
-        i: number of iterations made.
-        z: unconstrained values.
-        z_grad: gradient of the potential energy.
-        potential_energy: negative log density of `z`.
-        energy: potential and kinetic energy.
-        r: momentum, where it persists.
-        slice: the slice variable of generalized HMC.
-        num_steps: leapfrog steps of this iteration.
-        accept_prob: acceptance probability of this iteration.
-        mean_accept_prob: its mean since the start or the end of warm-up.
-        diverging: whether a step of this iteration diverged.
-        num_divergences: how many steps diverged since the start or the end of warm-up.
-        adapt_state: what is adapted, `step_size` among it.
-        rng_key: one key for each chain.
-        known: whether density and gradient are those of the arguments that `sample` is called with;
-            a run that begins, or goes on, evaluates them again.
-    """
-
-    __slots__ = ()
-
-    def _replace(self, /, **changes: Any) -> ChainsState:  # type: ignore[override]
-        """Replace fields, as MCMC does to go on with another key, and perhaps with other data.
-
-        It gives ensemble kernels one key, which is split for the chains.
-        """
-        if "rng_key" in changes:
-            changes.setdefault("known", jnp.zeros_like(self.known))
-        if is_prng_key(changes.get("rng_key")):
-            changes["rng_key"] = jax.random.split(changes["rng_key"], self.i.shape[0])
-        return super()._replace(**changes)
-
-
-_OF_SITES = ("z", "z_grad", "r")
+_REMEDIES = (  # what helps chains of any kernel that have not mixed
+    'another start (start="pathfinder", or init_params from numpyro_ensemble.mcmc.starts); '
+    "hierarchical effects that are decentred (LocScaleReparam), and latents with scales near 1; "
+    "double precision (numpyro.enable_x64()); NUTS(model), which adapts each chain alone"
+)
 
 
 class ManyChainKernel(MCMCKernel):
@@ -130,8 +80,15 @@ class ManyChainKernel(MCMCKernel):
 
     def postprocess_fn(self, args: tuple, kwargs: dict) -> Callable:
         """Return the map from one chain's unconstrained values to the model's sites."""
+
         # MCMC calls it once outside its program, where the model would run operation by operation
-        return lambda z: self._target.run("constrain", self._constrain, (z,), args, kwargs)
+        def constrain(z: Any) -> CollectedDraws:
+            latents = tuple(z) if self._target.model is not None else ()
+            draws = self._target.run("constrain", self._constrain, (z,), args, kwargs)
+            remedy = f"Try, in this order: {self._remedies}; {_REMEDIES}."
+            return collected(draws, Advice(type(self).__name__, latents, remedy))
+
+        return constrain
 
     def _constrain(self, call: tuple[tuple, dict], z: Any) -> Any:
         return self._target.constrain(*call)(z)
@@ -241,13 +198,14 @@ class ManyChainKernel(MCMCKernel):
             mean_accept_prob=zeros,
             diverging=jnp.zeros(num_chains, bool),
             num_divergences=jnp.zeros(num_chains, int),
+            iterations_since_move=jnp.zeros(num_chains, int),
             adapt_state=None,
             rng_key=keys[:, 0],
             known=jnp.zeros(num_chains, bool),
         )
         progress = Progress.start(num_warmup, num_chains)
         state = self._first_adaptation(keys[:, 1], state, progress, found)
-        return _in_sites(state, coordinates), found
+        return in_sites(state, coordinates), found
 
     def refresh(
         self, state: ChainsState, model_args: tuple, model_kwargs: dict | None
@@ -256,7 +214,7 @@ class ManyChainKernel(MCMCKernel):
         call = model_args, model_kwargs or {}
         coordinates = self._target.coordinates(state.z, *call)
         log_density = self._target.log_density(*call, coordinates)
-        return _in_sites(self._refreshed(_in_rows(state, coordinates), log_density), coordinates)
+        return in_sites(self._refreshed(in_rows(state, coordinates), log_density), coordinates)
 
     def _refreshed(self, state: ChainsState, log_density: Callable) -> ChainsState:
         values, grads = jax.vmap(jax.value_and_grad(log_density))(state.z)
@@ -284,7 +242,7 @@ class ManyChainKernel(MCMCKernel):
             )
         coordinates = self._target.coordinates(state.z, model_args, model_kwargs)
         log_density = self._target.log_density(model_args, model_kwargs, coordinates)
-        state = _in_rows(state, coordinates)
+        state = in_rows(state, coordinates)
         # of other data than those of the state's density every proposal might be rejected
         state = jax.lax.cond(
             state.known[0], lambda s: s, lambda s: self._refreshed(s, log_density), state
@@ -300,12 +258,16 @@ class ManyChainKernel(MCMCKernel):
             known=state.known,
             mean_accept_prob=mean.astype(state.mean_accept_prob.dtype),
             num_divergences=jnp.where(n == 1, 0, state.num_divergences) + new.num_divergences,
+            iterations_since_move=jnp.where(
+                (new.z != state.z).any(axis=1), 0, state.iterations_since_move + 1
+            ),
         )
-        return _in_sites(new, coordinates)
+        return in_sites(new, coordinates)
 
     # What a subclass adds -----------------------------------------------------------------------
 
     _num_folds = 1
+    _remedies = ""  # what helps chains of this kernel that have not mixed
 
     @abstractmethod
     def _check_chains(self, num_chains: int) -> None:
@@ -320,13 +282,3 @@ class ManyChainKernel(MCMCKernel):
     @abstractmethod
     def _iterate(self, keys: jax.Array, state: ChainsState, log_density: Callable) -> ChainsState:
         """Make one iteration of a state in rows, and count its divergences alone."""
-
-
-def _in_rows(state: ChainsState, coordinates: Coordinates) -> ChainsState:
-    """Turn positions, gradients and momenta into arrays `(C, D)`, which all kernels move."""
-    return state._replace(**{name: coordinates.rows(getattr(state, name)) for name in _OF_SITES})
-
-
-def _in_sites(state: ChainsState, coordinates: Coordinates) -> ChainsState:
-    """Undo `_in_rows`: between iterations a state holds values by site, as NumPyro's do."""
-    return state._replace(**{name: coordinates.tree(getattr(state, name)) for name in _OF_SITES})

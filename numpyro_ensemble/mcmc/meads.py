@@ -89,6 +89,11 @@ class MEADS(ManyChainKernel):
         self._num_folds = num_folds
         self._steps_per_draw = steps_per_draw
 
+    _remedies = (
+        "more warm-up (num_warmup=1000 or more) and 64 chains or more; ChEES(model), which mixes "
+        "where directions differ in width"
+    )
+
     def _check_chains(self, num_chains: int) -> None:
         num_folds = self._scheme.num_folds
         if num_chains % num_folds:
