@@ -17,8 +17,9 @@ from numpyro.infer import init_to_uniform
 
 from numpyro_ensemble.handlers import check_count
 from numpyro_ensemble.mcmc.checks import Survey, check_part, check_positive
-from numpyro_ensemble.mcmc.kernel import ChainsState, ManyChainKernel
+from numpyro_ensemble.mcmc.kernel import ManyChainKernel
 from numpyro_ensemble.mcmc.progress import Progress
+from numpyro_ensemble.mcmc.state import ChainsState
 from numpyro_ensemble.mcmc.target import all_finite, choose, per_chain, shared
 
 _BITS = 30  # of the Halton sequence: those that a shorter run has no need of add nothing

@@ -17,7 +17,7 @@ from numpyro.util import is_prng_key
 from numpyro_ensemble.mcmc.checks import Survey, check_start, check_values, survey
 from numpyro_ensemble.mcmc.mixing import Advice, CollectedDraws, collected
 from numpyro_ensemble.mcmc.progress import Progress
-from numpyro_ensemble.mcmc.searches import STARTS
+from numpyro_ensemble.mcmc.searches import STARTS, given
 from numpyro_ensemble.mcmc.state import ChainsState, in_rows, in_sites
 from numpyro_ensemble.mcmc.target import Target
 
@@ -126,11 +126,10 @@ class ManyChainKernel(MCMCKernel):
         self._target.latent_names(args, kwargs)
         keys = jax.vmap(lambda key: jax.random.split(key, 3))(rng_key)
         remedy = self._remedy(init_params is not None)
-        of_users = init_params is not None or callable(self._start)
         if init_params is None:
             init_params = self._find_start(keys[0, 2], num_chains, num_warmup, args, kwargs)
-        if of_users and self._target.model is not None:
-            check_values(init_params, self._target.shapes(num_chains, args, kwargs))
+        else:
+            self._check_values(init_params, num_chains, args, kwargs)
         first = partial(self._first, num_warmup)
         state, found = self._target.run(
             ("first", num_warmup), first, (init_params, keys), args, kwargs
@@ -164,7 +163,10 @@ class ManyChainKernel(MCMCKernel):
         self, key: jax.Array, num_chains: int, num_warmup: int, args: tuple, kwargs: dict
     ) -> Any:
         if callable(self._start):
-            return self._start(key, num_chains, *args, **kwargs)
+            start_key, move_key = jax.random.split(key)
+            z = self._start(start_key, num_chains, *args, **kwargs)
+            self._check_values(z, num_chains, args, kwargs)
+            return given(self._target, move_key, z, num_chains, args, kwargs)
         if self._target.model is None:
             raise ValueError(
                 "A kernel with a potential_fn needs to be told where its chains start: "
@@ -173,6 +175,10 @@ class ManyChainKernel(MCMCKernel):
         # without warm-up nothing is searched: `sample` says what is wrong
         start = STARTS[self._start] if num_warmup else STARTS["init"]
         return start(self._target, key, num_chains, args, kwargs)
+
+    def _check_values(self, z: Any, num_chains: int, args: tuple, kwargs: dict) -> None:
+        if self._target.model is not None:
+            check_values(z, self._target.shapes(num_chains, args, kwargs))
 
     def _first(
         self, num_warmup: int, call: tuple[tuple, dict], z: Any, keys: jax.Array

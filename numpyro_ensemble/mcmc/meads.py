@@ -13,9 +13,10 @@ from numpyro.infer import init_to_uniform
 from numpyro_ensemble.handlers import check_count
 from numpyro_ensemble.mcmc.checks import Survey, callers_level, check_part, check_positive
 from numpyro_ensemble.mcmc.ghmc import first_momentum
-from numpyro_ensemble.mcmc.kernel import ChainsState, ManyChainKernel
+from numpyro_ensemble.mcmc.kernel import ManyChainKernel
 from numpyro_ensemble.mcmc.meads_scheme import Scheme, meads_start, meads_step
 from numpyro_ensemble.mcmc.progress import Progress
+from numpyro_ensemble.mcmc.state import ChainsState
 
 _FEWEST = 4  # chains in a fold, for its standard deviations to mean something
 _FEW = 16  # below so many chains in a fold, they and the step size may be far off

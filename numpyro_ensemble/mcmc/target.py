@@ -14,7 +14,7 @@ from numpyro.infer.util import constrain_fn, initialize_model, potential_energy
 
 from numpyro_ensemble.density import anatomy, filled_trace
 from numpyro_ensemble.fingerprints import captured
-from numpyro_ensemble.mcmc.layout import laid_out
+from numpyro_ensemble.mcmc.layout import laid_out, primitives_of
 from numpyro_ensemble.mcmc.positions import Coordinates
 from numpyro_ensemble.programs import Programs
 
@@ -71,6 +71,29 @@ class Target:
         """Return the same in a form that can be differentiated twice."""
         model = self.prepared(args, kwargs)
         return lambda z: -potential_energy(model, args, kwargs, z)
+
+    def why_not_finite(self, z: Any, args: tuple, kwargs: dict) -> str:
+        """Return the likely cause of a density that is not finite, and what to do about it.
+
+        Args:
+            z: unconstrained values with a leading chain axis.
+            args: arguments of the model.
+            kwargs: its keyword arguments.
+        """
+        one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), z)
+        single = all(x.dtype == jnp.float32 for x in jax.tree.leaves(one))
+        density = lambda z: self.log_density(args, kwargs)(z)  # noqa: E731, all of it abstract
+        if single and "cholesky" in primitives_of(density, one):
+            return (
+                "The likely cause is a Cholesky factorisation in float32, which fails for matrices "
+                "that are nearly singular: add more to the diagonal of the matrix (1e-4 of its "
+                "entries), keep priors away from such matrices, or call numpyro.enable_x64()."
+            )
+        return (
+            "Look for data that are not finite or outside of their distribution's support, and for "
+            "priors that reach where the model overflows, or give another init_strategy, such as "
+            "init_to_median or init_to_value."
+        )
 
     def constrain(self, args: tuple, kwargs: dict) -> Callable[[Any], Any]:
         """Return the map to the model's sites, deterministic ones included."""
