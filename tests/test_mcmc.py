@@ -15,7 +15,7 @@ from numpyro.infer import MCMC, NUTS, Predictive, init_to_uniform
 
 from numpyro_ensemble import reweight
 from numpyro_ensemble.mcmc import MEADS, ChEES
-from numpyro_ensemble.mcmc.kernel import ChainsState
+from numpyro_ensemble.mcmc.state import ChainsState
 
 KERNELS = [partial(MEADS, start="init"), partial(ChEES, start="init")]
 NAMES = ["MEADS", "ChEES"]
@@ -229,6 +229,7 @@ def test_latents_on_a_simplex_and_in_order(kernel):
 
 
 @pytest.mark.long
+@pytest.mark.filterwarnings("ignore:The chains of MEADS have not mixed")  # with rank 0
 def test_a_low_rank_metric():
     direction = np.ones(20) / np.sqrt(20)
     covariance = np.eye(20) + 99.0 * np.outer(direction, direction)
@@ -239,16 +240,17 @@ def test_a_low_rank_metric():
 
     start = 3.0 * jax.random.normal(jax.random.key(1), (CHAINS, 20))
     mixed = []
-    for rank in (None, 1):
+    for rank in (0, None):
         mcmc = sampler(MEADS(potential_fn=potential, low_rank_rank=rank), draws=150, warmup=300)
         mcmc.run(jax.random.key(0), init_params=start)
         along = mcmc.get_samples(group_by_chain=True) @ direction
         mixed.append(effective_sample_size(np.asarray(along)))
     assert z_scores(along, 0.0) < 4 and z_scores(along**2, 100.0) < 4
-    assert mixed[1] > 1.5 * mixed[0], mixed
+    assert mixed[1] > 3.0 * mixed[0], mixed
 
 
 @pytest.mark.long
+@pytest.mark.filterwarnings("ignore:The chains of MEADS have not mixed")  # nor can they
 def test_chains_keep_their_identity():
     def potential(z):  # two modes, so far apart that no chain can cross
         return 0.5 * ((jnp.abs(z) - 50.0) ** 2).sum()
