@@ -19,7 +19,7 @@ from numpyro.infer.util import compute_log_probs
 from numpyro.ops.provenance import eval_provenance
 from numpyro.primitives import Messenger
 
-from numpyro_ensemble.arguments import BATCH, MEMBER, TRACED, Arguments, traces
+from numpyro_ensemble.arguments import BATCH, MEMBER, TRACED, Arguments, has_tracers, traces
 from numpyro_ensemble.batching import Batches, check_follows, rescaled
 from numpyro_ensemble.density import Site, anatomy, filled_trace
 from numpyro_ensemble.guides import check_hidden
@@ -204,7 +204,7 @@ def check_values(engine: Ensemble, arguments: Arguments) -> None:
     It warns of observations outside their support, for example. Nothing is compiled.
     """
     traced = arguments.select(TRACED)
-    if not traced or traces(traced) or not all(leaf.is_fully_addressable for leaf in traced):
+    if not traced or has_tracers(traced) or not all(leaf.is_fully_addressable for leaf in traced):
         return
     values = [x if _is_key(x) else np.asarray(x) for x in traced]
     dynamic = {**arguments.dynamic, TRACED: values}
