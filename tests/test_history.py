@@ -76,6 +76,11 @@ def same(ours, theirs):
         assert_array_equal(a, b)
 
 
+def cases(quick, *rest):
+    """Parametrise by the quick cases, and leave the rest to `make long`."""
+    return [*quick, *(pytest.param(*case, marks=pytest.mark.long) for case in rest)]
+
+
 # Results keep what is theirs --------------------------------------------------------------------
 
 TRACED = {
@@ -85,7 +90,7 @@ TRACED = {
 }
 
 
-@pytest.mark.parametrize("how", TRACED)
+@pytest.mark.parametrize("how", cases(["inputs"], ["concrete"], ["member_args"]))
 def test_a_later_run_changes_no_earlier_result(how, key):
     options, argument = TRACED[how]
     runner = vi(bounded)
@@ -99,7 +104,7 @@ def test_a_later_run_changes_no_earlier_result(how, key):
     assert runner.sample_posterior(key, second, ONES, 1.0, num_samples=20)["below"].max() > 2.0
 
 
-@pytest.mark.parametrize("jit_model_args", [False, None])
+@pytest.mark.parametrize("jit_model_args", cases([None], [False]))
 def test_a_laplace_approximation_keeps_the_curvature_of_its_data(jit_model_args, key):
     def model(y):
         scale = numpyro.sample("scale", dist.LogNormal(0.0, 1.0))
@@ -130,8 +135,10 @@ def test_draws_and_arviz_data_of_an_old_result_use_its_own_support(key):
     assert runner.sample_posterior(key, first, ONES, num_samples=50)["u"].max() < 1.0
 
 
-@pytest.mark.parametrize("make", [vi, map_fit])
-@pytest.mark.parametrize("model", [follows_data, with_bound])
+@pytest.mark.parametrize(
+    ("make", "model"),
+    cases([(vi, follows_data), (map_fit, with_bound)], (vi, with_bound), (map_fit, follows_data)),
+)
 def test_steps_of_two_fits_in_turns_keep_their_own_constraints(make, model, key):
     """`evaluate`, `update` and `get_params` use the constraints of the state's own start."""
     runner, data = make(model), (ONES, 50.0 * ONES)
@@ -158,7 +165,7 @@ def test_svi_keeps_the_constraints_of_a_states_start_too(key):
     )
 
 
-@pytest.mark.parametrize("model", [follows_latent, follows_data])
+@pytest.mark.parametrize("model", cases([follows_latent], [follows_data]))
 def test_a_map_state_knows_its_supports(model, key):
     runner = map_fit(model)
     first = quiet(runner, key, 3, ONES)
@@ -214,7 +221,7 @@ def test_two_threads_share_a_runner(key):
     assert not wrong
 
 
-@pytest.mark.parametrize("make", [vi, map_fit])
+@pytest.mark.parametrize("make", cases([map_fit], [vi]))
 def test_a_run_inside_a_callback_of_another_changes_nothing(make, key):
     runner = make(required)
     plain = quiet(make(required), key, 6, ONES, 0.0)
@@ -250,25 +257,23 @@ def _within(context, run):
         return run(Y)
 
 
-@pytest.fixture(scope="module", params=[vi, map_fit], ids=["vi", "map"])
-def expected(request):
-    """Give a kind of runner, and what it answers."""
-    make = request.param
-    return make, quiet(make(required), jax.random.key(0), 2, Y, 0.5).losses
+@pytest.fixture(scope="module")
+def expected():
+    """Give what each kind of runner answers."""
+    return {m: quiet(m(required), jax.random.key(0), 2, Y, 0.5).losses for m in (vi, map_fit)}
 
 
-PAIRS = [(a, b) for a in USES for b in USES]
-QUICK_PAIRS = [("jit", "plain"), ("vmap", "plain"), ("jvp", "plain"), ("eval_shape", "plain")]
-QUICK_PAIRS += [("debug_nans", "plain"), ("disable_jit", "plain"), ("plain", "disable_jit")]
+PAIRS = [(make, a, b) for make in (vi, map_fit) for a in USES for b in USES]
+QUICK_PAIRS = [(map_fit, first, "plain") for first in USES if first != "plain"]
+QUICK_PAIRS += [(vi, "jit", "plain"), (vi, "disable_jit", "plain")]
 
 
 @pytest.mark.parametrize(
-    ("first", "second"),
-    [pytest.param(*p, marks=[] if p in QUICK_PAIRS else pytest.mark.long) for p in PAIRS],
+    ("make", "first", "second"),
+    cases(QUICK_PAIRS, *(pair for pair in PAIRS if pair not in QUICK_PAIRS)),
 )
-def test_the_first_use_of_a_runner_may_be_any(expected, first, second, key):
-    make, losses = expected
-    runner = make(required)
+def test_the_first_use_of_a_runner_may_be_any(make, expected, first, second, key):
+    losses, runner = expected[make], make(required)
     for use in (first, second):
         got = USES[use](lambda y: quiet(runner, key, 2, y, 0.5).losses)
         if got is not None:
@@ -296,8 +301,15 @@ SETTINGS = {
 }
 
 
-@pytest.mark.parametrize("name", SETTINGS)
-@pytest.mark.parametrize("copied", [False, True])
+CHANGES = [(name, copied) for name in SETTINGS for copied in (False, True)]
+QUICK_CHANGES = [("prior_weight", True), ("kl_weight", True), ("jacobian", False)]
+QUICK_CHANGES += [("ensemble_size", False), ("init_loc_fn", False)]
+
+
+@pytest.mark.parametrize(
+    ("name", "copied"),
+    cases(QUICK_CHANGES, *(change for change in CHANGES if change not in QUICK_CHANGES)),
+)
 def test_a_setting_that_is_changed_takes_effect(name, copied, key):
     make, value = SETTINGS[name]
     runner = make(follows_data)
@@ -338,7 +350,7 @@ def test_a_setting_of_the_wrong_kind_is_refused(key):
         assert getattr(owner, name) is held
 
 
-@pytest.mark.parametrize("make", [vi, map_fit])
+@pytest.mark.parametrize("make", cases([map_fit], [vi]))
 def test_a_runner_can_be_deeply_copied(make, key):
     runner = make(required)
     before = quiet(runner, key, 2, ONES, 0.5)

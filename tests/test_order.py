@@ -80,7 +80,7 @@ def close(ours, theirs, **tolerance):
         )
 
 
-QUICK = {"Normal", "MultivariateNormal"}
+QUICK = {"MultivariateNormal"}
 
 
 @pytest.mark.promotes_ranks
@@ -111,6 +111,7 @@ def test_a_guide_that_a_jitted_svi_has_set_up_is_followed_in_its_order(key):
     close(result.member(1).params, alone.params)
 
 
+@pytest.mark.long
 def test_guides_set_up_by_seed_and_by_an_ensemble_have_the_models_order(key):
     seeded = autoguide.AutoDiagonalNormal(unsorted)
     handlers.seed(seeded, key)(2.0)

@@ -138,7 +138,7 @@ def walk(seed, num_calls):
 
 @pytest.mark.filterwarnings("ignore:.*too few for az.loo", "ignore:.*observed in this call")
 @pytest.mark.parametrize(
-    "seed", [pytest.param(s, marks=[] if s < 2 else pytest.mark.long) for s in range(24)]
+    "seed", [pytest.param(s, marks=[] if s < 1 else pytest.mark.long) for s in range(24)]
 )
 def test_no_answer_depends_on_what_was_called_before(seed):
-    walk(seed, 6 if seed < 2 else 12)
+    walk(seed, 6 if seed < 1 else 12)
