@@ -23,6 +23,7 @@ class Arguments(NamedTuple):
     kinds: tuple[str, ...]
     leaves: tuple[Any, ...]
     names: tuple[str, ...] = ()  # of the model's positional parameters
+    order: Any = None  # of the keys of dictionaries, where it is not the alphabet's
 
     def select(self, kind: str) -> list[Any]:
         """Return the leaves of one kind."""
@@ -55,7 +56,7 @@ class Arguments(NamedTuple):
             leaf if kind == FIXED else next(streams[kind])
             for leaf, kind in zip(self.leaves, self.kinds, strict=True)
         ]
-        return jax.tree.unflatten(self.treedef, leaves)
+        return _in_order(jax.tree.unflatten(self.treedef, leaves), self.order)
 
     def without_inputs(self) -> Arguments:
         """Return the arguments without the leaves that a program takes as its inputs."""
@@ -68,7 +69,7 @@ class Arguments(NamedTuple):
             fingerprint(leaf) if kind == FIXED else (np.shape(leaf), str(leaf.dtype))
             for leaf, kind in zip(self.leaves, self.kinds, strict=True)
         ]
-        return (self.treedef, self.kinds, tuple(marks))
+        return (self.treedef, self.kinds, tuple(marks), self.order)
 
 
 NO_ARGUMENTS = Arguments(jax.tree.structure(((), {})), (), ())
@@ -143,9 +144,8 @@ def arrange(
         for i, leaf in enumerate(leaves)
     )  # fmt: skip
     inputs = zip(leaves, kinds, strict=True)
-    return Arguments(
-        treedef, kinds, tuple(x if k == FIXED else _on_device(x) for x, k in inputs), names
-    )
+    on_device = tuple(x if k == FIXED else _on_device(x) for x, k in inputs)
+    return Arguments(treedef, kinds, on_device, names, _key_order((args, kwargs)))
 
 
 def is_array(leaf: Any) -> bool:
@@ -159,7 +159,50 @@ def is_traceable(leaf: Any) -> bool:
         return True
     if not isinstance(leaf, np.ndarray) or isinstance(leaf, np.ma.MaskedArray):
         return False
-    return bool(jnp.issubdtype(leaf.dtype, jnp.number) or leaf.dtype == bool)
+    numeric = jnp.issubdtype(leaf.dtype, jnp.number) or leaf.dtype == bool
+    return bool(numeric) and not _loses_by_narrowing(leaf)
+
+
+def _loses_by_narrowing(array: np.ndarray) -> bool:
+    """Return whether a NumPy array says something else in the precision of JAX.
+
+    That is so of seconds since 1970 in float32: a model may subtract the first of them in NumPy.
+    """
+    narrow = jax.dtypes.canonicalize_dtype(array.dtype)
+    if narrow == array.dtype or not array.size:
+        return False
+    if jnp.issubdtype(narrow, jnp.integer):
+        limits = jnp.iinfo(narrow)
+        return bool(array.min() < limits.min or array.max() > limits.max)
+    finite = array[np.isfinite(array)]
+    if not finite.size:
+        return False
+    with np.errstate(over="ignore"):
+        lost = np.abs(finite - finite.astype(narrow)).max()
+    return bool(lost > 1e-4 * np.abs(finite - finite[0]).max() and lost > 0)
+
+
+def _key_order(tree: Any) -> Any:
+    """Return the order of the keys of dictionaries, which JAX sorts; None where all are sorted."""
+    if type(tree) is dict:
+        inner = tuple(_key_order(value) for value in tree.values())
+        keys = tuple(tree)
+        in_order = all(isinstance(k, str) for k in keys) and list(keys) == sorted(keys)
+        return None if in_order and not any(inner) else (keys, inner)
+    if type(tree) in (list, tuple):
+        inner = tuple(_key_order(value) for value in tree)
+        return inner if any(inner) else None
+    return None
+
+
+def _in_order(tree: Any, order: Any) -> Any:
+    """Return a tree with the keys of its dictionaries in their order."""
+    if order is None:
+        return tree
+    if type(tree) is dict:
+        pairs = zip(*order, strict=True)
+        return {key: _in_order(tree[key], inner) for key, inner in pairs}
+    return type(tree)(_in_order(part, o) for part, o in zip(tree, order, strict=True))
 
 
 def _on_device(leaf: Any) -> Any:

@@ -24,6 +24,7 @@ from numpyro_ensemble.engine import Ensemble
 from numpyro_ensemble.handlers import is_factor, unwrapped
 from numpyro_ensemble.results import EnsembleResult
 from numpyro_ensemble.setup import setup_of
+from numpyro_ensemble.tracing import tracing_alone
 from numpyro_ensemble.vi import EnsembleVI
 
 _VI_DRAWS = 100
@@ -298,5 +299,5 @@ def compute(
         return Computed(deterministic, density, {name: terms[name] for name in sites.observed})
 
     keys = jax.random.split(rng_key, draws.shape)
-    values = jax.jit(lambda keys: map_member_draws(one, keys))(keys)
+    values = jax.jit(tracing_alone(lambda keys: map_member_draws(one, keys)))(keys)
     return values._replace(deterministic=given | values.deterministic)

@@ -12,6 +12,7 @@ from numpyro.infer import init_to_uniform
 from numpyro.infer.util import compute_log_probs
 
 from numpyro_ensemble.handlers import Role, is_factor, site_role, unwrapped
+from numpyro_ensemble.tracing import tracing_alone
 
 
 def log_joint(
@@ -69,6 +70,7 @@ class Site(NamedTuple):
     event_dim: int = 0  # trailing axes along which the values of one draw depend on each other
 
 
+@tracing_alone
 def filled_trace(model: Callable, args: tuple, kwargs: dict) -> dict[str, Any]:
     """Trace a model at an initialisation, since an improper prior cannot be sampled."""
     seeded = handlers.seed(model, jax.random.key(0))
@@ -87,7 +89,7 @@ def anatomy(
             if site["type"] in ("sample", "param", "mutable", "plate"):
                 found[name] = _describe(site, found, prior_sites)
 
-    jax.eval_shape(look)
+    jax.eval_shape(tracing_alone(look))
     return found
 
 

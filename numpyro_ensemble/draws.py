@@ -20,6 +20,7 @@ from numpyro_ensemble.guides import is_set_up
 from numpyro_ensemble.handlers import unwrapped
 from numpyro_ensemble.primitives import is_inexact
 from numpyro_ensemble.results import name_members
+from numpyro_ensemble.tracing import tracing_alone
 
 _ROOM = 1 << 28  # bytes that the draws of one batch may take
 
@@ -112,7 +113,7 @@ def check_guide(guide: Callable, params: dict, args: tuple, kwargs: dict) -> Non
             if site["type"] == "param":
                 needed.add(name)
 
-    jax.eval_shape(look)
+    jax.eval_shape(tracing_alone(look))
     missing = sorted(needed - params.keys())
     if missing:
         raise ValueError(

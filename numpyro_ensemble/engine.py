@@ -13,6 +13,7 @@ import numpy as np
 import numpyro.optim
 from jax.typing import ArrayLike
 from numpyro.infer import SVI
+from numpyro.infer.autoguide import AutoGuide
 from numpyro.infer.svi import SVIState
 from numpyro.util import is_prng_key
 
@@ -153,6 +154,10 @@ class Ensemble:
     def distilled_guide(self, guide: Callable, tracer: type) -> tuple[Callable, GuideValues]:
         """Return what a guide is after its set-up, with what was traced apart."""
         return take_out(guide, tracer)
+
+    def current_guide(self, guide: Callable) -> Callable:
+        """Return the guide of a set-up with the settings that the runner has now."""
+        return guide if isinstance(self.guide, AutoGuide) else self.guide
 
     def constrains_with_arguments(self, guide: Any) -> bool:
         """Return whether `member_params` reads the arguments of the model."""

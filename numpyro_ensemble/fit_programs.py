@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping
 from functools import partial
 from types import MappingProxyType
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from numpyro.infer import SVI
 from numpyro.infer.svi import SVIState
 
@@ -33,6 +35,7 @@ from numpyro_ensemble.preflight import (
     without_value,
 )
 from numpyro_ensemble.primitives import is_inexact
+from numpyro_ensemble.programs import keep
 from numpyro_ensemble.setup import (
     ARGUMENT_AXES,
     VALUE_AXES,
@@ -55,6 +58,8 @@ if TYPE_CHECKING:
     from numpyro_ensemble.engine import Ensemble
     from numpyro_ensemble.options import RunOptions
 
+_PROGRAMS = 32  # of one form of arguments that are kept
+_NUMBERS = (float, int, np.ndarray, np.generic, jax.Array)
 _FAST_COMPILE = {"xla_backend_optimization_level": "0"}  # halves the time that starts compile
 
 
@@ -92,7 +97,7 @@ class FitPrograms:
         self.checked: tuple[dict, dict] | None = None
         self.forms: StartForms | None = None
         self.parameter_forms: dict[str, Any] = {}  # see FitCall.parameter_forms
-        self._programs: dict[Any, Callable] = {}
+        self._programs: OrderedDict[Any, Callable] = OrderedDict()
 
     # What is known before anything runs ---------------------------------------------------------
 
@@ -176,9 +181,10 @@ class FitPrograms:
             params = {**svi.get_params(state), **(state.mutable_state or {})}
             read = drop_unread(guide, every, params, args, kwargs)
             leaves, tree = jax.tree.flatten(svi.constrain_fn.args[0])
-            traced = [isinstance(leaf, jax.core.Tracer) for leaf in leaves]
-            constraints = [leaf for leaf, t in zip(leaves, traced, strict=True) if t]
-            known = tuple(None if t else leaf for leaf, t in zip(leaves, traced, strict=True))
+            # start values can make a tracer of what is a number in another start
+            numeric = [isinstance(leaf, _NUMBERS) for leaf in leaves]
+            constraints = [jnp.asarray(leaf) for leaf, n in zip(leaves, numeric, strict=True) if n]
+            known = tuple(None if n else leaf for leaf, n in zip(leaves, numeric, strict=True))
             forms = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), every)
             inside = {}
             if init_params:
@@ -240,7 +246,7 @@ class FitPrograms:
             fn = tracing_alone(looking(build()))
             options = _FAST_COMPILE if once and jax.default_backend() == "cpu" else None
             fn = jax.jit(fn, static_argnums=0, donate_argnums=donate, compiler_options=options)
-            self._programs.setdefault(key, fn)
+            keep(self._programs, key, fn, _PROGRAMS)
         return self._programs[key]
 
 
@@ -333,7 +339,10 @@ class FitCall:
         """
         setup = setup_of(state)
         if setup is not None:
-            return setup.values.without_arguments()
+            values = setup.values.without_arguments()
+            if setup.template not in (None, self.template):
+                self._check_form(values)
+            return values
         wanted = self.forms.values.without_arguments()
         if not jax.tree.leaves(wanted):
             return wanted
@@ -349,6 +358,17 @@ class FitCall:
                 "it started: go on with a state that init, update or run of a runner has returned."
             )
         return found[0].without_arguments()
+
+    def _check_form(self, values: SetupValues) -> None:
+        """Raise a ValueError where a state's set-up is of another form than this fit's."""
+        wanted = self.forms.values.without_arguments()
+        same = jax.tree.structure(wanted) == jax.tree.structure(values)
+        pairs = zip(jax.tree.leaves(wanted), jax.tree.leaves(values), strict=False)
+        if not same or any(a.shape != jnp.shape(b) for a, b in pairs):
+            raise ValueError(
+                "the state is of another model or guide than this runner's, whose constraints are "
+                "of another form: begin anew, with init_params= from the earlier result."
+            )
 
     # Steps --------------------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ from jax.typing import ArrayLike
 from numpyro_ensemble.arguments import has_tracers
 from numpyro_ensemble.draws import check_failed, check_mixture, finite_members, pick
 from numpyro_ensemble.results import EnsembleResult
-from numpyro_ensemble.setup import setup_of
+from numpyro_ensemble.setup import Setup, setup_of
 
 
 class Given(NamedTuple):
@@ -38,6 +38,7 @@ class Given(NamedTuple):
     fitted: frozenset[str]
     finite: np.ndarray
     known: frozenset[str] | None = None
+    setup: Setup | None = None  # of the members' guides
 
     def finite_weights(self, weights: ArrayLike | None) -> np.ndarray | None:
         """Return the weights of the members that are left, adding up to 1."""
@@ -62,7 +63,7 @@ def read_given(
     """Sort out what `EnsemblePredictive` was given, and leave out members that are not finite."""
     samples, fitted = posterior_samples, frozenset[str]()
     ended_well: Any = True
-    known = None
+    known = setup = None
     if isinstance(posterior_samples, EnsembleResult):
         if params is not None:
             raise ValueError("params comes with the EnsembleResult: leave it out.")
@@ -95,9 +96,11 @@ def read_given(
         finite = finite_members((samples, params), size) & np.asarray(ended_well)
         check_failed(finite, on_failed, stacklevel=5)
         if not finite.all():
-            samples, params = pick((samples, params), np.flatnonzero(finite))
+            left = np.flatnonzero(finite)
+            samples, params = pick((samples, params), left)
+            setup = None if setup is None else setup.of_members(left)
             size = int(finite.sum())
-    return Given(samples, params, size, number, ndims, fitted, finite, known)
+    return Given(samples, params, size, number, ndims, fitted, finite, known, setup)
 
 
 def _sorted(samples: Any, params: Any) -> tuple[dict | None, dict | None]:

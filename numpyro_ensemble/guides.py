@@ -178,7 +178,7 @@ def drop_unread(
     guides never read the data that they were set up with.
     """
     leaves, treedef = jax.tree.flatten(values)
-    if not leaves:
+    if not leaves or not _of_numpyro(guide):  # another's may read them in a branch not taken here
         return values
 
     def read(leaves: list[Any]) -> Any:
@@ -198,6 +198,15 @@ def drop_unread(
     used |= {id(v) for v in jaxpr.outvars}
     kept = [x if id(v) in used else None for x, v in zip(leaves, jaxpr.invars, strict=True)]
     return jax.tree.unflatten(treedef, kept)
+
+
+def _of_numpyro(guide: Callable) -> bool:
+    """Return whether an autoguide and its parts are of NumPyro's own classes."""
+    if not isinstance(guide, AutoGuide):
+        return False
+    own = type(guide).__module__.startswith("numpyro.")
+    lists = [part for v in vars(guide).values() if isinstance(v, list) for part in v]
+    return own and all(map(_of_numpyro, [*_parts(guide), *filter(callable, lists)]))
 
 
 def set_up(guide: Callable, other: Callable) -> None:

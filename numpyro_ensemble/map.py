@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
 from collections.abc import Callable, Collection
 from typing import Any
@@ -137,6 +138,12 @@ class EnsembleMAP(Ensemble):
     def distilled_guide(self, guide: Callable, tracer: type) -> tuple[Callable, GuideValues]:
         """Return the structure of the point guide alone."""
         return guide.distilled(), GuideValues([], [], [])  # type: ignore[attr-defined]
+
+    def current_guide(self, guide: Any) -> Any:
+        """Return the point guide with the runner's model and objective."""
+        guide = copy.copy(guide)
+        guide.model, guide.jacobian = self.model, self.jacobian
+        return guide
 
     def constrains_with_arguments(self, guide: Any) -> bool:
         """Return whether a support depends on other latents, and so on the model's arguments."""

@@ -31,7 +31,8 @@ class Member(NamedTuple):
 
     def guide(self, values: SetupValues) -> Callable:
         """Return the guide, with the values of the member's own set-up in it."""
-        return fill(self.template.guide, self.template.fill_values(values.guide))
+        guide = fill(self.template.guide, self.template.fill_values(values.guide))
+        return self.engine.current_guide(guide)
 
     def svi(self, state: SVIState, values: SetupValues, scale: float = 1.0) -> SVI:
         """Return a plain SVI, past its `init`."""
@@ -75,4 +76,5 @@ class Member(NamedTuple):
         """Return the parameters, as users see them."""
         args, kwargs = self.call.rebuild(dynamic)
         params = self.svi(state, values).get_params(state)
-        return self.engine.member_params(self.template.guide, params, args, kwargs)
+        guide = self.engine.current_guide(self.template.guide)
+        return self.engine.member_params(guide, params, args, kwargs)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 from numpyro.infer import Predictive
+from numpyro.infer.autoguide import AutoGuide
 from numpyro.util import is_prng_key
 
 from numpyro_ensemble.density import anatomy
@@ -22,8 +23,10 @@ from numpyro_ensemble.draws import (
 )
 from numpyro_ensemble.fingerprints import captured
 from numpyro_ensemble.given import read_given
+from numpyro_ensemble.guides import fill
 from numpyro_ensemble.handlers import check_count
 from numpyro_ensemble.programs import Programs
+from numpyro_ensemble.setup import VALUE_AXES, GuideValues, Setup
 
 _DRAWN = ("latent", "discrete")  # kinds of sites
 
@@ -113,12 +116,22 @@ class EnsemblePredictive:
         self._given, self.num_samples = given, given.number
         self.grouped = group_by_member or given.ndims == 2
         self.weights = given.finite_weights(weights)
+        self._setup = self._setup_of_guides()
         self._programs = Programs()
 
     @property
     def ensemble_size(self) -> int:
         """Number of members E, 1 where there are none."""
         return self._given.size or 1
+
+    def _setup_of_guides(self) -> Setup | None:
+        """Return the set-up of the fit's guides, if the guide that was given is one of these."""
+        setup = self._given.setup
+        if setup is None or setup.template is None or not isinstance(self.guide, AutoGuide):
+            return None
+        fitted: Any = setup.template.guide
+        same = type(fitted) is type(self.guide) and fitted.prefix == self.guide.prefix
+        return setup if same else None
 
     # The call -----------------------------------------------------------------------------------
 
@@ -132,9 +145,11 @@ class EnsemblePredictive:
         """
         if not is_prng_key(rng_key):
             raise ValueError(f"rng_key takes one key, jax.random.key(0) say; got {rng_key!r}.")
-        inputs = (rng_key, *self._indices(rng_key), self._given.samples, self._given.params)
+        given = self._given
+        values = None if self._setup is None else self._setup.values.guide
+        inputs = (rng_key, *self._indices(rng_key), given.samples, given.params, values)
         predictions = self._programs.call(
-            self._predict, inputs, self.model, args, kwargs, captured(self.guide),
+            self._predict, inputs, self.model, args, kwargs, *self._settings(),
             prepare=lambda: self._check_model(args, kwargs),
         )  # fmt: skip
         if self._given.ndims == 0:
@@ -190,7 +205,10 @@ class EnsemblePredictive:
                     stacklevel=6,
                 )
         if self.guide is not None:
-            check_guide(self.guide, self._given.params, args, kwargs)
+            guide = self.guide
+            if self._setup is not None:
+                guide = _first_guide(self._setup)
+            check_guide(guide, self._given.params, args, kwargs)
         observed = [
             name
             for name, site in sites.items()
@@ -203,8 +221,22 @@ class EnsemblePredictive:
                 stacklevel=6,
             )
 
+    def _settings(self) -> tuple:
+        """Return what a program depends on besides its arguments and the model."""
+        sites = None if self.return_sites is None else tuple(self.return_sites)
+        discrete = (self.infer_discrete, self.condition_deterministic)
+        template = None if self._setup is None else self._setup.template
+        return (captured(self.guide), template, sites, *discrete, self.batch_size, self.parallel)
+
     def _predict(
-        self, call: tuple, rng_key: Any, member: Any, draw: Any, samples: Any, params: Any
+        self,
+        call: tuple,
+        rng_key: Any,
+        member: Any,
+        draw: Any,
+        samples: Any,
+        params: Any,
+        values: GuideValues | None,
     ) -> Any:
         """Return all predictions; this is what is compiled."""
         args, kwargs = call
@@ -215,7 +247,7 @@ class EnsemblePredictive:
         places = (member, draw) if self._given.ndims == 2 else (member,)
         if self.guide is not None:
             rng_key, guide_key = jax.random.split(rng_key)
-            samples = self._draw(guide_key, member, params, args, kwargs)
+            samples = self._draw(guide_key, member, params, values, args, kwargs)
             places = (np.arange(total),)
         keys = jax.random.split(rng_key, total) if total > 1 else rng_key[None]
 
@@ -238,18 +270,40 @@ class EnsemblePredictive:
         return map_draws(one, (keys, member, places), at_once)
 
     def _draw(
-        self, rng_key: jax.Array, member: Any, params: Any, args: tuple, kwargs: dict
+        self,
+        rng_key: jax.Array,
+        member: Any,
+        params: Any,
+        values: GuideValues | None,
+        args: tuple,
+        kwargs: dict,
     ) -> dict[str, Any]:
-        """Draw the latents of each prediction from the guide."""
+        """Draw the latents of each prediction from the guide, as each member has set it up."""
 
-        def draw(key: jax.Array, own: Any) -> dict[str, Any]:
-            return draw_latents(self.guide, key, own, args, kwargs)  # type: ignore[arg-type]
+        def draw(key: jax.Array, own: Any, values: GuideValues | None) -> dict[str, Any]:
+            guide: Any = self.guide
+            if values is not None and self._setup is not None:
+                template = self._setup.template
+                guide = fill(template.guide, template.fill_values(values))  # type: ignore[union-attr]
+            return draw_latents(guide, key, own, args, kwargs)
 
         size, number = self.ensemble_size, self.num_samples
         keys = jax.random.split(rng_key, size * number)
+        axes = None if values is None else VALUE_AXES.guide
         if self.weights is not None or self._given.size is None:
-            return jax.vmap(lambda key, e: draw(key, pick(params, e)))(keys, member)
+            if values is not None:
+                supports, own = pick(values[:2], member)
+                values = GuideValues(supports, own, values.shared)
+            each = jax.vmap(lambda key, e, own: draw(key, pick(params, e), own), (0, 0, axes))
+            return each(keys, member, values)
         # what a guide computes from a member's parameters alone, it computes once
-        many = jax.vmap(jax.vmap(draw, in_axes=(0, None)))
-        draws = many(keys.reshape(size, number, *keys.shape[1:]), params)
+        many = jax.vmap(jax.vmap(draw, in_axes=(0, None, None)), in_axes=(0, 0, axes))
+        draws = many(keys.reshape(size, number, *keys.shape[1:]), params, values)
         return jax.tree.map(lambda x: x.reshape(size * number, *x.shape[2:]), draws)
+
+
+def _first_guide(setup: Setup) -> Any:
+    """Return the guide of the first member."""
+    first = setup.of_members(0).values.guide
+    assert setup.template is not None
+    return fill(setup.template.guide, setup.template.fill_values(first))

@@ -43,10 +43,15 @@ def looks_at(arguments: Arguments, error: Exception) -> ValueError:
             outside = isinstance(leaf, jax.core.Tracer)
             by = "jit, vmap or grad around this call" if outside else "jit_model_args=True"
             named.append(f"{by} traces {label!r}")
+    if not named:
+        return ValueError(
+            f"the model, guide or a schedule looks at the value of a latent, a parameter or a "
+            f"step, which are traced in every fit: {error} Use jnp.where or jax.lax.cond there."
+        )
     return ValueError(
         f"the model looks at the values of an argument that is traced ({', '.join(named)}): "
         f"{error} Compute what it needs beforehand and pass that as an argument of its own that is "
-        f"no array; or leave the option out."
+        f"no array; or leave out the option or transformation that traces it."
     )
 
 

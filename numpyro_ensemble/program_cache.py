@@ -19,8 +19,8 @@ from numpyro_ensemble.guides import latent_order
 from numpyro_ensemble.options import RunOptions
 from numpyro_ensemble.preflight import looks_at
 from numpyro_ensemble.programs import keep
-from numpyro_ensemble.setup import plain, setup_of
-from numpyro_ensemble.tracing import NUMPY_WANTED, TRACING, LooksAtValuesError, tracing_alone
+from numpyro_ensemble.setup import SetupTemplate, plain, setup_of
+from numpyro_ensemble.tracing import TRACING, LooksAtValuesError, tracing_alone
 
 if TYPE_CHECKING:
     from numpyro_ensemble.engine import Ensemble
@@ -71,29 +71,38 @@ class ProgramCache:
         twice = sorted(kwargs.keys() & self.engine.static_kwargs)
         if twice:
             raise TypeError(f"{twice[0]!r} is given both as a static keyword and in this call.")
+        first: Key | None = None
         if options.jit_model_args is not False:
-            arguments, key = self._arranged(args, kwargs, options, traced=True)
+            arguments, first = self._arranged(args, kwargs, options, traced=True)
             falls_back = options.jit_model_args is None and _could_be_concrete(arguments)
-            if not (falls_back and key in self._looks):
+            if not (falls_back and first in self._looks):
                 call = None
                 try:
-                    call = self._call(arguments, key, starts, state)
+                    call = self._call(arguments, first, starts, state)
                     return use(call)
                 except LooksAtValuesError as error:
                     if not falls_back:
                         raise looks_at(arguments, error) from error
-                except NUMPY_WANTED:
+                except Exception:  # before anything ran: of a model that needs NumPy's arrays?
                     if not falls_back or call is not None:
                         raise
-                keep(self._looks, key, None, _REMEMBERED)
-        arguments, key = self._arranged(args, kwargs, options, traced=False)
+        arguments, key = self._arranged(args, kwargs, options, traced=False, like=first)
         try:
-            return use(self._call(arguments, key, starts, state))
+            call = self._call(arguments, key, starts, state)
+            if first is not None and not holds_tracers(first[2].value):
+                keep(self._looks, first, None, _REMEMBERED)
+            return use(call)
         except LooksAtValuesError as error:
             raise looks_at(arguments, error) from error
 
     def _arranged(
-        self, args: tuple, kwargs: dict, options: RunOptions, *, traced: bool
+        self,
+        args: tuple,
+        kwargs: dict,
+        options: RunOptions,
+        *,
+        traced: bool,
+        like: Key | None = None,
     ) -> tuple[Arguments, Key]:
         """Return the arguments, and what a program for them depends on."""
         engine = self.engine
@@ -106,7 +115,8 @@ class ProgramCache:
             member_args=options.member_args or (),
             traced=traced,
         )
-        batches = options.batches(arguments, engine.ensemble_size)
+        # options warn, once
+        batches = options.batches(arguments, engine.ensemble_size) if like is None else like[1]
         with TRACING:  # or another thread's handlers are taken for this call's
             around = captured(tuple(_PYRO_STACK))
             marks = (captured(engine.model), captured(engine.guide), *engine.settings(), around)
@@ -123,6 +133,8 @@ class ProgramCache:
         form, batches, settings = key
         setup = None if state is None else setup_of(state)
         template = None if setup is None else setup.template
+        if template is not None and self._of_another_model(template):
+            template = None  # the runner's own set-up, with the values of the state's
         order = latent_order(self.engine.guide)
         keys: list[Hashable] = [(key, order)]
         if template is not None:
@@ -143,6 +155,10 @@ class ProgramCache:
                 keep(self._kept, later, programs, 2 * _KEPT)
         return FitCall(programs, arguments, form)
 
+    def _of_another_model(self, template: SetupTemplate) -> bool:
+        mine, theirs = self.engine.model, template.model
+        return mine is not theirs and captured(mine) != captured(theirs)
+
     def params(self, state: SVIState) -> dict[str, Any]:
         """Return the parameters of a state.
 
@@ -156,10 +172,12 @@ class ProgramCache:
                 "this process: a plain SVIState, or one that was pickled, does not hold the "
                 "constraints of its parameters. Use result.params, or go on from it with run."
             )
-        key = ("params", setup.template)
+        engine, template = self.engine, setup.template
+        marks = (captured(engine.model), captured(template.guide), engine.settings())
+        key = ("params", template, Hashed(marks))
         program: Callable | None = self._kept.get(key)
         if program is None:
-            build = tracing_alone(partial(constrain, self.engine, setup.template))
+            build = tracing_alone(partial(constrain, engine, template))
             program = jax.jit(build, static_argnums=0)
         keep(self._kept, key, program, 2 * _KEPT)
         call = setup.call or CallForm(NO_ARGUMENTS)

@@ -106,6 +106,19 @@ class Setup:
     ) -> None:
         self.values, self.template, self.call = values, template, call
 
+    def of_members(self, members: Any) -> Setup:
+        """Return the set-up of some members."""
+
+        def take(leaf: Any) -> Any:
+            return leaf[members]
+
+        constraints, guide, arguments = self.values
+        supports, own = jax.tree.map(take, guide[:2])
+        values = SetupValues(
+            jax.tree.map(take, constraints), GuideValues(supports, own, guide.shared), arguments
+        )
+        return Setup(values, self.template, self.call)
+
     def __reduce__(self) -> tuple:  # closures over models cannot be pickled
         values = self.values.without_arguments()
         return Setup, (values, None, None)

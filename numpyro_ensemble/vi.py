@@ -237,7 +237,7 @@ class EnsembleVI(Ensemble):
 
         params = {**result.params, **(result.state.mutable_state or {})}
         inputs = (rng_key, params, values)
-        how = (template, size, num_samples, with_density)
+        how = (template, captured(template.guide), size, num_samples, with_density)
         samples, densities, known = self._drawing.call(draw, inputs, self.model, args, kwargs, *how)
         if "log_q_mixture" in densities and not has_tracers(known) and not bool(known):
             del densities["log_q_mixture"]

@@ -13,7 +13,13 @@ from numpy.testing import assert_allclose, assert_array_equal
 from numpyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
 from numpyro.infer.autoguide import AutoDelta, AutoLaplaceApproximation, AutoNormal
 
-from numpyro_ensemble import EarlyStopping, EnsembleMAP, EnsembleVI, to_arviz
+from numpyro_ensemble import (
+    EarlyStopping,
+    EnsembleMAP,
+    EnsemblePredictive,
+    EnsembleVI,
+    to_arviz,
+)
 
 ADAM = numpyro.optim.Adam(0.05)
 ONES = np.ones(3)
@@ -369,3 +375,124 @@ def test_early_stopping_goes_with_debug_nans(key):
     assert_array_equal(np.isfinite(losses).sum(1), [4, 4])
     inside = jax.jit(lambda y: runner.run(key, 12, y, 0.5, early_stopping=rule).losses)(Y)
     assert_allclose(inside, losses, rtol=1e-9)
+
+
+# What a fresh pair of eyes has found ------------------------------------------------------------
+
+
+def test_data_in_double_precision_are_not_narrowed_before_the_model_sees_them(key):
+    """Seconds since 1970 lose their differences in float32, which the model takes in NumPy."""
+    seconds = 1.7e9 + 10.0 * np.arange(6.0)
+    big = np.array([3_000_000_000, 5_000_000_000])
+
+    def model(t, n, y):
+        slope = numpyro.sample("slope", dist.Normal(0.0, 1.0))
+        numpyro.sample("y", dist.Normal(slope * (t - t[0]) / 10.0, 1.0).to_event(1), obs=y)
+        numpyro.sample("also", dist.Normal(slope * (n / 1e9), 1.0).to_event(1), obs=n / 1e9)
+
+    with jax.enable_x64(False):
+        runner = EnsembleMAP(model, numpyro.optim.Adam(0.1), ensemble_size=2)
+        result = quiet(runner, key, 200, seconds, big, np.arange(6.0, dtype=np.float32))
+        assert_allclose(result.params["slope"], 1.0, atol=0.1)
+
+
+def test_a_start_can_make_a_constraint_traced(key):
+    def model(y):
+        hi = numpyro.param("hi", 3.0, constraint=dist.constraints.positive)
+        mid = numpyro.param("mid", 1.0, constraint=dist.constraints.interval(0.0, hi))
+        numpyro.sample("y", dist.Normal(mid, 1.0).expand([3]).to_event(1), obs=y)
+
+    runner = map_fit(model)
+    starts = {"hi": jnp.array([10.0, 20.0]), "mid": jnp.array([1.0, 2.0])}
+    state = runner.init(key, 8.0 * ONES, init_params=starts)
+    params = runner.get_params(state)
+    assert_allclose(params["mid"], starts["mid"], rtol=1e-6)
+    assert quiet(runner, key, 400, 8.0 * ONES, init_params=starts).params["mid"].max() > 6.0
+
+
+def test_a_runner_goes_on_with_its_own_model_and_guide(key):
+    def other(y):
+        z = numpyro.sample("z", dist.Normal(0.0, 5.0))
+        numpyro.sample("y", dist.Normal(z, 1.0).expand([3]).to_event(1), obs=y)
+
+    def positive(y):
+        z = numpyro.sample("z", dist.HalfNormal(1.0))
+        numpyro.sample("y", dist.Normal(z, 1.0).expand([3]).to_event(1), obs=y)
+
+    first = quiet(map_fit(positive), key, 3, ONES)
+    more = quiet(map_fit(other), key, 600, -5.0 * ONES, init_state=first.state)
+    assert more.params["z"].max() < -3.0
+
+    def guide_of(scale):
+        def guide(y, shift):
+            numpyro.sample("z", dist.Normal(numpyro.param("loc", 0.5), scale))
+            numpyro.sample("a", dist.Normal(numpyro.param("at", lambda k: jax.random.normal(k)), 1))
+
+        return guide
+
+    narrow, wide = (
+        EnsembleVI(required, guide_of(scale), ADAM, Trace_ELBO(), ensemble_size=2)
+        for scale in (0.01, 3.0)
+    )
+    state = narrow.init(key, ONES, 0.5)
+    fresh = wide.init(key, ONES, 0.5)
+    assert_allclose(wide.evaluate(state, ONES, 0.5), wide.evaluate(fresh, ONES, 0.5), rtol=1e-9)
+    assert np.abs(narrow.evaluate(state, ONES, 0.5) - wide.evaluate(state, ONES, 0.5)).max() > 0.1
+
+
+def test_dictionaries_reach_the_model_in_their_order(key):
+    def model(rows, **more):
+        for name, value in {**rows, **more}.items():
+            numpyro.sample(name, dist.Normal(value, 1.0))
+
+    rows, more = {"zeta": jnp.array(1.0), "alpha": jnp.array(2.0)}, {"mid": 0.5, "beta": ONES[0]}
+    runner = map_fit(model)
+    keys = jax.random.split(key, 2)
+    ours = runner.get_params(runner.init(keys, rows, **more))
+    single = SVI(model, AutoDelta(model, init_loc_fn=numpyro.infer.init_to_uniform), ADAM,
+                 Trace_ELBO())  # fmt: skip
+    state = single.init(keys[1], rows, **more)
+    theirs = single.get_params(state)
+    for name in ("zeta", "alpha", "mid", "beta"):
+        assert_allclose(ours[name][1], theirs[f"{name}_auto_loc"], rtol=1e-9)
+
+
+def test_predictions_use_the_set_up_of_their_own_fit(key):
+    def model(y, s):
+        z = numpyro.sample("z", dist.Normal(0.0, 10.0))
+        numpyro.sample("y", dist.Normal(z, s).expand([3]).to_event(1), obs=y)
+
+    runner = vi(model, AutoLaplaceApproximation)
+    quiet(runner, key, 50, ONES, jnp.array(1.0))
+    second = quiet(runner, key, 50, ONES, jnp.array(0.01))
+    predictive = EnsemblePredictive(
+        model, second, guide=runner.guide, num_samples=100, return_sites=["z"]
+    )
+    spread = predictive(key, None, 0.01)["z"].reshape(2, 100).std(axis=1)
+    assert_allclose(spread, 0.01 / np.sqrt(3.0), rtol=0.3)
+    predictive.return_sites = ["y"]
+    assert list(predictive(key, None, 0.01)) == ["y"]
+
+
+def test_what_a_guide_closes_over_is_never_stale_in_draws(key):
+    spread = [1.0]
+
+    def guide(y, shift):
+        numpyro.sample("z", dist.Normal(numpyro.param("loc", 0.5), spread[0]))
+        numpyro.sample("a", dist.Normal(numpyro.param("at", lambda k: jax.random.normal(k)), 1.0))
+
+    runner = EnsembleVI(required, guide, ADAM, Trace_ELBO(), ensemble_size=2)
+    result = quiet(runner, key, 2, ONES, 0.5)
+    before = runner.sample_posterior(key, result, ONES, 0.5, num_samples=50)["z"].std()
+    spread[0] = 5.0
+    after = runner.sample_posterior(key, result, ONES, 0.5, num_samples=50)["z"].std()
+    assert after > 3.0 * before
+
+
+def test_a_model_that_looks_at_a_latent_is_told_so(key):
+    def model(y):
+        z = numpyro.sample("z", dist.Normal(0.0, 1.0))
+        numpyro.sample("y", dist.Normal(z if z > 0 else 0.0, 1.0), obs=y)
+
+    with pytest.raises(ValueError, match=r"value of a latent.*jnp\.where"):
+        quiet(map_fit(model), key, 2, 1.0)

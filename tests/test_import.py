@@ -17,9 +17,10 @@ FILES = sorted(ROOT.rglob("*.py"))
 # `programs` and on itself, `gp` on those up to `draws`, for functions are mapped over draws too.
 LAYERS = [
     {"handlers"},
+    {"tracing"},
     {"density"},
     {"primitives"},
-    {"results", "fingerprints", "batching", "optimisers", "tracing"},
+    {"results", "fingerprints", "batching", "optimisers"},
     {"arguments"},
     {"programs", "setup"},
     {"training", "guides", "starts"},
@@ -36,7 +37,7 @@ LAYERS = [
     {"scoring"},
     {"plotting"},
 ]
-FOLDERS = {"mcmc": 6, "gp": 8}  # how many of the lines
+FOLDERS = {"mcmc": 7, "gp": 9}  # how many of the lines
 
 HEAVY = {  # imported by these modules alone, and only when needed
     "blackjax": {"mcmc"},
