@@ -59,7 +59,7 @@ def test_chains_that_start_nowhere_start_beside_others(kernel):
 
 
 def two_wells():
-    """A normal beside a well that is so low that nothing of the density is there, and that no chain leaves."""
+    """A normal, and beside it a well of hardly any mass that no chain leaves."""
     x = numpyro.sample("x", dist.Normal(0.0, 1.0))
     well = -1e6 * (x + 1.5) ** 2 - 1e5
     numpyro.factor("well", jnp.where(x < -1.0, well, 0.0))

@@ -150,13 +150,17 @@ def _adapt(
     folds, gradients = rows[order].reshape(shape), slopes[order].reshape(shape)
     scales = folds.std(axis=1)
     # lines 7 and 8: the step size, no more than 1, from the scaled gradients
-    largest = jax.vmap(maximum_eigenvalue)(gradients * scales[:, None])
+    low_rank = adaptation.low_rank
+    whitened, scaled = folds / scales[:, None], gradients * scales[:, None]
+    if low_rank is not None:
+        window = scheme.window_fraction, scheme.plain
+        low_rank = low_rank.observe(rows, adaptation.progress, *window)
+        whitened = low_rank.whiten(folds, scheme.plain)
+        if not scheme.plain:
+            scaled = low_rank.scale_gradients(gradients)
+    largest = jax.vmap(maximum_eigenvalue)(scaled)
     step_sizes = jnp.minimum(scheme.step_size_multiplier / jnp.sqrt(largest), 1.0)
     step_sizes, lent_scales = jnp.roll(step_sizes, 1), jnp.roll(scales, 1, axis=0)
-    low_rank, whitened = adaptation.low_rank, folds / scales[:, None]
-    if low_rank is not None:
-        low_rank = low_rank.observe(rows, adaptation.progress, scheme.window_fraction)
-        whitened = low_rank.whiten(folds)
     # line 9: the damping, no less than the floor that falls with time
     centred = whitened - whitened.mean(axis=1, keepdims=True)
     floor = scheme.damping_slowdown / ((adaptation.progress.iteration[0] + 1) * step_sizes)
