@@ -15,7 +15,7 @@ from numpyro.infer import MCMC, NUTS, Predictive, init_to_uniform
 
 from numpyro_ensemble import reweight
 from numpyro_ensemble.mcmc import MEADS, ChEES
-from numpyro_ensemble.mcmc.kernel import ChainsState
+from numpyro_ensemble.mcmc.state import ChainsState
 
 KERNELS = [partial(MEADS, start="init"), partial(ChEES, start="init")]
 NAMES = ["MEADS", "ChEES"]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import inspect
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Any, NamedTuple
 
 import jax
@@ -13,14 +15,15 @@ import numpy as np
 import numpyro
 from blackjax.adaptation.meads_adaptation import maximum_eigenvalue
 
-from numpyro_ensemble.mcmc.target import flat, site_of
+from numpyro_ensemble.mcmc.positions import Coordinates
 
 _NAMED = 10
 _FREEZING = 1e3  # the largest eigenvalue above which steps are a 60th of the scale, or less
 _FAR = 5.0  # times the virial of the typical set
 
 
-_INSIDE = tuple(str(path) for path in (Path(numpyro.__file__).parent, Path(__file__).parents[1]))
+_JAX = str(Path(jax.__file__).parent)
+_INSIDE = (_JAX, *map(str, (Path(numpyro.__file__).parent, Path(__file__).parents[1])))
 
 
 def callers_level() -> int:
@@ -29,6 +32,20 @@ def callers_level() -> int:
     while frame is not None and frame.f_code.co_filename.startswith(_INSIDE):
         frame, level = frame.f_back, level + 1
     return level
+
+
+def frames_outside_jax() -> Iterator[FrameType]:
+    """Yield the frames of the calls that are being made, from the innermost, but those of JAX."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        if not frame.f_code.co_filename.startswith((_JAX, str(Path(__file__).parent))):
+            yield frame
+        frame = frame.f_back
+
+
+def listed(numbers: np.ndarray) -> str:
+    """Return the first few numbers as text."""
+    return ", ".join(map(str, numbers[:_NAMED])) + (", ..." if len(numbers) > _NAMED else "")
 
 
 class Survey(NamedTuple):
@@ -40,11 +57,9 @@ class Survey(NamedTuple):
     virial: jax.Array  # mean of -(z - mean) * gradient, which is 1 in the typical set
 
 
-def survey(log_density: Any, z: Any, num_folds: int) -> tuple[Any, jax.Array, Any, Survey]:
-    """Return positions, log densities, gradients and what is known of them."""
-    z = jax.tree.map(lambda x: jnp.asarray(x, jnp.result_type(x, float)), z)
-    values, grads = jax.vmap(jax.value_and_grad(log_density))(z)
-    rows, slopes = flat(z), flat(grads)
+def survey(log_density: Any, rows: jax.Array, num_folds: int) -> tuple[jax.Array, Any, Survey]:
+    """Return the log densities and gradients of positions `(C, D)`, and what is known of them."""
+    values, slopes = jax.vmap(jax.value_and_grad(log_density))(rows)
     finite = jnp.isfinite(values) & jnp.isfinite(slopes).all(axis=1)
     folds = rows.reshape(num_folds, -1, rows.shape[1])
     scale = folds.std(axis=1)
@@ -52,16 +67,16 @@ def survey(log_density: Any, z: Any, num_folds: int) -> tuple[Any, jax.Array, An
     varies = (folds.max(axis=1) > folds.min(axis=1)).all(axis=0)  # a scale may round above 0
     eigenvalues = jax.vmap(maximum_eigenvalue)(scaled)
     virial = -((rows - rows.mean(axis=0, keepdims=True)) * slopes).mean()
-    return z, values, grads, Survey(finite, varies, eigenvalues, virial)
+    return values, slopes, Survey(finite, varies, eigenvalues, virial)
 
 
-def check_start(name: str, z: Any, found: Survey, remedy: str) -> None:
+def check_start(name: str, coordinates: Coordinates, found: Survey, remedy: str) -> None:
     """Raise or warn where chains cannot start, or would not get away from, where they are.
 
     Args:
         name: of the kernel.
-        z: where they are.
-        found: what is known of it.
+        coordinates: of their positions.
+        found: what is known of where they are.
         remedy: what to do about it.
 
     Raises:
@@ -72,14 +87,13 @@ def check_start(name: str, z: Any, found: Survey, remedy: str) -> None:
     finite = np.asarray(found.finite)
     if not finite.all():
         wrong = np.flatnonzero(~finite)
-        shown = ", ".join(map(str, wrong[:_NAMED])) + (", ..." if len(wrong) > _NAMED else "")
         raise ValueError(
             f"{len(wrong)} of {len(finite)} chains start where the log density or its gradient is "
-            f"not finite: {shown}. {remedy}"
+            f"not finite: {listed(wrong)}. {remedy}"
         )
     varies = np.asarray(found.varies)
     if not varies.all():
-        site = site_of(z, int(np.flatnonzero(~varies)[0]))
+        site = coordinates.site_of(int(np.flatnonzero(~varies)[0]))
         raise ValueError(
             f"The chains start at the same value of {site!r}, which makes its scale zero: they "
             f"must be spread. {remedy}"

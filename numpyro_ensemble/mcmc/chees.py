@@ -17,9 +17,10 @@ from numpyro.infer import init_to_uniform
 
 from numpyro_ensemble.handlers import check_count
 from numpyro_ensemble.mcmc.checks import Survey, check_part, check_positive
-from numpyro_ensemble.mcmc.kernel import ChainsState, ManyChainKernel
+from numpyro_ensemble.mcmc.kernel import ManyChainKernel
 from numpyro_ensemble.mcmc.progress import Progress
-from numpyro_ensemble.mcmc.target import all_finite, choose, flat, per_chain, shared
+from numpyro_ensemble.mcmc.state import ChainsState
+from numpyro_ensemble.mcmc.target import all_finite, choose, per_chain, shared
 
 _BITS = 30  # of the Halton sequence: those that a shorter run has no need of add nothing
 _FORGETTING = 3.0  # how fast the scale forgets: it speaks of the last third of warm-up
@@ -90,10 +91,9 @@ _ALIKE = DynamicHMCState(0, 0, 0, None)  # chains make the same number of steps
 
 
 def chees_start(
-    z: Any, step_size: jax.Array, length: jax.Array, progress: Progress, scheme: Scheme
+    rows: jax.Array, step_size: jax.Array, length: jax.Array, progress: Progress, scheme: Scheme
 ) -> ChEESAdaptation:
-    """Return the adaptation of chains that have not moved yet."""
-    rows = flat(z)
+    """Return the adaptation of chains that have not moved yet, from positions `(C, D)`."""
     num_chains = rows.shape[0]
     index = jnp.zeros((), int)
     inner = scheme.rules()[0](index, step_size)
@@ -115,9 +115,10 @@ def chees_step(
 
     Args:
         keys: `(C,)`.
-        chains: BlackJAX's state, with a leading chain axis but for `random_generator_arg`.
+        chains: BlackJAX's state, with a leading chain axis but for `random_generator_arg`, and
+            positions in rows.
         adaptation: the state of the scheme.
-        log_density: of one chain's position.
+        log_density: of one chain's row.
         scheme: its constants.
 
     Returns:
@@ -142,7 +143,7 @@ def chees_step(
 
 
 def _adapt(
-    before: Any, after: Any, info: Any, a: ChEESAdaptation, scheme: Scheme
+    before: jax.Array, after: jax.Array, info: Any, a: ChEESAdaptation, scheme: Scheme
 ) -> ChEESAdaptation:
     """Make one step of the scheme from one step of the chains."""
     inner, num_chains = shared(a.inner), a.step_size.shape[0]
@@ -171,7 +172,7 @@ def _adapt(
         log_length = a.log_length[0] + weight * (jnp.log(inner.trajectory_length) - a.log_length[0])
         inner = inner._replace(step=step + 1)
         recent = _FORGETTING / (_FORGETTING + step)
-        variance = variance + recent * (flat(after).var(axis=0) - variance)
+        variance = variance + recent * (after.var(axis=0) - variance)
     ending = a.progress.ending
     step_size = jnp.where(ending, jnp.exp(log_step_size), inner.step_size)
     longest = scheme.max_leapfrog_steps * step_size  # the two were averaged apart
@@ -244,6 +245,11 @@ class ChEES(ManyChainKernel):
             learning_rate, target_accept_prob, max_leapfrog_steps=max_leapfrog_steps
         )
 
+    _remedies = (
+        "more warm-up (num_warmup=1000 or more); ChEES(model, target_accept_prob=0.95), for a "
+        "density with narrow places"
+    )
+
     def _check_chains(self, num_chains: int) -> None:
         if num_chains < 4:
             raise ValueError(
@@ -254,7 +260,7 @@ class ChEES(ManyChainKernel):
     def _first_adaptation(
         self, keys: jax.Array, state: ChainsState, progress: Progress, found: Survey
     ) -> ChainsState:
-        rows = flat(state.z)
+        rows = state.z
         dtype = rows.dtype
         if self._step_size is None:
             step_size = jnp.minimum(0.5 / jnp.sqrt(found.eigenvalue[0]), 1.0)
@@ -268,15 +274,16 @@ class ChEES(ManyChainKernel):
         return state._replace(adapt_state=adaptation)
 
     def _iterate(self, keys: jax.Array, state: ChainsState, log_density: Callable) -> ChainsState:
-        grad = jax.tree.map(jnp.negative, state.z_grad)
         adaptation = state.adapt_state
-        chains = DynamicHMCState(state.z, -state.potential_energy, grad, adaptation.place[0])
+        chains = DynamicHMCState(
+            state.z, -state.potential_energy, -state.z_grad, adaptation.place[0]
+        )
         metric = default_metric(adaptation.variance[0])
         chains, new, info = chees_step(keys, chains, adaptation, log_density, self._scheme)
         before = jax.vmap(metric.kinetic_energy)(info.momentum) + state.potential_energy
         return state._replace(
             z=chains.position,
-            z_grad=jax.tree.map(jnp.negative, chains.logdensity_grad),
+            z_grad=-chains.logdensity_grad,
             potential_energy=-chains.logdensity,
             energy=jnp.where(info.is_accepted, info.energy, before),
             num_steps=info.num_integration_steps.astype(state.num_steps.dtype),

@@ -10,17 +10,15 @@ import jax.numpy as jnp
 from blackjax.mcmc import ghmc
 from blackjax.mcmc.ghmc import GHMCState
 from blackjax.mcmc.metrics import LowRankInverseMassMatrix, default_metric
-from jax.flatten_util import ravel_pytree
 
 from numpyro_ensemble.mcmc.target import all_finite, choose
 
 
-def first_momentum(key: jax.Array, z: Any, scale: jax.Array) -> tuple[Any, jax.Array]:
+def first_momentum(key: jax.Array, scale: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Draw one chain's momentum and slice variable."""
     momentum_key, slice_key = jax.random.split(key)
-    row, unravel = ravel_pytree(z)
-    momentum = unravel(jax.random.normal(momentum_key, row.shape, row.dtype) / scale)
-    return momentum, jax.random.uniform(slice_key, (), row.dtype, -1.0, 1.0)
+    momentum = jax.random.normal(momentum_key, scale.shape, scale.dtype) / scale
+    return momentum, jax.random.uniform(slice_key, (), scale.dtype, -1.0, 1.0)
 
 
 class Outcome(NamedTuple):
@@ -47,8 +45,8 @@ def ghmc_step(
 
     Args:
         keys: `(C,)`.
-        chains: BlackJAX's state, with a leading chain axis.
-        log_density: of one chain's position.
+        chains: BlackJAX's state, with a leading chain axis and positions in rows.
+        log_density: of one chain's row.
         step_size: `(C,)`.
         scale: `(C, d)` standard deviations, or one low-rank metric for all chains.
         damping: `(C,)`.
@@ -58,7 +56,7 @@ def ghmc_step(
     move = jax.vmap(ghmc.build_kernel(), in_axes=(0, 0, None, 0, None if low_rank else 0, 0, 0))
     new, info = move(keys, chains, log_density, step_size, scale, damping, drift)
     before = (chains.slice + 1.0 + drift) % 2 - 1.0
-    stayed = chains._replace(momentum=jax.tree.map(jnp.negative, info.momentum), slice=before)
+    stayed = chains._replace(momentum=-info.momentum, slice=before)
     whole = all_finite(new.logdensity, new.logdensity_grad)
     new = choose(whole, new, stayed)
     new = new._replace(slice=jnp.where(jnp.isfinite(new.slice), new.slice, before))

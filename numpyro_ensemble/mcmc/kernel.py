@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,63 +15,17 @@ from numpyro.infer.mcmc import MCMCKernel
 from numpyro.util import is_prng_key
 
 from numpyro_ensemble.mcmc.checks import Survey, check_start, check_values, survey
+from numpyro_ensemble.mcmc.mixing import Advice, CollectedDraws, collected
 from numpyro_ensemble.mcmc.progress import Progress
-from numpyro_ensemble.mcmc.searches import STARTS
+from numpyro_ensemble.mcmc.searches import STARTS, given
+from numpyro_ensemble.mcmc.state import ChainsState, in_rows, in_sites
 from numpyro_ensemble.mcmc.target import Target
 
-
-class _Fields(NamedTuple):
-    i: jax.Array
-    z: Any
-    z_grad: Any
-    potential_energy: jax.Array
-    energy: jax.Array
-    r: Any
-    slice: Any
-    num_steps: jax.Array
-    accept_prob: jax.Array
-    mean_accept_prob: jax.Array
-    diverging: jax.Array
-    num_divergences: jax.Array
-    adapt_state: Any
-    rng_key: jax.Array
-    known: jax.Array
-
-
-class ChainsState(_Fields):
-    """The state of all chains; every array has a leading chain axis, so any can be collected.
-
-    Attributes:
-        i: number of iterations made.
-        z: unconstrained values.
-        z_grad: gradient of the potential energy.
-        potential_energy: negative log density of `z`.
-        energy: potential and kinetic energy.
-        r: momentum, where it persists.
-        slice: the slice variable of generalized HMC.
-        num_steps: leapfrog steps of this iteration.
-        accept_prob: acceptance probability of this iteration.
-        mean_accept_prob: its mean since the start or the end of warm-up.
-        diverging: whether a step of this iteration diverged.
-        num_divergences: how many steps diverged since the start or the end of warm-up.
-        adapt_state: what is adapted, `step_size` among it.
-        rng_key: one key for each chain.
-        known: whether density and gradient are those of the arguments that `sample` is called with;
-            a run that begins, or goes on, evaluates them again.
-    """
-
-    __slots__ = ()
-
-    def _replace(self, /, **changes: Any) -> ChainsState:  # type: ignore[override]
-        """Replace fields, as MCMC does to go on with another key, and perhaps with other data.
-
-        It gives ensemble kernels one key, which is split for the chains.
-        """
-        if "rng_key" in changes:
-            changes.setdefault("known", jnp.zeros_like(self.known))
-        if is_prng_key(changes.get("rng_key")):
-            changes["rng_key"] = jax.random.split(changes["rng_key"], self.i.shape[0])
-        return super()._replace(**changes)
+_REMEDIES = (  # what helps chains of any kernel that have not mixed
+    'another start (start="pathfinder", or init_params from numpyro_ensemble.mcmc.starts); '
+    "hierarchical effects that are decentred (LocScaleReparam), and latents with scales near 1; "
+    "double precision (numpyro.enable_x64()); NUTS(model), which adapts each chain alone"
+)
 
 
 class ManyChainKernel(MCMCKernel):
@@ -126,8 +80,15 @@ class ManyChainKernel(MCMCKernel):
 
     def postprocess_fn(self, args: tuple, kwargs: dict) -> Callable:
         """Return the map from one chain's unconstrained values to the model's sites."""
+
         # MCMC calls it once outside its program, where the model would run operation by operation
-        return lambda z: self._target.run("constrain", self._constrain, (z,), args, kwargs)
+        def constrain(z: Any) -> CollectedDraws:
+            latents = tuple(z) if self._target.model is not None else ()
+            draws = self._target.run("constrain", self._constrain, (z,), args, kwargs)
+            remedy = f"Try, in this order: {self._remedies}; {_REMEDIES}."
+            return collected(draws, Advice(type(self).__name__, latents, remedy))
+
+        return constrain
 
     def _constrain(self, call: tuple[tuple, dict], z: Any) -> Any:
         return self._target.constrain(*call)(z)
@@ -162,19 +123,18 @@ class ManyChainKernel(MCMCKernel):
             raise ValueError(self._alone())
         num_chains = rng_key.shape[0]
         self._check_chains(num_chains)
-        self._target.check(args, kwargs)
+        self._target.latent_names(args, kwargs)
         keys = jax.vmap(lambda key: jax.random.split(key, 3))(rng_key)
         remedy = self._remedy(init_params is not None)
-        of_users = init_params is not None or callable(self._start)
         if init_params is None:
             init_params = self._find_start(keys[0, 2], num_chains, num_warmup, args, kwargs)
-        if of_users and self._target.model is not None:
-            check_values(init_params, self._target.shapes(num_chains, args, kwargs))
+        else:
+            self._check_values(init_params, num_chains, args, kwargs)
         first = partial(self._first, num_warmup)
         state, found = self._target.run(
             ("first", num_warmup), first, (init_params, keys), args, kwargs
         )
-        check_start(name, state.z, found, remedy)
+        check_start(name, self._target.coordinates(state.z, args, kwargs), found, remedy)
         return state
 
     def _alone(self) -> str:
@@ -203,7 +163,10 @@ class ManyChainKernel(MCMCKernel):
         self, key: jax.Array, num_chains: int, num_warmup: int, args: tuple, kwargs: dict
     ) -> Any:
         if callable(self._start):
-            return self._start(key, num_chains, *args, **kwargs)
+            start_key, move_key = jax.random.split(key)
+            z = self._start(start_key, num_chains, *args, **kwargs)
+            self._check_values(z, num_chains, args, kwargs)
+            return given(self._target, move_key, z, num_chains, args, kwargs)
         if self._target.model is None:
             raise ValueError(
                 "A kernel with a potential_fn needs to be told where its chains start: "
@@ -213,17 +176,25 @@ class ManyChainKernel(MCMCKernel):
         start = STARTS[self._start] if num_warmup else STARTS["init"]
         return start(self._target, key, num_chains, args, kwargs)
 
+    def _check_values(self, z: Any, num_chains: int, args: tuple, kwargs: dict) -> None:
+        if self._target.model is not None:
+            check_values(z, self._target.shapes(num_chains, args, kwargs))
+
     def _first(
         self, num_warmup: int, call: tuple[tuple, dict], z: Any, keys: jax.Array
     ) -> tuple[ChainsState, Survey]:
         """Return the state of chains that have not moved, and what is known of their start."""
-        z, log_density, grad, found = survey(self._target.log_density(*call), z, self._num_folds)
+        z = jax.tree.map(lambda x: jnp.asarray(x, jnp.result_type(x, float)), z)
+        coordinates = self._target.coordinates(z, *call)
+        rows = coordinates.rows(z)
+        density = self._target.log_density(*call, coordinates)
+        log_density, grad, found = survey(density, rows, self._num_folds)
         num_chains = log_density.shape[0]
         zeros = jnp.zeros_like(log_density)
         state = ChainsState(
             i=jnp.zeros(num_chains, int),
-            z=z,
-            z_grad=jax.tree.map(jnp.negative, grad),
+            z=rows,
+            z_grad=-grad,
             potential_energy=-log_density,
             energy=-log_density,
             r=None,
@@ -233,25 +204,30 @@ class ManyChainKernel(MCMCKernel):
             mean_accept_prob=zeros,
             diverging=jnp.zeros(num_chains, bool),
             num_divergences=jnp.zeros(num_chains, int),
+            iterations_since_move=jnp.zeros(num_chains, int),
             adapt_state=None,
             rng_key=keys[:, 0],
             known=jnp.zeros(num_chains, bool),
         )
         progress = Progress.start(num_warmup, num_chains)
-        return self._first_adaptation(keys[:, 1], state, progress, found), found
+        state = self._first_adaptation(keys[:, 1], state, progress, found)
+        return in_sites(state, coordinates), found
 
     def refresh(
         self, state: ChainsState, model_args: tuple, model_kwargs: dict | None
     ) -> ChainsState:
         """Return the state with density and gradient for other arguments of the model."""
-        return self._refreshed(state, self._target.log_density(model_args, model_kwargs or {}))
+        call = model_args, model_kwargs or {}
+        coordinates = self._target.coordinates(state.z, *call)
+        log_density = self._target.log_density(*call, coordinates)
+        return in_sites(self._refreshed(in_rows(state, coordinates), log_density), coordinates)
 
     def _refreshed(self, state: ChainsState, log_density: Callable) -> ChainsState:
         values, grads = jax.vmap(jax.value_and_grad(log_density))(state.z)
         kinetic = state.energy - state.potential_energy
         return state._replace(
             potential_energy=-values,
-            z_grad=jax.tree.map(jnp.negative, grads),
+            z_grad=-grads,
             energy=kinetic - values,
             known=jnp.ones_like(state.known),
         )
@@ -270,7 +246,9 @@ class ManyChainKernel(MCMCKernel):
                 f"num_warmup=0 leaves {type(self).__name__} unadapted. Give MCMC a num_warmup, or "
                 f"set mcmc.post_warmup_state to the state of a run that had one."
             )
-        log_density = self._target.log_density(model_args, model_kwargs)
+        coordinates = self._target.coordinates(state.z, model_args, model_kwargs)
+        log_density = self._target.log_density(model_args, model_kwargs, coordinates)
+        state = in_rows(state, coordinates)
         # of other data than those of the state's density every proposal might be rejected
         state = jax.lax.cond(
             state.known[0], lambda s: s, lambda s: self._refreshed(s, log_density), state
@@ -280,17 +258,22 @@ class ManyChainKernel(MCMCKernel):
         n = jnp.where(progress.warming, progress.iteration, state.i - progress.iteration) + 1
         mean = jnp.where(n == 1, 0.0, state.mean_accept_prob)
         mean = mean + (new.accept_prob - mean) / n
-        return new._replace(
+        new = new._replace(
             i=state.i + 1,
             rng_key=keys[:, 0],
             known=state.known,
             mean_accept_prob=mean.astype(state.mean_accept_prob.dtype),
             num_divergences=jnp.where(n == 1, 0, state.num_divergences) + new.num_divergences,
+            iterations_since_move=jnp.where(
+                (new.z != state.z).any(axis=1), 0, state.iterations_since_move + 1
+            ),
         )
+        return in_sites(new, coordinates)
 
     # What a subclass adds -----------------------------------------------------------------------
 
     _num_folds = 1
+    _remedies = ""  # what helps chains of this kernel that have not mixed
 
     @abstractmethod
     def _check_chains(self, num_chains: int) -> None:
@@ -300,8 +283,8 @@ class ManyChainKernel(MCMCKernel):
     def _first_adaptation(
         self, keys: jax.Array, state: ChainsState, progress: Progress, found: Survey
     ) -> ChainsState:
-        """Return the state with its first momentum and adaptation."""
+        """Return the state, in rows, with its first momentum and adaptation."""
 
     @abstractmethod
     def _iterate(self, keys: jax.Array, state: ChainsState, log_density: Callable) -> ChainsState:
-        """Make one iteration; `num_divergences` of what is returned counts those of it alone."""
+        """Make one iteration of a state in rows, and count its divergences alone."""

@@ -51,7 +51,12 @@ def laid_out(log_density: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
 def _scatters(fn: Callable, z: Any, data: Any) -> bool:
     """Say whether a function adds to indexed places, for one of many chains."""
     one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), z)
-    return "scatter-add" in _primitives(jax.make_jaxpr(fn)(one, data).jaxpr)
+    return "scatter-add" in primitives_of(fn, one, data)
+
+
+def primitives_of(fn: Callable, *inputs: Any) -> set[str]:
+    """Return the names of JAX's primitives that a function calls."""
+    return set(_primitives(jax.make_jaxpr(fn)(*inputs).jaxpr))
 
 
 def _primitives(jaxpr: Any) -> Iterator[str]:

@@ -13,6 +13,8 @@ from blackjax.mcmc.metrics import LowRankInverseMassMatrix
 from numpyro_ensemble.mcmc.progress import Progress
 from numpyro_ensemble.mcmc.target import per_chain, shared
 
+_RENEWALS = 20  # of the metric in all of warm-up, at even distances
+_POOLED_SIZE = 100  # with so many times as many coordinates, fewer positions are pooled
 _FLOOR = 1e-6  # of eigenvalues: those of chains that lie in a plane are 0, or less by rounding
 
 
@@ -47,31 +49,59 @@ class LowRank(NamedTuple):
         """What BlackJAX takes."""
         return LowRankInverseMassMatrix(*shared(self[:3]))
 
-    def observe(self, rows: jax.Array, progress: Progress, window_fraction: float) -> LowRank:
-        """Pool positions `(C, d)`, if it is late enough in warm-up, and renew the metric."""
-        inside = progress.iteration[0] >= jnp.floor(window_fraction * progress.total)
+    def observe(
+        self, rows: jax.Array, progress: Progress, window_fraction: float, plain: bool
+    ) -> LowRank:
+        """Pool positions `(C, d)`, if it is late enough in warm-up, and renew the metric.
+
+        Without `plain`, which is as BlackJAX has it, that is done now and then: the eigenvectors of
+        1,000 coordinates take longer than many steps, and a metric that stays lets the step size
+        settle.
+        """
+        iteration, total, size = progress.iteration[0], progress.total, rows.shape[1]
+        inside = iteration >= jnp.floor(window_fraction * total)
+        pooling = renewing = inside
+        if not plain:
+            pooling = inside & (iteration % max(1, size // _POOLED_SIZE) == 0)
+            renewing = inside & (iteration % jnp.maximum(total // _RENEWALS, 1) == 0)
         block = self._block()
         with jax.numpy_rank_promotion("allow"):
-            block = jax.lax.cond(inside, lambda b: cgl_update_batch(b, rows), lambda b: b, block)
-        return self._renewed(block, rows, inside)
+            block = jax.lax.cond(pooling, lambda b: cgl_update_batch(b, rows), lambda b: b, block)
+        return self._renewed(block, rows, inside, renewing)
 
     def settle(self, rows: jax.Array) -> LowRank:
         """Return the metric that draws are made with."""
-        return self._renewed(self._block(), rows, jnp.asarray(True))
+        return self._renewed(self._block(), rows, jnp.asarray(True), jnp.asarray(True))
 
-    def whiten(self, positions: jax.Array) -> jax.Array:
-        """Scale positions `(..., d)` as BlackJAX does for the damping."""
+    def whiten(self, positions: jax.Array, plain: bool) -> jax.Array:
+        """Return positions `(..., d)` in the coordinates in which the metric is the identity.
+
+        With `plain`, as BlackJAX has it: there sigma divides last, which is right only where it is
+        the same for all coordinates. Elsewhere the damping is far too low, and energies stay.
+        """
         sigma, directions, eigenvalues = self.metric
-        shrink = directions * (eigenvalues**-0.5 - 1.0)[None, :]
-        inside = positions + positions @ (shrink @ directions.T)
-        return inside / jnp.broadcast_to(sigma, inside.shape)
+        sigma = jnp.broadcast_to(sigma, positions.shape)
+        shrink = (directions * (eigenvalues**-0.5 - 1.0)[None, :]) @ directions.T
+        if plain:
+            return (positions + positions @ shrink) / sigma
+        scaled = positions / sigma
+        return scaled + scaled @ shrink
 
     def _block(self) -> MomentBlock:
         size = self.sigma.shape[1]
         moments = self.pooled.ravel()[: size * (size + 1)]
         return MomentBlock(self.number[0], moments[:size], moments[size:].reshape(size, size))
 
-    def _renewed(self, block: MomentBlock, rows: jax.Array, inside: jax.Array) -> LowRank:
+    def scale_gradients(self, gradients: jax.Array) -> jax.Array:
+        """Return gradients `(..., d)` in the coordinates in which the metric is the identity."""
+        sigma, directions, eigenvalues = self.metric
+        scaled = gradients * jnp.broadcast_to(sigma, gradients.shape)
+        stretch = directions * (eigenvalues**0.5 - 1.0)[None, :]
+        return scaled + scaled @ (stretch @ directions.T)
+
+    def _renewed(
+        self, block: MomentBlock, rows: jax.Array, inside: jax.Array, renewing: jax.Array
+    ) -> LowRank:
         """Make the metric from what is pooled, or without directions while that is too little."""
         num_chains, size = rows.shape
         rank = self.eigenvalues.shape[1]
@@ -83,10 +113,14 @@ class LowRank(NamedTuple):
             return LowRankInverseMassMatrix(sigma, eye, jnp.ones(rank, rows.dtype))
 
         with jax.numpy_rank_promotion("allow"):  # BlackJAX does, whatever the user's setting
-            sigma, directions, eigenvalues = jax.lax.cond(
-                inside & (block.count >= 2 * size),
-                lambda: sample_covariance_eigh_low_rank(block.m2, block.count, rank),
-                diagonal,
+            enough = inside & (block.count >= 2 * size)
+            sigma, directions, eigenvalues = jax.lax.switch(
+                enough.astype(int) + (enough & renewing),
+                [
+                    diagonal,
+                    lambda: self.metric,
+                    lambda: sample_covariance_eigh_low_rank(block.m2, block.count, rank),
+                ],
             )
         metric = (sigma, directions, jnp.maximum(eigenvalues, _FLOOR))
         moments = jnp.concatenate([block.mean, block.m2.ravel()])

@@ -13,9 +13,10 @@ from numpyro.infer import init_to_uniform
 from numpyro_ensemble.handlers import check_count
 from numpyro_ensemble.mcmc.checks import Survey, callers_level, check_part, check_positive
 from numpyro_ensemble.mcmc.ghmc import first_momentum
-from numpyro_ensemble.mcmc.kernel import ChainsState, ManyChainKernel
+from numpyro_ensemble.mcmc.kernel import ManyChainKernel
 from numpyro_ensemble.mcmc.meads_scheme import Scheme, meads_start, meads_step
 from numpyro_ensemble.mcmc.progress import Progress
+from numpyro_ensemble.mcmc.state import ChainsState
 
 _FEWEST = 4  # chains in a fold, for its standard deviations to mean something
 _FEW = 16  # below so many chains in a fold, they and the step size may be far off
@@ -89,6 +90,11 @@ class MEADS(ManyChainKernel):
         self._num_folds = num_folds
         self._steps_per_draw = steps_per_draw
 
+    _remedies = (
+        "more warm-up (num_warmup=1000 or more) and 64 chains or more; ChEES(model), which mixes "
+        "where directions differ in width"
+    )
+
     def _check_chains(self, num_chains: int) -> None:
         num_folds = self._scheme.num_folds
         if num_chains % num_folds:
@@ -114,9 +120,8 @@ class MEADS(ManyChainKernel):
     def _first_adaptation(
         self, keys: jax.Array, state: ChainsState, progress: Progress, found: Survey
     ) -> ChainsState:
-        grad = jax.tree.map(jnp.negative, state.z_grad)
-        adaptation = meads_start(state.z, grad, progress, self._scheme)
-        momentum, slice_ = jax.vmap(first_momentum)(keys, state.z, adaptation.scale)
+        adaptation = meads_start(state.z, -state.z_grad, progress, self._scheme)
+        momentum, slice_ = jax.vmap(first_momentum)(keys, adaptation.scale)
         return state._replace(r=momentum, slice=slice_, adapt_state=adaptation)
 
     def _iterate(self, keys: jax.Array, state: ChainsState, log_density: Callable) -> ChainsState:
@@ -125,7 +130,7 @@ class MEADS(ManyChainKernel):
             state.z,
             state.r,
             -state.potential_energy,
-            jax.tree.map(jnp.negative, state.z_grad),
+            -state.z_grad,
             state.slice,
         )
         warming = state.adapt_state.progress.warming
@@ -140,7 +145,7 @@ class MEADS(ManyChainKernel):
         steps = jnp.where(warming, 1, self._steps_per_draw)
         return state._replace(
             z=chains.position,
-            z_grad=jax.tree.map(jnp.negative, chains.logdensity_grad),
+            z_grad=-chains.logdensity_grad,
             potential_energy=-chains.logdensity,
             energy=energy,
             r=chains.momentum,

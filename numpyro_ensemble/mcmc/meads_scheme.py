@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from blackjax.mcmc.ghmc import GHMCState
 from numpyro_ensemble.mcmc.ghmc import Outcome, ghmc_steps, kinetic_energy
 from numpyro_ensemble.mcmc.low_rank import LowRank
 from numpyro_ensemble.mcmc.progress import Progress
-from numpyro_ensemble.mcmc.target import choose, flat, per_chain
+from numpyro_ensemble.mcmc.target import choose, per_chain
 
 
 class Sums(NamedTuple):
@@ -62,9 +62,10 @@ class Scheme(NamedTuple):
     plain: bool = False
 
 
-def meads_start(z: Any, grad: Any, progress: Progress, scheme: Scheme) -> MEADSAdaptation:
-    """Return the adaptation of chains that have not moved yet."""
-    rows = flat(z)
+def meads_start(
+    rows: jax.Array, grad: jax.Array, progress: Progress, scheme: Scheme
+) -> MEADSAdaptation:
+    """Return the adaptation of chains that have not moved yet, from positions `(C, D)`."""
     num_chains, size = rows.shape
     none = jnp.zeros(num_chains, rows.dtype)
     low_rank = None
@@ -73,7 +74,7 @@ def meads_start(z: Any, grad: Any, progress: Progress, scheme: Scheme) -> MEADSA
     slot = jnp.arange(num_chains)
     sums = None if scheme.plain else Sums(none, jnp.zeros_like(rows), none)
     empty = MEADSAdaptation(none, rows, none, none, slot, progress, None, sums)
-    return _adapt(rows, flat(grad), empty, scheme)._replace(low_rank=low_rank)
+    return _adapt(rows, grad, empty, scheme)._replace(low_rank=low_rank)
 
 
 def meads_step(
@@ -89,9 +90,9 @@ def meads_step(
     Args:
         keys: `(S, C)`.
         shuffle_key: for the folds.
-        chains: BlackJAX's state, with a leading chain axis.
+        chains: BlackJAX's state, with a leading chain axis and positions in rows.
         adaptation: the state of the scheme.
-        log_density: of one chain's position.
+        log_density: of one chain's row.
         scheme: its constants.
 
     Returns:
@@ -100,7 +101,7 @@ def meads_step(
     warming = adaptation.progress.warming
     adaptation = jax.lax.cond(
         warming,
-        lambda a: _adapt(flat(chains.position), flat(chains.logdensity_grad), a, scheme),
+        lambda a: _adapt(chains.position, chains.logdensity_grad, a, scheme),
         lambda a: a,
         adaptation,
     )
@@ -124,7 +125,7 @@ def meads_step(
     energy = kinetic_energy(metric, new.momentum) - new.logdensity
     adaptation = jax.lax.cond(
         warming,
-        lambda a: _end_step(shuffle_key, flat(new.position), a, scheme),
+        lambda a: _end_step(shuffle_key, new.position, a, scheme),
         lambda a: a,
         adaptation,
     )
@@ -149,13 +150,17 @@ def _adapt(
     folds, gradients = rows[order].reshape(shape), slopes[order].reshape(shape)
     scales = folds.std(axis=1)
     # lines 7 and 8: the step size, no more than 1, from the scaled gradients
-    largest = jax.vmap(maximum_eigenvalue)(gradients * scales[:, None])
+    low_rank = adaptation.low_rank
+    whitened, scaled = folds / scales[:, None], gradients * scales[:, None]
+    if low_rank is not None:
+        window = scheme.window_fraction, scheme.plain
+        low_rank = low_rank.observe(rows, adaptation.progress, *window)
+        whitened = low_rank.whiten(folds, scheme.plain)
+        if not scheme.plain:
+            scaled = low_rank.scale_gradients(gradients)
+    largest = jax.vmap(maximum_eigenvalue)(scaled)
     step_sizes = jnp.minimum(scheme.step_size_multiplier / jnp.sqrt(largest), 1.0)
     step_sizes, lent_scales = jnp.roll(step_sizes, 1), jnp.roll(scales, 1, axis=0)
-    low_rank, whitened = adaptation.low_rank, folds / scales[:, None]
-    if low_rank is not None:
-        low_rank = low_rank.observe(rows, adaptation.progress, scheme.window_fraction)
-        whitened = low_rank.whiten(folds)
     # line 9: the damping, no less than the floor that falls with time
     centred = whitened - whitened.mean(axis=1, keepdims=True)
     floor = scheme.damping_slowdown / ((adaptation.progress.iteration[0] + 1) * step_sizes)

@@ -13,8 +13,10 @@ from blackjax.vi.multipathfinder import multi_approximate
 from numpyro.infer.hmc import hmc
 
 from numpyro_ensemble.arguments import has_tracers
+from numpyro_ensemble.mcmc.replacements import Found, replace_unfit, report
 from numpyro_ensemble.mcmc.target import Target
 
+_NUM_STARTS = 4  # of short NUTS chains
 _POOL = 10  # draws of Pathfinder for each chain, of which the weights choose one
 
 
@@ -31,20 +33,35 @@ def search(
 
     Raises:
         RuntimeError: where no start is valid, as NumPyro says it.
-        ValueError: where what is found is not finite.
+        ValueError: where too few are, or too little of what is found is finite.
     """
-    fn = partial(draw, target=target, num_chains=num_chains, **options)
+    num_searches = options.get("num_starts", _NUM_STARTS) if draw is _draw_nuts else 0
+
+    def found(call: tuple[tuple, dict], key: jax.Array) -> tuple[Any, Found]:
+        draw_key, move_key = jax.random.split(key)
+        z, usable = draw(call, draw_key, target=target, num_chains=num_chains, **options)
+        return replace_unfit(call, move_key, z, usable, target=target, num_searches=num_searches)
+
     name = (draw.__name__, num_chains, *sorted(options.items()))
-    z, valid = target.run(name, fn, (key,), args, kwargs)
-    if not has_tracers((z, valid)):
-        if not valid.all():  # the same again outside a program, where NumPyro says what is wrong
-            target.initial(jax.random.split(key, valid.size), args, kwargs)
-        if not (valid.all() and all(jnp.isfinite(x).all() for x in jax.tree.leaves(z))):
-            raise ValueError(
-                "no start with a finite log density and gradient was found: look for data that "
-                "are not finite or outside of their distribution's support, or give another "
-                "init_strategy, such as init_to_median or init_to_value."
-            )
+    z, known = target.run(name, found, (key,), args, kwargs)
+    if not has_tracers(known):
+        if not known.fit.any():  # again, outside a program, where NumPyro says what is wrong
+            target.initial(jax.random.split(key, _NUM_STARTS), args, kwargs)
+        report(known, partial(target.why_not_finite, z, args, kwargs), num_searches)
+    return z
+
+
+def given(
+    target: Target, key: jax.Array, z: Any, num_chains: int, args: tuple, kwargs: dict
+) -> Any:
+    """Return starts that a user's function gave, with others for those that are unfit."""
+
+    def found(call: tuple[tuple, dict], key: jax.Array, z: Any) -> tuple[Any, Found]:
+        return replace_unfit(call, key, z, jnp.ones(num_chains, bool), target=target)
+
+    z, known = target.run(("given", num_chains), found, (key, z), args, kwargs)
+    if not has_tracers(known):
+        report(known, partial(target.why_not_finite, z, args, kwargs))
     return z
 
 
@@ -54,7 +71,7 @@ def _draw_nuts(
     *,
     target: Target,
     num_chains: int,
-    num_starts: int = 4,
+    num_starts: int = _NUM_STARTS,
     num_warmup: int = 200,
     num_draws: int = 100,
     jitter: float = 0.1,
@@ -80,7 +97,8 @@ def _draw_nuts(
         draws = jax.lax.map(lambda pair: run(*pair), (first, keys))
     else:
         draws = jax.vmap(run)(first, keys)
-    return spread(spread_key, draws, num_chains, jitter), valid
+    chains = spread(spread_key, draws, num_chains, jitter)
+    return chains, valid[jnp.arange(num_chains) % num_starts]
 
 
 def spread(key: jax.Array, draws: Any, num_chains: int, jitter: float) -> Any:
@@ -131,7 +149,7 @@ def _draw_pathfinder(
     ranked = jnp.where(jnp.isfinite(log_weights), log_weights, -1e30) + noise
     _, chosen = jax.lax.top_k(ranked, num_chains)
     draws = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[chosen], state.samples)
-    return draws, valid
+    return draws, jnp.broadcast_to(valid.all(), num_chains)
 
 
 def _draw_initial(

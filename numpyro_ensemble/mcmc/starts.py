@@ -101,7 +101,7 @@ def _checked(
 ) -> Target:
     """Return the target of a search, after the checks of the model and of its numbers."""
     target = Target(model, init_strategy=init_strategy)
-    target.check(args, kwargs)
+    target.latent_names(args, kwargs)
     for name, value in counts.items():
         check_count(name, value)
     return target
@@ -152,7 +152,7 @@ def from_ensemble(
     else:
         draws = jax.tree.map(lambda x: x[:, None], result.params)
     target = Target(runner.model)
-    names = target.check(args, kwargs)
+    names = target.latent_names(args, kwargs)
     draws = {name: draws[name] for name in names}
     scale = 0.1 if draws_guide else 1.0
     place = np.arange(num_chains) // members.size if draws_guide else np.zeros(num_chains, int)

@@ -8,14 +8,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.flatten_util import ravel_pytree
 from numpyro import handlers
 from numpyro.infer import init_to_uniform
 from numpyro.infer.util import constrain_fn, initialize_model, potential_energy
 
 from numpyro_ensemble.density import anatomy, filled_trace
 from numpyro_ensemble.fingerprints import captured
-from numpyro_ensemble.mcmc.layout import laid_out
+from numpyro_ensemble.mcmc.layout import laid_out, primitives_of
+from numpyro_ensemble.mcmc.positions import Coordinates
 from numpyro_ensemble.programs import Programs
 
 
@@ -46,11 +46,14 @@ class Target:
         self.model, self.potential_fn, self.init_strategy = model, potential_fn, init_strategy
         self._programs = Programs()
 
-    def log_density(self, args: tuple, kwargs: dict) -> Callable[[Any], jax.Array]:
-        """Return the log density over unconstrained values."""
+    def log_density(
+        self, args: tuple, kwargs: dict, coordinates: Coordinates | None = None
+    ) -> Callable[[Any], jax.Array]:
+        """Return the log density over unconstrained values, or over a row of coordinates."""
+        values_of = (lambda z: z) if coordinates is None else coordinates.tree
         if self.potential_fn is not None:
             potential_fn = self.potential_fn
-            return lambda z: -potential_fn(z)
+            return lambda z: -potential_fn(values_of(z))
         # concrete arguments stay so: a model may look at them
         leaves, treedef = jax.tree.flatten((args, kwargs))
         traced = [leaf if isinstance(leaf, jax.core.Tracer) else None for leaf in leaves]
@@ -58,7 +61,7 @@ class Target:
         def density(z: Any, data: tuple[list, dict]) -> jax.Array:
             filled = [x if t is None else t for x, t in zip(leaves, data[0], strict=True)]
             args, kwargs = treedef.unflatten(filled)
-            return -potential_energy(self._with(data[1]), args, kwargs, z)
+            return -potential_energy(self._with(data[1]), args, kwargs, values_of(z))
 
         density = laid_out(density)
         data = traced, self._fixed(args, kwargs)
@@ -68,6 +71,29 @@ class Target:
         """Return the same in a form that can be differentiated twice."""
         model = self.prepared(args, kwargs)
         return lambda z: -potential_energy(model, args, kwargs, z)
+
+    def why_not_finite(self, z: Any, args: tuple, kwargs: dict) -> str:
+        """Return the likely cause of a density that is not finite, and what to do about it.
+
+        Args:
+            z: unconstrained values with a leading chain axis.
+            args: arguments of the model.
+            kwargs: its keyword arguments.
+        """
+        one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), z)
+        single = all(x.dtype == jnp.float32 for x in jax.tree.leaves(one))
+        density = lambda z: self.log_density(args, kwargs)(z)  # noqa: E731, all of it abstract
+        if single and "cholesky" in primitives_of(density, one):
+            return (
+                "The likely cause is a Cholesky factorisation in float32, which fails for matrices "
+                "that are nearly singular: add more to the diagonal of the matrix (1e-4 of its "
+                "entries), keep priors away from such matrices, or call numpyro.enable_x64()."
+            )
+        return (
+            "Look for data that are not finite or outside of their distribution's support, and for "
+            "priors that reach where the model overflows, or give another init_strategy, such as "
+            "init_to_median or init_to_value."
+        )
 
     def constrain(self, args: tuple, kwargs: dict) -> Callable[[Any], Any]:
         """Return the map to the model's sites, deterministic ones included."""
@@ -100,8 +126,12 @@ class Target:
     def _with(self, fixed: dict[str, Any]) -> Callable:
         return handlers.seed(handlers.substitute(self.model, data=fixed), jax.random.key(0))
 
-    def check(self, args: tuple, kwargs: dict) -> tuple[str, ...]:
-        """Return the names of the latent sites, none without a model.
+    def coordinates(self, z: Any, args: tuple, kwargs: dict) -> Coordinates:
+        """Return the order of all chains' unconstrained values in rows."""
+        return Coordinates(z, self.latent_names(args, kwargs))
+
+    def latent_names(self, args: tuple, kwargs: dict) -> tuple[str, ...]:
+        """Return the names of the latent sites in the model's order, none without a model.
 
         Raises:
             ValueError: for a latent site that no gradient can move, or a model without any.
@@ -121,7 +151,13 @@ class Target:
                     f"latent site {site.name!r} is a Delta, which has no density to sample. Write "
                     f"numpyro.deterministic({site.name!r}, value) instead."
                 )
-        names = tuple(site.name for site in sites if site.kind == "latent")
+        latents = [site for site in sites if site.kind == "latent"]
+        if latents and not any(np.prod(site.shape) for site in latents):
+            raise ValueError(
+                f"the latent sites {[site.name for site in latents]} are all empty, so that "
+                f"there is nothing to sample: look at the shapes of the data."
+            )
+        names = tuple(site.name for site in latents)
         if not names:
             raise ValueError(
                 "the model has no latent site: everything is observed, or a parameter."
@@ -141,21 +177,6 @@ class Target:
         return self._programs.call(fn, inputs, self.model, args, kwargs, *others)
 
 
-def flat(tree: Any) -> jax.Array:
-    """Return each chain's values as one row, `(C, d)`."""
-    return jax.vmap(lambda leaf: ravel_pytree(leaf)[0])(tree)
-
-
-def site_of(tree: Any, coordinate: int) -> str:
-    """Name the entry of one chain's tree that a coordinate of its row belongs to."""
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        size = int(np.prod(np.shape(leaf)[1:]))
-        if coordinate < size:
-            return jax.tree_util.keystr(path, simple=True, separator=".") or "the position"
-        coordinate -= size
-    raise IndexError(coordinate)
-
-
 def per_chain(tree: Any, num_chains: int) -> Any:
     """Repeat shared values for every chain: MCMC collects only what has a leading chain axis."""
     return jax.tree.map(
@@ -169,8 +190,9 @@ def shared(tree: Any) -> Any:
 
 
 def all_finite(*trees: Any) -> jax.Array:
-    """Say of each chain whether all its numbers are finite."""
-    return jnp.stack([jnp.isfinite(flat(tree)).all(axis=1) for tree in trees]).all(axis=0)
+    """Return for each chain whether all its numbers are finite."""
+    leaves = jax.tree.leaves(trees)
+    return jnp.stack([jnp.isfinite(x).all(axis=tuple(range(1, x.ndim))) for x in leaves]).all(0)
 
 
 def choose(flags: jax.Array, yes: Any, no: Any) -> Any:

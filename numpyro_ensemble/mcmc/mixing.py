@@ -1,0 +1,147 @@
+"""What the draws of a finished run show: chains that stood still, and chains that did not mix."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from numpyro.infer import MCMC
+
+from numpyro_ensemble.mcmc.checks import callers_level, frames_outside_jax, listed
+
+_FEWEST_DRAWS = 10  # a chain that accepts 0.8 of its proposals rejects 9 in a row once in 2 million
+_MIXED = 1.05  # R-hat of 20 effective draws a chain, 1,280 of 64 chains
+_SHORTNESS = 1.5  # over the draws in half a chain: what short chains of good draws may have more
+_BLOCK = 4_000_000  # numbers that are taken to double precision at once
+
+
+class Advice(NamedTuple):
+    """Whose draws are collected, and what to try where they are no good."""
+
+    kernel: str
+    latents: tuple[str, ...]  # none: all that is collected
+    remedy: str
+
+
+class CollectedDraws(dict):
+    """The draws by site that `MCMC` collects: checked, and made a plain dictionary, at a run's end.
+
+    `MCMC` calls nothing of a kernel when a run has ended. But the last that it does is to swap the
+    axes of what it collected, by `jax.tree.map`, which builds this dictionary from all draws.
+    """
+
+    def __init__(self, draws: Any, advice: Advice) -> None:
+        super().__init__(draws)
+        self.advice = advice
+
+    def copy(self) -> CollectedDraws:
+        """Return a copy of the same kind: `MCMC` leaves sites out of one."""
+        return CollectedDraws(self, self.advice)
+
+
+class _Whole(CollectedDraws):
+    """Draws that are no dictionary, of a `potential_fn`, under one key."""
+
+
+def collected(draws: Any, advice: Advice) -> CollectedDraws:
+    """Return draws in the form that is checked at a run's end."""
+    if isinstance(draws, dict):
+        return CollectedDraws(draws, advice)
+    return _Whole({"": draws}, advice)
+
+
+def _flatten(draws: CollectedDraws) -> tuple[list, tuple]:
+    keys = tuple(sorted(draws))
+    return [draws[key] for key in keys], (keys, draws.advice)
+
+
+def _unflatten(kind: type[CollectedDraws], structure: tuple, values: Any) -> Any:
+    keys, advice = structure
+    draws = dict(zip(keys, values, strict=True))
+    codes = [frame.f_code for frame in frames_outside_jax()][:2]
+    if not codes or codes[0] is not MCMC.run.__code__:
+        return kind(draws, advice)
+    traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(draws))
+    if not traced and MCMC.warmup.__code__ not in codes:
+        check_mixing(draws, advice)
+    return draws[""] if kind is _Whole else draws
+
+
+for _kind in (CollectedDraws, _Whole):
+    jax.tree_util.register_pytree_node(
+        _kind, _flatten, lambda structure, values, kind=_kind: _unflatten(kind, structure, values)
+    )
+
+
+def check_mixing(draws: dict[str, Any], advice: Advice) -> None:
+    """Warn where chains stood still, or else where they have not mixed.
+
+    Args:
+        draws: by site, `(C, N, ...)`.
+        advice: whose they are.
+    """
+    moved: Any = False
+    rhats, names = [], []
+    latents = {name: draws[name] for name in advice.latents or draws if name in draws}
+    for name, block in _blocks(latents):
+        if block.shape[1] < _FEWEST_DRAWS:
+            return
+        moved = moved | (block != block[:, :1]).any(axis=(1, 2))
+        rhats.append(split_rhat(block))
+        names.append(name)
+        num_draws = block.shape[1]
+    if not rhats or not any((rhat > 1.0).any() for rhat in rhats):
+        return  # nothing was collected: zeros, as in MCMC.warmup
+    largest = [float(np.max(rhat)) for rhat in rhats]
+    worst = int(np.argmax(largest))
+    where = f"R-hat is up to {largest[worst]:.3g}, at {names[worst](int(np.argmax(rhats[worst])))}"
+    limit = _MIXED + _SHORTNESS / (num_draws // 2)
+    if not moved.all():
+        still = np.flatnonzero(~moved)
+        message = (
+            f"{len(still)} of {len(moved)} chains of {advice.kernel} did not move in {num_draws} "
+            f"draws: {listed(still)}. Their draws are where they were after warm-up ({where}). "
+        )
+    elif largest[worst] > limit:
+        rhat = np.concatenate(rhats)
+        message = (
+            f"The chains of {advice.kernel} have not mixed: {where}, and above {limit:.2f} for "
+            f"{int((rhat > limit).sum())} of {rhat.size} latent values. Do not use these draws. "
+        )
+    else:
+        return
+    warnings.warn(message + advice.remedy, stacklevel=callers_level())
+
+
+def _blocks(draws: dict[str, Any]) -> Iterator[tuple[Any, np.ndarray]]:
+    """Yield draws `(C, N, k)` of a few latent values at a time, with a function of their names."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(draws):
+        site = jax.tree_util.keystr(path, simple=True, separator=".") or "the position"
+        values = np.asarray(leaf)
+        if not values.size:
+            continue
+        columns = values.reshape(*values.shape[:2], -1)
+        width = max(1, _BLOCK // (values.shape[0] * values.shape[1]))
+        for first in range(0, columns.shape[2], width):
+
+            def name(
+                i: int, first: int = first, site: str = site, shape: Any = values.shape
+            ) -> str:
+                place = np.unravel_index(first + i, shape[2:])
+                return repr(site) + (f"[{', '.join(map(str, place))}]" if place else "")
+
+            yield name, columns[:, :, first : first + width]
+
+
+def split_rhat(draws: np.ndarray) -> np.ndarray:
+    """Return split R-hat of draws `(C, N, k)`: 1 where a value is the same in all draws."""
+    half = draws.shape[1] // 2
+    halves = np.concatenate([draws[:, :half], draws[:, -half:]]).astype(float)
+    within = halves.var(axis=1, ddof=1).mean(axis=0)
+    between = halves.mean(axis=1).var(axis=0, ddof=1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        rhat = np.sqrt((half - 1) / half + between / within)
+    return np.where(between + within > 0.0, rhat, 1.0)

@@ -1,0 +1,79 @@
+"""The state of all chains, between iterations by site and during them in rows."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from numpyro.util import is_prng_key
+
+from numpyro_ensemble.mcmc.positions import Coordinates
+
+_OF_SITES = ("z", "z_grad", "r")
+
+
+class _Fields(NamedTuple):
+    i: jax.Array
+    z: Any
+    z_grad: Any
+    potential_energy: jax.Array
+    energy: jax.Array
+    r: Any
+    slice: Any
+    num_steps: jax.Array
+    accept_prob: jax.Array
+    mean_accept_prob: jax.Array
+    diverging: jax.Array
+    num_divergences: jax.Array
+    iterations_since_move: jax.Array
+    adapt_state: Any
+    rng_key: jax.Array
+    known: jax.Array
+
+
+class ChainsState(_Fields):
+    """The state of all chains; every array has a leading chain axis, so any can be collected.
+
+    Attributes:
+        i: number of iterations made.
+        z: unconstrained values.
+        z_grad: gradient of the potential energy.
+        potential_energy: negative log density of `z`.
+        energy: potential and kinetic energy.
+        r: momentum, where it persists.
+        slice: the slice variable of generalized HMC.
+        num_steps: leapfrog steps of this iteration.
+        accept_prob: acceptance probability of this iteration.
+        mean_accept_prob: its mean since the start or the end of warm-up.
+        diverging: whether a step of this iteration diverged.
+        num_divergences: how many steps diverged since the start or the end of warm-up.
+        iterations_since_move: how many iterations each chain has been where it is.
+        adapt_state: what is adapted, `step_size` among it.
+        rng_key: one key for each chain.
+        known: whether density and gradient are those of the arguments that `sample` is called with;
+            a run that begins, or goes on, evaluates them again.
+    """
+
+    __slots__ = ()
+
+    def _replace(self, /, **changes: Any) -> ChainsState:  # type: ignore[override]
+        """Replace fields, as MCMC does to go on with another key, and perhaps with other data.
+
+        It gives ensemble kernels one key, which is split for the chains.
+        """
+        if "rng_key" in changes:
+            changes.setdefault("known", jnp.zeros_like(self.known))
+        if is_prng_key(changes.get("rng_key")):
+            changes["rng_key"] = jax.random.split(changes["rng_key"], self.i.shape[0])
+        return super()._replace(**changes)
+
+
+def in_rows(state: ChainsState, coordinates: Coordinates) -> ChainsState:
+    """Turn positions, gradients and momenta into arrays `(C, D)`, which all kernels move."""
+    return state._replace(**{name: coordinates.rows(getattr(state, name)) for name in _OF_SITES})
+
+
+def in_sites(state: ChainsState, coordinates: Coordinates) -> ChainsState:
+    """Undo `in_rows`: between iterations a state holds values by site, as NumPyro's do."""
+    return state._replace(**{name: coordinates.tree(getattr(state, name)) for name in _OF_SITES})

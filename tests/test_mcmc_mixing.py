@@ -1,0 +1,125 @@
+"""Runs whose chains stand still, or do not mix, end with a warning."""
+
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import pytest
+from arviz import rhat as arviz_rhat
+from numpyro.infer import MCMC
+
+from numpyro_ensemble.mcmc import MEADS, ChEES
+from numpyro_ensemble.mcmc.mixing import Advice, check_mixing, split_rhat
+
+KERNELS = [MEADS, ChEES]
+CHAINS = 64
+
+
+def sampler(kernel, draws=20, warmup=10, **options):
+    options = {"progress_bar": False} | options
+    return MCMC(
+        kernel,
+        num_warmup=warmup,
+        num_samples=draws,
+        num_chains=CHAINS,
+        chain_method="vectorized",
+        **options,
+    )
+
+
+def model(wall):
+    """A latent in no alphabetical order, behind a wall: no number is a density beyond it."""
+    numpyro.sample("b", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
+    a = numpyro.sample("a", dist.Normal(0.0, 1.0))
+    numpyro.deterministic("none", jnp.zeros(()))
+    numpyro.factor("wall", jnp.where(jnp.abs(a) < wall, 0.0, jnp.nan) * a)
+
+
+def start(seed=0):
+    keys = jax.random.split(jax.random.key(seed))
+    return {
+        "a": jax.random.normal(keys[0], (CHAINS,)),
+        "b": jax.random.normal(keys[1], (CHAINS, 2)),
+    }
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_runs_report_how_they_mixed(kernel):
+    """One compiled loop: mixed draws say nothing, and those of chains that cannot move do."""
+    mcmc = sampler(kernel(model), warmup=100, jit_model_args=True)
+    fields = ("iterations_since_move",)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        mcmc.warmup(jax.random.key(0), jnp.inf, init_params=start())
+        mcmc.run(jax.random.key(1), jnp.inf, extra_fields=fields)
+    since = mcmc.get_extra_fields(group_by_chain=True)["iterations_since_move"]
+    assert since.shape == (CHAINS, 20) and since.max() < 15
+    still = rf"64 of 64 chains of {kernel.__name__} did not move in 20 draws: 0, 1, .*R-hat is up"
+    with pytest.warns(UserWarning, match=still) as caught:
+        mcmc.run(jax.random.key(0), 1e-6, extra_fields=(*fields, "~z.b"))
+    assert caught[0].filename == __file__ and "double precision" in str(caught[0].message)
+    assert type(mcmc.get_samples()) is dict and set(mcmc.get_samples()) == {"a", "none"}
+    since = mcmc.get_extra_fields(group_by_chain=True)["iterations_since_move"]
+    assert (jnp.diff(since, axis=1) == 1).all() and since.max() >= 20
+
+
+def draws_of(num_draws=40, shift=0.0):
+    """Return draws of chains half of which are elsewhere by `shift`."""
+    rng = np.random.default_rng(0)
+    far = shift * (np.arange(8) % 2)[:, None, None]
+    return {
+        "zeta": rng.normal(size=(8, num_draws)),
+        "at": rng.normal(size=(8, num_draws, 3)) + far * np.array([0.0, 0.0, 1.0]),
+        "corner": np.ones((8, num_draws, 2, 2)),  # of a Cholesky factor
+        "empty": np.zeros((8, num_draws, 0)),
+        "not_a_latent": np.arange(8.0)[:, None] * np.ones(num_draws),
+    }
+
+
+ADVICE = Advice("MEADS", ("zeta", "at", "corner", "empty"), "Try this.")
+
+
+def test_split_rhat_is_that_of_arviz():
+    draws = draws_of(shift=1.0)
+    for name in ("zeta", "at"):
+        columns = draws[name].reshape(8, 40, -1)
+        expected = [arviz_rhat(column, method="split") for column in np.moveaxis(columns, 2, 0)]
+        np.testing.assert_allclose(split_rhat(columns), expected, rtol=1e-10)
+
+
+def test_chains_that_do_not_mix_are_named():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_mixing(draws_of(), ADVICE)
+        check_mixing(draws_of(num_draws=8, shift=3.0), ADVICE)  # too few to tell
+        check_mixing({name: 0.0 * x for name, x in draws_of().items()}, ADVICE)  # never collected
+    with pytest.warns(UserWarning, match=r"up to 1\.\d+, at 'at'\[2\], .* for 1 of 8 .* Try this"):
+        check_mixing(draws_of(shift=3.0), ADVICE)
+    one = draws_of()
+    one["zeta"][3] = one["zeta"][3, 0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_mixing(one, ADVICE)  # it moves at the other sites
+    one["at"][3] = one["at"][3, 0]
+    with pytest.warns(UserWarning, match="1 of 8 chains of MEADS did not move in 40 draws: 3"):
+        check_mixing(one, ADVICE)
+
+
+def test_blocks_of_values_are_named_right(monkeypatch):
+    monkeypatch.setattr("numpyro_ensemble.mcmc.mixing._BLOCK", 8 * 40)  # one value at a time
+    test_chains_that_do_not_mix_are_named()
+
+
+def test_draws_of_a_potential_are_checked():
+    def far_apart(z):  # two modes that no chain leaves
+        return 0.5 * ((jnp.abs(z[0]) - 10.0) ** 2 + z[1] ** 2)
+
+    signs = jnp.where(jnp.arange(CHAINS) % 2 == 0, -10.0, 10.0)
+    near = jax.random.normal(jax.random.key(0), (CHAINS, 2)).at[:, 0].add(signs)
+    mcmc = sampler(ChEES(potential_fn=far_apart), warmup=50)
+    with pytest.warns(UserWarning, match=r"have not mixed.*at 'the position'\[0\]"):
+        mcmc.run(jax.random.key(0), init_params=near)
+    assert mcmc.get_samples(group_by_chain=True).shape == (CHAINS, 20, 2)
