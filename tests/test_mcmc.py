@@ -239,13 +239,13 @@ def test_a_low_rank_metric():
 
     start = 3.0 * jax.random.normal(jax.random.key(1), (CHAINS, 20))
     mixed = []
-    for rank in (None, 1):
+    for rank in (0, None):
         mcmc = sampler(MEADS(potential_fn=potential, low_rank_rank=rank), draws=150, warmup=300)
         mcmc.run(jax.random.key(0), init_params=start)
         along = mcmc.get_samples(group_by_chain=True) @ direction
         mixed.append(effective_sample_size(np.asarray(along)))
     assert z_scores(along, 0.0) < 4 and z_scores(along**2, 100.0) < 4
-    assert mixed[1] > 1.5 * mixed[0], mixed
+    assert mixed[1] > 3.0 * mixed[0], mixed
 
 
 @pytest.mark.long

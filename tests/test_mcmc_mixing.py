@@ -14,7 +14,6 @@ from numpyro.infer import MCMC
 from numpyro_ensemble.mcmc import MEADS, ChEES
 from numpyro_ensemble.mcmc.mixing import Advice, check_mixing, split_rhat
 
-KERNELS = [MEADS, ChEES]
 CHAINS = 64
 
 
@@ -46,7 +45,7 @@ def start(seed=0):
     }
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", [pytest.param(MEADS, marks=pytest.mark.long), ChEES])
 def test_runs_report_how_they_mixed(kernel):
     """One compiled loop: mixed draws say nothing, and those of chains that cannot move do."""
     mcmc = sampler(kernel(model), warmup=100, jit_model_args=True)

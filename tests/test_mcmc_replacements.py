@@ -33,7 +33,7 @@ def beyond(number, edge=1.0):
     return start
 
 
-@pytest.mark.parametrize("kernel", [MEADS, ChEES])
+@pytest.mark.parametrize("kernel", [MEADS, pytest.param(ChEES, marks=pytest.mark.long)])
 def test_chains_that_start_nowhere_start_beside_others(kernel):
     keys = jax.random.split(jax.random.key(0), CHAINS)
     with pytest.warns(UserWarning, match="13 of 64 chains would start where .* not finite") as told:

@@ -14,6 +14,7 @@ from numpyro_ensemble.mcmc import MEADS, ChEES
 from numpyro_ensemble.mcmc.positions import Coordinates
 
 KERNELS = [MEADS, ChEES]
+SLOWER = pytest.param(ChEES, (2, 1), marks=pytest.mark.long)
 CHAINS, DRAWS = 64, 40
 TOTAL = 6.5  # what is seen of the sum of two sites
 
@@ -45,7 +46,7 @@ def z_scores(draws, mean):
 
 
 @pytest.mark.promotes_ranks  # NumPyro's LKJCholesky and Dirichlet do
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", [pytest.param(MEADS, marks=pytest.mark.long), ChEES])
 def test_sites_of_every_shape(kernel):
     mcmc = MCMC(
         kernel(model, start="init", init_strategy=init_to_sample),
@@ -141,7 +142,7 @@ def first_steps(kernel, shape):
     return start, run
 
 
-@pytest.mark.parametrize(("kernel", "shape"), [(MEADS, ()), (ChEES, ()), (ChEES, (2, 1))])
+@pytest.mark.parametrize(("kernel", "shape"), [(MEADS, ()), (ChEES, ()), SLOWER])
 def test_a_chain_that_diverges_takes_its_share_alone(kernel, shape):
     start, run = first_steps(kernel, shape)
     moved, usual = run(np.inf)

@@ -13,9 +13,20 @@ from blackjax.mcmc.metrics import LowRankInverseMassMatrix
 from numpyro_ensemble.mcmc.progress import Progress
 from numpyro_ensemble.mcmc.target import per_chain, shared
 
+_DIRECTIONS = 16  # at most: on the item response problem 16 do better than 160
+_DIMENSIONS_PER_CHAIN = 8
 _RENEWALS = 20  # of the metric in all of warm-up, at even distances
 _POOLED_SIZE = 100  # with so many times as many coordinates, fewer positions are pooled
 _FLOOR = 1e-6  # of eigenvalues: those of chains that lie in a plane are 0, or less by rounding
+
+
+def default_rank(num_chains: int, size: int) -> int:
+    """Return the number of directions that so many chains can learn in so many dimensions.
+
+    One dimension has no directions. Of more than 8 for each chain (1,000 for 64 chains), the
+    directions that are found are noise, and cost a third of the run.
+    """
+    return min(size, _DIRECTIONS) if 1 < size <= _DIMENSIONS_PER_CHAIN * num_chains else 0
 
 
 class LowRank(NamedTuple):

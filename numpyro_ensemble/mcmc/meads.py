@@ -36,8 +36,9 @@ class MEADS(ManyChainKernel):
         step_size_multiplier: of the step size that the gradients suggest.
         damping_slowdown: how slowly the floor of the damping falls; larger is slower.
         steps_per_draw: steps between two draws; a draw costs so many gradients.
-        low_rank_rank: number of directions of a low-rank metric shared by all chains, for strong
-            correlations; None is a diagonal scale for each fold.
+        low_rank_rank: number of directions of a low-rank metric shared by all chains, for
+            correlations; None is 16, or as many as there are dimensions, but none for more than 8
+            dimensions a chain; 0 is a diagonal scale for each fold.
         low_rank_window_fraction: the part of warm-up after which its positions are pooled.
         start: where chains start: "nuts", "pathfinder", "init" (`init_strategy` alone: MEADS
             freezes far from the typical set), or a function `(rng_key, num_chains, *args,
@@ -72,14 +73,14 @@ class MEADS(ManyChainKernel):
         damping_slowdown: float = 1.0,
         steps_per_draw: int = 8,
         low_rank_rank: int | None = None,
-        low_rank_window_fraction: float = 0.5,
+        low_rank_window_fraction: float = 0.2,
         start: str | Callable = "nuts",
         init_strategy: Callable = init_to_uniform,
     ) -> None:
         super().__init__(model, potential_fn, start=start, init_strategy=init_strategy)
         check_count("num_folds", num_folds)
         check_count("steps_per_draw", steps_per_draw)
-        if low_rank_rank is not None:
+        if low_rank_rank is False or low_rank_rank not in (None, 0):
             check_count("low_rank_rank", low_rank_rank)
         check_positive("step_size_multiplier", step_size_multiplier)
         check_positive("damping_slowdown", damping_slowdown)
