@@ -229,6 +229,7 @@ def test_latents_on_a_simplex_and_in_order(kernel):
 
 
 @pytest.mark.long
+@pytest.mark.filterwarnings("ignore:The chains of MEADS have not mixed")  # with rank 0
 def test_a_low_rank_metric():
     direction = np.ones(20) / np.sqrt(20)
     covariance = np.eye(20) + 99.0 * np.outer(direction, direction)
@@ -249,6 +250,7 @@ def test_a_low_rank_metric():
 
 
 @pytest.mark.long
+@pytest.mark.filterwarnings("ignore:The chains of MEADS have not mixed")  # nor can they
 def test_chains_keep_their_identity():
     def potential(z):  # two modes, so far apart that no chain can cross
         return 0.5 * ((jnp.abs(z) - 50.0) ** 2).sum()
