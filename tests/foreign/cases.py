@@ -19,6 +19,7 @@ class Case(NamedTuple):
         guide: a hand-written guide; the model is then fitted with it alone.
         optim: the optimiser of its fits (default: Adam, with small steps).
         enumerated: the model sums out discrete latents, so its loss is `TraceEnum_ELBO`.
+        single: the model itself runs in single precision alone.
         refused: by column, the part of a message that must tell the user why it does not run.
     """
 
@@ -28,4 +29,5 @@ class Case(NamedTuple):
     guide: Callable[..., Any] | None = None
     optim: Any = None
     enumerated: bool = False
+    single: bool = False
     refused: dict[str, str] = {}

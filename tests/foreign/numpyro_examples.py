@@ -93,7 +93,7 @@ def captures(animals=30, times=5):
 
 def capture_recapture(number):
     model = getattr(example("capture_recapture"), f"model_{number}")
-    return Case(model, captures(), enumerated=True, refused=DISCRETE)
+    return Case(model, captures(), enumerated=True, single=True, refused=DISCRETE)
 
 
 for _number in range(1, 6):
@@ -103,13 +103,13 @@ for _number in range(1, 6):
 @add("covtype")
 def covtype():
     x, y = regressors(60, 5)
-    return Case(example("covtype").model, (x, y > 0))
+    return Case(example("covtype").model, (jnp.asarray(x), y > 0))
 
 
 @add("covtype subsampled")
 def covtype_subsampled():
     x, y = regressors(60, 5)
-    data = tuple(map(jnp.asarray, (x, y > 0)))
+    data = jnp.asarray(x), jnp.asarray(y > 0)
     return Case(example("covtype").model, (*data, 20))
 
 
@@ -147,7 +147,7 @@ def hmm_enum(number):
     args = sequences, np.array([6, 5, 4]), Namespace(hidden_dim=4)
     model = getattr(example("hmm_enum"), f"model_{number}")
     options = {"include_prior": True}
-    return Case(model, args, options, enumerated=True, refused=DISCRETE)
+    return Case(model, args, options, enumerated=True, single=True, refused=DISCRETE)
 
 
 for _number in (1, 2, 3, 4, 6):
