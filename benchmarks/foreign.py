@@ -1,7 +1,7 @@
 """Models that others wrote, through everything: the table of the page "Which one".
 
-Run `python benchmarks/foreign.py` for all models, or name some of them, `"ar2 scan" FMLayer`. Each model runs in a
-process of its own, 240 seconds at most (`--limit 600` for more). Rows are kept in
+Run `python benchmarks/foreign.py` for all models, or name some of them (`"ar2 scan" FMLayer`). Each
+model runs in a process of its own, 240 seconds at most (`--limit 600` for more). Rows are kept in
 `docs/foreign_models.json`, so that a table can be made in parts; `--table` alone writes
 `docs/foreign_models.md` again. NumPyro's examples need `NUMPYRO_CHECKOUT`, as `make foreign` does.
 """
@@ -18,6 +18,31 @@ ROWS = ROOT / "docs" / "foreign_models.json"
 PAGE = ROOT / "docs" / "foreign_models.md"
 sys.path.insert(0, str(ROOT / "tests" / "foreign"))
 SOURCES = ("numpyro_examples", "blayers_models", "package_models")
+INTRODUCTION = """# Which one
+
+You have a model, and want to know what runs on it. These are models of NumPyro's examples and of
+other packages, on small data. Nobody wrote them for this package.
+
+- Under MAP, Normal, MVN (multivariate normal) and Laplace, *yes* means that member 0 of the
+  ensemble equals NumPyro's single `SVI` fit with the same key, in every parameter. Models with a
+  guide of their own have it under Normal.
+- Under NUTS (4 chains), ChEES and MEADS (64 chains), each with 500 + 500 iterations, stands the
+  largest R-hat, then the effective draws a second as a multiple of NUTS's, compilation included.
+  *warns* means that the run ended with a warning that its chains have not mixed.
+- Means agree with NUTS's within 4 standard errors, unless the cell says otherwise. They are
+  compared where both R-hats are below 1.05.
+- The last column names the sampler with the most effective draws a second among those with an
+  R-hat below 1.02.
+
+{table}
+
+## Why not
+
+{failed}
+
+Made by `python benchmarks/foreign.py` on two cores of a CPU, in double precision where the model
+itself runs in it, with {versions}.
+"""
 SHORT = {
     "AutoNormal": "Normal",
     "AutoMultivariateNormal": "MVN",
@@ -45,22 +70,32 @@ def run_here(name):
     jax.config.update("jax_enable_x64", True)
     warnings.simplefilter("ignore")
     case = catalogue()[name](name)
-    row = {"model": name, "absent": case} if isinstance(case, str) else driver.run_model(name, case)
+    if isinstance(case, str):
+        report({"model": name, "absent": case})
+    else:
+        driver.run_model(name, case, report=report)
+
+
+def report(row):
     print("ROW " + json.dumps(row), flush=True)
 
 
 def run_apart(name, limit):
-    """Run one model in a process of its own, and return its row."""
+    """Run one model in a process of its own; return its row, or as much as it came to."""
     command = [sys.executable, __file__, "--here", name]
+    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+    late = False
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=limit)
-    except subprocess.TimeoutExpired:
-        return {"model": name, "absent": f"took longer than {limit} s"}
-    rows = [line[4:] for line in done.stdout.splitlines() if line.startswith("ROW ")]
-    if rows:
-        return json.loads(rows[-1])
-    last = (done.stderr.strip().splitlines() or ["nothing was printed"])[-1]
-    return {"model": name, "absent": f"the process ended with code {done.returncode}: {last}"}
+        done = subprocess.run(command, capture_output=True, timeout=limit, env=environment)
+        printed, ended = done.stdout, f"the process ended with code {done.returncode}"
+    except subprocess.TimeoutExpired as error:
+        printed, ended, late = error.stdout or b"", f"took longer than {limit} s", True
+    rows = [line[4:] for line in printed.decode().splitlines() if line.startswith("ROW ")]
+    row = json.loads(rows[-1]) if rows else {"model": name, "absent": ended}
+    if late and "own guide" not in row and "absent" not in row:
+        for column in ("NUTS", "ChEES", "MEADS"):
+            row.setdefault(column, {"ok": False, "reason": ended})
+    return row
 
 
 def fit_cell(column):
@@ -118,7 +153,8 @@ def best(row):
 
 def table(rows):
     lines = [
-        "| model | latents | MAP | Normal | MVN | Laplace | predictions | ArviZ | NUTS | ChEES | MEADS | use |",
+        "| model | latents | MAP | Normal | MVN | Laplace | predictions | ArviZ "
+        "| NUTS | ChEES | MEADS | use |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, row in rows.items():
@@ -150,27 +186,11 @@ def versions():
 def write_page(rows):
     """Write the table, and under it the reason of every `no`."""
     failed = [f"- {name}. {line}" for name, row in rows.items() for line in reasons(row)]
-    PAGE.write_text(
-        "# Which one\n\n"
-        "You have a model, and want to know what runs on it. These models are NumPyro's examples and\n"
-        "those of other packages; nobody wrote them for this package.\n\n"
-        "- Under MAP, Normal, MVN (multivariate normal) and Laplace, *yes* means that member 0 of the\n"
-        "  ensemble equals NumPyro's single `SVI` fit with the same key, in every parameter. Models with a\n"
-        "  guide of their own have it under Normal.\n"
-        "- Under NUTS (4 chains), ChEES and MEADS (64 chains, 500 + 500 iterations) stands the largest\n"
-        "  R-hat, then effective draws a second as a multiple of NUTS's, compilation included. *warns* means\n"
-        "  that the run ended with a warning that its chains have not mixed. Means agree within 4 standard\n"
-        "  errors unless the cell says otherwise; they are compared where both R-hats are below 1.05.\n"
-        "- *use* names the sampler with most effective draws a second among those with an R-hat below 1.02.\n\n"
-        f"{table(rows)}\n\n"
-        "## Why not\n\n"
-        f"{chr(10).join(failed) or 'Everything ran.'}\n\n"
-        f"Made by `python benchmarks/foreign.py` on a CPU in double precision: {rows_versions(rows)}.\n"
+    made = next((row["versions"] for row in rows.values() if "versions" in row), versions())
+    text = INTRODUCTION.format(
+        table=table(rows), failed="\n".join(failed) or "Everything ran.", versions=made
     )
-
-
-def rows_versions(rows):
-    return next((r["versions"] for r in rows.values() if "versions" in r), versions())
+    PAGE.write_text(text)
 
 
 def main(words):

@@ -47,30 +47,35 @@ def run_fits(case: Case, key, columns=ALL, steps=fits.STEPS):
 
 
 def run_samplers(case: Case, key, columns=ALL, size=FULL):
-    """Return the columns of NUTS and of the many-chain kernels beside it."""
-    row, reference = {}, None
+    """Yield the columns of NUTS and of the many-chain kernels beside it, one by one."""
+    reference = None
     for name in ("NUTS", *(k for k in columns if k in samplers.KERNELS)):
-        row[name], outcome = attempt(samplers.draw, name, case, key, size)
-        if outcome is None:
-            continue
-        draws = outcome[0]
-        row[name] |= samplers.figures(*outcome)
-        if name == "NUTS":
-            reference = draws
-        elif reference is not None and draws.shape[-1] == reference.shape[-1]:
-            row[name]["gap"] = samplers.mean_gap(draws, reference)
-    return row
+        column, outcome = attempt(samplers.draw, name, case, key, size)
+        if outcome is not None:
+            column |= samplers.figures(*outcome)
+            if name == "NUTS":
+                reference = outcome[0]
+            elif reference is not None:
+                column["gap"] = samplers.mean_gap(outcome[0], reference)
+        yield name, column
 
 
-def run_model(name, model, args=(), kwargs=None, *, columns=ALL, size=FULL, **known):
-    """Run a model through everything, and return a row of plain data."""
+def run_model(name, model, args=(), kwargs=None, *, columns=ALL, size=FULL, report=None, **known):
+    """Run a model through everything, and return a row of plain data.
+
+    `report` is called with the row after the fits and after each sampler.
+    """
     case = model if isinstance(model, Case) else Case(model, args, kwargs or {}, **known)
+    report = report or (lambda row: None)
     double = jax.config.jax_enable_x64 and not case.single
     with jax.enable_x64(double):
         key = jax.random.key(0)
         row = {"model": name, "double": double, **run_fits(case, key, columns)}
+        report(row)
         if case.guide is None and any(k in columns for k in samplers.KERNELS):
-            row |= run_samplers(case, key, columns, size)
+            for sampler, column in run_samplers(case, key, columns, size):
+                row[sampler] = column
+                report(row)
     return row
 
 

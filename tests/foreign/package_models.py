@@ -33,7 +33,28 @@ def forecast():
     return Case(local_level, (COVARIATES, SERIES))
 
 
-CASES = {"numpyro_forecast local level": ("numpyro_forecast", forecast)}
+def filtered_level(times, values):
+    """A level that decays to zero and is seen with noise; a Kalman filter sums the level out."""
+    import dynestyx
+    from dynestyx.inference.filters import KFConfig
+
+    walk_scale = numpyro.sample("walk_scale", dist.HalfNormal(1.0))
+    decay = numpyro.sample("decay", dist.Beta(4.0, 2.0))
+    noise = numpyro.sample("noise", dist.HalfNormal(1.0))
+    one = jnp.ones((1, 1))
+    dynamics = dynestyx.LTI_discrete(decay * one, walk_scale**2 * one, one, noise**2 * one)
+    with dynestyx.Filter(filter_config=KFConfig()):
+        dynestyx.sample("f", dynamics, obs_times=times, obs_values=values)
+
+
+def state_space():
+    return Case(filtered_level, (jnp.arange(60.0), SERIES))
+
+
+CASES = {
+    "dynestyx Kalman filter": ("dynestyx", state_space),
+    "numpyro_forecast local level": ("numpyro_forecast", forecast),
+}
 
 
 def case(name):
