@@ -25,7 +25,7 @@ emitters := from importlib.metadata import version; \
 FASTER = $(strip $(shell $(BIN)/python -c '$(emitters)') $(XLA_FLAGS))
 QUICK = --xla_backend_optimization_level=0 $(FASTER)
 
-.PHONY: help demo test long docs format clean
+.PHONY: help demo test long foreign docs format clean
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -66,8 +66,8 @@ test: $(call ready,test) ## check format, lint, types and doctests, and run all 
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/mypy
 	XLA_FLAGS="$(QUICK)" $(PYTEST) --junitxml=$(CACHE)/reports/doctests.xml --doctest-modules numpyro_ensemble
-	XLA_FLAGS="$(QUICK)" $(PYTEST) -m "not core and not long" --junitxml=$(CACHE)/reports/float64.xml
-	XLA_FLAGS="$(FASTER)" JAX_ENABLE_X64=0 $(PYTEST) --junitxml=$(CACHE)/reports/float32.xml -m "core and not long"
+	XLA_FLAGS="$(QUICK)" $(PYTEST) -m "not core and not long and not foreign" --junitxml=$(CACHE)/reports/float64.xml
+	XLA_FLAGS="$(FASTER)" JAX_ENABLE_X64=0 $(PYTEST) --junitxml=$(CACHE)/reports/float32.xml -m "core and not long and not foreign"
 	XLA_FLAGS="$(QUICK)" JAX_CHECK_TRACER_LEAKS=1 $(PYTEST) --junitxml=$(CACHE)/reports/leaks.xml -m leaks
 	@$(BIN)/python -c "$$count_tests" $(CACHE)/reports/*.xml
 
@@ -75,6 +75,10 @@ long: $(call ready,test) ## run what `make test` leaves out: long tests, the cor
 	XLA_FLAGS="$(QUICK)" $(PYTEST) -m "(core or long) and not single and not leaks"
 	XLA_FLAGS="$(FASTER)" JAX_ENABLE_X64=0 $(PYTEST) -m "long and single"
 	XLA_FLAGS="$(QUICK)" JAX_ENABLE_X64=0 $(PYTEST) -m "not core and not long" $(addprefix tests/test_gp_,$(addsuffix .py,calls features paths))
+
+# NumPyro's examples are tested where NUMPYRO_CHECKOUT names a checkout of its tag.
+foreign: $(call ready,foreign) ## run models of other packages, and NumPyro's examples, through everything
+	XLA_FLAGS="$(QUICK)" $(PYTEST) -m foreign tests/foreign
 
 define count_tests
 import sys

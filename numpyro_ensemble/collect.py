@@ -12,7 +12,7 @@ import numpyro.distributions as dist
 from numpyro import handlers
 from numpyro.infer import util
 
-from numpyro_ensemble.density import anatomy, filled_trace
+from numpyro_ensemble.density import anatomy, unchecked_trace
 from numpyro_ensemble.draws import (
     check_failed,
     fill_model,
@@ -136,7 +136,7 @@ def _of_points(
     runner: Ensemble, result: EnsembleResult, number: int, args: tuple, kwargs: dict
 ) -> Draws:
     """Repeat the members' estimates."""
-    sites = filled_trace(runner.model, args, kwargs)
+    sites = unchecked_trace(runner.model, args, kwargs)
     latent = {name for name, site in sites.items() if site["type"] == "sample"}
     unknown = sorted(result.params.keys() - sites.keys())
     if unknown:
@@ -183,7 +183,7 @@ class Sites(NamedTuple):
     @classmethod
     def of(cls, model: Callable, args: tuple, kwargs: dict, drawn: Collection[str]) -> Sites:
         """Trace the model once, at an initialisation."""
-        trace = filled_trace(model, args, kwargs)
+        trace = unchecked_trace(model, args, kwargs)
         sites = cls({}, [], [], {}, [], [], {}, set(trace), {})
         for name, site in trace.items():
             if site["type"] == "plate" and len(site["value"]) < site["args"][0]:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpyro
 from numpyro import handlers
 from numpyro.infer import init_to_uniform
 from numpyro.infer.util import compute_log_probs
@@ -76,6 +77,16 @@ def filled_trace(model: Callable, args: tuple, kwargs: dict) -> dict[str, Any]:
     seeded = handlers.seed(model, jax.random.key(0))
     filled = handlers.substitute(seeded, substitute_fn=init_to_uniform())
     return handlers.trace(filled).get_trace(*args, **kwargs)
+
+
+def unchecked_trace(model: Callable, args: tuple, kwargs: dict) -> dict[str, Any]:
+    """Trace a model at an initialisation that it need not be able to bear.
+
+    NumPyro checks the values of distributions; at an arbitrary point they may be NaN, as those of
+    a differential equation that its solver gives up on, although they are not at any draw.
+    """
+    with numpyro.validation_enabled(False):
+        return filled_trace(model, args, kwargs)
 
 
 def anatomy(

@@ -439,3 +439,16 @@ assert to_arviz(runner, result, jnp.ones(3)).posterior["mu"].shape == (4, 1)
 """
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
+
+
+def test_a_model_that_only_its_draws_can_bear(key):
+    def model(y):
+        z = numpyro.sample("z", dist.Normal(5.0, 0.1))
+        numpyro.sample("y", dist.Normal(jnp.log(z - 3.0), 1.0), obs=y)  # NaN where starts are tried
+
+    runner = EnsembleMAP(model, ADAM, ensemble_size=4)
+    init_params = {"z": jnp.linspace(4.5, 5.5, 4)}
+    result = runner.run(key, 5, 0.5, init_params=init_params, progress_bar=False)
+    data = to_arviz(runner, result, 0.5, on_failed="raise")
+    assert data["posterior"]["z"].shape == (4, 1)
+    assert np.isfinite(data["posterior_predictive"]["y"]).all()

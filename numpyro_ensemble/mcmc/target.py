@@ -12,7 +12,7 @@ from numpyro import handlers
 from numpyro.infer import init_to_uniform
 from numpyro.infer.util import constrain_fn, initialize_model, potential_energy
 
-from numpyro_ensemble.density import anatomy, filled_trace
+from numpyro_ensemble.density import anatomy, unchecked_trace
 from numpyro_ensemble.fingerprints import captured
 from numpyro_ensemble.mcmc.layout import laid_out, primitives_of
 from numpyro_ensemble.mcmc.positions import Coordinates
@@ -120,7 +120,7 @@ class Target:
 
     def _fixed(self, args: tuple, kwargs: dict) -> dict[str, Any]:
         assert self.model is not None
-        trace = filled_trace(self.model, args, kwargs)
+        trace = unchecked_trace(self.model, args, kwargs)
         return {k: v["value"] for k, v in trace.items() if v["type"] in ("param", "mutable")}
 
     def _with(self, fixed: dict[str, Any]) -> Callable:

@@ -1,0 +1,216 @@
+"""Models that others wrote, through everything: the table of the page "Which one".
+
+Run `python benchmarks/foreign.py` for all models, or name some of them (`"ar2 scan" FMLayer`). Each
+model runs in a process of its own, 240 seconds at most (`--limit 600` for more). Rows are kept in
+`docs/foreign_models.json`, so that a table can be made in parts; `--table` alone writes
+`docs/foreign_models.md` again. NumPyro's examples need `NUMPYRO_CHECKOUT`, as `make foreign` does.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+ROWS = ROOT / "docs" / "foreign_models.json"
+PAGE = ROOT / "docs" / "foreign_models.md"
+sys.path.insert(0, str(ROOT / "tests" / "foreign"))
+SOURCES = ("numpyro_examples", "blayers_models", "package_models")
+INTRODUCTION = """# Which one
+
+You have a model, and want to know what runs on it. These are models of NumPyro's examples and of
+other packages, on small data. Nobody wrote them for this package.
+
+- Under MAP, Normal, MVN (multivariate normal) and Laplace, *yes* means that member 0 of the
+  ensemble equals NumPyro's single `SVI` fit with the same key, in every parameter. Models with a
+  guide of their own have it under Normal.
+- Under NUTS (4 chains), ChEES and MEADS (64 chains), each with 500 + 500 iterations, stands the
+  largest R-hat, then the effective draws a second as a multiple of NUTS's, compilation included.
+  *warns* means that the run ended with a warning that its chains have not mixed.
+- Means agree with NUTS's within 4 standard errors, unless the cell says otherwise. They are
+  compared where both R-hats are below 1.05.
+- The last column names the sampler with the most effective draws a second among those with an
+  R-hat below 1.02.
+
+{table}
+
+## Why not
+
+{failed}
+
+Made by `python benchmarks/foreign.py` on two cores of a CPU, in double precision where the model
+itself runs in it, with {versions}.
+"""
+SHORT = {
+    "AutoNormal": "Normal",
+    "AutoMultivariateNormal": "MVN",
+    "AutoLaplaceApproximation": "Laplace",
+}
+
+
+def catalogue():
+    """Return the name of each model with the function that builds its case."""
+    import blayers_models
+    import numpyro_examples
+    import numpyro_examples_2  # noqa: F401  (adds its cases)
+    import package_models
+
+    found = dict.fromkeys(numpyro_examples.CASES, numpyro_examples.case)
+    found |= dict.fromkeys(blayers_models.LAYERS, blayers_models.case)
+    return found | dict.fromkeys(package_models.CASES, package_models.case)
+
+
+def run_here(name):
+    """Run one model in this process, and print its row."""
+    import driver
+    import jax
+
+    jax.config.update("jax_enable_x64", True)
+    warnings.simplefilter("ignore")
+    case = catalogue()[name](name)
+    if isinstance(case, str):
+        report({"model": name, "absent": case})
+    else:
+        driver.run_model(name, case, report=report)
+
+
+def report(row):
+    print("ROW " + json.dumps(row), flush=True)
+
+
+def run_apart(name, limit):
+    """Run one model in a process of its own; return its row, or as much as it came to."""
+    command = [sys.executable, __file__, "--here", name]
+    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+    late = False
+    try:
+        done = subprocess.run(command, capture_output=True, timeout=limit, env=environment)
+        printed, ended = done.stdout, f"the process ended with code {done.returncode}"
+    except subprocess.TimeoutExpired as error:
+        printed, ended, late = error.stdout or b"", f"took longer than {limit} s", True
+    rows = [line[4:] for line in printed.decode().splitlines() if line.startswith("ROW ")]
+    row = json.loads(rows[-1]) if rows else {"model": name, "absent": ended}
+    if late and "own guide" not in row and "absent" not in row:
+        for column in ("NUTS", "ChEES", "MEADS"):
+            row.setdefault(column, {"ok": False, "reason": ended})
+    return row
+
+
+def fit_cell(column):
+    if column is None:
+        return ""
+    return "yes" if column["ok"] else "no"
+
+
+def sampler_cell(column, nuts):
+    """Return R-hat, effective draws a second over NUTS', and how far the means are apart."""
+    if column is None:
+        return ""
+    if not column["ok"]:
+        return "no"
+    text = f"{column['rhat']:.3f}"
+    if nuts and nuts["ok"] and column is not nuts:
+        text += f", {column['rate'] / nuts['rate']:.1f} x"
+        if max(column["rhat"], nuts["rhat"]) < 1.05 and column.get("gap", 0) > 4:
+            text += f", means {column['gap']:.1f} se apart"
+    warned = any("have not mixed" in line or "stand still" in line for line in column["warnings"])
+    return text + (", warns" if warned else "")
+
+
+def reasons(row):
+    """Return why columns failed, each reason once."""
+    why = {}
+    for name, column in row.items():
+        if isinstance(column, dict) and not column["ok"]:
+            why.setdefault(column["reason"], []).append(SHORT.get(name, name))
+    return [f"{', '.join(names)}: {shorten(reason)}" for reason, names in why.items()]
+
+
+def shorten(reason, length=160):
+    text = reason.removeprefix("UpstreamError: ").replace("|", "/").replace("`", "'")
+    return text if len(text) <= length else text[: length - 3].rstrip() + "..."
+
+
+def best(row):
+    """Return what to use for a model, in a few plain words."""
+    if "own guide" in row:
+        return "EnsembleVI with its own guide" if row["own guide"]["ok"] else "SVI"
+    rates = {
+        name: row[name]["rate"]
+        for name in ("ChEES", "MEADS", "NUTS")
+        if name in row and row[name]["ok"] and row[name]["rhat"] < 1.02
+    }
+    if rates:
+        return max(rates, key=rates.get)
+    fits = [n for n in ("MAP", *SHORT) if row.get(n, {"ok": False})["ok"]]
+    sampled = row.get("NUTS", {"ok": False})["ok"]
+    if sampled and any(row.get(n, {"ok": False})["ok"] for n in ("ChEES", "MEADS")):
+        return "none of the samplers mixes in so short a run"
+    return ("NUTS; " if sampled else "") + ("EnsembleVI for a fit" if fits else "no fit")
+
+
+def table(rows):
+    lines = [
+        "| model | latents | MAP | Normal | MVN | Laplace | predictions | ArviZ "
+        "| NUTS | ChEES | MEADS | use |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, row in rows.items():
+        if "absent" in row:
+            lines.append(f"| {name} |" + " |" * 10 + f" {shorten(row['absent'])} |")
+            continue
+        nuts = row.get("NUTS")
+        size = nuts["latents"] if nuts and nuts["ok"] else ""
+        own = {"MAP": None, "AutoNormal": row.get("own guide")} if "own guide" in row else row
+        cells = [fit_cell(own.get(n)) for n in ("MAP", *SHORT)]
+        cells += [fit_cell(row.get(n)) for n in ("Predictive", "ArviZ")]
+        cells += [sampler_cell(row.get(n), nuts) for n in ("NUTS", "ChEES", "MEADS")]
+        lines.append(f"| {name} | {size} | " + " | ".join(cells) + f" | {best(row)} |")
+    return "\n".join(lines)
+
+
+def versions():
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = []
+    for name in ("numpyro", "jax", "blackjax", "blayers", "aimz"):
+        try:
+            found.append(f"{name} {version(name)}")
+        except PackageNotFoundError:
+            continue
+    return ", ".join(found)
+
+
+def write_page(rows):
+    """Write the table, and under it the reason of every `no`."""
+    failed = [f"- {name}. {line}" for name, row in rows.items() for line in reasons(row)]
+    made = next((row["versions"] for row in rows.values() if "versions" in row), versions())
+    text = INTRODUCTION.format(
+        table=table(rows), failed="\n".join(failed) or "Everything ran.", versions=made
+    )
+    PAGE.write_text(text)
+
+
+def main(words):
+    if words[:1] == ["--here"]:
+        return run_here(words[1])
+    limit = 240
+    if "--limit" in words:
+        place = words.index("--limit")
+        limit = int(words[place + 1])
+        del words[place : place + 2]
+    rows = json.loads(ROWS.read_text()) if ROWS.exists() else {}
+    names = list(catalogue())
+    if words != ["--table"]:
+        for name in words or names:
+            rows[name] = run_apart(name, limit) | {"versions": versions()}
+            print(json.dumps(rows[name]), flush=True)
+            ROWS.write_text(json.dumps(dict(sorted(rows.items())), indent=1) + "\n")
+    write_page({name: rows[name] for name in names if name in rows})
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    main(sys.argv[1:])

@@ -1,0 +1,94 @@
+"""Many-chain kernels on a foreign model, beside NUTS."""
+
+import time
+import warnings
+from typing import Any, NamedTuple
+
+import arviz as az
+import jax
+import numpy as np
+from cases import Case
+from numpyro import handlers
+from numpyro.infer import MCMC, NUTS
+
+from numpyro_ensemble.mcmc import MEADS, ChEES
+
+KERNELS = {"NUTS": NUTS, "ChEES": ChEES, "MEADS": MEADS}
+LIMIT = 4.0  # standard errors between means
+
+
+class Size(NamedTuple):
+    """Numbers of chains and iterations."""
+
+    chains: int = 64
+    warmup: int = 500
+    draws: int = 500
+    nuts_chains: int = 4
+
+
+def latent_names(case: Case):
+    """Return the names of the continuous latents."""
+    model = handlers.seed(case.model, 0)
+    trace = handlers.trace(model).get_trace(*case.args, **case.kwargs)
+    return [
+        name
+        for name, site in trace.items()
+        if site["type"] == "sample" and not site["is_observed"] and not site["fn"].is_discrete
+    ]
+
+
+def draw(kernel: str, case: Case, key, size: Size):
+    """Run a kernel; return draws `(C, N, D)`, seconds and our own warnings."""
+    chains = size.nuts_chains if kernel == "NUTS" else size.chains
+    mcmc = MCMC(
+        KERNELS[kernel](case.model),
+        num_warmup=size.warmup,
+        num_samples=size.draws,
+        num_chains=chains,
+        chain_method="vectorized",
+        progress_bar=False,
+    )
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        begin = time.perf_counter()
+        mcmc.run(key, *case.args, **case.kwargs)
+        samples = jax.block_until_ready(mcmc.get_samples(group_by_chain=True))
+        seconds = time.perf_counter() - begin
+    flat = [
+        np.asarray(samples[name], float).reshape(chains, size.draws, -1)
+        for name in latent_names(case)
+        if name in samples
+    ]
+    notes = [str(w.message) for w in caught if "numpyro_ensemble" in str(w.filename)]
+    notes += [str(w.message) for w in caught if "numpyro_ensemble" not in str(w.filename)]
+    return np.concatenate(flat, axis=-1), seconds, notes
+
+
+def moving(draws):
+    """Return which coordinates are not constant, as a Cholesky factor's zeros are."""
+    return np.ptp(draws, axis=(0, 1)) > 0
+
+
+def figures(draws, seconds, notes) -> dict[str, Any]:
+    """Return R-hat, effective draws and their rate."""
+    data = az.convert_to_dataset({"x": draws[..., moving(draws)]})
+    rhat, bulk = az.rhat(data)["x"].values, az.ess(data)["x"].values
+    return {
+        "latents": draws.shape[-1],
+        "rhat": float(np.nanmax(rhat)),
+        "ess": float(np.nanmin(bulk)),
+        "seconds": seconds,
+        "rate": float(np.nanmin(bulk)) / seconds,
+        "warnings": notes,
+    }
+
+
+def mean_gap(draws, other):
+    """Return the largest difference of means in standard errors."""
+    keep = moving(draws) & moving(other)
+    means, errors = [], []
+    for values in (draws[..., keep], other[..., keep]):
+        data = az.convert_to_dataset({"x": values})
+        means.append(values.mean((0, 1)))
+        errors.append(values.var((0, 1)) / az.ess(data, method="mean")["x"].values)
+    return float(np.nanmax(np.abs(means[0] - means[1]) / np.sqrt(errors[0] + errors[1])))

@@ -1,0 +1,50 @@
+"""Layers of blayers: fits beside NumPyro's SVI for all, many chains beside NUTS."""
+
+import pytest
+
+pytest.importorskip("blayers", reason="blayers is not installed: pip install blayers")
+
+import blayers_models
+import driver
+from cases import ALL, SAMPLERS
+from samplers import Size
+
+pytestmark = [pytest.mark.promotes_ranks, pytest.mark.filterwarnings("default")]
+SHORT = Size(32, 300, 200)
+QUICK = {  # what `make test` runs: one column for each layer
+    "AdaptiveLayer": "MAP",
+    "FMLayer": "MAP",
+    "FM3Layer": "MAP",
+    "LowRankInteractionLayer": "MAP",
+    "InteractionLayer": "MAP",
+    "BilinearLayer": "AutoMultivariateNormal",
+    "LowRankBilinearLayer": "MAP",
+    "EmbeddingLayer": "AutoLaplaceApproximation",
+    "RandomEffectsLayer": "MAP",
+    "RandomWalkLayer": "MAP",
+    "HorseshoeLayer": "MAP",
+    "InterceptLayer": "MAP",
+}
+
+
+def case_or_skip(name):
+    case = blayers_models.case(name)
+    if isinstance(case, str):
+        pytest.skip(f"{name}: {case}")
+    return case
+
+
+@pytest.mark.parametrize(("name", "column"), QUICK.items())
+def test_a_member_is_an_svi_of_the_layer(name, column):
+    case = case_or_skip(name)
+    row = driver.run_model(name, case, columns=(column,))
+    assert row[column] == {"ok": True}, driver.complaints(row)
+
+
+@pytest.mark.foreign
+@pytest.mark.parametrize("name", blayers_models.LAYERS)
+def test_layer(name):
+    case = case_or_skip(name)
+    row = driver.run_model(name, case, columns=ALL, size=SHORT)
+    assert set(SAMPLERS) <= set(row)
+    assert driver.complaints(row, case.refused) == []
