@@ -374,11 +374,12 @@ class FitCall:
 
     def step(self, state: SVIState, stable: bool, forward: bool) -> tuple[SVIState, jax.Array]:
         """Take one step with every member."""
+        programs = self.programs  # a kept program must not hold this call, which holds data
 
         def build() -> Callable:
-            return lambda call, *inputs: self.programs.updates(call, stable, forward)(*inputs, None)
+            return lambda call, *inputs: programs.updates(call, stable, forward)(*inputs, None)
 
-        program = self.programs.program(("step", stable, forward), build)
+        program = programs.program(("step", stable, forward), build)
         values = self.values_of(state)
         new, losses = program(self.form, plain(state), values, self.dynamic)
         setup = setup_of(state)
@@ -403,20 +404,21 @@ class FitCall:
 
     def evaluate(self, state: SVIState) -> jax.Array:
         """Return the members' losses."""
+        programs = self.programs
 
         def build() -> Callable:
-            return lambda call, *inputs: self.programs.over_members(call, "loss")(*inputs)
+            return lambda call, *inputs: programs.over_members(call, "loss")(*inputs)
 
-        program = self.programs.program("evaluate", build)
+        program = programs.program("evaluate", build)
         return program(self.form, plain(state), self.values_of(state), self.dynamic)
 
     def outcome(self, state: SVIState, values: SetupValues) -> tuple[dict[str, Any], jax.Array]:
         """Return the members' parameters, and which members have nothing but finite values."""
-        size = self.engine.ensemble_size
+        programs, size = self.programs, self.engine.ensemble_size
 
         def build() -> Callable:
             def final(call: CallForm, state: SVIState, *inputs: Any) -> tuple:
-                params = self.programs.over_members(call, "params")(state, *inputs)
+                params = programs.over_members(call, "params")(state, *inputs)
                 leaves = jax.tree.leaves((params, state.mutable_state))
                 flags = [
                     jnp.isfinite(x).reshape(size, -1).all(axis=1) for x in leaves if is_inexact(x)
@@ -426,7 +428,7 @@ class FitCall:
             return final
 
         once = not traces((state, values, self.arguments.leaves))
-        program = self.programs.program(("outcome", once), build, once=once)
+        program = programs.program(("outcome", once), build, once=once)
         return program(self.form, state, values, self.dynamic)
 
 
