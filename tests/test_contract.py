@@ -1,8 +1,10 @@
 """The invariants that every runner keeps."""
 
+import gc
 import os
 import subprocess
 import sys
+import weakref
 from functools import partial
 from pathlib import Path
 
@@ -429,3 +431,16 @@ def test_a_state_of_another_size_is_refused_everywhere(make, key):
             call(state, X, Y)
     with pytest.raises(ValueError, match="another ensemble size"):
         runner.get_params(state)
+
+
+def test_what_a_runner_keeps_holds_no_data(key):
+    runner = map_runner(ridge)
+    data = jnp.asarray(X), jnp.asarray(Y)
+    held = [weakref.ref(leaf) for leaf in data]
+    result = quiet(runner, key, 2, *data)
+    runner.update(result.state, *data)
+    runner.evaluate(result.state, *data)
+    del data
+    gc.collect()
+    assert [ref() for ref in held] == [None, None]
+    assert runner.get_params(result.state)["w"].shape == (3, 2)
