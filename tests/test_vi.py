@@ -110,7 +110,8 @@ GUIDES = {
     "AutoDelta, dependent support": (
         autoguide.AutoDelta, CASES["dependent_support"].model, (Y,),
     ),
-    "AutoDiagonalNormal": (autoguide.AutoDiagonalNormal, CASES["positive"].model, (X, Y)),
+    # jit(SVI.run) sorts the latents of joint guides: `test_order` has models of several
+    "AutoDiagonalNormal": (autoguide.AutoDiagonalNormal, ridge, (X, Y)),
     "AutoMultivariateNormal": (autoguide.AutoMultivariateNormal, ridge, (X, Y)),
     "AutoLowRankMultivariateNormal": (autoguide.AutoLowRankMultivariateNormal, ridge, (X, Y)),
     "AutoLaplaceApproximation": (autoguide.AutoLaplaceApproximation, ridge, (X, Y)),
