@@ -32,7 +32,8 @@ other packages, on small data. Nobody wrote them for this package.
 - Means agree with NUTS's within 4 standard errors, unless the cell says otherwise. They are
   compared where both R-hats are below 1.05.
 - The last column names the sampler with the most effective draws a second among those with an
-  R-hat below 1.02.
+  R-hat below 1.02 whose means agree with NUTS's.
+- An empty cell has not been measured.
 
 {table}
 
@@ -140,15 +141,22 @@ def best(row):
     rates = {
         name: row[name]["rate"]
         for name in ("ChEES", "MEADS", "NUTS")
-        if name in row and row[name]["ok"] and row[name]["rhat"] < 1.02
+        if name in row
+        and row[name]["ok"]
+        and row[name]["rhat"] < 1.02
+        and row[name].get("gap", 0) < 4
     }
     if rates:
         return max(rates, key=rates.get)
+    if not any(name in row for name in ("NUTS", "ChEES", "MEADS")):
+        return ""
     fits = [n for n in ("MAP", *SHORT) if row.get(n, {"ok": False})["ok"]]
     sampled = row.get("NUTS", {"ok": False})["ok"]
     if sampled and any(row.get(n, {"ok": False})["ok"] for n in ("ChEES", "MEADS")):
         return "none of the samplers mixes in so short a run"
-    return ("NUTS; " if sampled else "") + ("EnsembleVI for a fit" if fits else "no fit")
+    if sampled:
+        return "NUTS alone" if row["NUTS"]["rhat"] < 1.02 else "NUTS alone, in a longer run"
+    return "EnsembleVI for a fit" if fits else "nothing ran"
 
 
 def table(rows):

@@ -48,6 +48,9 @@ def filtered_level(times, values):
 
 
 def state_space():
+    # dynestyx imports this inside the model; it makes a key when it is imported, which must not
+    # be inside a transformation
+    importlib.import_module("cd_dynamax.dynamax.linear_gaussian_ssm.models")
     return Case(filtered_level, (jnp.arange(60.0), SERIES))
 
 
