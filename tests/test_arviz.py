@@ -324,10 +324,10 @@ def test_samples_of_another_model_are_refused(key):
         to_arviz(ridge, {"wew": np.ones((2, 3, 2))}, X, Y)
     vi, fitted = fit_vi(schools, key, GROUPS, Y)
     others, _ = fit_vi(ridge, key, X, Y)
-    with pytest.raises(ValueError, match="the result is of another fit: it has the parameters"):
+    with pytest.raises(ValueError, match="the result is of another model than this runner's"):
         to_arviz(others, fitted, X, Y)
     unused = EnsembleVI(ridge, AutoNormal(ridge), ADAM, Trace_ELBO(), ensemble_size=4)
-    with pytest.raises(RuntimeError, match="the result is of another runner"):
+    with pytest.raises(ValueError, match="the result is of another model than this runner's"):
         to_arviz(unused, fitted, X, Y)
     with pytest.raises(ValueError, match=r"\['y'\] were observed in the fit.*pass the data"):
         free = EnsembleMAP(line, ADAM, ensemble_size=2)

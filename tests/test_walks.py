@@ -36,7 +36,7 @@ def follows_latent(y):
 def looks_at_values(y):
     shift = 1.0 if np.asarray(y).max() > 5.0 else 0.0
     w = numpyro.sample("w", dist.Normal(shift, 1.0))
-    numpyro.param("rate", 0.5, constraint=dist.constraints.interval(0.0, float(np.max(y))))
+    numpyro.param("rate", 0.5, constraint=dist.constraints.interval(0.0, float(np.asarray(y).max())))
     with numpyro.plate("data", len(y)):
         numpyro.sample("y", dist.Normal(w, 1.0), obs=y)
 
