@@ -149,11 +149,9 @@ def walk(seed, num_calls):
             held[which] = (answer, result)
 
 
-@pytest.mark.filterwarnings(
-    "ignore:.*too few for az.loo", "ignore:.*observed in this call", "ignore:.*not finite"
-)
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of data that do not suit a state
 @pytest.mark.parametrize(
-    "seed", [pytest.param(s, marks=[] if s < 1 else pytest.mark.long) for s in range(24)]
+    "seed", [pytest.param(s, marks=[] if s < 1 else pytest.mark.long) for s in range(16)]
 )
 def test_no_answer_depends_on_what_was_called_before(seed):
     walk(seed, 6 if seed < 1 else 12)
