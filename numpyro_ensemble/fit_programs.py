@@ -242,12 +242,13 @@ class FitPrograms:
             donate: positions of the arguments that it consumes.
             once: it runs once in a fit, so that a fast compilation counts for more than fast code.
         """
-        if key not in self._programs:
+        fn: Any = self._programs.get(key)
+        if fn is None:
             fn = tracing_alone(looking(build()))
             options = _FAST_COMPILE if once and jax.default_backend() == "cpu" else None
             fn = jax.jit(fn, static_argnums=0, donate_argnums=donate, compiler_options=options)
-            keep(self._programs, key, fn, _PROGRAMS)
-        return self._programs[key]
+        keep(self._programs, key, fn, _PROGRAMS)
+        return fn
 
 
 class FitCall:

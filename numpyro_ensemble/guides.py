@@ -24,7 +24,7 @@ from numpyro.primitives import Messenger
 
 from numpyro_ensemble.arguments import has_tracers
 from numpyro_ensemble.fingerprints import open_up
-from numpyro_ensemble.setup import GuideValues
+from numpyro_ensemble.setup import GuideValues, SetupTemplate
 
 
 class Slot(NamedTuple):
@@ -167,6 +167,11 @@ def fill(guide: Callable, values: GuideValues) -> Callable:
     if not isinstance(guide, AutoGuide):
         return guide
     return _Walk(Slot, lambda _: lambda slot: getattr(values, slot.kind)[slot.place]).guide(guide)
+
+
+def filled_guide(template: SetupTemplate, values: GuideValues) -> Callable:
+    """Return one member's guide: the template's, with the member's values in its slots."""
+    return fill(template.guide, template.fill_values(values))
 
 
 def drop_unread(

@@ -13,7 +13,7 @@ from numpyro.infer.util import transform_fn
 
 from numpyro_ensemble.arguments import BATCH, CallForm
 from numpyro_ensemble.batching import Batches
-from numpyro_ensemble.guides import fill
+from numpyro_ensemble.guides import filled_guide
 from numpyro_ensemble.setup import SetupTemplate, SetupValues
 from numpyro_ensemble.training import keep_good
 
@@ -31,8 +31,7 @@ class Member(NamedTuple):
 
     def guide(self, values: SetupValues) -> Callable:
         """Return the guide, with the values of the member's own set-up in it."""
-        guide = fill(self.template.guide, self.template.fill_values(values.guide))
-        return self.engine.current_guide(guide)
+        return self.engine.current_guide(filled_guide(self.template, values.guide))
 
     def svi(self, state: SVIState, values: SetupValues, scale: float = 1.0) -> SVI:
         """Return a plain SVI, past its `init`."""

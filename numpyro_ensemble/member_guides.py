@@ -19,7 +19,7 @@ from numpyro_ensemble.draws import (
     map_member_draws,
     pick,
 )
-from numpyro_ensemble.guides import fill
+from numpyro_ensemble.guides import filled_guide
 from numpyro_ensemble.setup import VALUE_AXES, GuideValues, SetupTemplate
 
 
@@ -54,14 +54,10 @@ class MemberGuides(NamedTuple):
             densities["log_q_mixture"], known = mixture
         return samples, densities, known
 
-    def _guide(self, values: GuideValues) -> Callable:
-        """Return one member's guide."""
-        return fill(self.template.guide, self.template.fill_values(values))
-
     def _latents(
         self, key: jax.Array, params: dict, values: GuideValues
     ) -> tuple[dict[str, Any], Density | None]:
-        guide = self._guide(values)
+        guide = filled_guide(self.template, values)
         key = jax.random.split(key)[0]
         if self.with_density:
             return draw_with_density(guide, key, params, self.args, self.kwargs)
@@ -95,7 +91,7 @@ class MemberGuides(NamedTuple):
         )
 
         def under(params: dict, values: GuideValues) -> tuple[jax.Array, jax.Array]:
-            guide = self._guide(values)
+            guide = filled_guide(self.template, values)
 
             def at(draw: tuple) -> tuple[jax.Array, jax.Array]:
                 return density_at(guide, draw[0], draw[1], params, self.args, self.kwargs)

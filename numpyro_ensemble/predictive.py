@@ -23,7 +23,7 @@ from numpyro_ensemble.draws import (
 )
 from numpyro_ensemble.fingerprints import captured
 from numpyro_ensemble.given import read_given
-from numpyro_ensemble.guides import fill
+from numpyro_ensemble.guides import filled_guide
 from numpyro_ensemble.handlers import check_count
 from numpyro_ensemble.programs import Programs
 from numpyro_ensemble.setup import VALUE_AXES, GuideValues, Setup
@@ -283,8 +283,7 @@ class EnsemblePredictive:
         def draw(key: jax.Array, own: Any, values: GuideValues | None) -> dict[str, Any]:
             guide: Any = self.guide
             if values is not None and self._setup is not None:
-                template = self._setup.template
-                guide = fill(template.guide, template.fill_values(values))  # type: ignore[union-attr]
+                guide = filled_guide(self._setup.template, values)  # type: ignore[arg-type]
             return draw_latents(guide, key, own, args, kwargs)
 
         size, number = self.ensemble_size, self.num_samples
@@ -306,4 +305,4 @@ def _first_guide(setup: Setup) -> Any:
     """Return the guide of the first member."""
     first = setup.of_members(0).values.guide
     assert setup.template is not None
-    return fill(setup.template.guide, setup.template.fill_values(first))
+    return filled_guide(setup.template, first)

@@ -31,7 +31,6 @@ class Programs:
         self,
         build: Callable[[], Any],
         model: Callable | None,
-        guide: Callable | None,
         args: tuple,
         kwargs: dict,
         *others: Any,
@@ -40,7 +39,7 @@ class Programs:
         arguments = arrange(model, args, kwargs, traced=False)
         if has_tracers(arguments.leaves):
             return build()
-        return self._find(self._key(arguments, model, captured(guide), *others), build)
+        return self._find(self._key(arguments, model, *others), build)
 
     def call(
         self,

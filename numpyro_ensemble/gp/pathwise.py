@@ -236,7 +236,7 @@ class Pathwise:
             return paths, flags_of(sites, {name: p.ok.all() for name, p in paths.items()})
 
         build = partial(self._mapped, one)
-        program = self._programs.get(build, self.model, None, self.args, self.kwargs, "draw")
+        program = self._programs.get(build, self.model, self.args, self.kwargs, "draw")
         paths, flags = program(*self._inputs(rng_key))
         check_flags(flags, self.num_draws)
         return self._trim(paths)
