@@ -17,13 +17,13 @@ show_version := import sys; print("%d.%d.%d" % sys.version_info[:3])
 VERSION := $(shell $(PYTHON) -c '$(show_version)' 2>/dev/null)
 SOURCES := $(wildcard numpyro_ensemble tests docs/conf.py examples benchmarks)
 PYTEST := $(BIN)/pytest -q -n $(JOBS)
-# Tests compile much and compute little: no optimisation, but for those in float32, which fit
-# for longer. JAX 0.10 has two ways to make kernels; the older compiles faster, and later versions
-# do not know the flag.
+# Tests compile much and compute little: no optimisation, and each program in one piece, since two
+# workers keep two cores busy. JAX 0.10 has two ways to make kernels; the older compiles faster, and
+# later versions do not know the flag.
 emitters := from importlib.metadata import version; \
     print("--xla_cpu_use_fusion_emitters=false" * version("jaxlib").startswith("0.10."))
 FASTER = $(strip $(shell $(BIN)/python -c '$(emitters)') $(XLA_FLAGS))
-QUICK = --xla_backend_optimization_level=0 $(FASTER)
+QUICK = --xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1 $(FASTER)
 
 .PHONY: help demo test long foreign docs format clean
 .DEFAULT_GOAL := help
@@ -67,13 +67,13 @@ test: $(call ready,test) ## check format, lint, types and doctests, and run all 
 	$(BIN)/mypy
 	XLA_FLAGS="$(QUICK)" $(PYTEST) --junitxml=$(CACHE)/reports/doctests.xml --doctest-modules numpyro_ensemble
 	XLA_FLAGS="$(QUICK)" $(PYTEST) -m "not core and not long and not foreign" --junitxml=$(CACHE)/reports/float64.xml
-	XLA_FLAGS="$(FASTER)" JAX_ENABLE_X64=0 $(PYTEST) --junitxml=$(CACHE)/reports/float32.xml -m "core and not long and not foreign"
+	XLA_FLAGS="$(QUICK)" JAX_ENABLE_X64=0 $(PYTEST) --junitxml=$(CACHE)/reports/float32.xml -m "core and not long and not foreign"
 	XLA_FLAGS="$(QUICK)" JAX_CHECK_TRACER_LEAKS=1 $(PYTEST) --junitxml=$(CACHE)/reports/leaks.xml -m leaks
 	@$(BIN)/python -c "$$count_tests" $(CACHE)/reports/*.xml
 
 long: $(call ready,test) ## run what `make test` leaves out: long tests, the core in float64, processes in float32
 	XLA_FLAGS="$(QUICK)" $(PYTEST) -m "(core or long) and not single and not leaks"
-	XLA_FLAGS="$(FASTER)" JAX_ENABLE_X64=0 $(PYTEST) -m "long and single"
+	XLA_FLAGS="$(QUICK)" JAX_ENABLE_X64=0 $(PYTEST) -m "long and single"
 	XLA_FLAGS="$(QUICK)" JAX_ENABLE_X64=0 $(PYTEST) -m "not core and not long" $(addprefix tests/test_gp_,$(addsuffix .py,calls features paths))
 
 # NumPyro's examples are tested where NUMPYRO_CHECKOUT names a checkout of its tag.

@@ -97,7 +97,7 @@ def test_a_loop_of_update_equals_run_equals_two_halves(make, key):
     same(runner.evaluate(first.state, X, Y), whole.losses[:, 4], **close)
 
 
-@pytest.mark.core
+@pytest.mark.long  # but for the leak run
 @pytest.mark.leaks
 def test_every_method_works_under_jit_and_vmap_and_twice(make, key):
     runner = make(ridge)
@@ -276,7 +276,9 @@ for leaf in jax.tree.leaves(sharded.params):
 np.testing.assert_allclose(sharded.losses, plain.losses, rtol=1e-9)
 for name, leaf in plain.params.items():
     np.testing.assert_allclose(sharded.params[name], leaf, rtol=1e-7, atol=1e-10)
+"""
 
+UNSTABLE = """
 # At a large rate a fit amplifies rounding: a start that is off by one digit in the last place is as
 # far away after a while as a run on two devices.
 unstable = runner("vi", 0.5)
@@ -295,7 +297,10 @@ assert apart(sharded, 599) < 1e3 * apart(moved, 599), (apart(sharded, 599), apar
 """
 
 
-def test_a_sharded_run_agrees():
+@pytest.mark.parametrize(
+    "checks", [SHARDED, pytest.param(SHARDED + UNSTABLE, marks=pytest.mark.long)]
+)
+def test_a_sharded_run_agrees(checks):
     here = Path(__file__).parent
     environment = {
         **os.environ,
@@ -303,7 +308,7 @@ def test_a_sharded_run_agrees():
         "PYTHONPATH": os.pathsep.join([str(here), str(here.parent)]),
     }
     run = subprocess.run(
-        [sys.executable, "-c", SHARDED], env=environment, capture_output=True, text=True
+        [sys.executable, "-c", checks], env=environment, capture_output=True, text=True
     )
     assert run.returncode == 0, run.stderr
 

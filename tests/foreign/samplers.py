@@ -10,6 +10,7 @@ import numpy as np
 from cases import Case
 from numpyro import handlers
 from numpyro.infer import MCMC, NUTS
+from scipy.stats import norm, rankdata
 
 from numpyro_ensemble.mcmc import MEADS, ChEES
 
@@ -83,12 +84,24 @@ def figures(draws, seconds, notes) -> dict[str, Any]:
     }
 
 
+def normal_scores(*runs):
+    """Replace draws `(C, N, D)` by the normal scores of their ranks among all runs."""
+    pooled = np.concatenate([draws.reshape(-1, draws.shape[-1]) for draws in runs])
+    scores = norm.ppf((rankdata(pooled, axis=0) - 0.375) / (len(pooled) + 0.25))
+    parts = np.split(scores, np.cumsum([draws[..., 0].size for draws in runs])[:-1])
+    return [part.reshape(draws.shape) for part, draws in zip(parts, runs, strict=True)]
+
+
 def mean_gap(draws, other):
-    """Return the largest difference of means in standard errors."""
+    """Return the largest difference of means in standard errors.
+
+    The means are those of normal scores, as in a rank-normalised R-hat: the scales of a horseshoe
+    have no variance, so that their own means have no standard error.
+    """
     keep = moving(draws) & moving(other)
     means, errors = [], []
-    for values in (draws[..., keep], other[..., keep]):
-        data = az.convert_to_dataset({"x": values})
-        means.append(values.mean((0, 1)))
-        errors.append(values.var((0, 1)) / az.ess(data, method="mean")["x"].values)
+    for scores in normal_scores(draws[..., keep], other[..., keep]):
+        data = az.convert_to_dataset({"x": scores})
+        means.append(scores.mean((0, 1)))
+        errors.append(scores.var((0, 1)) / az.ess(data, method="mean")["x"].values)
     return float(np.nanmax(np.abs(means[0] - means[1]) / np.sqrt(errors[0] + errors[1])))
