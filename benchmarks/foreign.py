@@ -8,6 +8,8 @@ model runs in a process of its own, 240 seconds at most (`--limit 600` for more)
 
 import json
 import os
+import platform
+import re
 import subprocess
 import sys
 import warnings
@@ -29,8 +31,9 @@ other packages, on small data. Nobody wrote them for this package.
 - Under NUTS (4 chains), ChEES and MEADS (64 chains), each with 500 + 500 iterations, stands the
   largest R-hat, then the effective draws a second as a multiple of NUTS's, compilation included.
   *warns* means that the run ended with a warning that its chains have not mixed.
-- Means agree with NUTS's within 4 standard errors, unless the cell says otherwise. They are
-  compared where both R-hats are below 1.05.
+- Means agree with NUTS's within 4 standard errors, unless the cell says otherwise. They are means
+  of normal scores, since the scales of a horseshoe have no variance, and are compared where both
+  R-hats are below 1.05.
 - The last column names the sampler with the most effective draws a second among those with an
   R-hat below 1.02 whose means agree with NUTS's.
 - An empty cell has not been measured.
@@ -41,8 +44,9 @@ other packages, on small data. Nobody wrote them for this package.
 
 {failed}
 
-Made by `python benchmarks/foreign.py` on two cores of a CPU, in double precision where the model
-itself runs in it, with {versions}.
+Made by `python benchmarks/foreign.py`, in double precision where the model itself runs in it:
+
+{machines}
 """
 SHORT = {
     "AutoNormal": "Normal",
@@ -120,16 +124,22 @@ def sampler_cell(column, nuts):
     return text + (", warns" if warned else "")
 
 
-def reasons(row):
-    """Return why columns failed, each reason once."""
+def reasons(rows):
+    """Return a line for each reason why columns failed, with its columns and models."""
     why = {}
-    for name, column in row.items():
-        if isinstance(column, dict) and not column["ok"]:
-            why.setdefault(column["reason"], []).append(SHORT.get(name, name))
-    return [f"{', '.join(names)}: {shorten(reason)}" for reason, names in why.items()]
+    for model, row in rows.items():
+        for name, column in row.items():
+            if isinstance(column, dict) and not column["ok"]:
+                kind = re.sub(r"'\w+'|\(\w+\)", "", column["reason"])  # whatever the site is called
+                first, columns, models = why.setdefault(kind, (column["reason"], {}, {}))
+                columns[SHORT.get(name, name)] = models[model] = True
+    return [
+        f"- {', '.join(columns)} of {', '.join(models)}: {shorten(first)}"
+        for first, columns, models in why.values()
+    ]
 
 
-def shorten(reason, length=160):
+def shorten(reason, length=240):
     text = reason.removeprefix("UpstreamError: ").replace("|", "/").replace("`", "'")
     return text if len(text) <= length else text[: length - 3].rstrip() + "..."
 
@@ -191,12 +201,31 @@ def versions():
     return ", ".join(found)
 
 
+def machine():
+    """Return what rows are measured on."""
+    cores = len(os.sched_getaffinity(0))
+    return f"{cores} core{'s' * (cores > 1)} ({platform.machine()})"
+
+
+def machines(rows):
+    """Return a line for each machine and set of versions, with its models or their number."""
+    found = {}
+    for name, row in rows.items():
+        found.setdefault((row["machine"], row["versions"]), []).append(name)
+    largest = max(found.values(), key=len)
+    rest = "the other models" if len(found) > 1 else "all models"
+    return "\n".join(
+        f"- {rest if names is largest else ', '.join(names)}: {where}, {versions}."
+        for (where, versions), names in sorted(found.items(), key=lambda item: len(item[1]))
+    )
+
+
 def write_page(rows):
     """Write the table, and under it the reason of every `no`."""
-    failed = [f"- {name}. {line}" for name, row in rows.items() for line in reasons(row)]
-    made = next((row["versions"] for row in rows.values() if "versions" in row), versions())
     text = INTRODUCTION.format(
-        table=table(rows), failed="\n".join(failed) or "Everything ran.", versions=made
+        table=table(rows),
+        failed="\n".join(reasons(rows)) or "Everything ran.",
+        machines=machines(rows),
     )
     PAGE.write_text(text)
 
@@ -213,7 +242,7 @@ def main(words):
     names = list(catalogue())
     if words != ["--table"]:
         for name in words or names:
-            rows[name] = run_apart(name, limit) | {"versions": versions()}
+            rows[name] = run_apart(name, limit) | {"versions": versions(), "machine": machine()}
             print(json.dumps(rows[name]), flush=True)
             ROWS.write_text(json.dumps(dict(sorted(rows.items())), indent=1) + "\n")
     write_page({name: rows[name] for name in names if name in rows})

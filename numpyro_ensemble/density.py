@@ -69,6 +69,7 @@ class Site(NamedTuple):
     distribution: str
     scale: Any = None  # of a sample site; an array's is not known before anything runs
     event_dim: int = 0  # trailing axes along which the values of one draw depend on each other
+    subsample: tuple[int, int] | None = None  # of a plate that draws some of its rows: how many
 
 
 @tracing_alone
@@ -108,6 +109,7 @@ def _describe(site: dict[str, Any], seen: Collection[str], prior_sites: Collecti
     kind, distribution = site["type"], ""
     role: Role | None = None
     plates: tuple[tuple[str, int], ...] = ()
+    subsample: tuple[int, int] | None = None
     if kind == "sample":
         role = site_role(site, seen, prior_sites)
         plates = tuple((frame.name, frame.size) for frame in site["cond_indep_stack"])
@@ -118,8 +120,10 @@ def _describe(site: dict[str, Any], seen: Collection[str], prior_sites: Collecti
             kind = "discrete" if site["fn"].support.is_discrete else "latent"
     shape = jax.tree.map(jnp.shape, site["value"])
     scale, event_dim = site.get("scale"), 0
+    if kind == "plate" and site["args"][1] not in (None, site["args"][0]):
+        subsample = site["args"]
     if kind == "observed":
         event_dim = unwrapped(site["fn"]).event_dim
     if scale is not None and not isinstance(scale, int | float):
         scale = jax.ShapeDtypeStruct(jnp.shape(scale), jnp.result_type(scale))
-    return Site(site["name"], kind, role, shape, plates, distribution, scale, event_dim)
+    return Site(site["name"], kind, role, shape, plates, distribution, scale, event_dim, subsample)

@@ -160,7 +160,7 @@ class EnsembleMAP(Ensemble):
                 raise ValueError(
                     f"latent site {site.name!r} is discrete ({site.distribution}); EnsembleMAP "
                     f"climbs continuous latents only. Sum it out of the model (MixtureSameFamily, "
-                    f"for example), observe it, or use SVI with TraceEnum_ELBO."
+                    f"for example), observe it, or use EnsembleVI with TraceEnum_ELBO."
                 )
 
 

@@ -4,9 +4,12 @@ Tests run in float64 unless `JAX_ENABLE_X64=0` is set, and promoting ranks is an
 test is marked `promotes_ranks` (NumPyro's own `Normal(loc, scale).sample(key, (5,))` does).
 """
 
+import gc
+import itertools
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 
 import jax
 import pytest
@@ -21,6 +24,26 @@ def _rank_promotion(request: pytest.FixtureRequest) -> Iterator[None]:
     allowed = request.node.get_closest_marker("promotes_ranks")
     with jax.numpy_rank_promotion("allow" if allowed else "raise"):
         yield
+
+
+_MAPPINGS = Path("/proc/self/maps")
+_MOST_MAPPINGS = 15_000  # each program has a few, and Linux ends a process that has 65,530
+_tests_run = itertools.count(1)
+
+
+@pytest.fixture(autouse=True)
+def _programs_are_dropped() -> Iterator[None]:
+    """Drop compiled programs before a process has more of them than it may map."""
+    yield
+    if next(_tests_run) % 10 == 0:
+        drop_programs()
+
+
+def drop_programs() -> None:
+    """Drop all compiled programs that nobody holds, if there are many."""
+    if _MAPPINGS.exists() and _MAPPINGS.read_bytes().count(b"\n") > _MOST_MAPPINGS:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture

@@ -88,3 +88,31 @@ def test_lengths_grow_from_short_ones(key):
     ]
     plain, default = (float(length[-1] / length[0]) for length in lengths)
     assert default > 2.0 * plain
+
+
+def with_a_trap(row):
+    """A standard normal; a chain at (0, 10) sees no slope, and loses 30 wherever it goes."""
+    trapped = -30.0 * jax.lax.stop_gradient(
+        jnp.minimum(jnp.abs(row - jnp.array([0.0, 10.0])).sum(), 1)
+    )
+    return jnp.where(row[1] > 8.0, trapped, -0.5 * (row**2).sum())
+
+
+@pytest.mark.parametrize(("plain", "tiny"), [(False, False), (True, True)])
+@pytest.mark.promotes_ranks  # BlackJAX does
+def test_a_chain_that_accepts_nothing_makes_no_steps_tiny(key, plain, tiny):
+    rows = jax.random.normal(key, (64, 2)).at[0].set(jnp.array([0.0, 10.0]))
+    chains = jax.vmap(lambda row: dynamic_hmc.init(row, with_a_trap, 0))(rows)
+    chains = chains._replace(random_generator_arg=jnp.zeros((), int))
+    scheme = Scheme(plain=plain)
+    first, progress = jnp.asarray(0.5), Progress.start(200, 64)
+    adaptation = chees_start(rows, first, first, progress, scheme)
+
+    def step(carry, key):
+        chains, adaptation, _ = chees_step(jax.random.split(key, 64), *carry, with_a_trap, scheme)
+        return (chains, adaptation), None
+
+    (chains, adaptation), _ = jax.lax.scan(step, (chains, adaptation), jax.random.split(key, 200))
+    assert abs(chains.position[0, 1] - 10.0) < 0.5  # it is where it was, or nearly so
+    assert (adaptation.step_size[0] < 0.05) == tiny
+    assert tiny or adaptation.step_size[0] > 0.3

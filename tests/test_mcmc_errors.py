@@ -61,6 +61,13 @@ def test_models_that_cannot_be_sampled(kernel):
     def delta():
         numpyro.sample("mu", dist.Normal(numpyro.sample("m", dist.Delta(1.0)), 1.0))
 
+    def subsampled():
+        mu = numpyro.sample("mu", dist.Normal(0.0, 1.0))
+        with numpyro.plate("rows", 6, subsample_size=2):
+            numpyro.sample("y", dist.Normal(mu, 1.0), obs=jnp.zeros(2))
+
+    with pytest.raises(ValueError, match="plate 'rows' takes 2 of its 6 rows at random"):
+        run(kernel(subsampled))
     with pytest.raises(ValueError, match="'z' is discrete .*Sum it out"):
         run(kernel(discrete))
     with pytest.raises(ValueError, match="'m' is a Delta.*numpyro.deterministic"):

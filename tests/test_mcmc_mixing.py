@@ -12,7 +12,7 @@ from arviz import rhat as arviz_rhat
 from numpyro.infer import MCMC
 
 from numpyro_ensemble.mcmc import MEADS, ChEES
-from numpyro_ensemble.mcmc.mixing import Advice, check_mixing, split_rhat
+from numpyro_ensemble.mcmc.mixing import Advice, check_mixing, robust_rhat, split_rhat
 
 CHAINS = 64
 
@@ -89,13 +89,31 @@ def test_split_rhat_is_that_of_arviz():
         np.testing.assert_allclose(split_rhat(columns), expected, rtol=1e-10)
 
 
+def test_robust_rhat_is_near_to_the_rank_normalised_one():
+    """Heavy tails hide no chain that is elsewhere, nor its place one that is wider."""
+    rng = np.random.default_rng(1)
+    normal = rng.normal(size=(8, 200, 1))
+    apart, wider = normal.copy(), normal.copy()
+    apart[:2] += 1.5
+    wider[:2] *= 3.0
+    heavy = rng.standard_cauchy(size=(8, 200, 1))
+    heavy_apart = heavy.copy()
+    heavy_apart[:2] += 3.0
+    for draws, mixed in ((normal, True), (heavy, True), (apart, False), (wider, False)):
+        expected = float(arviz_rhat(draws[..., 0], method="rank"))
+        assert (expected < 1.03) == mixed
+        np.testing.assert_allclose(robust_rhat(draws)[0] - 1, expected - 1, rtol=0.35, atol=0.01)
+    assert robust_rhat(heavy_apart)[0] > 1.05 > 1.02 > split_rhat(heavy_apart)[0]
+    assert robust_rhat(wider)[0] > 1.1 > 1.02 > split_rhat(wider)[0]
+
+
 def test_chains_that_do_not_mix_are_named():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         check_mixing(draws_of(), ADVICE)
         check_mixing(draws_of(num_draws=8, shift=3.0), ADVICE)  # too few to tell
         check_mixing({name: 0.0 * x for name, x in draws_of().items()}, ADVICE)  # never collected
-    with pytest.warns(UserWarning, match=r"up to 1\.\d+, at 'at'\[2\], .* for 1 of 8 .* Try this"):
+    with pytest.warns(UserWarning, match=r"up to \d\.\d+, at 'at'\[2\], .* for 1 of 8 .* Try this"):
         check_mixing(draws_of(shift=3.0), ADVICE)
     one = draws_of()
     one["zeta"][3] = one["zeta"][3, 0]

@@ -117,7 +117,7 @@ def test_searches_that_find_nothing_say_so():
 
 def test_a_start_that_would_freeze_is_reported():
     kernel = MEADS(model, start="init", init_strategy=init_to_sample)
-    with pytest.warns(UserWarning, match=r"far from the typical set.*largest eigenvalue.*\"nuts\""):
+    with pytest.warns(UserWarning, match=r"far from the typical set.*largest eigenvalue.*'nuts'"):
         kernel.init(jax.random.split(jax.random.key(0), 64), 10, None, (X, Y))
 
 

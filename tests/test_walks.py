@@ -12,6 +12,7 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import pytest
+from conftest import drop_programs
 from numpy.testing import assert_array_equal
 from numpyro.infer import Trace_ELBO
 from numpyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
@@ -92,12 +93,12 @@ def make(kind, model, guide):
 
 
 def names_of_calls(kind, model, quick):
-    """Return what a walk chooses from: calls that compile much stand there once or not at all,
-    others four times."""
+    """Return what a walk chooses from: calls that compile each time stand there once or not at
+    all, others often."""
     unfit = TRACED if model is looks_at_values else set()
     unfit = unfit | (COMPILED - {"jit"} if quick else set())
     names = sorted(set(CALLS) - unfit - ({"sample"} if kind == "map" else set()))
-    return [name for name in names for _ in range(1 if name in COMPILED else 4)]
+    return [name for name in names for _ in range(1 if name in COMPILED else 16)]
 
 
 def arrays(answer):
@@ -180,5 +181,6 @@ def test_no_answer_depends_on_what_was_called_before(model, kinds, guide, walks)
         choose = random.Random(seed)
         if seed % 12 == 0:  # the others go on where the walk before them ended
             walker.start_anew()
+            drop_programs()
         for number in range(CALLS_OF_A_WALK):
             walker.step(choose, f"call {number} of walk {seed}")

@@ -23,6 +23,8 @@ from numpyro_ensemble.mcmc.state import ChainsState
 from numpyro_ensemble.mcmc.target import all_finite, choose, per_chain, shared
 
 _BITS = 30  # of the Halton sequence: those that a shorter run has no need of add nothing
+# The step size follows the harmonic mean over chains, which one chain that accepts nothing makes 0.
+_LEAST_ACCEPTED = 0.2  # one such chain of 64 lowers the mean by an eighth at most
 _FORGETTING = 3.0  # how fast the scale forgets: it speaks of the last third of warm-up
 
 
@@ -147,8 +149,9 @@ def _adapt(
 ) -> ChEESAdaptation:
     """Make one step of the scheme from one step of the chains."""
     inner, num_chains = shared(a.inner), a.step_size.shape[0]
-    step = inner.step
+    step, accepted = inner.step, info.acceptance_rate
     if not scheme.plain:
+        accepted = jnp.maximum(accepted, _LEAST_ACCEPTED)
         # BlackJAX makes each step from the average so far, which it moves by 1 / sqrt(step) of a
         # step: a length then grows by exp(2 * learning_rate * sqrt(steps)) at most. Told that
         # this is step 1, it averages nothing, and we do.
@@ -159,7 +162,7 @@ def _adapt(
             info.proposal.position,
             info.proposal.momentum,
             before,
-            info.acceptance_rate,
+            accepted,
             info.is_divergent,
             a.variance[0],
         )

@@ -154,8 +154,9 @@ class ManyChainKernel(MCMCKernel):
                 f"Leave init_params out, so that {type(self).__name__} finds its start, or take "
                 f"them from numpyro_ensemble.mcmc.starts."
             )
+        other = "pathfinder" if self._start == "nuts" else "nuts"
         return (
-            f'It was found by start={self._start!r}: take start="nuts", or init_params from '
+            f"It was found by start={self._start!r}: take start={other!r}, or init_params from "
             f"numpyro_ensemble.mcmc.starts, and look at the data and at init_strategy."
         )
 

@@ -13,7 +13,7 @@ X = _rng.normal(size=(ROWS, 3)).round(2)
 Z = _rng.normal(size=(ROWS, 2)).round(2)
 GROUP = np.arange(ROWS) % 4
 Y = (X[:, 0] - 0.5 * X[:, 1] * X[:, 2] + 0.4 * GROUP + 0.3 * _rng.normal(size=ROWS)).round(2)
-KNOTS = np.linspace(-3.0, 3.0, 7)
+KNOTS = np.pad(np.linspace(-3.0, 3.0, 7), 3, mode="edge")  # clamped, for cubic splines
 LOW_RANK = {"low_rank_dim": 2}
 GROUPS = {"num_categories": 4}
 

@@ -4,7 +4,7 @@ from argparse import Namespace
 
 import jax.numpy as jnp
 import numpy as np
-from cases import DISCRETE, Case
+from cases import DISCRETE, SAMPLERS, Case
 from checkout import example, folder
 
 CASES = {}  # the name of an example, and what builds its case
@@ -103,14 +103,15 @@ for _number in range(1, 6):
 @add("covtype")
 def covtype():
     x, y = regressors(60, 5)
-    return Case(example("covtype").model, (jnp.asarray(x), y > 0))
+    return Case(example("covtype").model, (jnp.asarray(x), jnp.asarray(y > 0)))
 
 
 @add("covtype subsampled")
 def covtype_subsampled():
     x, y = regressors(60, 5)
     data = jnp.asarray(x), jnp.asarray(y > 0)
-    return Case(example("covtype").model, (*data, 20))
+    refused = dict.fromkeys(SAMPLERS, "at random")
+    return Case(example("covtype").model, (*data, 20), refused=refused)
 
 
 @add("dais_demo")
