@@ -44,6 +44,14 @@ class Arguments(NamedTuple):
         triples = zip(self.labels, self.leaves, self.kinds, strict=True)
         return [(label, leaf) for label, leaf, k in triples if k == kind]
 
+    def holding_nan(self) -> list[str]:
+        """Return what the user calls the arrays that hold a NaN."""
+        return [
+            label
+            for label, leaf in zip(self.labels, self.leaves, strict=True)
+            if _is_real(leaf) and np.isnan(np.asarray(leaf)).any()
+        ]
+
     @property
     def dynamic(self) -> dict[str, list[Any]]:
         """Return the leaves that a compiled program takes as its inputs."""
@@ -95,6 +103,14 @@ class CallForm:
     def rebuild(self, dynamic: Mapping[str, Sequence[Any]]) -> tuple[tuple, dict]:
         """Put `(args, kwargs)` together, with the given values of the inputs."""
         return self.arguments.rebuild(dynamic)
+
+
+def _is_real(leaf: Any) -> bool:
+    """Say whether a leaf holds floating-point numbers that this process can read."""
+    if not isinstance(leaf, np.ndarray | jax.Array | float) or has_tracers(leaf):
+        return False
+    here = not isinstance(leaf, jax.Array) or leaf.is_fully_addressable
+    return here and jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
 
 
 def has_tracers(tree: Any) -> bool:
@@ -259,44 +275,3 @@ def _named(
             raise ValueError(f"{option} names {item!r}, which holds no array with a leading axis.")
         found.update(arrays)
     return found
-
-
-def check_clashes(owner: str, given: Iterable[str], functions: Mapping[str, Any]) -> None:
-    """Raise a ValueError for an option that was given and is a keyword of a function too."""
-    for kind, fn in functions.items():
-        clash = sorted(set(given) & _free_keywords(fn))
-        if clash:
-            raise ValueError(
-                f"{clash[0]!r} is both an option of {owner} and a keyword of the {kind}: pass the "
-                f"{kind}'s own by position, or bind it with functools.partial."
-            )
-
-
-def refuse_clashes(fn: Callable) -> Callable:
-    """Make a function of a model, or of a runner, refuse its keyword-only options that clash."""
-    signature = inspect.signature(fn)
-    names = {p.name for p in signature.parameters.values() if p.kind is p.KEYWORD_ONLY}
-    owner = fn.__qualname__.removesuffix(".__init__")
-
-    @functools.wraps(fn)
-    def checked(*args: Any, **kwargs: Any) -> Any:
-        given = kwargs.keys() & names
-        if given:
-            known = signature.bind_partial(*args, **kwargs).arguments
-            model = known.get("model", getattr(known.get("runner"), "model", None))
-            check_clashes(owner, given, {"model": model})
-        return fn(*args, **kwargs)
-
-    return checked
-
-
-def _free_keywords(fn: Any) -> set[str]:
-    """Name the parameters of a callable that functools.partial has not bound."""
-    held: set[str] = set()
-    while isinstance(fn, functools.partial):
-        held |= fn.keywords.keys()
-        fn = fn.func
-    try:
-        return set(inspect.signature(fn).parameters) - held
-    except (TypeError, ValueError):
-        return set()

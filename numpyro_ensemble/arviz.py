@@ -14,6 +14,7 @@ from numpyro.util import is_prng_key
 
 from numpyro_ensemble.collect import Computed, Draws, Sites, check_sites, collect, compute
 from numpyro_ensemble.handlers import check_count
+from numpyro_ensemble.keywords import check_call
 from numpyro_ensemble.predictive import EnsemblePredictive
 from numpyro_ensemble.results import name_members
 
@@ -87,10 +88,12 @@ def to_arviz(
         check_count("num_samples", num_samples)
     keys = jax.random.split(rng_key, 4)
     kwargs = {**kwargs, **getattr(inference, "static_kwargs", {})}
+    check_call(getattr(inference, "model", inference), args, kwargs)
     draws = collect(inference, result, keys[0], num_samples, args, kwargs, on_failed)
     model = draws.model
     sites = Sites.of(model, args, kwargs, draws.samples)
     check_sites(draws, sites)
+    _check_dims(dims or {}, sites, {**(predictions or {}), **(constant_data or {})})
     with_likelihood = log_likelihood and bool(sites.observed) and not sites.discrete
     _tell(draws, sites, with_likelihood)
     if sites.subsampled:
@@ -125,6 +128,20 @@ def to_arviz(
         groups["predictions"] = _group(predictions, draws.shape)
     dims = {**sites.dims, **(dims or {})}
     return _assemble(groups, draws, dims, dict(coords or {}))
+
+
+def _check_dims(dims: Mapping[str, list[str]], sites: Sites, more: Mapping[str, Any]) -> None:
+    """Raise a ValueError for dimensions of a site that is not there, or has fewer axes."""
+    shapes = {name: np.shape(value)[2:] for name, value in more.items()} | sites.shapes
+    shapes = {name.replace("/", "."): shape for name, shape in shapes.items()}
+    for name, names in dims.items():
+        shape = shapes.get(name.replace("/", "."))
+        if shape is None:
+            raise ValueError(f"dims names {name!r}, which is none of {sorted(shapes)}.")
+        if len(names) > len(shape) and name not in more:
+            raise ValueError(
+                f"dims names {list(names)} for {name!r}, which has shape {shape} in one draw."
+            )
 
 
 def _tell(draws: Draws, sites: Sites, with_likelihood: bool) -> None:

@@ -179,17 +179,19 @@ class Sites(NamedTuple):
     dims: dict[str, list[str]]
     names: set[str]
     subsampled: dict[str, Any]  # the rows that this trace has drawn, by plate
+    shapes: dict[str, tuple[int, ...]]  # of sample and deterministic sites
 
     @classmethod
     def of(cls, model: Callable, args: tuple, kwargs: dict, drawn: Collection[str]) -> Sites:
         """Trace the model once, at an initialisation."""
         trace = unchecked_trace(model, args, kwargs)
-        sites = cls({}, [], [], {}, [], [], {}, set(trace), {})
+        sites = cls({}, [], [], {}, [], [], {}, set(trace), {}, {})
         for name, site in trace.items():
             if site["type"] == "plate" and len(site["value"]) < site["args"][0]:
                 sites.subsampled[name] = site["value"]
             if site["type"] not in ("sample", "deterministic"):
                 continue
+            sites.shapes[name] = np.shape(site["value"])
             names = _dims(site)
             if names is not None:
                 sites.dims[name] = names

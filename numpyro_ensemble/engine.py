@@ -23,8 +23,9 @@ from numpyro_ensemble.fingerprints import Same, captured
 from numpyro_ensemble.fit_programs import FitCall
 from numpyro_ensemble.guides import fresh, take_out
 from numpyro_ensemble.handlers import check_count, check_names, reweight
+from numpyro_ensemble.keywords import checked_keywords
 from numpyro_ensemble.optimisers import loopable
-from numpyro_ensemble.options import RunOptions, refuse_clashes
+from numpyro_ensemble.options import RunOptions
 from numpyro_ensemble.preflight import check_size, check_state
 from numpyro_ensemble.primitives import member_keys
 from numpyro_ensemble.program_cache import ProgramCache
@@ -51,6 +52,7 @@ class Ensemble:
     """
 
     prior_weight: Any
+    hint = ""  # where the model cannot be called
     data_sites: tuple[str, ...] = ()  # factors that must depend on the batch, though none said so
 
     def __init__(
@@ -97,6 +99,10 @@ class Ensemble:
             return int(value)
         if name in ("prior_sites", "likelihood_sites"):
             return check_names(name, value)
+        if name == "guide" and isinstance(value, type):
+            raise TypeError(
+                f"guide takes an instance, {value.__name__}(model) say; got the class itself."
+            )
         if name in ("model", "guide") and not callable(value):
             raise TypeError(f"{name} takes a callable with NumPyro primitives, got {value!r}.")
         if name == "loss" and (isinstance(value, type) or not hasattr(value, "loss")):
@@ -178,6 +184,7 @@ class Ensemble:
 
     # SVI's methods ------------------------------------------------------------------------------
 
+    @checked_keywords
     def init(
         self, rng_key: jax.Array, *args: Any, init_params: Any = None, **kwargs: Any
     ) -> SVIState:
@@ -206,6 +213,7 @@ class Ensemble:
         check_size(state, self.ensemble_size)
         return self._cache.params(state)
 
+    @checked_keywords
     def update(
         self,
         state: SVIState,
@@ -218,6 +226,7 @@ class Ensemble:
         forward = forward_mode_differentiation
         return self._cache.use(lambda c: c.step(state, False, forward), args, kwargs, state=state)
 
+    @checked_keywords
     def stable_update(
         self,
         state: SVIState,
@@ -230,12 +239,13 @@ class Ensemble:
         forward = forward_mode_differentiation
         return self._cache.use(lambda c: c.step(state, True, forward), args, kwargs, state=state)
 
+    @checked_keywords
     def evaluate(self, state: SVIState, *args: Any, **kwargs: Any) -> jax.Array:
         """Return the members' losses `(E,)`, with the randomness that `update` would use."""
         check_size(state, self.ensemble_size)
         return self._cache.use(lambda call: call.evaluate(state), args, kwargs, state=state)
 
-    @refuse_clashes
+    @checked_keywords
     def run(
         self,
         rng_key: jax.Array,
@@ -398,6 +408,7 @@ class Ensemble:
             progress_bar=options.progress_bar,
             callback=options.callback,
             stable=options.stable_update,
+            holding_nan=call.arguments.holding_nan,
         )
 
 

@@ -60,6 +60,10 @@ class EnsembleMAP(Ensemble):
     """
 
     raw = False  # of a density instead of a model
+    hint = (
+        " A density (params, *data) -> (log_likelihood, log_prior) goes to "
+        "EnsembleMAP.from_log_joint or ensemble_map."
+    )
 
     def __init__(
         self,
@@ -154,7 +158,12 @@ class EnsembleMAP(Ensemble):
         return guide.constrained(params, args, kwargs)
 
     def check_model(self, sites: dict) -> None:
-        """Raise a ValueError for a discrete latent."""
+        """Raise a ValueError for a discrete latent, or where there is nothing to fit."""
+        if not any(site.kind in ("latent", "discrete", "param") for site in sites.values()):
+            raise ValueError(
+                "the model has no latent site and no parameter, so that there is nothing to fit."
+                + self.hint
+            )
         for site in sites.values():
             if site.kind == "discrete":
                 raise ValueError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import warnings
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
@@ -10,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpyro.infer.svi import SVIState
 
-from numpyro_ensemble.arguments import BATCH, MEMBER, Arguments, check_clashes
+from numpyro_ensemble.arguments import BATCH, MEMBER, Arguments
 from numpyro_ensemble.batching import Batches
 from numpyro_ensemble.handlers import check_count
 from numpyro_ensemble.training import EarlyStopping
@@ -87,15 +86,3 @@ class RunOptions(NamedTuple):
                 stacklevel=6,
             )
         return Batches(min(self.batch_size, total), total, self.shared_batches)
-
-
-def refuse_clashes(run: Callable) -> Callable:
-    """Make `run` refuse an option that was given and is a keyword of the model or guide as well."""
-
-    @functools.wraps(run)
-    def checked(self: Any, *args: Any, **kwargs: Any) -> Any:
-        given = kwargs.keys() & set(RunOptions._fields)
-        check_clashes("run", given, {kind: getattr(self, kind) for kind in ("model", "guide")})
-        return run(self, *args, **kwargs)
-
-    return checked

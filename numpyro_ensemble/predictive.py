@@ -152,6 +152,11 @@ class EnsemblePredictive:
             self._predict, inputs, self.model, args, kwargs, *self._settings(),
             prepare=lambda: self._check_model(args, kwargs),
         )  # fmt: skip
+        missing = sorted(set(self.return_sites or ()) - predictions.keys())
+        if missing:
+            raise ValueError(
+                f"return_sites names {missing}, which are no sites of the model or the guide."
+            )
         if self._given.ndims == 0:
             return predictions if self.num_samples > 1 else pick(predictions, 0)
         if not self.grouped or self.weights is not None:

@@ -24,6 +24,7 @@ from numpyro_ensemble.batching import Batches, check_follows, rescaled
 from numpyro_ensemble.density import Site, anatomy, filled_trace
 from numpyro_ensemble.guides import check_hidden
 from numpyro_ensemble.handlers import is_zero
+from numpyro_ensemble.keywords import check_call
 from numpyro_ensemble.tracing import LooksAtValuesError, looking, tracing_alone
 
 if TYPE_CHECKING:
@@ -101,6 +102,8 @@ def model_sites(
         ValueError: if the model cannot be fitted, or does not follow its batches.
     """
     check_hidden(engine.guide)
+    args, kwargs = jax.tree.unflatten(arguments.treedef, arguments.kinds)
+    check_call(engine.model, args, kwargs, engine.hint)
     supply = _Supply(starts)
     full = _trace(engine, arguments, None, supply)
     engine.check_model(full)
@@ -285,10 +288,10 @@ def _other_state(wanted: SVIState, state: SVIState) -> ValueError:
     expected, given = names(wanted), names(state)
     if expected == given:
         return ValueError("init_state is of another optimiser: the fields of its state differ.")
-    return ValueError(
-        f"init_state is of another model or guide: it lacks {sorted(expected - given)} and has "
-        f"{sorted(given - expected)}, which this fit does not know."
-    )
+    lacks, more = sorted(expected - given), sorted(given - expected)
+    said = [f"it lacks {lacks}"] * bool(lacks)
+    said += [f"it has {more}, which this fit does not know"] * bool(more)
+    return ValueError(f"init_state is of another model or guide: {' and '.join(said)}.")
 
 
 def check_size(state: SVIState, ensemble_size: int) -> None:

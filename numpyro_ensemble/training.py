@@ -206,6 +206,7 @@ def train(
     progress_bar: bool,
     callback: Callable | None,
     stable: bool,
+    holding_nan: Callable[[], list[str]],
 ) -> tuple[Carry, np.ndarray, np.ndarray]:
     """Run chunks until the steps are done, all members have stopped, or the callback says stop.
 
@@ -218,6 +219,7 @@ def train(
         progress_bar: show mean, best and worst loss.
         callback: `callback(step, state, losses)`; a true value returned ends the run.
         stable: failed steps are left out by design, so that a first bad one is no failed start.
+        holding_nan: names the arguments that hold a NaN, where members cannot start.
 
     Returns:
         The last carry, the losses `(E, num_steps)`, and which members have stopped early.
@@ -230,7 +232,7 @@ def train(
             part = without_stopped(np.asarray(buffer)[:number], done, flags)
             stopped = np.zeros(part.shape[1], bool) if flags is None else np.asarray(flags[0])
             if not parts:
-                _check_start(part, stable)
+                _check_start(part, stable, holding_nan)
             parts.append(part)
             done += number
             if progress_bar:
@@ -263,11 +265,13 @@ def _dispatched(
         yield carry, *ahead
 
 
-def _check_start(losses: np.ndarray, stable: bool) -> None:
+def _check_start(losses: np.ndarray, stable: bool, holding_nan: Callable[[], list[str]]) -> None:
     """Name the members that have had no finite loss since their start; `losses` is (steps, E)."""
     failed = ~np.isfinite(losses).any(axis=0)
     size = losses.shape[1]
     remedy = "Give other starts by init_params= or the guide's init_loc_fn=, or check the data."
+    if failed.any() and (named := holding_nan()):
+        remedy = f"The data hold NaN: {', '.join(named)}. Leave these rows out, or mask them."
     if failed.all():
         raise ValueError(f"All {size} members start where the loss is not finite. {remedy}")
     if failed.any() and not stable:

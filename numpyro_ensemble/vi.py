@@ -18,6 +18,7 @@ from numpyro_ensemble.engine import Ensemble
 from numpyro_ensemble.fingerprints import captured
 from numpyro_ensemble.guides import is_set_up
 from numpyro_ensemble.handlers import check_count, check_weight, reweight
+from numpyro_ensemble.keywords import checked_keywords
 from numpyro_ensemble.member_guides import MemberGuides
 from numpyro_ensemble.optimisers import choose_optimizer
 from numpyro_ensemble.preflight import check_size
@@ -132,7 +133,7 @@ class EnsembleVI(Ensemble):
         """Return the model and the guide, weighted for one step of one member."""
         weight = self.kl_weight
         if callable(weight):
-            weight = check_weight("kl_weight", weight(step))
+            weight = check_weight("kl_weight", _number(weight(step)))
         if self.tempered:
             guide = reweight(guide, prior=weight, likelihood=weight)
         return self.reweighted(weight, scale), guide
@@ -164,9 +165,10 @@ class EnsembleVI(Ensemble):
 
     def check_run(self, first: int, num_steps: int) -> None:
         """Raise a ValueError where a schedule turns negative in the steps of a run."""
-        if callable(self.kl_weight):
+        schedule = self.kl_weight
+        if callable(schedule):
             steps = np.arange(first, first + num_steps)
-            values = np.asarray(jax.vmap(self.kl_weight)(steps))
+            values = np.asarray(jax.vmap(lambda step: _number(schedule(step)))(steps))
             wrong = np.flatnonzero(~(np.isfinite(values) & (values >= 0)))
             if wrong.size:
                 raise ValueError(
@@ -174,6 +176,7 @@ class EnsembleVI(Ensemble):
                     f"{steps[wrong[0]]} it is {values[wrong[0]]}."
                 )
 
+    @checked_keywords
     def sample_posterior(
         self,
         rng_key: jax.Array,
@@ -268,6 +271,16 @@ class EnsembleVI(Ensemble):
         return SetupTemplate(
             object(), self.model, self.guide, nothing, None, (), {}, {}, ()
         ), nothing
+
+
+def _number(weight: Any) -> Any:
+    """Return what a schedule gave for one step."""
+    if np.shape(weight) != ():
+        raise ValueError(
+            f"kl_weight's schedule must return one number for a step; it returns an array of "
+            f"shape {np.shape(weight)}."
+        )
+    return weight
 
 
 def ensemble_vi(

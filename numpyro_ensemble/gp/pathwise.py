@@ -14,7 +14,7 @@ import numpy as np
 from numpyro import handlers
 from numpyro.util import is_prng_key
 
-from numpyro_ensemble.arguments import has_tracers, refuse_clashes
+from numpyro_ensemble.arguments import has_tracers
 from numpyro_ensemble.draws import fill_model, filled, map_draws, pick
 from numpyro_ensemble.gp.findings import (
     arrays_of,
@@ -30,6 +30,7 @@ from numpyro_ensemble.gp.matheron import check_options
 from numpyro_ensemble.gp.paths import PER_PATH, Paths
 from numpyro_ensemble.gp.sites import Answer, Site, gather_sites
 from numpyro_ensemble.handlers import check_count
+from numpyro_ensemble.keywords import checked_keywords
 from numpyro_ensemble.programs import Programs
 
 
@@ -83,7 +84,7 @@ class Pathwise:
         (6, 50)
     """
 
-    @refuse_clashes
+    @checked_keywords
     def __init__(
         self,
         model: Callable,

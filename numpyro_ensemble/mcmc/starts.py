@@ -17,8 +17,8 @@ from jax.flatten_util import ravel_pytree
 from numpyro.infer import init_to_uniform
 from numpyro.infer.util import unconstrain_fn
 
-from numpyro_ensemble.arguments import refuse_clashes
 from numpyro_ensemble.handlers import check_count
+from numpyro_ensemble.keywords import checked_keywords
 from numpyro_ensemble.mcmc.checks import check_scale
 from numpyro_ensemble.mcmc.searches import nuts, pathfinder
 from numpyro_ensemble.mcmc.target import Target
@@ -27,7 +27,7 @@ _PROBES = 32  # random directions in which the curvature is measured
 _FLATTEST = 1e-4  # the least curvature of a mode that noise follows
 
 
-@refuse_clashes
+@checked_keywords
 def from_nuts(
     rng_key: jax.Array,
     model: Callable,
@@ -68,7 +68,7 @@ def from_nuts(
     return nuts(target, rng_key, num_chains, args, kwargs, jitter=jitter, **options)
 
 
-@refuse_clashes
+@checked_keywords
 def from_pathfinder(
     rng_key: jax.Array,
     model: Callable,
@@ -107,7 +107,7 @@ def _checked(
     return target
 
 
-@refuse_clashes
+@checked_keywords
 def from_ensemble(
     runner: Any,
     result: Any,

@@ -1,0 +1,101 @@
+"""Whether a call can be made: keywords of an option, of the model, of both or of neither."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+
+def checked_keywords(fn: Callable) -> Callable:
+    """Make a function of a model, or a method of a runner, look at the keywords of each call.
+
+    It then refuses a keyword that is an option and a parameter of the model as well, and one that
+    is neither, before the model is called.
+    """
+    signature = inspect.signature(fn)
+    parameters = signature.parameters.values()
+    options = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
+    passes_on = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    owner = fn.__qualname__.removesuffix(".__init__").rpartition(".")[2]
+
+    @functools.wraps(fn)
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        if kwargs:
+            functions = _functions(signature.bind_partial(*args, **kwargs).arguments)
+            _refuse_clashes(owner, kwargs.keys() & set(options), functions)
+            if passes_on:
+                unknown = [name for name in kwargs if name not in signature.parameters]
+                _refuse_unknown(owner, unknown, options, functions)
+        return fn(*args, **kwargs)
+
+    return checked
+
+
+def check_call(model: Any, args: tuple, kwargs: dict, hint: str = "") -> None:
+    """Raise a TypeError where a model does not take so many arguments, or lacks one."""
+    try:
+        signature = inspect.signature(model)
+    except (TypeError, ValueError):
+        return
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as error:
+        raise TypeError(
+            f"the model cannot be called with these arguments: {error}.{hint}"
+        ) from None
+
+
+def _functions(known: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the model, and a runner's guide, that a call is about."""
+    if "model" in known:
+        return {"model": known["model"]}
+    holder = known.get("runner", known.get("self"))
+    found = {kind: getattr(holder, kind, None) for kind in ("model", "guide")}
+    return {kind: function for kind, function in found.items() if function is not None}
+
+
+def _refuse_clashes(owner: str, given: Iterable[str], functions: Mapping[str, Any]) -> None:
+    for kind, function in functions.items():
+        clash = sorted(set(given) & _free_keywords(function))
+        if clash:
+            raise ValueError(
+                f"{clash[0]!r} is both an option of {owner} and a keyword of the {kind}: pass the "
+                f"{kind}'s own by position, or bind it with functools.partial."
+            )
+
+
+def _refuse_unknown(
+    owner: str, unknown: Iterable[str], options: list[str], functions: Mapping[str, Any]
+) -> None:
+    for name in unknown:
+        for kind, function in functions.items():
+            parameters = _parameters(function)
+            if parameters is None or name in parameters:
+                continue
+            if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+                continue
+            known = {word.lower(): word for word in (*options, *parameters)}
+            close = difflib.get_close_matches(name.lower(), known, 1)
+            meant = f" Did you mean {known[close[0]]}?" if close else ""
+            raise TypeError(
+                f"{owner} has no option {name!r}, and the {kind} takes no such keyword.{meant}"
+            )
+
+
+def _parameters(fn: Any) -> Mapping[str, inspect.Parameter] | None:
+    try:
+        return inspect.signature(fn).parameters
+    except (TypeError, ValueError):
+        return None
+
+
+def _free_keywords(fn: Any) -> set[str]:
+    """Name the parameters of a callable that functools.partial has not bound."""
+    held: set[str] = set()
+    while isinstance(fn, functools.partial):
+        held |= fn.keywords.keys()
+        fn = fn.func
+    return set(_parameters(fn) or ()) - held
