@@ -209,7 +209,7 @@ def test_fits_of_svi_go_on_in_an_ensemble(fitted, key):
 
 def test_samplers_start_from_members_and_transport_maps(fitted, key):
     guide, _, runner, result = fitted
-    start = starts.from_ensemble(runner, result, num_chains=4, rng_key=key)
+    start = starts.from_ensemble(key, runner, result, num_chains=4)
     assert np.abs(start["z"] - 100.0).max() < 5.0
     assert np.abs(start["a"]).max() < 5.0
     neutra = NeuTraReparam(guide, result.member(0).params)

@@ -51,18 +51,18 @@ def check(z, chains):
 
 @pytest.mark.long
 @pytest.mark.promotes_ranks  # NumPyro's guides do
-def test_starts_from_ensembles():
+def test_starts_from_ensembles(key):
     optim = numpyro.optim.Adam(0.05)
     fits = EnsembleMAP(model, optim, ensemble_size=3)
     result = fits.run(jax.random.key(0), 400, X, Y, progress_bar=False)
-    z = starts.from_ensemble(fits, result, X, Y, num_chains=16)
+    z = starts.from_ensemble(key, fits, result, X, Y, num_chains=16)
     check(z, 16)
-    still = starts.from_ensemble(fits, result, X, Y, num_chains=3, jitter=0.0)
+    still = starts.from_ensemble(key, fits, result, X, Y, num_chains=3, jitter=0.0)
     np.testing.assert_allclose(still["w"], result.params["w"], rtol=1e-5)
     np.testing.assert_allclose(np.exp(still["s"]), result.params["s"], rtol=1e-5)
     vi = EnsembleVI(model, AutoNormal(model), optim, Trace_ELBO(), ensemble_size=2)
     result = vi.run(jax.random.key(0), 400, X, Y, progress_bar=False)
-    z = starts.from_ensemble(vi, result, X, Y, num_chains=64, rng_key=jax.random.key(3))
+    z = starts.from_ensemble(jax.random.key(3), vi, result, X, Y, num_chains=64)
     check(z, 64)
     few = {name: values[:4] for name, values in z.items()}
     for kernel, start in ((MEADS(model), z), (NUTS(model), few)):  # for both alike
@@ -70,7 +70,7 @@ def test_starts_from_ensembles():
         assert abs(distances(mcmc.get_samples())).mean() < 3
     broken = result._replace(params={k: v * jnp.nan for k, v in result.params.items()})
     with pytest.raises(ValueError, match="No member"):
-        starts.from_ensemble(vi, broken, X, Y)
+        starts.from_ensemble(key, vi, broken, X, Y)
 
 
 @pytest.mark.long

@@ -16,6 +16,7 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 from numpyro.infer import init_to_uniform
 from numpyro.infer.util import unconstrain_fn
+from numpyro.util import is_prng_key
 
 from numpyro_ensemble.handlers import check_count
 from numpyro_ensemble.keywords import checked_keywords
@@ -109,11 +110,11 @@ def _checked(
 
 @checked_keywords
 def from_ensemble(
+    rng_key: jax.Array,
     runner: Any,
     result: Any,
     *args: Any,
     num_chains: int = 64,
-    rng_key: jax.Array | None = None,
     jitter: float | None = None,
     **kwargs: Any,
 ) -> dict[str, jax.Array]:
@@ -124,11 +125,11 @@ def from_ensemble(
     the curvature of the density.
 
     Args:
+        rng_key: one key.
         runner: an `EnsembleMAP` or `EnsembleVI`.
         result: what its `run` returned.
         *args: arguments of the model, those of the fit.
         num_chains: number of chains C to come.
-        rng_key: one key; `jax.random.key(0)` if it is left out.
         jitter: scale of the noise; None is 0.1 for draws of a guide and 1 for modes.
         **kwargs: keyword arguments of the model.
 
@@ -137,8 +138,9 @@ def from_ensemble(
     """
     check_count("num_chains", num_chains)
     check_scale("jitter", 0.0 if jitter is None else jitter)
-    key = jax.random.key(0) if rng_key is None else rng_key
-    draw_key, noise_key = jax.random.split(key)
+    if not is_prng_key(rng_key):
+        raise ValueError(f"rng_key takes one key, jax.random.key(0) say; got {rng_key!r}.")
+    draw_key, noise_key = jax.random.split(rng_key)
     members = np.flatnonzero(np.asarray(result.finite))
     if not members.size:
         raise ValueError("No member of the result is finite, so that no chain can start at one.")
