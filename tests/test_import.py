@@ -21,7 +21,7 @@ LAYERS = [
     {"density"},
     {"primitives"},
     {"results", "fingerprints", "batching", "optimisers"},
-    {"arguments"},
+    {"arguments", "keywords"},
     {"programs", "setup"},
     {"training", "guides", "starts"},
     {"draws"},

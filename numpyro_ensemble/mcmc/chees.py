@@ -24,7 +24,7 @@ from numpyro_ensemble.mcmc.target import all_finite, choose, per_chain, shared
 
 _BITS = 30  # of the Halton sequence: those that a shorter run has no need of add nothing
 # The step size follows the harmonic mean over chains, which one chain that accepts nothing makes 0.
-_LEAST_ACCEPTED = 0.2  # one such chain of 64 lowers the mean by a sixteenth at most
+_LEAST_ACCEPTED = 0.1  # one such chain of 64 lowers the mean by an eighth at most
 _FORGETTING = 3.0  # how fast the scale forgets: it speaks of the last third of warm-up
 
 
