@@ -138,7 +138,7 @@ def test_a_state_of_another_fit_is_refused(key):
         (EnsembleMAP(ridge, ADAM, ensemble_size=3), r"another ensemble size.*\(2,\).*=3"),
         (
             EnsembleMAP(positive, ADAM, ensemble_size=2),
-            r"lacks \['loc_auto_loc', .* and has \['w_a",
+            r"lacks \['loc_auto_loc', .* and it has \['w_a",
         ),
         (EnsembleMAP(ridge, optax.adam(0.1), ensemble_size=2), "another optimiser: the fields"),
     ):
