@@ -16,7 +16,7 @@ from pathlib import Path
 
 import jax
 import optax
-from common import X, Y
+from common import X, Y, timed
 from mcmc_problems import PROBLEMS
 from numpyro.infer import MCMC, Trace_ELBO
 from numpyro.infer.autoguide import AutoNormal
@@ -32,19 +32,15 @@ STEPS, DRAWS = 200, 50
 
 
 def peak_memory():
-    """Return the device's peak memory in MiB, where the device counts it."""
+    """Return the process's peak so far on the device in MiB, where the device counts it."""
     counted = jax.devices()[0].memory_stats() or {}
     return counted.get("peak_bytes_in_use", 0) / 2**20
 
 
 def warm_seconds(function, repeats=3):
     """Return the best of some repeats, after a first call."""
-    times = []
-    for _ in range(repeats + 1):
-        begin = time.perf_counter()
-        jax.block_until_ready(function())
-        times.append(time.perf_counter() - begin)
-    return min(times[1:])
+    timed(function)
+    return min(timed(function) for _ in range(repeats))
 
 
 def of_members(count):
@@ -72,7 +68,6 @@ def of_chains(count, kernel):
         progress_bar=False,
     )
     mcmc.warmup(jax.random.key(0), *args)
-    mcmc.post_warmup_state = mcmc.last_state
 
     def run():
         mcmc.post_warmup_state = mcmc.last_state
@@ -83,7 +78,7 @@ def of_chains(count, kernel):
 
 
 def measure(name, sizes, function):
-    """Print and return a row for each size, until one fails."""
+    """Print and save a row for each size, until one fails."""
     rows = []
     for size in sizes:
         begin = time.perf_counter()
@@ -91,6 +86,7 @@ def measure(name, sizes, function):
             seconds = function(size)
         except Exception as error:  # memory ends somewhere
             rows.append({"what": name, "size": size, "failed": str(error)[:200]})
+            save(rows, name)
             print(f"{name:8} {size:6d} failed: {str(error)[:100]}", flush=True)
             break
         row = {"what": name, "size": size, "seconds": seconds, "MiB": peak_memory()}
@@ -101,7 +97,6 @@ def measure(name, sizes, function):
             flush=True,
         )
         save(rows, name)
-    return rows
 
 
 def save(rows, name):

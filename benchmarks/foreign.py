@@ -208,7 +208,7 @@ def machine():
 
 
 def machines(rows):
-    """Return a line for each machine and set of versions, with its models or their number."""
+    """Return a line for each machine and set of versions, with the models measured there."""
     found = {}
     for name, row in rows.items():
         found.setdefault((row["machine"], row["versions"]), []).append(name)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from numpyro_ensemble.fingerprints import fingerprint
+from numpyro_ensemble.primitives import is_inexact
 
 FIXED, TRACED, BATCH, MEMBER = "fixed", "traced", "batch", "member"
 
@@ -49,7 +50,7 @@ class Arguments(NamedTuple):
         return [
             label
             for label, leaf in zip(self.labels, self.leaves, strict=True)
-            if _is_real(leaf) and np.isnan(np.asarray(leaf)).any()
+            if _is_readable(leaf) and np.isnan(np.asarray(leaf)).any()
         ]
 
     @property
@@ -105,12 +106,11 @@ class CallForm:
         return self.arguments.rebuild(dynamic)
 
 
-def _is_real(leaf: Any) -> bool:
-    """Say whether a leaf holds floating-point numbers that this process can read."""
-    if not isinstance(leaf, np.ndarray | jax.Array | float) or has_tracers(leaf):
+def _is_readable(leaf: Any) -> bool:
+    """Say whether a leaf holds real or complex numbers that this process can read."""
+    if has_tracers(leaf) or not (isinstance(leaf, float) or is_inexact(leaf)):
         return False
-    here = not isinstance(leaf, jax.Array) or leaf.is_fully_addressable
-    return here and jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
+    return not isinstance(leaf, jax.Array) or leaf.is_fully_addressable
 
 
 def has_tracers(tree: Any) -> bool:

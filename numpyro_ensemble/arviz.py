@@ -10,10 +10,9 @@ import jax
 import numpy as np
 import numpyro
 from numpyro import handlers
-from numpyro.util import is_prng_key
 
 from numpyro_ensemble.collect import Computed, Draws, Sites, check_sites, collect, compute
-from numpyro_ensemble.handlers import check_count
+from numpyro_ensemble.handlers import check_count, check_key
 from numpyro_ensemble.keywords import check_call
 from numpyro_ensemble.predictive import EnsemblePredictive
 from numpyro_ensemble.results import name_members
@@ -80,8 +79,7 @@ def to_arviz(
         {'chain': 4, 'draw': 10, 'rows': 3}
     """
     rng_key = jax.random.key(0) if rng_key is None else rng_key
-    if not is_prng_key(rng_key):
-        raise ValueError(f"rng_key takes one key, jax.random.key(0) say; got {rng_key!r}.")
+    check_key(rng_key)
     if prior is not False and prior is not True:
         check_count("prior", prior)
     if num_samples is not None:

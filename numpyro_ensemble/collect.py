@@ -12,7 +12,7 @@ import numpyro.distributions as dist
 from numpyro import handlers
 from numpyro.infer import util
 
-from numpyro_ensemble.density import anatomy, unchecked_trace
+from numpyro_ensemble.density import anatomy, is_subsampled, unchecked_trace
 from numpyro_ensemble.draws import (
     check_failed,
     fill_model,
@@ -187,7 +187,7 @@ class Sites(NamedTuple):
         trace = unchecked_trace(model, args, kwargs)
         sites = cls({}, [], [], {}, [], [], {}, set(trace), {}, {})
         for name, site in trace.items():
-            if site["type"] == "plate" and len(site["value"]) < site["args"][0]:
+            if is_subsampled(site):
                 sites.subsampled[name] = site["value"]
             if site["type"] not in ("sample", "deterministic"):
                 continue

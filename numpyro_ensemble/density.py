@@ -69,7 +69,12 @@ class Site(NamedTuple):
     distribution: str
     scale: Any = None  # of a sample site; an array's is not known before anything runs
     event_dim: int = 0  # trailing axes along which the values of one draw depend on each other
-    subsample: tuple[int, int] | None = None  # of a plate that draws some of its rows: how many
+    drawn_from: int | None = None  # of a plate that draws some of its rows: how many there are
+
+
+def is_subsampled(site: dict[str, Any]) -> bool:
+    """Say whether a site of a trace is a plate that has drawn some of its rows."""
+    return site["type"] == "plate" and len(site["value"]) < site["args"][0]
 
 
 @tracing_alone
@@ -109,7 +114,6 @@ def _describe(site: dict[str, Any], seen: Collection[str], prior_sites: Collecti
     kind, distribution = site["type"], ""
     role: Role | None = None
     plates: tuple[tuple[str, int], ...] = ()
-    subsample: tuple[int, int] | None = None
     if kind == "sample":
         role = site_role(site, seen, prior_sites)
         plates = tuple((frame.name, frame.size) for frame in site["cond_indep_stack"])
@@ -120,10 +124,9 @@ def _describe(site: dict[str, Any], seen: Collection[str], prior_sites: Collecti
             kind = "discrete" if site["fn"].support.is_discrete else "latent"
     shape = jax.tree.map(jnp.shape, site["value"])
     scale, event_dim = site.get("scale"), 0
-    if kind == "plate" and site["args"][1] not in (None, site["args"][0]):
-        subsample = site["args"]
+    drawn_from = site["args"][0] if is_subsampled(site) else None
     if kind == "observed":
         event_dim = unwrapped(site["fn"]).event_dim
     if scale is not None and not isinstance(scale, int | float):
         scale = jax.ShapeDtypeStruct(jnp.shape(scale), jnp.result_type(scale))
-    return Site(site["name"], kind, role, shape, plates, distribution, scale, event_dim, subsample)
+    return Site(site["name"], kind, role, shape, plates, distribution, scale, event_dim, drawn_from)

@@ -12,6 +12,7 @@ import numpyro.distributions as dist
 from jax.typing import ArrayLike
 from numpyro import handlers
 from numpyro.primitives import Messenger
+from numpyro.util import is_prng_key
 
 Role = Literal["prior", "likelihood", "jacobian"]
 
@@ -138,6 +139,12 @@ def check_count(name: str, value: Any) -> None:
         raise TypeError(f"{name} takes an integer, got {value!r}.")
     if value < 1:
         raise ValueError(f"{name} must be at least 1, got {value}.")
+
+
+def check_key(rng_key: Any) -> None:
+    """Raise a ValueError where `rng_key` is not one key."""
+    if not is_prng_key(rng_key):
+        raise ValueError(f"rng_key takes one key, jax.random.key(0) say; got {rng_key!r}.")
 
 
 def is_zero(weight: ArrayLike) -> bool:

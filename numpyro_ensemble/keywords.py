@@ -36,9 +36,8 @@ def checked_keywords(fn: Callable) -> Callable:
 
 def check_call(model: Any, args: tuple, kwargs: dict, hint: str = "") -> None:
     """Raise a TypeError where a model does not take so many arguments, or lacks one."""
-    try:
-        signature = inspect.signature(model)
-    except (TypeError, ValueError):
+    signature = _signature(model)
+    if signature is None:
         return
     try:
         signature.bind(*args, **kwargs)
@@ -72,8 +71,11 @@ def _refuse_unknown(
 ) -> None:
     for name in unknown:
         for kind, function in functions.items():
-            parameters = _parameters(function)
-            if parameters is None or name in parameters:
+            signature = _signature(function)
+            if signature is None:
+                continue
+            parameters = signature.parameters
+            if name in parameters:
                 continue
             if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
                 continue
@@ -85,9 +87,9 @@ def _refuse_unknown(
             )
 
 
-def _parameters(fn: Any) -> Mapping[str, inspect.Parameter] | None:
+def _signature(fn: Any) -> inspect.Signature | None:
     try:
-        return inspect.signature(fn).parameters
+        return inspect.signature(fn)
     except (TypeError, ValueError):
         return None
 
@@ -98,4 +100,5 @@ def _free_keywords(fn: Any) -> set[str]:
     while isinstance(fn, functools.partial):
         held |= fn.keywords.keys()
         fn = fn.func
-    return set(_parameters(fn) or ()) - held
+    signature = _signature(fn)
+    return set() if signature is None else set(signature.parameters) - held

@@ -12,7 +12,6 @@ import numpy as np
 from jax.typing import ArrayLike
 from numpyro.infer import Predictive
 from numpyro.infer.autoguide import AutoGuide
-from numpyro.util import is_prng_key
 
 from numpyro_ensemble.density import anatomy
 from numpyro_ensemble.draws import (
@@ -24,7 +23,7 @@ from numpyro_ensemble.draws import (
 from numpyro_ensemble.fingerprints import captured
 from numpyro_ensemble.given import read_given
 from numpyro_ensemble.guides import filled_guide
-from numpyro_ensemble.handlers import check_count
+from numpyro_ensemble.handlers import check_count, check_key
 from numpyro_ensemble.programs import Programs
 from numpyro_ensemble.setup import VALUE_AXES, GuideValues, Setup
 
@@ -143,8 +142,7 @@ class EnsemblePredictive:
             *args: arguments of the model; leave observed ones out (None), or they are returned.
             **kwargs: keyword arguments of the model.
         """
-        if not is_prng_key(rng_key):
-            raise ValueError(f"rng_key takes one key, jax.random.key(0) say; got {rng_key!r}.")
+        check_key(rng_key)
         given = self._given
         values = None if self._setup is None else self._setup.values.guide
         inputs = (rng_key, *self._indices(rng_key), given.samples, given.params, values)

@@ -11,13 +11,12 @@ from jax.typing import ArrayLike
 from numpyro import handlers
 from numpyro.infer import Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO
 from numpyro.infer.autoguide import AutoGuide, AutoLaplaceApproximation
-from numpyro.util import is_prng_key
 
 from numpyro_ensemble.arguments import has_tracers
 from numpyro_ensemble.engine import Ensemble
 from numpyro_ensemble.fingerprints import captured
 from numpyro_ensemble.guides import is_set_up
-from numpyro_ensemble.handlers import check_count, check_weight, reweight
+from numpyro_ensemble.handlers import check_count, check_key, check_weight, reweight
 from numpyro_ensemble.keywords import checked_keywords
 from numpyro_ensemble.member_guides import MemberGuides
 from numpyro_ensemble.optimisers import choose_optimizer
@@ -224,8 +223,7 @@ class EnsembleVI(Ensemble):
         """
         if not isinstance(result, EnsembleResult):
             raise TypeError(f"result takes what run returned, got {type(result).__name__}.")
-        if not is_prng_key(rng_key):
-            raise ValueError(f"rng_key takes one key, jax.random.key(0) say; got {rng_key!r}.")
+        check_key(rng_key)
         check_count("num_samples", num_samples)
         check_size(result.state, self.ensemble_size)
         template, values = self._setup_of(result)

@@ -35,13 +35,8 @@ _tests_run = itertools.count(1)
 def _programs_are_dropped() -> Iterator[None]:
     """Drop compiled programs before a process has more of them than it may map."""
     yield
-    if next(_tests_run) % 10 == 0:
-        drop_programs()
-
-
-def drop_programs() -> None:
-    """Drop all compiled programs that nobody holds, if there are many."""
-    if _MAPPINGS.exists() and _MAPPINGS.read_bytes().count(b"\n") > _MOST_MAPPINGS:
+    due = next(_tests_run) % 10 == 0 and _MAPPINGS.exists()
+    if due and _MAPPINGS.read_bytes().count(b"\n") > _MOST_MAPPINGS:
         jax.clear_caches()
         gc.collect()
 

@@ -127,6 +127,13 @@ def test_nan_in_the_data_is_named(key):
     y = np.where(X == 1, np.nan, X)
     with pytest.raises(ValueError, match="All 2 members start .* The data hold NaN: y. Leave"):
         point().run(key, 3, X, y, progress_bar=False)
+
+    def labelled(x, names):
+        assert len(names) == len(x)
+        numpyro.sample("y", dist.Normal(numpyro.sample("w", dist.Normal(0.0, 1.0)), 1.0), obs=x)
+
+    with pytest.raises(ValueError, match="The data hold NaN: x. Leave"):  # text holds none
+        point(labelled).run(key, 3, y, np.array(list("abcd"), object), progress_bar=False)
     with pytest.raises(ValueError, match="check the data"):  # not NaN, but infinite
         point().run(key, 3, X, np.where(X == 1, np.inf, X), progress_bar=False)
 

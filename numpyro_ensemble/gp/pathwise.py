@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from numpyro import handlers
-from numpyro.util import is_prng_key
 
 from numpyro_ensemble.arguments import has_tracers
 from numpyro_ensemble.draws import fill_model, filled, map_draws, pick
@@ -29,7 +28,7 @@ from numpyro_ensemble.gp.inputs import Function
 from numpyro_ensemble.gp.matheron import check_options
 from numpyro_ensemble.gp.paths import PER_PATH, Paths
 from numpyro_ensemble.gp.sites import Answer, Site, gather_sites
-from numpyro_ensemble.handlers import check_count
+from numpyro_ensemble.handlers import check_count, check_key
 from numpyro_ensemble.keywords import checked_keywords
 from numpyro_ensemble.programs import Programs
 
@@ -266,8 +265,7 @@ class Pathwise:
         )
 
     def _inputs(self, rng_key: jax.Array) -> tuple:
-        if not is_prng_key(rng_key):
-            raise ValueError(f"rng_key takes one key, jax.random.key(0) say; got {rng_key!r}.")
+        check_key(rng_key)
         return jax.random.split(rng_key, self.num_draws), self.samples, self.params
 
     # The call -----------------------------------------------------------------------------------

@@ -16,9 +16,8 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 from numpyro.infer import init_to_uniform
 from numpyro.infer.util import unconstrain_fn
-from numpyro.util import is_prng_key
 
-from numpyro_ensemble.handlers import check_count
+from numpyro_ensemble.handlers import check_count, check_key
 from numpyro_ensemble.keywords import checked_keywords
 from numpyro_ensemble.mcmc.checks import check_scale
 from numpyro_ensemble.mcmc.searches import nuts, pathfinder
@@ -138,8 +137,7 @@ def from_ensemble(
     """
     check_count("num_chains", num_chains)
     check_scale("jitter", 0.0 if jitter is None else jitter)
-    if not is_prng_key(rng_key):
-        raise ValueError(f"rng_key takes one key, jax.random.key(0) say; got {rng_key!r}.")
+    check_key(rng_key)
     draw_key, noise_key = jax.random.split(rng_key)
     members = np.flatnonzero(np.asarray(result.finite))
     if not members.size:

@@ -151,12 +151,11 @@ class Target:
                     f"latent site {site.name!r} is a Delta, which has no density to sample. Write "
                     f"numpyro.deterministic({site.name!r}, value) instead."
                 )
-            if site.subsample is not None:
-                size, taken = site.subsample
+            if site.drawn_from is not None:
                 raise ValueError(
-                    f"plate {site.name!r} takes {taken} of its {size} rows at random, and these "
-                    f"kernels need the density of all rows. Leave subsample_size out; NumPyro's "
-                    f"HMCECS(NUTS(model)) samples with subsamples."
+                    f"plate {site.name!r} takes {site.shape[0]} of its {site.drawn_from} rows at "
+                    f"random, and these kernels need the density of all rows. Leave subsample_size "
+                    f"out; NumPyro's HMCECS(NUTS(model)) samples with subsamples."
                 )
         latents = [site for site in sites if site.kind == "latent"]
         if latents and not any(np.prod(site.shape) for site in latents):
