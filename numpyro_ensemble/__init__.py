@@ -1,10 +1,11 @@
 """Ensembles of MAP fits, variational fits, chains and functions for NumPyro."""
 
-from numpyro_ensemble.arviz import to_arviz
 from numpyro_ensemble.density import log_joint
+from numpyro_ensemble.fit.loop import EarlyStopping
 from numpyro_ensemble.handlers import reweight
 from numpyro_ensemble.map import EnsembleMAP, ensemble_map
-from numpyro_ensemble.predictive import EnsemblePredictive
+from numpyro_ensemble.predict.arviz import to_arviz
+from numpyro_ensemble.predict.predictive import EnsemblePredictive
 from numpyro_ensemble.primitives import (
     EnsembleState,
     ensemble_init,
@@ -13,7 +14,6 @@ from numpyro_ensemble.primitives import (
     ensemble_step,
 )
 from numpyro_ensemble.results import EnsembleResult
-from numpyro_ensemble.training import EarlyStopping
 from numpyro_ensemble.vi import EnsembleVI, ensemble_vi
 
 __version__ = "0.1.0"

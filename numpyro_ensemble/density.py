@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -12,8 +12,8 @@ from numpyro import handlers
 from numpyro.infer import init_to_uniform
 from numpyro.infer.util import compute_log_probs
 
+from numpyro_ensemble.calls.tracing import tracing_alone
 from numpyro_ensemble.handlers import Role, is_factor, site_role, unwrapped
-from numpyro_ensemble.tracing import tracing_alone
 
 
 def log_joint(
@@ -130,3 +130,19 @@ def _describe(site: dict[str, Any], seen: Collection[str], prior_sites: Collecti
     if scale is not None and not isinstance(scale, int | float):
         scale = jax.ShapeDtypeStruct(jnp.shape(scale), jnp.result_type(scale))
     return Site(site["name"], kind, role, shape, plates, distribution, scale, event_dim, drawn_from)
+
+
+def fill_model(
+    model: Callable, key: jax.Array, known: dict[str, Any], args: tuple, kwargs: dict
+) -> dict[str, Any]:
+    """Trace a model on known values."""
+    return handlers.trace(filled(handlers.seed(model, key), known)).get_trace(*args, **kwargs)
+
+
+def filled(model: Callable, known: Mapping[str, Any]) -> Callable:
+    """Give a model known values; its deterministic sites are computed anew from these."""
+
+    def value(site: dict[str, Any]) -> Any:
+        return None if site["type"] == "deterministic" else known.get(site["name"])
+
+    return handlers.substitute(model, substitute_fn=value)

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import inspect
 from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -13,122 +14,27 @@ import numpyro
 from jax.typing import ArrayLike
 from numpyro.infer import Trace_ELBO, init_to_uniform
 
-from numpyro_ensemble.engine import Ensemble
-from numpyro_ensemble.fingerprints import captured
+from numpyro_ensemble.fit.ensemble import Ensemble
+from numpyro_ensemble.fit.optimisers import choose_optimizer
+from numpyro_ensemble.fit.point_guide import PointGuide
+from numpyro_ensemble.fit.problem import Problem
+from numpyro_ensemble.fit.setup import GuideValues
 from numpyro_ensemble.handlers import check_weight
-from numpyro_ensemble.optimisers import choose_optimizer
-from numpyro_ensemble.point_guide import PointGuide
 from numpyro_ensemble.primitives import combine, partition, stack_members
 from numpyro_ensemble.results import EnsembleResult
-from numpyro_ensemble.setup import GuideValues
 
 
-class EnsembleMAP(Ensemble):
-    """An ensemble of MAP estimates of one NumPyro model, each for about the price of one fit.
+@dataclass(frozen=True, eq=False)
+class MAPProblem(Problem):
+    """The fit of a point guide: a mode.
 
-    Finds modes of the density of the model over constrained latents, walked in unconstrained
-    space, as `SVI` with `AutoDelta(model, init_loc_fn=init_to_uniform)` does: member e is that fit
-    made with key e. Parameters
-    (`numpyro.param`), neural network modules and mutable state of the model train too.
-    `result.params` holds the constrained values by site name.
-
-    Args:
-        model: a NumPyro model whose latents are continuous.
-        optim: a `numpyro.optim` or optax optimiser.
-        ensemble_size: number of members E.
-        prior_weight: weight of the prior; 1 is MAP, a Python 0 is maximum likelihood.
-        init_loc_fn: a NumPyro initialisation strategy, `init_to_uniform(radius=0.5)` say.
-        jacobian: find modes of the density over unconstrained latents instead.
-        prior_sites: names of `numpyro.factor` sites that belong to the prior.
-        likelihood_sites: names of `factor` sites that may be rescaled with the batches.
-
-    Raises:
-        TypeError: if an argument is of the wrong kind, the optimiser for example.
-        ValueError: if `ensemble_size` or `prior_weight` is out of range.
-
-    Example:
-        >>> import jax, jax.numpy as jnp, numpyro, numpyro.distributions as dist
-        >>> from numpyro_ensemble import EnsembleMAP
-        >>> def model(y):
-        ...     mu = numpyro.sample("mu", dist.Normal(0.0, 1.0))
-        ...     with numpyro.plate("data", len(y)):
-        ...         numpyro.sample("y", dist.Normal(mu, 1.0), obs=y)
-        >>> runner = EnsembleMAP(model, numpyro.optim.Adam(0.1), ensemble_size=3)
-        >>> result = runner.run(jax.random.key(0), 300, jnp.ones(3), progress_bar=False)
-        >>> print(result.params["mu"].round(2))
-        [0.75 0.75 0.75]
+    Attributes:
+        init_loc_fn: where latents start.
+        jacobian: whether the density is that of the unconstrained latents.
     """
 
-    raw = False  # of a density instead of a model
-    hint = (
-        " A density (params, *data) -> (log_likelihood, log_prior) goes to "
-        "EnsembleMAP.from_log_joint or ensemble_map."
-    )
-
-    def __init__(
-        self,
-        model: Callable,
-        optim: Any,
-        *,
-        ensemble_size: int = 16,
-        prior_weight: ArrayLike = 1.0,
-        init_loc_fn: Callable = init_to_uniform,
-        jacobian: bool = False,
-        prior_sites: Collection[str] = (),
-        likelihood_sites: Collection[str] = (),
-    ) -> None:
-        self.prior_weight = prior_weight
-        self.init_loc_fn, self.jacobian = init_loc_fn, jacobian
-        super().__init__(
-            model,
-            PointGuide(model, init_loc_fn=init_loc_fn, jacobian=jacobian),
-            optim,
-            Trace_ELBO(),
-            ensemble_size=ensemble_size,
-            prior_sites=prior_sites,
-            likelihood_sites=likelihood_sites,
-        )
-
-    def checked_setting(self, name: str, value: Any) -> Any:
-        """Return the value that a setting takes."""
-        if name == "prior_weight":
-            return check_weight(name, value)
-        if name == "init_loc_fn" and not callable(value):
-            raise TypeError(f"init_loc_fn takes a NumPyro strategy, got {value!r}.")
-        return super().checked_setting(name, value)
-
-    def settings(self) -> tuple:
-        """Return the settings that a program depends on, as a hashable."""
-        return (*super().settings(), captured(self.init_loc_fn), bool(self.jacobian))
-
-    @classmethod
-    def from_log_joint(
-        cls, log_joint: Callable, init_fn: Callable, optim: Any, **options: Any
-    ) -> EnsembleMAP:
-        """Fit a raw density instead of a model.
-
-        Args:
-            log_joint: `(params, *args, **kwargs) -> (log_likelihood, log_prior)`.
-            init_fn: makes one member's parameters, any pytree, from its key.
-            optim: a `numpyro.optim` or optax optimiser.
-            **options: as for the class.
-
-        Returns:
-            A runner whose `run` takes the density's data; its `result.params` and `init_params`
-            are members stacked. Member e starts at `init_fn(keys[e])`. Leaves that are no real
-            arrays are shared and left alone.
-
-        Example:
-            >>> import jax, numpyro
-            >>> from numpyro_ensemble import EnsembleMAP
-            >>> runner = EnsembleMAP.from_log_joint(
-            ...     lambda w, y: (-((y - w) ** 2).sum(), -(w**2)),
-            ...     lambda key: jax.random.normal(key), numpyro.optim.Adam(0.1), ensemble_size=2)
-            >>> result = runner.run(jax.random.key(0), 200, jax.numpy.ones(3), progress_bar=False)
-            >>> print(result.params.round(2))
-            [0.75 0.75]
-        """
-        return _RawMAP(log_joint, init_fn, optim, **options)
+    init_loc_fn: Callable = init_to_uniform
+    jacobian: bool = False
 
     def fresh_guide(self, init_params: dict | None, sites: dict) -> tuple[Callable, dict | None]:
         """Return a new point guide, which takes the latents' start values; `SVI.init` the rest."""
@@ -171,6 +77,111 @@ class EnsembleMAP(Ensemble):
                     f"climbs continuous latents only. Sum it out of the model (MixtureSameFamily, "
                     f"for example), observe it, or use EnsembleVI with TraceEnum_ELBO."
                 )
+
+
+class EnsembleMAP(Ensemble):
+    """An ensemble of MAP estimates of one NumPyro model, each for about the price of one fit.
+
+    Finds modes of the density of the model over constrained latents, walked in unconstrained
+    space, as `SVI` with `AutoDelta(model, init_loc_fn=init_to_uniform)` does: member e is that fit
+    made with key e. Parameters
+    (`numpyro.param`), neural network modules and mutable state of the model train too.
+    `result.params` holds the constrained values by site name.
+
+    Args:
+        model: a NumPyro model whose latents are continuous.
+        optim: a `numpyro.optim` or optax optimiser.
+        ensemble_size: number of members E.
+        prior_weight: weight of the prior; 1 is MAP, a Python 0 is maximum likelihood.
+        init_loc_fn: a NumPyro initialisation strategy, `init_to_uniform(radius=0.5)` say.
+        jacobian: find modes of the density over unconstrained latents instead.
+        prior_sites: names of `numpyro.factor` sites that belong to the prior.
+        likelihood_sites: names of `factor` sites that may be rescaled with the batches.
+
+    Raises:
+        TypeError: if an argument is of the wrong kind, the optimiser for example.
+        ValueError: if `ensemble_size` or `prior_weight` is out of range.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, numpyro, numpyro.distributions as dist
+        >>> from numpyro_ensemble import EnsembleMAP
+        >>> def model(y):
+        ...     mu = numpyro.sample("mu", dist.Normal(0.0, 1.0))
+        ...     with numpyro.plate("data", len(y)):
+        ...         numpyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+        >>> runner = EnsembleMAP(model, numpyro.optim.Adam(0.1), ensemble_size=3)
+        >>> result = runner.run(jax.random.key(0), 300, jnp.ones(3), progress_bar=False)
+        >>> print(result.params["mu"].round(2))
+        [0.75 0.75 0.75]
+    """
+
+    kind = MAPProblem
+    raw = False  # of a density instead of a model
+    hint = (
+        " A density (params, *data) -> (log_likelihood, log_prior) goes to "
+        "EnsembleMAP.from_log_joint or ensemble_map."
+    )
+
+    def __init__(
+        self,
+        model: Callable,
+        optim: Any,
+        *,
+        ensemble_size: int = 16,
+        prior_weight: ArrayLike = 1.0,
+        init_loc_fn: Callable = init_to_uniform,
+        jacobian: bool = False,
+        prior_sites: Collection[str] = (),
+        likelihood_sites: Collection[str] = (),
+    ) -> None:
+        self.prior_weight = prior_weight
+        self.init_loc_fn, self.jacobian = init_loc_fn, jacobian
+        super().__init__(
+            model,
+            PointGuide(model, init_loc_fn=init_loc_fn, jacobian=jacobian),
+            optim,
+            Trace_ELBO(),
+            ensemble_size=ensemble_size,
+            prior_sites=prior_sites,
+            likelihood_sites=likelihood_sites,
+        )
+
+    def checked_setting(self, name: str, value: Any) -> Any:
+        """Return the value that a setting takes."""
+        if name == "prior_weight":
+            return check_weight(name, value)
+        if name == "init_loc_fn" and not callable(value):
+            raise TypeError(f"init_loc_fn takes a NumPyro strategy, got {value!r}.")
+        return super().checked_setting(name, value)
+
+    @classmethod
+    def from_log_joint(
+        cls, log_joint: Callable, init_fn: Callable, optim: Any, **options: Any
+    ) -> EnsembleMAP:
+        """Fit a raw density instead of a model.
+
+        Args:
+            log_joint: `(params, *args, **kwargs) -> (log_likelihood, log_prior)`.
+            init_fn: makes one member's parameters, any pytree, from its key.
+            optim: a `numpyro.optim` or optax optimiser.
+            **options: as for the class.
+
+        Returns:
+            A runner whose `run` takes the density's data; its `result.params` and `init_params`
+            are members stacked. Member e starts at `init_fn(keys[e])`. Leaves that are no real
+            arrays are shared and left alone.
+
+        Example:
+            >>> import jax, numpyro
+            >>> from numpyro_ensemble import EnsembleMAP
+            >>> runner = EnsembleMAP.from_log_joint(
+            ...     lambda w, y: (-((y - w) ** 2).sum(), -(w**2)),
+            ...     lambda key: jax.random.normal(key), numpyro.optim.Adam(0.1), ensemble_size=2)
+            >>> result = runner.run(jax.random.key(0), 200, jax.numpy.ones(3), progress_bar=False)
+            >>> print(result.params.round(2))
+            [0.75 0.75]
+        """
+        return _RawMAP(log_joint, init_fn, optim, **options)
 
 
 class _RawMAP(EnsembleMAP):

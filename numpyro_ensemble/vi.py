@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -12,18 +13,78 @@ from numpyro import handlers
 from numpyro.infer import Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO
 from numpyro.infer.autoguide import AutoGuide, AutoLaplaceApproximation
 
-from numpyro_ensemble.arguments import has_tracers
-from numpyro_ensemble.engine import Ensemble
-from numpyro_ensemble.fingerprints import captured
-from numpyro_ensemble.guides import is_set_up
+from numpyro_ensemble.calls.arguments import has_tracers
+from numpyro_ensemble.calls.identity import captured
+from numpyro_ensemble.calls.keywords import checked_keywords
+from numpyro_ensemble.calls.programs import Programs
+from numpyro_ensemble.fit.checks import check_size
+from numpyro_ensemble.fit.ensemble import Ensemble
+from numpyro_ensemble.fit.guides import is_set_up
+from numpyro_ensemble.fit.member_guides import MemberGuides
+from numpyro_ensemble.fit.optimisers import choose_optimizer
+from numpyro_ensemble.fit.problem import Problem
+from numpyro_ensemble.fit.setup import GuideValues, SetupTemplate, setup_of
 from numpyro_ensemble.handlers import check_count, check_key, check_weight, reweight
-from numpyro_ensemble.keywords import checked_keywords
-from numpyro_ensemble.member_guides import MemberGuides
-from numpyro_ensemble.optimisers import choose_optimizer
-from numpyro_ensemble.preflight import check_size
-from numpyro_ensemble.programs import Programs
 from numpyro_ensemble.results import EnsembleResult
-from numpyro_ensemble.setup import GuideValues, SetupTemplate, setup_of
+
+
+@dataclass(frozen=True, eq=False)
+class VIProblem(Problem):
+    """A variational fit whose divergence has a weight, `kl_weight`."""
+
+    kl_weight: Any = 1.0
+
+    @property
+    def tempered(self) -> bool:
+        """Whether the divergence has another weight than 1."""
+        return callable(self.kl_weight) or bool(self.kl_weight != 1.0)
+
+    def weighted(self, guide: Callable, scale: float, step: Any) -> tuple[Callable, Callable]:
+        """Return the model and the guide, weighted for one step of one member."""
+        weight = self.kl_weight
+        if callable(weight):
+            weight = check_weight("kl_weight", _number(weight(step)))
+        if self.tempered:
+            guide = reweight(guide, prior=weight, likelihood=weight)
+        return self.reweighted(weight, scale), guide
+
+    def check_model(self, sites: dict) -> None:
+        """Raise a ValueError where a site is enumerated and the divergence is weighed."""
+        if self.tempered and isinstance(self.loss, TraceEnum_ELBO):
+            discrete = [site.name for site in sites.values() if site.kind == "discrete"]
+            if discrete:
+                raise ValueError(
+                    f"kl_weight={self.kl_weight} does not go with TraceEnum_ELBO, which sums over "
+                    f"{discrete} and needs one scale for all sites that depend on them. Sum them "
+                    f"out in the model (MixtureSameFamily), or leave kl_weight at 1."
+                )
+
+    def check_guide(self, guide: Callable, args: tuple, kwargs: dict) -> None:
+        """Raise a ValueError where a score term would be weighed as well."""
+        if not (self.tempered and isinstance(self.loss, TraceGraph_ELBO)):
+            return
+        seeded = handlers.seed(guide, jax.random.key(0))
+        for site in handlers.trace(seeded).get_trace(*args, **kwargs).values():
+            if site["type"] == "sample" and not site["is_observed"] and not site["fn"].has_rsample:
+                raise ValueError(
+                    f"kl_weight={self.kl_weight} does not go with TraceGraph_ELBO and guide site "
+                    f"{site['name']!r} ({type(site['fn']).__name__}), which has no reparameterised "
+                    f"gradient: its score term would be scaled too. Leave kl_weight at 1, or use a "
+                    f"reparameterised distribution."
+                )
+
+    def check_run(self, first: int, num_steps: int) -> None:
+        """Raise a ValueError where a schedule turns negative in the steps of a run."""
+        schedule = self.kl_weight
+        if callable(schedule):
+            steps = np.arange(first, first + num_steps)
+            values = np.asarray(jax.vmap(lambda step: _number(schedule(step)))(steps))
+            wrong = np.flatnonzero(~(np.isfinite(values) & (values >= 0)))
+            if wrong.size:
+                raise ValueError(
+                    f"kl_weight's schedule must be finite and not negative; at step "
+                    f"{steps[wrong[0]]} it is {values[wrong[0]]}."
+                )
 
 
 class EnsembleVI(Ensemble):
@@ -66,6 +127,8 @@ class EnsembleVI(Ensemble):
         >>> result.params["mu_auto_loc"].shape
         (3,)
     """
+
+    kind = VIProblem
 
     def __init__(
         self,
@@ -118,62 +181,6 @@ class EnsembleVI(Ensemble):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__({**state, "_drawing": Programs()})
-
-    @property
-    def tempered(self) -> bool:
-        """Whether the divergence has another weight than 1."""
-        return callable(self.kl_weight) or bool(self.kl_weight != 1.0)
-
-    def settings(self) -> tuple:
-        """Return the settings that a program depends on, as a hashable."""
-        return (*super().settings(), captured(self.kl_weight))
-
-    def weighted(self, guide: Callable, scale: float, step: Any) -> tuple[Callable, Callable]:
-        """Return the model and the guide, weighted for one step of one member."""
-        weight = self.kl_weight
-        if callable(weight):
-            weight = check_weight("kl_weight", _number(weight(step)))
-        if self.tempered:
-            guide = reweight(guide, prior=weight, likelihood=weight)
-        return self.reweighted(weight, scale), guide
-
-    def check_model(self, sites: dict) -> None:
-        """Raise a ValueError where a site is enumerated and the divergence is weighed."""
-        if self.tempered and isinstance(self.loss, TraceEnum_ELBO):
-            discrete = [site.name for site in sites.values() if site.kind == "discrete"]
-            if discrete:
-                raise ValueError(
-                    f"kl_weight={self.kl_weight} does not go with TraceEnum_ELBO, which sums over "
-                    f"{discrete} and needs one scale for all sites that depend on them. Sum them "
-                    f"out in the model (MixtureSameFamily), or leave kl_weight at 1."
-                )
-
-    def check_guide(self, guide: Callable, args: tuple, kwargs: dict) -> None:
-        """Raise a ValueError where a score term would be weighed as well."""
-        if not (self.tempered and isinstance(self.loss, TraceGraph_ELBO)):
-            return
-        seeded = handlers.seed(guide, jax.random.key(0))
-        for site in handlers.trace(seeded).get_trace(*args, **kwargs).values():
-            if site["type"] == "sample" and not site["is_observed"] and not site["fn"].has_rsample:
-                raise ValueError(
-                    f"kl_weight={self.kl_weight} does not go with TraceGraph_ELBO and guide site "
-                    f"{site['name']!r} ({type(site['fn']).__name__}), which has no reparameterised "
-                    f"gradient: its score term would be scaled too. Leave kl_weight at 1, or use a "
-                    f"reparameterised distribution."
-                )
-
-    def check_run(self, first: int, num_steps: int) -> None:
-        """Raise a ValueError where a schedule turns negative in the steps of a run."""
-        schedule = self.kl_weight
-        if callable(schedule):
-            steps = np.arange(first, first + num_steps)
-            values = np.asarray(jax.vmap(lambda step: _number(schedule(step)))(steps))
-            wrong = np.flatnonzero(~(np.isfinite(values) & (values >= 0)))
-            if wrong.size:
-                raise ValueError(
-                    f"kl_weight's schedule must be finite and not negative; at step "
-                    f"{steps[wrong[0]]} it is {values[wrong[0]]}."
-                )
 
     @checked_keywords
     def sample_posterior(

@@ -16,7 +16,7 @@ from numpyro.primitives import mutable as numpyro_mutable
 from zoo import CASES, X, Y, chosen, ridge
 
 from numpyro_ensemble import EnsembleMAP, EnsemblePredictive, EnsembleResult, EnsembleVI
-from numpyro_ensemble.draws import map_draws, peak_bytes
+from numpyro_ensemble.mapping import map_draws, peak_bytes
 
 ADAM = numpyro.optim.Adam(0.05)
 

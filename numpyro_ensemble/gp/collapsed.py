@@ -12,7 +12,7 @@ import numpyro.distributions as dist
 from jax.scipy.linalg import cho_solve, solve_triangular
 from jax.typing import ArrayLike
 
-from numpyro_ensemble.arguments import has_tracers
+from numpyro_ensemble.calls.arguments import has_tracers
 from numpyro_ensemble.gp.distribution import GaussianProcess, Process, check_factor
 from numpyro_ensemble.gp.inputs import EXACT, as_inputs, mean_at
 from numpyro_ensemble.gp.kernels import Kernel

@@ -14,7 +14,7 @@ from jax.typing import ArrayLike
 from numpyro.distributions import constraints
 from numpyro.util import is_prng_key
 
-from numpyro_ensemble.arguments import has_tracers
+from numpyro_ensemble.calls.arguments import has_tracers
 from numpyro_ensemble.gp.inputs import (
     EXACT,
     as_inputs,

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from numpyro_ensemble.arguments import has_tracers
+from numpyro_ensemble.calls.arguments import has_tracers
 from numpyro_ensemble.gp.distribution import GaussianProcess
 from numpyro_ensemble.gp.inputs import contradictions
 from numpyro_ensemble.gp.sites import Site

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from numpyro_ensemble.arguments import has_tracers
+from numpyro_ensemble.calls.arguments import has_tracers
 from numpyro_ensemble.gp.inputs import EXACT, check_dims
 from numpyro_ensemble.gp.kernels import Atom, Kernel
 

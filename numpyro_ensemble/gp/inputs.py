@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from numpyro_ensemble.arguments import has_tracers
+from numpyro_ensemble.calls.arguments import has_tracers
 
 CONTRADICTION = (
     "values at equal points differ although noise is 0: give the noise's variance, or average them."

@@ -12,8 +12,7 @@ import numpy as np
 from jax.scipy.linalg import solve_triangular
 from jax.typing import ArrayLike
 
-from numpyro_ensemble.arguments import has_tracers
-from numpyro_ensemble.draws import pick
+from numpyro_ensemble.calls.arguments import has_tracers
 from numpyro_ensemble.gp.features import check_num_features, draw_features
 from numpyro_ensemble.gp.inputs import (
     CONTRADICTION,
@@ -31,6 +30,7 @@ from numpyro_ensemble.gp.paths import Paths, check_solved
 from numpyro_ensemble.gp.solvers import SOLVERS, default_jitter
 from numpyro_ensemble.gp.solvers import covariance as covariance_of
 from numpyro_ensemble.handlers import check_count
+from numpyro_ensemble.mapping import pick
 
 
 def check_options(num_paths: int, num_bases: int, num_features: int, solver: str) -> None:

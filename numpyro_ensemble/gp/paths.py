@@ -10,8 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from numpyro_ensemble.arguments import has_tracers
-from numpyro_ensemble.draws import pick
+from numpyro_ensemble.calls.arguments import has_tracers
 from numpyro_ensemble.gp.features import Features
 from numpyro_ensemble.gp.inputs import (
     CONTRADICTION,
@@ -25,6 +24,7 @@ from numpyro_ensemble.gp.inputs import (
 )
 from numpyro_ensemble.gp.kernels import Kernel
 from numpyro_ensemble.gp.solvers import by_rows, default_jitter, solve, why_unfactored
+from numpyro_ensemble.mapping import pick
 
 PER_PATH = ("number", "alpha", "right", "residuals", "ok")  # what `Paths` has for each path
 

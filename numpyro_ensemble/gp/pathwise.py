@@ -13,8 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 from numpyro import handlers
 
-from numpyro_ensemble.arguments import has_tracers
-from numpyro_ensemble.draws import fill_model, filled, map_draws, pick
+from numpyro_ensemble.calls.arguments import has_tracers
+from numpyro_ensemble.calls.keywords import checked_keywords
+from numpyro_ensemble.calls.programs import Programs
+from numpyro_ensemble.density import fill_model, filled
 from numpyro_ensemble.gp.findings import (
     arrays_of,
     check_flags,
@@ -29,8 +31,7 @@ from numpyro_ensemble.gp.matheron import check_options
 from numpyro_ensemble.gp.paths import PER_PATH, Paths
 from numpyro_ensemble.gp.sites import Answer, Site, gather_sites
 from numpyro_ensemble.handlers import check_count, check_key
-from numpyro_ensemble.keywords import checked_keywords
-from numpyro_ensemble.programs import Programs
+from numpyro_ensemble.mapping import map_draws, pick
 
 
 class Moments(NamedTuple):

@@ -12,7 +12,7 @@ import numpyro.distributions as dist
 from numpyro import handlers
 from numpyro.primitives import Messenger
 
-from numpyro_ensemble.draws import filled
+from numpyro_ensemble.density import filled
 from numpyro_ensemble.gp.distribution import Process
 from numpyro_ensemble.gp.inputs import check_values, mean_at
 from numpyro_ensemble.gp.noise import normal_at

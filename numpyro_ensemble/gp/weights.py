@@ -9,7 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpyro.distributions as dist
 
-from numpyro_ensemble.arguments import has_tracers
+from numpyro_ensemble.calls.arguments import has_tracers
 from numpyro_ensemble.gp.distribution import Process
 from numpyro_ensemble.handlers import is_zero
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from numpyro_ensemble.arguments import has_tracers
+from numpyro_ensemble.calls.arguments import has_tracers
 from numpyro_ensemble.mcmc.checks import callers_level, listed
 from numpyro_ensemble.mcmc.target import Target
 

@@ -12,7 +12,7 @@ from blackjax.util import psis_weights
 from blackjax.vi.multipathfinder import multi_approximate
 from numpyro.infer.hmc import hmc
 
-from numpyro_ensemble.arguments import has_tracers
+from numpyro_ensemble.calls.arguments import has_tracers
 from numpyro_ensemble.mcmc.replacements import Found, replace_unfit, report
 from numpyro_ensemble.mcmc.target import Target
 

@@ -17,8 +17,8 @@ from jax.flatten_util import ravel_pytree
 from numpyro.infer import init_to_uniform
 from numpyro.infer.util import unconstrain_fn
 
+from numpyro_ensemble.calls.keywords import checked_keywords
 from numpyro_ensemble.handlers import check_count, check_key
-from numpyro_ensemble.keywords import checked_keywords
 from numpyro_ensemble.mcmc.checks import check_scale
 from numpyro_ensemble.mcmc.searches import nuts, pathfinder
 from numpyro_ensemble.mcmc.target import Target

@@ -12,11 +12,11 @@ from numpyro import handlers
 from numpyro.infer import init_to_uniform
 from numpyro.infer.util import constrain_fn, initialize_model, potential_energy
 
+from numpyro_ensemble.calls.identity import captured
+from numpyro_ensemble.calls.programs import Programs
 from numpyro_ensemble.density import anatomy, unchecked_trace
-from numpyro_ensemble.fingerprints import captured
 from numpyro_ensemble.mcmc.layout import laid_out, primitives_of
 from numpyro_ensemble.mcmc.positions import Coordinates
-from numpyro_ensemble.programs import Programs
 
 
 class Target:

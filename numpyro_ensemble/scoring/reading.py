@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from numpyro_ensemble.arguments import has_tracers
-from numpyro_ensemble.draws import check_mixture
+from numpyro_ensemble.calls.arguments import has_tracers
+from numpyro_ensemble.mapping import check_mixture
 
 
 def is_array(value: Any) -> bool:

@@ -17,8 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from numpyro_ensemble.draws import map_draws
 from numpyro_ensemble.handlers import check_count
+from numpyro_ensemble.mapping import map_draws
 from numpyro_ensemble.scoring.reading import (
     find_draws,
     is_array,

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from numpyro_ensemble.arviz import makes_inference_data
 from numpyro_ensemble.handlers import check_count
+from numpyro_ensemble.predict.arviz import makes_inference_data
 from numpyro_ensemble.results import last_losses
 from numpyro_ensemble.scoring.reading import group_of, name_of
 

@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpyro.infer.svi import SVIState
 
-from numpyro_ensemble.arguments import BATCH, MEMBER, Arguments
-from numpyro_ensemble.batching import Batches
+from numpyro_ensemble.calls.arguments import BATCH, MEMBER, Arguments
+from numpyro_ensemble.fit.batches import Batches
+from numpyro_ensemble.fit.loop import EarlyStopping
 from numpyro_ensemble.handlers import check_count
-from numpyro_ensemble.training import EarlyStopping
 
 
 class RunOptions(NamedTuple):

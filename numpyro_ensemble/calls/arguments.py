@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from numpyro_ensemble.fingerprints import fingerprint
+from numpyro_ensemble.calls.identity import fingerprint
 from numpyro_ensemble.primitives import is_inexact
 
 FIXED, TRACED, BATCH, MEMBER = "fixed", "traced", "batch", "member"

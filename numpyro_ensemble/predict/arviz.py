@@ -11,10 +11,10 @@ import numpy as np
 import numpyro
 from numpyro import handlers
 
-from numpyro_ensemble.collect import Computed, Draws, Sites, check_sites, collect, compute
+from numpyro_ensemble.calls.keywords import check_call
 from numpyro_ensemble.handlers import check_count, check_key
-from numpyro_ensemble.keywords import check_call
-from numpyro_ensemble.predictive import EnsemblePredictive
+from numpyro_ensemble.predict.collect import Computed, Draws, Sites, check_sites, collect, compute
+from numpyro_ensemble.predict.predictive import EnsemblePredictive
 from numpyro_ensemble.results import name_members
 
 _PRIOR_DRAWS = 500

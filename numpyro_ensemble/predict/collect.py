@@ -12,19 +12,13 @@ import numpyro.distributions as dist
 from numpyro import handlers
 from numpyro.infer import util
 
-from numpyro_ensemble.density import anatomy, is_subsampled, unchecked_trace
-from numpyro_ensemble.draws import (
-    check_failed,
-    fill_model,
-    finite_members,
-    map_member_draws,
-    pick,
-)
-from numpyro_ensemble.engine import Ensemble
+from numpyro_ensemble.calls.tracing import tracing_alone
+from numpyro_ensemble.density import anatomy, fill_model, is_subsampled, unchecked_trace
+from numpyro_ensemble.fit.ensemble import Ensemble
+from numpyro_ensemble.fit.setup import setup_of
 from numpyro_ensemble.handlers import is_factor, unwrapped
+from numpyro_ensemble.mapping import check_failed, finite_members, map_member_draws, pick
 from numpyro_ensemble.results import EnsembleResult
-from numpyro_ensemble.setup import setup_of
-from numpyro_ensemble.tracing import tracing_alone
 from numpyro_ensemble.vi import EnsembleVI
 
 _VI_DRAWS = 100

@@ -13,19 +13,15 @@ from jax.typing import ArrayLike
 from numpyro.infer import Predictive
 from numpyro.infer.autoguide import AutoGuide
 
+from numpyro_ensemble.calls.identity import captured
+from numpyro_ensemble.calls.programs import Programs
 from numpyro_ensemble.density import anatomy
-from numpyro_ensemble.draws import (
-    check_guide,
-    draw_latents,
-    map_draws,
-    pick,
-)
-from numpyro_ensemble.fingerprints import captured
-from numpyro_ensemble.given import read_given
-from numpyro_ensemble.guides import filled_guide
+from numpyro_ensemble.fit.draws import check_guide, draw_latents
+from numpyro_ensemble.fit.guides import filled_guide
+from numpyro_ensemble.fit.setup import VALUE_AXES, GuideValues, Setup
 from numpyro_ensemble.handlers import check_count, check_key
-from numpyro_ensemble.programs import Programs
-from numpyro_ensemble.setup import VALUE_AXES, GuideValues, Setup
+from numpyro_ensemble.mapping import map_draws, pick
+from numpyro_ensemble.predict.given import read_given
 
 _DRAWN = ("latent", "discrete")  # kinds of sites
 

@@ -17,7 +17,8 @@ from numpyro.distributions.util import periodic_repeat, sum_rightmost
 from numpyro.infer import init_to_uniform
 from numpyro.infer.autoguide import AutoGuide
 
-from numpyro_ensemble.arguments import has_tracers
+from numpyro_ensemble.calls.arguments import has_tracers
+from numpyro_ensemble.calls.identity import note_learnt
 
 
 class Point(NamedTuple):
@@ -89,11 +90,16 @@ class PointGuide(AutoGuide):
     def distilled(self) -> PointGuide:
         """Return a guide that is set up, with nothing in it that was traced."""
         guide = PointGuide(self.model, init_loc_fn=self.init_loc_fn, jacobian=self.jacobian)
-        guide.points = self.points
-        guide._prototype_frames = self._prototype_frames
-        guide._prototype_frame_full_sizes = self._prototype_frame_full_sizes
-        guide._init_locs = dict.fromkeys(self.points)
-        guide.prototype_trace = {}
+        learnt = {
+            "points": self.points,
+            "_prototype_frames": self._prototype_frames,
+            "_prototype_frame_full_sizes": self._prototype_frame_full_sizes,
+            "_init_locs": dict.fromkeys(self.points),
+            "prototype_trace": {},
+        }
+        for name, value in learnt.items():
+            setattr(guide, name, value)
+        note_learnt(guide, frozenset(learnt))
         return guide
 
     def __call__(self, *args: Any, **kwargs: Any) -> dict[str, jax.Array]:

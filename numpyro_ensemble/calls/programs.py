@@ -9,9 +9,10 @@ from typing import Any
 import jax
 from numpyro.primitives import _PYRO_STACK
 
-from numpyro_ensemble.arguments import Arguments, arrange, has_tracers
-from numpyro_ensemble.fingerprints import captured, holds_tracers
-from numpyro_ensemble.tracing import NUMPY_WANTED, TRACING, tracing_alone
+from numpyro_ensemble.calls.arguments import Arguments, arrange, has_tracers
+from numpyro_ensemble.calls.executables import Executables, keep
+from numpyro_ensemble.calls.identity import captured, holds_tracers, is_unknown
+from numpyro_ensemble.calls.tracing import NUMPY_WANTED, TRACING, tracing_alone
 
 _KEPT = 8  # sets of arguments whose programs are kept
 _REMEMBERED = 256  # sets of arguments with which a model is known to look at values
@@ -23,9 +24,10 @@ class Programs:
     def __init__(self) -> None:
         self._kept: OrderedDict[Any, Any] = OrderedDict()
         self._looks: OrderedDict[Any, None] = OrderedDict()
+        self._executables = Executables()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_kept": OrderedDict(), "_looks": OrderedDict()}
+        return vars(Programs())
 
     def get(
         self,
@@ -81,7 +83,10 @@ class Programs:
                 return jax.jit(tracing_alone(program))
 
             try:
-                return self._find(key, build)(arguments.dynamic, *inputs)
+                program = self._find(key, build)
+                if is_unknown(key):
+                    program = self._executables.wrap(program)
+                return program(arguments.dynamic, *inputs)
             except NUMPY_WANTED:
                 self._kept.pop(key, None)
                 if not traced:
@@ -98,17 +103,6 @@ class Programs:
         found = self._kept.get(key)
         if found is None:
             found = build()
-        if not holds_tracers(key[1:]):
+        if not (holds_tracers(key[1:]) or is_unknown(key)):
             keep(self._kept, key, found, _KEPT)
         return found
-
-
-def keep(store: OrderedDict, key: Any, value: Any, most: int) -> None:
-    """Put a value into a store of so many values at most; those not used for longest go."""
-    if key in store and next(reversed(store)) is key:
-        return
-    with TRACING:
-        store[key] = value
-        store.move_to_end(key)
-        while len(store) > most:
-            store.popitem(last=False)

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from numpyro_ensemble.arguments import has_tracers
-from numpyro_ensemble.draws import check_failed, check_mixture, finite_members, pick
+from numpyro_ensemble.calls.arguments import has_tracers
+from numpyro_ensemble.fit.setup import Setup, setup_of
+from numpyro_ensemble.mapping import check_failed, check_mixture, finite_members, pick
 from numpyro_ensemble.results import EnsembleResult
-from numpyro_ensemble.setup import Setup, setup_of
 
 
 class Given(NamedTuple):

@@ -22,9 +22,9 @@ from numpyro.infer.autoguide import AutoGuide
 from numpyro.infer.util import compute_log_probs
 from numpyro.primitives import Messenger
 
-from numpyro_ensemble.arguments import has_tracers
-from numpyro_ensemble.fingerprints import open_up
-from numpyro_ensemble.setup import GuideValues, SetupTemplate
+from numpyro_ensemble.calls.arguments import has_tracers
+from numpyro_ensemble.calls.identity import learnt_by, note_learnt, open_up
+from numpyro_ensemble.fit.setup import GuideValues, SetupTemplate
 
 
 class Slot(NamedTuple):
@@ -74,8 +74,9 @@ def _own_order(guide: AutoGuide) -> tuple[str, ...]:
 
 def _parts(guide: AutoGuide) -> list[AutoGuide]:
     """Return the autoguides that an autoguide is made of."""
-    held = [v for v in vars(guide).values() if isinstance(v, AutoGuide)]
-    lists = [v for v in vars(guide).values() if isinstance(v, list)]
+    given = [v for name, v in vars(guide).items() if name not in learnt_by(guide)]
+    held = [v for v in given if isinstance(v, AutoGuide)]
+    lists = [v for v in given if isinstance(v, list)]
     return held + [part for items in lists for part in items if isinstance(part, AutoGuide)]
 
 
@@ -97,14 +98,33 @@ def fresh(guide: Callable) -> Callable:
     new.prototype_trace = None
     new._order = _own_order(guide)  # type: ignore[attr-defined]
     new._own_class = type(guide)  # type: ignore[attr-defined]
+    new._before = _contents(new)  # type: ignore[attr-defined]
     new.__class__ = _order_keeping(cast(Hashable, type(guide)))
     return new
 
 
-def _restore_class(guide: AutoGuide) -> None:
-    """Undo what `fresh` has added to a copy."""
-    guide.__class__ = vars(guide).pop("_own_class")
-    del guide._order  # type: ignore[attr-defined]
+def _contents(guide: AutoGuide) -> dict[str, list[Any]]:
+    """Return the attributes of a guide, with what its dictionaries and lists hold."""
+
+    def inside(value: Any) -> list[Any]:
+        if isinstance(value, dict):
+            return [value, *value.keys(), *value.values()]
+        return [value, *value] if isinstance(value, list) else [value]
+
+    return {name: inside(value) for name, value in vars(guide).items()}
+
+
+def _finish(guide: AutoGuide) -> frozenset[str]:
+    """Undo what `fresh` has added to a copy, and return what the set-up has written since."""
+    own_class, _ = vars(guide).pop("_own_class"), vars(guide).pop("_order")
+    before = vars(guide).pop("_before")
+    guide.__class__ = own_class
+
+    def same(name: str, now: list[Any]) -> bool:
+        was = before.get(name, [])
+        return len(was) == len(now) and all(a is b for a, b in zip(was, now, strict=True))
+
+    return frozenset(n for n, now in _contents(guide).items() if not same(n, now))
 
 
 def is_set_up(guide: Callable) -> bool:
@@ -218,15 +238,20 @@ def set_up(guide: Callable, other: Callable) -> None:
     """Give a guide that was not set up yet what its copy has learnt."""
     if is_set_up(guide):
         return
-    for name, value in vars(other).items():
-        mine = vars(guide).get(name)
-        if isinstance(mine, AutoGuide):
-            set_up(mine, value)
-        elif isinstance(mine, list) and any(isinstance(part, AutoGuide) for part in mine):
-            for part, part_of_other in zip(mine, value, strict=True):
-                set_up(part, part_of_other)
-        else:
-            setattr(guide, name, value)
+    for part, of_other in zip(_parts(guide), _parts(other), strict=True):
+        set_up(part, of_other)
+    for name in learnt_by(other):
+        setattr(guide, name, vars(other)[name])
+    note_alike(guide, other)
+
+
+def note_alike(guide: Callable, other: Callable) -> None:
+    """Note that a guide's set-up writes what its copy's has written."""
+    if not isinstance(guide, AutoGuide) or learnt_by(guide):
+        return
+    for part, of_other in zip(_parts(guide), _parts(other), strict=True):
+        note_alike(part, of_other)
+    note_learnt(guide, learnt_by(other))
 
 
 class _Walk:
@@ -239,12 +264,12 @@ class _Walk:
 
     def guide(self, guide: AutoGuide) -> AutoGuide:
         new = self._note(guide, copy.copy(guide))
-        if isinstance(new, _KeepsOrder):
-            _restore_class(new)
+        learnt = _finish(new) if isinstance(new, _KeepsOrder) else learnt_by(guide)
         for name, value in list(vars(new).items()):
             if name == "prototype_trace" and value is not None:
                 value = self._trace(value)
             setattr(new, name, self.copy(value, self.put("own")))
+        note_learnt(new, learnt)
         return new
 
     def _trace(self, trace: dict) -> dict:

@@ -4,39 +4,37 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from numpyro.infer import SVI
 from numpyro.infer.svi import SVIState
 from numpyro.infer.util import transform_fn
 
-from numpyro_ensemble.arguments import BATCH, CallForm
-from numpyro_ensemble.batching import Batches
-from numpyro_ensemble.guides import filled_guide
-from numpyro_ensemble.setup import SetupTemplate, SetupValues
-from numpyro_ensemble.training import keep_good
-
-if TYPE_CHECKING:
-    from numpyro_ensemble.engine import Ensemble
+from numpyro_ensemble.calls.arguments import BATCH, CallForm
+from numpyro_ensemble.fit.batches import Batches
+from numpyro_ensemble.fit.guides import filled_guide
+from numpyro_ensemble.fit.loop import keep_good
+from numpyro_ensemble.fit.problem import Problem
+from numpyro_ensemble.fit.setup import SetupTemplate, SetupValues
 
 
 class Member(NamedTuple):
     """Pure functions of one member's state, its set-up's values, and its arguments."""
 
-    engine: Ensemble
+    problem: Problem
     call: CallForm
     batches: Batches | None
     template: SetupTemplate
 
     def guide(self, values: SetupValues) -> Callable:
         """Return the guide, with the values of the member's own set-up in it."""
-        return self.engine.current_guide(filled_guide(self.template, values.guide))
+        return self.problem.current_guide(filled_guide(self.template, values.guide))
 
     def svi(self, state: SVIState, values: SetupValues, scale: float = 1.0) -> SVI:
         """Return a plain SVI, past its `init`."""
-        model, guide = self.engine.weighted(self.guide(values), scale, state.optim_state[0])
-        svi = SVI(model, guide, self.engine.optim, self.engine.loss)
+        model, guide = self.problem.weighted(self.guide(values), scale, state.optim_state[0])
+        svi = SVI(model, guide, self.problem.optim, self.problem.loss)
         constraints = iter(values.constraints)
         leaves = [next(constraints) if leaf is None else leaf for leaf in self.template.leaves]
         transforms = jax.tree.unflatten(self.template.transforms, leaves)
@@ -75,5 +73,5 @@ class Member(NamedTuple):
         """Return the parameters, as users see them."""
         args, kwargs = self.call.rebuild(dynamic)
         params = self.svi(state, values).get_params(state)
-        guide = self.engine.current_guide(self.template.guide)
-        return self.engine.member_params(guide, params, args, kwargs)
+        guide = self.problem.current_guide(self.template.guide)
+        return self.problem.member_params(guide, params, args, kwargs)

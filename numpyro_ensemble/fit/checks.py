@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Callable, Collection, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,16 +19,14 @@ from numpyro.infer.util import compute_log_probs
 from numpyro.ops.provenance import eval_provenance
 from numpyro.primitives import Messenger
 
-from numpyro_ensemble.arguments import BATCH, MEMBER, TRACED, Arguments, has_tracers, traces
-from numpyro_ensemble.batching import Batches, check_follows, rescaled
+from numpyro_ensemble.calls.arguments import BATCH, MEMBER, TRACED, Arguments, has_tracers, traces
+from numpyro_ensemble.calls.keywords import check_call
+from numpyro_ensemble.calls.tracing import LooksAtValuesError, looking, tracing_alone
 from numpyro_ensemble.density import Site, anatomy, filled_trace
-from numpyro_ensemble.guides import check_hidden
+from numpyro_ensemble.fit.batches import Batches, check_follows, rescaled
+from numpyro_ensemble.fit.guides import check_hidden
+from numpyro_ensemble.fit.problem import Problem
 from numpyro_ensemble.handlers import is_zero
-from numpyro_ensemble.keywords import check_call
-from numpyro_ensemble.tracing import LooksAtValuesError, looking, tracing_alone
-
-if TYPE_CHECKING:
-    from numpyro_ensemble.engine import Ensemble
 
 _TRACED_BY = {BATCH: "batch_size", MEMBER: "member_args"}
 _LINE_SEARCHES = (optax.ScaleByBacktrackingLinesearchState, optax.ScaleByZoomLinesearchState)
@@ -85,12 +83,12 @@ class _Supply(Messenger):
 
 
 def model_sites(
-    engine: Ensemble, arguments: Arguments, batches: Batches | None, starts: Mapping[str, Any]
+    problem: Problem, arguments: Arguments, batches: Batches | None, starts: Mapping[str, Any]
 ) -> tuple[dict[str, Site], dict[str, Any]]:
     """Return the sites of a runner's model, traced abstractly, and check them.
 
     Args:
-        engine: the runner.
+        problem: what is fitted.
         arguments: of the model.
         batches: how they are cut.
         starts: values, or shapes, for parameters that are declared without any.
@@ -101,39 +99,39 @@ def model_sites(
     Raises:
         ValueError: if the model cannot be fitted, or does not follow its batches.
     """
-    check_hidden(engine.guide)
+    check_hidden(problem.guide)
     args, kwargs = jax.tree.unflatten(arguments.treedef, arguments.kinds)
-    check_call(engine.model, args, kwargs, engine.hint)
+    check_call(problem.model, args, kwargs, problem.hint)
     supply = _Supply(starts)
-    full = _trace(engine, arguments, None, supply)
-    engine.check_model(full)
-    if is_zero(engine.prior_weight) and not any(s.role == "likelihood" for s in full.values()):
+    full = _trace(problem, arguments, None, supply)
+    problem.check_model(full)
+    if is_zero(problem.prior_weight) and not any(s.role == "likelihood" for s in full.values()):
         raise ValueError(
             "prior_weight=0 leaves nothing to fit: the model has no observed site. Pass the data, "
             "or give a positive prior_weight."
         )
     for option in ("prior_sites", "likelihood_sites"):
-        unknown = sorted(set(getattr(engine, option)) - full.keys())
+        unknown = sorted(set(getattr(problem, option)) - full.keys())
         if unknown:
             factors = sorted(name for name, site in full.items() if site.kind == "factor")
             raise ValueError(f"{option} names {unknown}; the model's factors are {factors}.")
     if batches is not None:
         try:
-            part = _trace(engine, arguments, batches.size, supply)
+            part = _trace(problem, arguments, batches.size, supply)
         except (TypeError, ValueError) as error:
             raise ValueError(
                 f"the model fails on a batch of batch_size={batches.size} rows: {error}. Give its "
                 f"plates the length of the batch, or leave batch_size out and use "
                 f"numpyro.plate(..., subsample_size=...)."
             ) from error
-        check_follows(full, part, batches, engine.likelihood_sites)
-        _check_scales(engine, arguments, batches, full)
-        _check_factors(engine, arguments)
+        check_follows(full, part, batches, problem.likelihood_sites)
+        _check_scales(problem, arguments, batches, full)
+        _check_factors(problem, arguments)
     return full, supply.used
 
 
 def _check_scales(
-    engine: Ensemble, arguments: Arguments, batches: Batches, sites: dict[str, Site]
+    problem: Problem, arguments: Arguments, batches: Batches, sites: dict[str, Site]
 ) -> None:
     """Raise a ValueError where a scale that the model computes changes with the batch."""
     names = [
@@ -146,7 +144,7 @@ def _check_scales(
 
     def scales(dynamic: dict) -> list[Any]:
         dynamic = {**dynamic, MEMBER: [leaf[0] for leaf in dynamic[MEMBER]]}
-        trace = filled_trace(engine.model, *arguments.rebuild(dynamic))
+        trace = filled_trace(problem.model, *arguments.rebuild(dynamic))
         return [trace[name]["scale"] for name in names]
 
     scales_of = jax.jit(tracing_alone(scales))
@@ -157,16 +155,16 @@ def _check_scales(
             raise rescaled(name, a, b, batches)
 
 
-def _check_factors(engine: Ensemble, arguments: Arguments) -> None:
+def _check_factors(problem: Problem, arguments: Arguments) -> None:
     """Raise a ValueError where a factor of the likelihood does not depend on the batch at all."""
-    wanted = engine.data_sites
+    wanted = problem.data_sites
     if not wanted:
         return
 
     def factors(**rows: jax.Array) -> list[jax.Array]:
         dynamic = {**arguments.dynamic, BATCH: list(rows.values())}
         dynamic[MEMBER] = [leaf[0] for leaf in dynamic[MEMBER]]
-        trace = filled_trace(engine.model, *arguments.rebuild(dynamic))
+        trace = filled_trace(problem.model, *arguments.rebuild(dynamic))
         return [trace[name]["fn"].log_prob(trace[name]["value"]) for name in wanted]
 
     rows = {f"row{i:04d}": leaf for i, leaf in enumerate(arguments.select(BATCH))}
@@ -180,7 +178,7 @@ def _check_factors(engine: Ensemble, arguments: Arguments) -> None:
 
 
 def _trace(
-    engine: Ensemble, arguments: Arguments, rows: int | None, supply: _Supply
+    problem: Problem, arguments: Arguments, rows: int | None, supply: _Supply
 ) -> dict[str, Site]:
     found: dict[str, Site] = {}
 
@@ -189,9 +187,9 @@ def _trace(
         dynamic[MEMBER] = [leaf[0] for leaf in dynamic[MEMBER]]
         args, kwargs = arguments.rebuild(dynamic)
         with supply:
-            shared = _guide_params(engine.guide, args, kwargs)
-            model = handlers.substitute(engine.model, data=shared) if shared else engine.model
-            found.update(anatomy(model, args, kwargs, prior_sites=engine.prior_sites))
+            shared = _guide_params(problem.guide, args, kwargs)
+            model = handlers.substitute(problem.model, data=shared) if shared else problem.model
+            found.update(anatomy(model, args, kwargs, prior_sites=problem.prior_sites))
 
     try:
         jax.eval_shape(tracing_alone(looking(look)), arguments.dynamic)
@@ -206,7 +204,7 @@ def _trace(
     return found
 
 
-def check_values(engine: Ensemble, arguments: Arguments) -> None:
+def check_values(problem: Problem, arguments: Arguments) -> None:
     """Let NumPyro check the values of the data, which it cannot do where they are traced.
 
     It warns of observations outside their support, for example. Nothing is compiled.
@@ -220,7 +218,7 @@ def check_values(engine: Ensemble, arguments: Arguments) -> None:
 
     def look() -> None:
         args, kwargs = arguments.rebuild(dynamic)
-        seeded = handlers.seed(engine.model, jax.random.key(0))
+        seeded = handlers.seed(problem.model, jax.random.key(0))
         filled = handlers.substitute(seeded, substitute_fn=init_to_uniform())
         compute_log_probs(filled, args, kwargs, {})
 

@@ -6,24 +6,24 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping
 from functools import partial
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import jax
 from numpyro.infer.svi import SVIState
 from numpyro.primitives import _PYRO_STACK
 
-from numpyro_ensemble.arguments import NO_ARGUMENTS, TRACED, Arguments, CallForm, arrange
-from numpyro_ensemble.fingerprints import Hashed, captured, holds_tracers
-from numpyro_ensemble.fit_programs import FitCall, FitPrograms, constrain
-from numpyro_ensemble.guides import latent_order
-from numpyro_ensemble.options import RunOptions
-from numpyro_ensemble.preflight import looks_at
-from numpyro_ensemble.programs import keep
-from numpyro_ensemble.setup import SetupTemplate, plain, setup_of
-from numpyro_ensemble.tracing import TRACING, LooksAtValuesError, tracing_alone
-
-if TYPE_CHECKING:
-    from numpyro_ensemble.engine import Ensemble
+from numpyro_ensemble.calls.arguments import NO_ARGUMENTS, TRACED, Arguments, CallForm, arrange
+from numpyro_ensemble.calls.executables import Executables, keep
+from numpyro_ensemble.calls.identity import Hashed, captured, holds_tracers, is_unknown
+from numpyro_ensemble.calls.tracing import TRACING, LooksAtValuesError, tracing_alone
+from numpyro_ensemble.fit.batches import Batches
+from numpyro_ensemble.fit.call import FitCall
+from numpyro_ensemble.fit.checks import looks_at
+from numpyro_ensemble.fit.guides import latent_order
+from numpyro_ensemble.fit.options import RunOptions
+from numpyro_ensemble.fit.problem import Problem
+from numpyro_ensemble.fit.programs import FitPrograms, constrain
+from numpyro_ensemble.fit.setup import SetupTemplate, plain, setup_of
 
 Answer = TypeVar("Answer")
 Key = tuple[CallForm, Any, Hashed]
@@ -38,13 +38,14 @@ class ProgramCache:
     No answer depends on what is kept: it can be dropped at any time.
     """
 
-    def __init__(self, engine: Ensemble) -> None:
-        self.engine = engine
+    def __init__(self) -> None:
         self._kept: OrderedDict[Hashable, Any] = OrderedDict()
         self._looks: OrderedDict[Hashable, None] = OrderedDict()
+        self._executables = Executables()
 
     def use(
         self,
+        problem: Problem,
         use: Callable[[FitCall], Answer],
         args: tuple,
         kwargs: dict,
@@ -59,6 +60,7 @@ class ProgramCache:
         is found out when it is traced, and is then given them concretely.
 
         Args:
+            problem: what is fitted.
             use: what to do with the programs; it is called again with concrete arguments where
                 the model looks at values.
             args: arguments of the model.
@@ -68,17 +70,17 @@ class ProgramCache:
             state: what is gone on from, which may have started with other arguments.
         """
         options = RunOptions() if options is None else options
-        twice = sorted(kwargs.keys() & self.engine.static_kwargs)
+        twice = sorted(kwargs.keys() & problem.static_kwargs)
         if twice:
             raise TypeError(f"{twice[0]!r} is given both as a static keyword and in this call.")
         first: Key | None = None
         if options.jit_model_args is not False:
-            arguments, first = self._arranged(args, kwargs, options, traced=True)
+            arguments, first = _arranged(problem, args, kwargs, options, traced=True)
             falls_back = options.jit_model_args is None and _could_be_concrete(arguments)
             if not (falls_back and first in self._looks):
                 call = None
                 try:
-                    call = self._call(arguments, first, starts, state)
+                    call = self._call(problem, arguments, first, starts, state)
                     return use(call)
                 except LooksAtValuesError as error:
                     if not falls_back:
@@ -86,44 +88,18 @@ class ProgramCache:
                 except Exception:  # before anything ran: of a model that needs NumPy's arrays?
                     if not falls_back or call is not None:
                         raise
-        arguments, key = self._arranged(args, kwargs, options, traced=False, like=first)
+        arguments, key = _arranged(problem, args, kwargs, options, traced=False, like=first)
         try:
-            call = self._call(arguments, key, starts, state)
-            if first is not None and not holds_tracers(first[2].value):
+            call = self._call(problem, arguments, key, starts, state)
+            if first is not None and _can_return(first):
                 keep(self._looks, first, None, _REMEMBERED)
             return use(call)
         except LooksAtValuesError as error:
             raise looks_at(arguments, error) from error
 
-    def _arranged(
-        self,
-        args: tuple,
-        kwargs: dict,
-        options: RunOptions,
-        *,
-        traced: bool,
-        like: Key | None = None,
-    ) -> tuple[Arguments, Key]:
-        """Return the arguments, and what a program for them depends on."""
-        engine = self.engine
-        arguments = arrange(
-            engine.model,
-            args,
-            {**kwargs, **engine.static_kwargs},
-            batched=options.batch_size is not None,
-            batch_args=options.batch_args,
-            member_args=options.member_args or (),
-            traced=traced,
-        )
-        # options warn, once
-        batches = options.batches(arguments, engine.ensemble_size) if like is None else like[1]
-        with TRACING:  # or another thread's handlers are taken for this call's
-            around = captured(tuple(_PYRO_STACK))
-            marks = (captured(engine.model), captured(engine.guide), *engine.settings(), around)
-        return arguments, (CallForm(arguments), batches, Hashed(marks))
-
     def _call(
         self,
+        problem: Problem,
         arguments: Arguments,
         key: Key,
         starts: Mapping[str, Any],
@@ -133,10 +109,10 @@ class ProgramCache:
         form, batches, settings = key
         setup = None if state is None else setup_of(state)
         template = None if setup is None else setup.template
-        if template is not None and self._of_another_model(template):
+        if template is not None and _of_another_model(problem, template):
             template = None  # the runner's own set-up, with the values of the state's
-        order = latent_order(self.engine.guide)
-        keys: list[Hashable] = [(key, order)]
+        order = latent_order(problem.guide)
+        keys: list[tuple] = [(key, order)]
         if template is not None:
             keys.append((key, template))
         for candidate in keys:
@@ -144,22 +120,21 @@ class ProgramCache:
             if kept is not None and template in (None, kept.template) and kept.serves(starts):
                 keep(self._kept, candidate, kept, 2 * _KEPT)
                 return FitCall(kept, arguments, form)
-        programs = FitPrograms(self.engine, (key, order), batches, template, starts)
+        known = not is_unknown((form.key, settings.value))
+        executables = None if known else self._executables
+        make_key = partial(_key, problem, form, batches)
+        programs = FitPrograms(problem, make_key, batches, template, starts, executables)
         programs.prepare(arguments, form)  # what fails is not kept
-        # a model may close over values of a transformation around the call
-        if not holds_tracers(settings.value):
-            keep(self._kept, keys[-1], programs, 2 * _KEPT)
+        if _can_return(key):
+            key = make_key()  # what the set-up of a guide writes is known by now
+            keep(self._kept, (key, *keys[-1][1:]), programs, 2 * _KEPT)
             if template is None and programs.template is not None and not order:
                 # the order that the guide has once it is set up
                 later = (key, latent_order(programs.template.guide))
                 keep(self._kept, later, programs, 2 * _KEPT)
         return FitCall(programs, arguments, form)
 
-    def _of_another_model(self, template: SetupTemplate) -> bool:
-        mine, theirs = self.engine.model, template.model
-        return mine is not theirs and captured(mine) != captured(theirs)
-
-    def params(self, state: SVIState) -> dict[str, Any]:
+    def params(self, problem: Problem, state: SVIState) -> dict[str, Any]:
         """Return the parameters of a state.
 
         Raises:
@@ -172,18 +147,66 @@ class ProgramCache:
                 "this process: a plain SVIState, or one that was pickled, does not hold the "
                 "constraints of its parameters. Use result.params, or go on from it with run."
             )
-        engine, template = self.engine, setup.template
-        marks = (captured(engine.model), captured(template.guide), engine.settings())
+        template, call = setup.template, setup.call or CallForm(NO_ARGUMENTS)
+        marks = (captured((problem.model, template.guide)), problem.settings())
         key = ("params", template, Hashed(marks))
         program: Callable | None = self._kept.get(key)
         if program is None:
-            build = tracing_alone(partial(constrain, engine, template))
+            build = tracing_alone(partial(constrain, problem, template))
             program = jax.jit(build, static_argnums=0)
+            if is_unknown((marks, call.key)):
+                program = self._executables.wrap(program, statics=1)
         keep(self._kept, key, program, 2 * _KEPT)
-        call = setup.call or CallForm(NO_ARGUMENTS)
         return program(call, plain(state), setup.values)
 
 
 def _could_be_concrete(arguments: Arguments) -> bool:
     """Return whether arguments are traced that need not be."""
     return any(not isinstance(leaf, jax.core.Tracer) for leaf in arguments.select(TRACED))
+
+
+def _key(problem: Problem, form: CallForm, batches: Batches | None) -> Key:
+    """Return what a program depends on."""
+    with TRACING:  # or another thread's handlers are taken for this call's
+        around = captured(tuple(_PYRO_STACK))
+        marks = (captured((problem.model, problem.guide)), *problem.settings(), around)
+    return form, batches, Hashed(marks)
+
+
+def _can_return(key: Key) -> bool:
+    """Return whether a key can be met again.
+
+    A model may close over values of a transformation around the call, and over what cannot be
+    compared.
+    """
+    marks = (key[0].key, key[2].value)
+    return not (holds_tracers(marks) or is_unknown(marks))
+
+
+def _arranged(
+    problem: Problem,
+    args: tuple,
+    kwargs: dict,
+    options: RunOptions,
+    *,
+    traced: bool,
+    like: Key | None = None,
+) -> tuple[Arguments, Key]:
+    """Return the arguments, and what a program for them depends on."""
+    arguments = arrange(
+        problem.model,
+        args,
+        {**kwargs, **problem.static_kwargs},
+        batched=options.batch_size is not None,
+        batch_args=options.batch_args,
+        member_args=options.member_args or (),
+        traced=traced,
+    )
+    # options warn, once
+    batches = options.batches(arguments, problem.ensemble_size) if like is None else like[1]
+    return arguments, _key(problem, CallForm(arguments), batches)
+
+
+def _of_another_model(problem: Problem, template: SetupTemplate) -> bool:
+    mine, theirs = problem.model, template.model
+    return mine is not theirs and captured(mine) != captured(theirs)

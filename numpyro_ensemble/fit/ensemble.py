@@ -3,44 +3,31 @@
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Callable, Collection, Iterable
+from dataclasses import fields
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import numpyro.optim
-from jax.typing import ArrayLike
 from numpyro.infer import SVI
-from numpyro.infer.autoguide import AutoGuide
 from numpyro.infer.svi import SVIState
-from numpyro.util import is_prng_key
 
-from numpyro_ensemble.arguments import has_tracers, traces
-from numpyro_ensemble.batching import batch_keys, first_order
-from numpyro_ensemble.fingerprints import Same, captured
-from numpyro_ensemble.fit_programs import FitCall
-from numpyro_ensemble.guides import fresh, take_out
-from numpyro_ensemble.handlers import check_count, check_names, reweight
-from numpyro_ensemble.keywords import checked_keywords
-from numpyro_ensemble.optimisers import loopable
-from numpyro_ensemble.options import RunOptions
-from numpyro_ensemble.preflight import check_size, check_state
-from numpyro_ensemble.primitives import member_keys
-from numpyro_ensemble.program_cache import ProgramCache
-from numpyro_ensemble.results import EnsembleResult, name_members
-from numpyro_ensemble.setup import GuideValues, SetupValues, plain, with_setup
-from numpyro_ensemble.starts import start_forms
-from numpyro_ensemble.training import (
-    Carry,
+from numpyro_ensemble.calls.arguments import has_tracers
+from numpyro_ensemble.calls.keywords import checked_keywords
+from numpyro_ensemble.fit.cache import ProgramCache
+from numpyro_ensemble.fit.call import FitCall
+from numpyro_ensemble.fit.checks import check_size
+from numpyro_ensemble.fit.loop import (
     EarlyStopping,
-    capacity_for,
-    copy_buffers,
-    first_stop,
-    train,
-    without_stopped,
 )
+from numpyro_ensemble.fit.optimisers import loopable
+from numpyro_ensemble.fit.options import RunOptions
+from numpyro_ensemble.fit.problem import Problem
+from numpyro_ensemble.fit.run import fit
+from numpyro_ensemble.fit.starts import start_forms
+from numpyro_ensemble.handlers import check_count, check_names
+from numpyro_ensemble.primitives import member_keys
+from numpyro_ensemble.results import EnsembleResult
 
 
 class Ensemble:
@@ -51,9 +38,10 @@ class Ensemble:
         ensemble_size: number of members E.
     """
 
-    prior_weight: Any
-    hint = ""  # where the model cannot be called
-    data_sites: tuple[str, ...] = ()  # factors that must depend on the batch, though none said so
+    kind: type[Problem] = Problem  # what it fills in from its attributes
+    prior_weight: Any = 1.0
+    data_sites: tuple[str, ...] = ()
+    hint = ""
 
     def __init__(
         self,
@@ -81,7 +69,11 @@ class Ensemble:
         both = sorted(set(self.prior_sites) & set(self.likelihood_sites))
         if both:
             raise ValueError(f"prior_sites and likelihood_sites both name {both}.")
-        self._cache = ProgramCache(self)
+        self._cache = ProgramCache()
+
+    def problem(self) -> Problem:
+        """Describe what is fitted, with the settings of this moment."""
+        return self.kind(**{field.name: getattr(self, field.name) for field in fields(self.kind)})
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Check a setting; it holds from the next call on."""
@@ -127,60 +119,10 @@ class Ensemble:
         return {name: value for name, value in vars(self).items() if name != "_cache"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, _cache=ProgramCache(self))
+        vars(self).update(state, _cache=ProgramCache())
 
-    # One member, in the terms of a plain SVI --------------------------------------------------
-
-    def weighted(self, guide: Callable, scale: float, step: Any) -> tuple[Callable, Callable]:
-        """Return the model and the guide, weighted for one step of one member.
-
-        Args:
-            guide: the member's guide.
-            scale: weight of the likelihood, which is `N / |B|` for batches.
-            step: the optimiser's step.
-        """
-        return self.reweighted(self.prior_weight, scale), guide
-
-    def reweighted(self, prior: ArrayLike, likelihood: ArrayLike) -> Callable:
-        """Return the model with its prior and likelihood weighted."""
-        sites = self.prior_sites
-        return reweight(self.model, prior=prior, likelihood=likelihood, prior_sites=sites)
-
-    def settings(self) -> tuple:
-        """Return the settings that a program depends on, as a hashable."""
-        return (
-            type(self), Same(self.loss), Same(self.optim), self.ensemble_size,
-            captured(self.prior_weight), self.prior_sites, self.likelihood_sites,
-        )  # fmt: skip
-
-    def fresh_guide(self, init_params: dict | None, sites: dict) -> tuple[Callable, dict | None]:
-        """Return a guide that was not set up, and the start values that `SVI.init` is to take."""
-        return fresh(self.guide), init_params
-
-    def distilled_guide(self, guide: Callable, tracer: type) -> tuple[Callable, GuideValues]:
-        """Return what a guide is after its set-up, with what was traced apart."""
-        return take_out(guide, tracer)
-
-    def current_guide(self, guide: Callable) -> Callable:
-        """Return the guide of a set-up with the settings that the runner has now."""
-        return guide if isinstance(self.guide, AutoGuide) else self.guide
-
-    def constrains_with_arguments(self, guide: Any) -> bool:
-        """Return whether `member_params` reads the arguments of the model."""
-        return False
-
-    def check_run(self, first: int, num_steps: int) -> None:
-        """Raise an error where the steps to come cannot be taken."""
-
-    def check_guide(self, guide: Callable, args: tuple, kwargs: dict) -> None:
-        """Raise an error where the guide does not go with the options."""
-
-    def member_params(self, guide: Callable, params: dict, args: tuple, kwargs: dict) -> dict:
-        """Turn one member's `SVI` parameters into those that users see."""
-        return params
-
-    def check_model(self, sites: dict) -> None:
-        """Raise an error where the model cannot be fitted."""
+    def _use(self, use: Callable[[FitCall], Any], *call: Any, **how: Any) -> Any:
+        return self._cache.use(self.problem(), use, *call, **how)
 
     # SVI's methods ------------------------------------------------------------------------------
 
@@ -201,7 +143,9 @@ class Ensemble:
         """
         keys = member_keys(rng_key, self.ensemble_size)
         starts = start_forms(init_params, keys)
-        return self._cache.use(lambda c: c.start(keys, init_params), args, kwargs, starts=starts)
+        return self._cache.use(
+            self.problem(), lambda c: c.start(keys, init_params), args, kwargs, starts=starts
+        )
 
     def get_params(self, state: SVIState) -> dict[str, Any]:
         """Return the constrained parameters of a state, each leaf with a leading `(E,)`.
@@ -211,7 +155,7 @@ class Ensemble:
                 was pickled.
         """
         check_size(state, self.ensemble_size)
-        return self._cache.params(state)
+        return self._cache.params(self.problem(), state)
 
     @checked_keywords
     def update(
@@ -224,7 +168,9 @@ class Ensemble:
         """Take one step with every member and return the new state and the losses `(E,)`."""
         check_size(state, self.ensemble_size)
         forward = forward_mode_differentiation
-        return self._cache.use(lambda c: c.step(state, False, forward), args, kwargs, state=state)
+        return self._cache.use(
+            self.problem(), lambda c: c.step(state, False, forward), args, kwargs, state=state
+        )
 
     @checked_keywords
     def stable_update(
@@ -237,13 +183,17 @@ class Ensemble:
         """Take one step, in which a member whose loss or state fails keeps its last good state."""
         check_size(state, self.ensemble_size)
         forward = forward_mode_differentiation
-        return self._cache.use(lambda c: c.step(state, True, forward), args, kwargs, state=state)
+        return self._cache.use(
+            self.problem(), lambda c: c.step(state, True, forward), args, kwargs, state=state
+        )
 
     @checked_keywords
     def evaluate(self, state: SVIState, *args: Any, **kwargs: Any) -> jax.Array:
         """Return the members' losses `(E,)`, with the randomness that `update` would use."""
         check_size(state, self.ensemble_size)
-        return self._cache.use(lambda call: call.evaluate(state), args, kwargs, state=state)
+        return self._cache.use(
+            self.problem(), lambda call: call.evaluate(state), args, kwargs, state=state
+        )
 
     @checked_keywords
     def run(
@@ -319,108 +269,10 @@ class Ensemble:
         keys = member_keys(rng_key, self.ensemble_size)
         starts = start_forms(init_params, keys)
 
-        def fit(call: FitCall) -> EnsembleResult:
-            return self._fit(call, rng_key, keys, num_steps, options)
+        def use(call: FitCall) -> EnsembleResult:
+            return fit(call, rng_key, keys, num_steps, options)
 
-        result = self._cache.use(
-            fit, args, kwargs, options, starts=starts, state=options.init_state
-        )
+        result = self._use(use, args, kwargs, options, starts=starts, state=options.init_state)
         if not has_tracers((result.params, result.losses)):
             result.seconds = time.perf_counter() - begin
         return result
-
-    def _fit(
-        self,
-        call: FitCall,
-        rng_key: jax.Array,
-        keys: jax.Array,
-        num_steps: int,
-        options: RunOptions,
-    ) -> EnsembleResult:
-        """Start, or go on from a state, and take the steps of `run`."""
-        if options.init_state is None:
-            state: SVIState = call.start(keys, options.init_params)
-            step: Any = 0
-        else:
-            state = options.init_state
-            check_state(state, call.forms.state, self.ensemble_size)
-            step = jnp.max(state.optim_state[0])
-        values = call.values_of(state)
-        setup = call.setup_with(values)
-        batches, stable = call.batches, options.stable_update
-        single = rng_key if is_prng_key(rng_key) else keys[0]
-        shuffles = None if batches is None else batch_keys(keys, single, batches.shared)
-        carry = Carry(
-            plain(state),
-            None if options.early_stopping is None else first_stop(self.ensemble_size),
-            None if batches is None else first_order(batches, self.ensemble_size),
-        )
-        callback = options.callback
-        if callback is not None:
-
-            def report(step: int, state: SVIState, losses: Any) -> Any:
-                return callback(step, with_setup(state, setup), losses)
-
-            options = options._replace(callback=report)
-        carry, losses, stopped = self._loop(call, carry, num_steps, options, step, values, shuffles)
-        params, finite = call.outcome(carry.state, values)
-        result = EnsembleResult(params, with_setup(carry.state, setup), jax.device_put(losses))
-        if stopped is not None:  # steps that were left out on purpose are no failures either
-            result.stopped = stopped | stable
-        if not has_tracers((finite, losses)):
-            _warn_failed(np.asarray(finite) & np.asarray(result.finite), losses, stable)
-        return result
-
-    def _loop(
-        self,
-        call: FitCall,
-        carry: Carry,
-        num_steps: int,
-        options: RunOptions,
-        step: Any,
-        values: SetupValues,
-        shuffles: Any,
-    ) -> tuple[Carry, Any, Any]:
-        """Run the compiled loop; under an outer transformation as one chunk without a host."""
-        dynamic = call.dynamic
-        if traces((carry, step, values, shuffles, call.arguments.leaves)):
-            if options.callback is not None:
-                raise ValueError("callback cannot be called from inside jit, vmap or grad.")
-            whole = call.chunk(num_steps, options, consume=False)
-            carry, (losses, flags) = whole(carry, num_steps, 0, step, values, dynamic, shuffles)
-            return carry, without_stopped(losses, 0, flags).T, None
-        step = int(step)
-        self.check_run(step, num_steps)
-        looks = (options.progress_bar, options.callback, options.early_stopping)
-        size, capacity = capacity_for(num_steps, options.chunk_size, any(looks))
-        compiled = call.chunk(capacity, options)
-        if options.init_state is not None or options.init_params is not None:
-            carry = copy_buffers(carry)  # its arrays may be the user's own
-
-        def chunk(carry: Carry, number: int, done: int) -> tuple[Carry, Any]:
-            return compiled(carry, number, done, step + done, values, dynamic, shuffles)
-
-        return train(
-            chunk,
-            carry,
-            num_steps,
-            size,
-            progress_bar=options.progress_bar,
-            callback=options.callback,
-            stable=options.stable_update,
-            holding_nan=call.arguments.holding_nan,
-        )
-
-
-def _warn_failed(finite: np.ndarray, losses: np.ndarray, stable: bool) -> None:
-    """Name the members that have failed since their start."""
-    failed = ~finite
-    if not stable:
-        failed &= np.isfinite(losses).any(axis=1)  # the others were named at their start
-    if failed.any():
-        warnings.warn(
-            f"{failed.sum()} of {finite.size} members ended with values that are not finite: "
-            f"{name_members(failed)}. See result.finite; stable_update=True keeps a member's last "
-            f"good state.",
-            stacklevel=4,
-        )

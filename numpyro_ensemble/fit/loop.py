@@ -14,7 +14,7 @@ import numpy as np
 import tqdm
 from jax import lax
 
-from numpyro_ensemble.batching import Batches, Order, draw
+from numpyro_ensemble.fit.batches import Batches, Order, draw
 from numpyro_ensemble.primitives import is_inexact
 from numpyro_ensemble.results import name_members
 

@@ -9,18 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from numpyro_ensemble.draws import (
-    Density,
-    density_at,
-    draw_latents,
-    draw_with_density,
-    fill_model,
-    map_draws,
-    map_member_draws,
-    pick,
-)
-from numpyro_ensemble.guides import filled_guide
-from numpyro_ensemble.setup import VALUE_AXES, GuideValues, SetupTemplate
+from numpyro_ensemble.density import fill_model
+from numpyro_ensemble.fit.draws import Density, density_at, draw_latents, draw_with_density
+from numpyro_ensemble.fit.guides import filled_guide
+from numpyro_ensemble.fit.setup import VALUE_AXES, GuideValues, SetupTemplate
+from numpyro_ensemble.mapping import map_draws, map_member_draws, pick
 
 
 class MemberGuides(NamedTuple):

@@ -1,0 +1,111 @@
+"""What is fitted: one member, in the terms of a plain `SVI`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from jax.typing import ArrayLike
+from numpyro.infer.autoguide import AutoGuide
+
+from numpyro_ensemble.calls.identity import Same, captured
+from numpyro_ensemble.density import Site
+from numpyro_ensemble.fit.guides import fresh, take_out
+from numpyro_ensemble.fit.setup import GuideValues
+from numpyro_ensemble.handlers import reweight
+
+_APART = ("model", "guide", "static_kwargs", "hint")  # not settings, or without consequence
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """A model, how to fit it, and what to check: all that the engine knows of a runner.
+
+    A runner describes itself anew for each call, so that a setting that is assigned holds from the
+    next call on. A kind of ensemble is a class derived from this one, whose methods say how a
+    member of that kind differs from a plain `SVI`; every field takes part in what programs are
+    kept by.
+
+    Attributes:
+        model, guide, optim, loss, static_kwargs: as in `numpyro.infer.SVI`.
+        ensemble_size: number of members E.
+        prior_weight: weight of the prior.
+        prior_sites: factors that belong to the prior.
+        likelihood_sites: factors that may be rescaled with the batches.
+        data_sites: factors that must depend on the batch, though no user has said so.
+        hint: what to add where the model cannot be called.
+    """
+
+    model: Callable
+    guide: Callable
+    optim: Any = field(metadata={"by": "identity"})
+    loss: Any = field(metadata={"by": "identity"})
+    ensemble_size: int
+    prior_weight: Any = 1.0
+    prior_sites: tuple[str, ...] = ()
+    likelihood_sites: tuple[str, ...] = ()
+    data_sites: tuple[str, ...] = ()
+    static_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    hint: str = ""
+
+    def settings(self) -> tuple:
+        """Return what a program depends on besides model, guide and arguments, as a hashable."""
+        marks: list[Any] = [type(self)]
+        for setting in fields(self):
+            value = getattr(self, setting.name)
+            if setting.metadata.get("by") == "identity":
+                marks.append(Same(value))
+            elif setting.name not in _APART:
+                marks.append(captured(value))
+        return tuple(marks)
+
+    # One member ---------------------------------------------------------------------------------
+
+    def weighted(self, guide: Callable, scale: float, step: Any) -> tuple[Callable, Callable]:
+        """Return the model and the guide, weighted for one step of one member.
+
+        Args:
+            guide: the member's guide.
+            scale: weight of the likelihood, which is `N / |B|` for batches.
+            step: the optimiser's step.
+        """
+        return self.reweighted(self.prior_weight, scale), guide
+
+    def reweighted(self, prior: ArrayLike, likelihood: ArrayLike) -> Callable:
+        """Return the model with its prior and likelihood weighted."""
+        sites = self.prior_sites
+        return reweight(self.model, prior=prior, likelihood=likelihood, prior_sites=sites)
+
+    def member_params(self, guide: Callable, params: dict, args: tuple, kwargs: dict) -> dict:
+        """Turn one member's `SVI` parameters into those that users see."""
+        return params
+
+    def constrains_with_arguments(self, guide: Any) -> bool:
+        """Return whether `member_params` reads the arguments of the model."""
+        return False
+
+    # Its guide ----------------------------------------------------------------------------------
+
+    def fresh_guide(self, init_params: dict | None, sites: dict) -> tuple[Callable, dict | None]:
+        """Return a guide that was not set up, and the start values that `SVI.init` is to take."""
+        return fresh(self.guide), init_params
+
+    def distilled_guide(self, guide: Callable, tracer: type) -> tuple[Callable, GuideValues]:
+        """Return what a guide is after its set-up, with what was traced apart."""
+        return take_out(guide, tracer)
+
+    def current_guide(self, guide: Callable) -> Callable:
+        """Return the guide of a set-up with the settings of this problem."""
+        return guide if isinstance(self.guide, AutoGuide) else self.guide
+
+    # Checks -------------------------------------------------------------------------------------
+
+    def check_model(self, sites: dict[str, Site]) -> None:
+        """Raise an error where the model cannot be fitted."""
+
+    def check_guide(self, guide: Callable, args: tuple, kwargs: dict) -> None:
+        """Raise an error where the guide does not go with the settings."""
+
+    def check_run(self, first: int, num_steps: int) -> None:
+        """Raise an error where the steps to come cannot be taken."""

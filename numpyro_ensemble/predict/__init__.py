@@ -1,0 +1,1 @@
+"""What is made from the members of a fit: predictions and ArviZ data."""
