@@ -1,6 +1,5 @@
 """What is wrong is said before anything is compiled, with the name, the value and the remedy."""
 
-import pickle
 from functools import partial
 
 import jax
@@ -239,9 +238,8 @@ def test_params_need_a_fit(key):
     with pytest.raises(TypeError, match="state takes what init, update or run of a runner"):
         runner.get_params(None)
     state = runner.init(key, X, Y)
-    for without in (SVIState(*state), pickle.loads(pickle.dumps(state))):
-        with pytest.raises(ValueError, match="get_params takes a state that init, update or run"):
-            runner.get_params(without)
+    with pytest.raises(ValueError, match="get_params takes a state that init, update or run"):
+        runner.get_params(SVIState(*state))
 
 
 def test_data_of_equal_shapes_are_compiled_for_once(key, compile_count):

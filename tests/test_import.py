@@ -16,7 +16,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 # A module may import those on the lines above its own. The folders `mcmc` and `gp` stand on the
 # lines up to `mapping` and on themselves; neither may import the other.
 LAYERS = [
-    {"handlers"},
+    {"handlers", "_compat"},
     {"calls.tracing"},
     {"density"},
     {"primitives"},

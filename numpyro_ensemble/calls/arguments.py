@@ -101,9 +101,19 @@ class CallForm:
     def __hash__(self) -> int:
         return self._hash
 
+    def __reduce__(self) -> tuple:
+        return _unpickled_form, (self.arguments,)
+
     def rebuild(self, dynamic: Mapping[str, Sequence[Any]]) -> tuple[tuple, dict]:
         """Put `(args, kwargs)` together, with the given values of the inputs."""
         return self.arguments.rebuild(dynamic)
+
+
+def _unpickled_form(arguments: Arguments) -> CallForm:
+    form = CallForm(NO_ARGUMENTS)
+    form.arguments, form.key = arguments, (object(),)  # equal to itself alone
+    form._hash = hash(form.key)
+    return form
 
 
 def _is_readable(leaf: Any) -> bool:

@@ -7,15 +7,21 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from numpyro.primitives import _PYRO_STACK
 
+from numpyro_ensemble._compat import HANDLERS
 from numpyro_ensemble.calls.arguments import Arguments, arrange, has_tracers
 from numpyro_ensemble.calls.executables import Executables, keep
 from numpyro_ensemble.calls.identity import captured, holds_tracers, is_unknown
 from numpyro_ensemble.calls.tracing import NUMPY_WANTED, TRACING, tracing_alone
 
-_KEPT = 8  # sets of arguments whose programs are kept
-_REMEMBERED = 256  # sets of arguments with which a model is known to look at values
+KEPT = 8  # sets of arguments whose programs are kept
+REMEMBERED = 256  # sets of arguments with which a model is known to look at values
+
+
+def surroundings() -> tuple:
+    """Return marks of the handlers that a call stands in: a program made there is another."""
+    with TRACING:  # or another thread's are taken for this call's
+        return captured(tuple(HANDLERS))
 
 
 class Programs:
@@ -91,18 +97,16 @@ class Programs:
                 self._kept.pop(key, None)
                 if not traced:
                     raise
-            keep(self._looks, key, None, _REMEMBERED)
+            keep(self._looks, key, None, REMEMBERED)
         raise AssertionError("the last attempt returns or raises")
 
     def _key(self, arguments: Arguments, model: Callable | None, *others: Any) -> tuple:
-        with TRACING:
-            around = captured(tuple(_PYRO_STACK))  # handlers that the call stands in
-        return (arguments.key(), captured(model), around, *others)
+        return (arguments.key(), captured(model), surroundings(), *others)
 
     def _find(self, key: Any, build: Callable[[], Any]) -> Any:
         found = self._kept.get(key)
         if found is None:
             found = build()
         if not (holds_tracers(key[1:]) or is_unknown(key)):
-            keep(self._kept, key, found, _KEPT)
+            keep(self._kept, key, found, KEPT)
         return found

@@ -10,12 +10,12 @@ from typing import Any, TypeVar
 
 import jax
 from numpyro.infer.svi import SVIState
-from numpyro.primitives import _PYRO_STACK
 
 from numpyro_ensemble.calls.arguments import NO_ARGUMENTS, TRACED, Arguments, CallForm, arrange
 from numpyro_ensemble.calls.executables import Executables, keep
 from numpyro_ensemble.calls.identity import Hashed, captured, holds_tracers, is_unknown
-from numpyro_ensemble.calls.tracing import TRACING, LooksAtValuesError, tracing_alone
+from numpyro_ensemble.calls.programs import KEPT, REMEMBERED, surroundings
+from numpyro_ensemble.calls.tracing import NUMPY_WANTED, LooksAtValuesError, tracing_alone
 from numpyro_ensemble.fit.batches import Batches
 from numpyro_ensemble.fit.call import FitCall
 from numpyro_ensemble.fit.checks import looks_at
@@ -28,8 +28,7 @@ from numpyro_ensemble.fit.setup import SetupTemplate, plain, setup_of
 Answer = TypeVar("Answer")
 Key = tuple[CallForm, Any, Hashed]
 
-_KEPT = 8  # forms of arguments whose compiled programs a runner keeps
-_REMEMBERED = 256  # forms of arguments with which a model is known to look at values
+_KEPT = 2 * KEPT  # programs for a form of arguments are found by two keys
 
 
 class ProgramCache:
@@ -85,14 +84,14 @@ class ProgramCache:
                 except LooksAtValuesError as error:
                     if not falls_back:
                         raise looks_at(arguments, error) from error
-                except Exception:  # before anything ran: of a model that needs NumPy's arrays?
+                except NUMPY_WANTED:  # before anything ran: of a model that needs NumPy's arrays?
                     if not falls_back or call is not None:
                         raise
         arguments, key = _arranged(problem, args, kwargs, options, traced=False, like=first)
         try:
             call = self._call(problem, arguments, key, starts, state)
             if first is not None and _can_return(first):
-                keep(self._looks, first, None, _REMEMBERED)
+                keep(self._looks, first, None, REMEMBERED)
             return use(call)
         except LooksAtValuesError as error:
             raise looks_at(arguments, error) from error
@@ -118,7 +117,7 @@ class ProgramCache:
         for candidate in keys:
             kept = self._kept.get(candidate)
             if kept is not None and template in (None, kept.template) and kept.serves(starts):
-                keep(self._kept, candidate, kept, 2 * _KEPT)
+                keep(self._kept, candidate, kept, _KEPT)
                 return FitCall(kept, arguments, form)
         known = not is_unknown((form.key, settings.value))
         executables = None if known else self._executables
@@ -127,11 +126,11 @@ class ProgramCache:
         programs.prepare(arguments, form)  # what fails is not kept
         if _can_return(key):
             key = make_key()  # what the set-up of a guide writes is known by now
-            keep(self._kept, (key, *keys[-1][1:]), programs, 2 * _KEPT)
+            keep(self._kept, (key, *keys[-1][1:]), programs, _KEPT)
             if template is None and programs.template is not None and not order:
                 # the order that the guide has once it is set up
                 later = (key, latent_order(programs.template.guide))
-                keep(self._kept, later, programs, 2 * _KEPT)
+                keep(self._kept, later, programs, _KEPT)
         return FitCall(programs, arguments, form)
 
     def params(self, problem: Problem, state: SVIState) -> dict[str, Any]:
@@ -143,9 +142,10 @@ class ProgramCache:
         setup = setup_of(state)
         if setup is None or setup.template is None:
             raise ValueError(
-                "get_params takes a state that init, update or run of a runner has returned, in "
-                "this process: a plain SVIState, or one that was pickled, does not hold the "
-                "constraints of its parameters. Use result.params, or go on from it with run."
+                "get_params takes a state that init, update or run of a runner has returned: a "
+                "plain SVIState does not hold the constraints of its parameters, nor does one that "
+                "was pickled where pickle cannot take the model (cloudpickle may). Use "
+                "result.params, or go on from it with run."
             )
         template, call = setup.template, setup.call or CallForm(NO_ARGUMENTS)
         marks = (captured((problem.model, template.guide)), problem.settings())
@@ -156,7 +156,7 @@ class ProgramCache:
             program = jax.jit(build, static_argnums=0)
             if is_unknown((marks, call.key)):
                 program = self._executables.wrap(program, statics=1)
-        keep(self._kept, key, program, 2 * _KEPT)
+        keep(self._kept, key, program, _KEPT)
         return program(call, plain(state), setup.values)
 
 
@@ -167,9 +167,7 @@ def _could_be_concrete(arguments: Arguments) -> bool:
 
 def _key(problem: Problem, form: CallForm, batches: Batches | None) -> Key:
     """Return what a program depends on."""
-    with TRACING:  # or another thread's handlers are taken for this call's
-        around = captured(tuple(_PYRO_STACK))
-        marks = (captured((problem.model, problem.guide)), *problem.settings(), around)
+    marks = (captured((problem.model, problem.guide)), *problem.settings(), surroundings())
     return form, batches, Hashed(marks)
 
 

@@ -118,6 +118,8 @@ def model_sites(
     if batches is not None:
         try:
             part = _trace(problem, arguments, batches.size, supply)
+        except LooksAtValuesError:
+            raise
         except (TypeError, ValueError) as error:
             raise ValueError(
                 f"the model fails on a batch of batch_size={batches.size} rows: {error}. Give its "

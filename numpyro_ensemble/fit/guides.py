@@ -22,8 +22,10 @@ from numpyro.infer.autoguide import AutoGuide
 from numpyro.infer.util import compute_log_probs
 from numpyro.primitives import Messenger
 
+from numpyro_ensemble._compat import PROTOTYPES, latent_starts
 from numpyro_ensemble.calls.arguments import has_tracers
 from numpyro_ensemble.calls.identity import learnt_by, note_learnt, open_up
+from numpyro_ensemble.calls.tracing import NUMPY_WANTED
 from numpyro_ensemble.fit.setup import GuideValues, SetupTemplate
 
 
@@ -69,7 +71,7 @@ def latent_order(guide: Callable) -> tuple:
 
 
 def _own_order(guide: AutoGuide) -> tuple[str, ...]:
-    return tuple(vars(guide).get("_init_locs") or ()) if is_set_up(guide) else ()
+    return tuple(latent_starts(guide)) if is_set_up(guide) else ()
 
 
 def _parts(guide: AutoGuide) -> list[AutoGuide]:
@@ -94,7 +96,7 @@ def fresh(guide: Callable) -> Callable:
         elif isinstance(value, list):
             setattr(new, name, [fresh(part) for part in value])
         elif isinstance(value, dict):
-            setattr(new, name, {} if name.startswith("_prototype") else copy.copy(value))
+            setattr(new, name, {} if name.startswith(PROTOTYPES) else copy.copy(value))
     new.prototype_trace = None
     new._order = _own_order(guide)  # type: ignore[attr-defined]
     new._own_class = type(guide)  # type: ignore[attr-defined]
@@ -217,7 +219,7 @@ def drop_unread(
 
     try:
         jaxpr = jax.make_jaxpr(read)(leaves).jaxpr
-    except Exception:  # a guide that cannot be traced alone keeps all its values
+    except (*NUMPY_WANTED, ValueError, NotImplementedError):  # not to be traced alone: all are kept
         return values
     used = {id(v) for equation in jaxpr.eqns for v in equation.invars}
     used |= {id(v) for v in jaxpr.outvars}

@@ -7,9 +7,11 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
+from numpyro.distributions import biject_to, constraints
 from numpyro.infer import SVI
 from numpyro.infer.svi import SVIState
 from numpyro.infer.util import transform_fn
+from numpyro.primitives import Messenger
 
 from numpyro_ensemble.calls.arguments import BATCH, CallForm
 from numpyro_ensemble.fit.batches import Batches
@@ -17,6 +19,23 @@ from numpyro_ensemble.fit.guides import filled_guide
 from numpyro_ensemble.fit.loop import keep_good
 from numpyro_ensemble.fit.problem import Problem
 from numpyro_ensemble.fit.setup import SetupTemplate, SetupValues
+
+
+class Noting(Messenger):
+    """A handler that notes the constraints of the parameters it has seen last."""
+
+    def __init__(self, fn: Callable) -> None:
+        self.constraints: dict[str, Any] = {}
+        super().__init__(fn)
+
+    def postprocess_message(self, msg: dict[str, Any]) -> None:
+        """Note a parameter's constraint."""
+        if msg["type"] == "param":
+            self.constraints[msg["name"]] = msg["kwargs"].get("constraint", constraints.real)
+
+    def transforms(self) -> dict[str, Any]:
+        """Return the transforms by which `SVI` constrains these parameters."""
+        return {name: biject_to(constraint) for name, constraint in self.constraints.items()}
 
 
 class Member(NamedTuple):

@@ -31,7 +31,7 @@ from numpyro_ensemble.fit.checks import (
     refuse_line_searches,
 )
 from numpyro_ensemble.fit.guides import drop_unread, latent_order, note_alike
-from numpyro_ensemble.fit.member import Member
+from numpyro_ensemble.fit.member import Member, Noting
 from numpyro_ensemble.fit.problem import Problem
 from numpyro_ensemble.fit.setup import (
     ARGUMENT_AXES,
@@ -164,13 +164,15 @@ class FitPrograms:
             dynamic = self.cut(dynamic)
             args, kwargs = call.rebuild(dynamic)
             guide, given = problem.fresh_guide(init_params, self.sites)
-            svi = SVI(problem.model, guide, problem.optim, problem.loss)
+            model, called = Noting(problem.model), Noting(guide)
+            svi = SVI(model, called, problem.optim, problem.loss)
             state = svi.init(key, *args, init_params=given, **kwargs)
             problem.check_guide(guide, args, kwargs)
             guide, every = problem.distilled_guide(guide, type(key))
             params = {**svi.get_params(state), **(state.mutable_state or {})}
             read = drop_unread(guide, every, params, args, kwargs)
-            leaves, tree = jax.tree.flatten(svi.constrain_fn.args[0])
+            transforms = {**model.transforms(), **called.transforms()}
+            leaves, tree = jax.tree.flatten(transforms)
             # start values can make a tracer of what is a number in another start
             numeric = [isinstance(leaf, _NUMBERS) for leaf in leaves]
             constraints = [jnp.asarray(leaf) for leaf, n in zip(leaves, numeric, strict=True) if n]

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import enum
+import pickle
+import sys
 from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
 
@@ -82,6 +86,13 @@ class SetupTemplate:
     def __hash__(self) -> int:
         return hash(self.key)
 
+    def __reduce__(self) -> tuple:
+        """Leave out the key, which holds code: a template from elsewhere equals itself alone."""
+        leaves = [_HOLE if leaf is None else leaf for leaf in self.leaves]
+        transforms = jax.tree.unflatten(self.transforms, leaves)
+        fields = (self.model, self.guide, self.guide_forms, transforms)
+        return _template, (*fields, self.sites, self.undeclared, self.member_labels)
+
     def fill_values(self, values: GuideValues) -> GuideValues:
         """Return a value for each slot: zeros where no call reads more than the shape."""
 
@@ -92,12 +103,42 @@ class SetupTemplate:
         return GuideValues(*([fill(*p) for p in zip(f, v, strict=True)] for f, v in pairs))
 
 
+class _Hole(enum.Enum):
+    """Stands for a value in the transforms of a pickled template."""
+
+    VALUE = 0
+
+
+_HOLE = _Hole.VALUE
+
+
+def _template(
+    model: Callable, guide: Callable, guide_forms: GuideValues, transforms: Any, *others: Any
+) -> SetupTemplate:
+    leaves, tree = jax.tree.flatten(transforms)
+    known = tuple(None if leaf is _HOLE else leaf for leaf in leaves)
+    return SetupTemplate(object(), model, guide, guide_forms, tree, known, *others)
+
+
+def _dumped(structure: Any) -> bytes | None:
+    """Pickle a structure, None where that cannot be: pickle knows no closures, cloudpickle does."""
+    for module in (pickle, sys.modules.get("cloudpickle")):
+        if module is not None:
+            with contextlib.suppress(Exception):  # which depends on what cannot be pickled
+                return module.dumps(structure)
+    return None
+
+
+def _loaded(values: SetupValues, structure: bytes | None) -> Setup:
+    return Setup(values, *((None, None) if structure is None else pickle.loads(structure)))
+
+
 class Setup:
     """What a state carries from the start of its fit: values, and the structure that holds them.
 
     Attributes:
         values: arrays, `SetupValues`.
-        template: the structure, None once a state was pickled.
+        template: the structure, None once a state was pickled whose model cannot be.
         call: the arguments of the start without its arrays, where `values.arguments` has these.
     """
 
@@ -119,9 +160,10 @@ class Setup:
         )
         return Setup(values, self.template, self.call)
 
-    def __reduce__(self) -> tuple:  # closures over models cannot be pickled
-        values = self.values.without_arguments()
-        return Setup, (values, None, None)
+    def __reduce__(self) -> tuple:
+        structure = _dumped((self.template, self.call))
+        values = self.values if structure is not None else self.values.without_arguments()
+        return _loaded, (values, structure)
 
     def __deepcopy__(self, memo: dict) -> Setup:
         return Setup(copy.deepcopy(self.values, memo), self.template, self.call)

@@ -12,6 +12,7 @@ import numpyro.distributions as dist
 from numpyro import handlers
 from numpyro.infer import util
 
+from numpyro_ensemble._compat import distribution_mask
 from numpyro_ensemble.calls.tracing import tracing_alone
 from numpyro_ensemble.density import anatomy, fill_model, is_subsampled, unchecked_trace
 from numpyro_ensemble.fit.ensemble import Ensemble
@@ -231,7 +232,7 @@ def _seen(site: dict[str, Any]) -> np.ndarray:
     mask: Any = True
     while isinstance(fn, dist.MaskedDistribution | dist.ExpandedDistribution | dist.Independent):
         if isinstance(fn, dist.MaskedDistribution):
-            mask = np.logical_and(mask, np.asarray(fn._mask))
+            mask = np.logical_and(mask, np.asarray(distribution_mask(fn)))
         fn = fn.base_dist
     if np.all(mask):
         return value

@@ -1,0 +1,28 @@
+"""Names of NumPyro that are not public: what stands in for each, and why it is needed.
+
+`tests/test_compat.py` fails when one of them moves. `fit.point_guide` and `fit.guides` derive from
+`AutoGuide` and override its `_setup_prototype`, as every autoguide of NumPyro does.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from numpyro.infer.autoguide import AutoGuide
+from numpyro.primitives import _PYRO_STACK
+
+# The handlers that a call stands in: a program made inside `with handlers.scale(...)` is another.
+HANDLERS: list[Any] = _PYRO_STACK
+
+# Attributes of an autoguide that its set-up fills key by key: a fresh copy begins with none.
+PROTOTYPES = "_prototype"
+
+
+def latent_starts(guide: AutoGuide) -> dict[str, Any]:
+    """Return an autoguide's start values by latent: their order is that of its flat vector."""
+    return vars(guide).get("_init_locs") or {}
+
+
+def distribution_mask(fn: Any) -> Any:
+    """Return the mask of a masked distribution: log likelihoods leave out what it hides."""
+    return fn._mask

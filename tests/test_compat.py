@@ -1,0 +1,51 @@
+"""The names of NumPyro that are not public and that `_compat` stands in for."""
+
+import ast
+from pathlib import Path
+
+import jax
+import numpyro
+import numpyro.distributions as dist
+import pytest
+from numpyro import handlers
+from numpyro.infer.autoguide import AutoNormal
+
+import numpyro_ensemble
+from numpyro_ensemble._compat import HANDLERS, PROTOTYPES, distribution_mask, latent_starts
+
+PRIVATE = {"blackjax", "jax", "jaxlib", "numpyro", "optax"}
+
+
+def model():
+    numpyro.sample("w", dist.Normal(0.0, 1.0))
+    numpyro.sample("b", dist.HalfNormal(1.0))
+
+
+def test_handlers_around_a_call_are_in_the_list():
+    scale = handlers.scale(scale=2.0)
+    with scale:
+        assert HANDLERS[-1] is scale
+    assert not HANDLERS
+
+
+def test_an_autoguide_keeps_its_starts_in_the_order_of_the_model():
+    guide = AutoNormal(model)
+    assert latent_starts(guide) == {}
+    handlers.seed(guide, jax.random.key(0))()
+    assert list(latent_starts(guide)) == ["w", "b"]
+    assert [n for n, v in vars(guide).items() if n.startswith(PROTOTYPES) and isinstance(v, dict)]
+
+
+def test_a_masked_distribution_tells_its_mask():
+    assert distribution_mask(dist.Normal(0.0, 1.0).mask(False)) is False
+
+
+FILES = sorted(Path(numpyro_ensemble.__file__).parent.rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", [f for f in FILES if f.name != "_compat.py"], ids=lambda f: f.stem)
+def test_private_names_are_imported_nowhere_else(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] in PRIVATE:
+            names = [*node.module.split("."), *(alias.name for alias in node.names)]
+            assert not [n for n in names if n.startswith("_")], names
