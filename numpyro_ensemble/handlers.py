@@ -141,10 +141,25 @@ def check_count(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be at least 1, got {value}.")
 
 
-def check_key(rng_key: Any) -> None:
-    """Raise a ValueError where `rng_key` is not one key."""
+def key_of(rng_key: Any) -> Any:
+    """Return the key that an integer stands for; anything else as it is."""
+    if isinstance(rng_key, int | np.integer) and not isinstance(rng_key, bool):
+        return jax.random.key(rng_key)
+    return rng_key
+
+
+def one_key(rng_key: Any) -> jax.Array:
+    """Return one key: the one given, or that of an integer.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    rng_key = key_of(rng_key)
     if not is_prng_key(rng_key):
-        raise ValueError(f"rng_key takes one key, jax.random.key(0) say; got {rng_key!r}.")
+        raise ValueError(
+            f"rng_key takes one key, jax.random.key(0) say, or an integer; got {rng_key!r}."
+        )
+    return rng_key
 
 
 def is_zero(weight: ArrayLike) -> bool:

@@ -12,7 +12,7 @@ import optax
 from jax.typing import ArrayLike
 from numpyro.util import is_prng_key
 
-from numpyro_ensemble.handlers import check_count, check_weight, is_zero
+from numpyro_ensemble.handlers import check_count, check_weight, is_zero, key_of
 
 
 class _Array:
@@ -95,8 +95,9 @@ def member_keys(rng_key: Any, ensemble_size: int, *, name: str = "rng_key") -> j
     """Return the keys of the members: one key is split, E keys are taken as they are.
 
     Raises:
-        ValueError: if it is neither.
+        ValueError: if it is neither, nor an integer, which stands for one key.
     """
+    rng_key = key_of(rng_key)
     if is_prng_key(rng_key):
         return jax.random.split(rng_key, ensemble_size)
     typed = jnp.issubdtype(getattr(rng_key, "dtype", np.dtype(object)), jax.dtypes.prng_key)
@@ -139,7 +140,8 @@ def ensemble_init(
     optimizer: optax.GradientTransformation,
     *,
     ensemble_size: int,
-    seed: int | jax.Array,
+    rng_key: int | jax.Array | None = None,
+    seed: int | jax.Array | None = None,
 ) -> EnsembleState:
     """Make the members of an ensemble and the states of their optimisers.
 
@@ -147,23 +149,27 @@ def ensemble_init(
         init_fn: makes one member, any pytree, from a key.
         optimizer: an optax transformation.
         ensemble_size: number of members E.
-        seed: an integer, one key (split into E) or E keys.
+        rng_key: one key (split into E), E keys, or an integer that stands for one key.
+        seed: another name of `rng_key`.
 
     Raises:
         ValueError: if `ensemble_size` is below 1, or the keys are of another number.
+        TypeError: if both names are given, or neither.
 
     Example:
         >>> import jax, optax
         >>> from numpyro_ensemble import ensemble_init
         >>> state = ensemble_init(
         ...     lambda key: {"w": jax.random.normal(key, (3,))}, optax.adam(0.1),
-        ...     ensemble_size=4, seed=0)
+        ...     ensemble_size=4, rng_key=jax.random.key(0))
         >>> state.params["w"].shape
         (4, 3)
     """
     check_count("ensemble_size", ensemble_size)
-    rng_key = jax.random.key(seed) if isinstance(seed, int | np.integer) else seed
-    keys = member_keys(rng_key, ensemble_size, name="seed")
+    if (rng_key is None) == (seed is None):
+        raise TypeError("ensemble_init takes rng_key, or seed, which is the same: one of the two.")
+    name = "seed" if rng_key is None else "rng_key"
+    keys = member_keys(seed if rng_key is None else rng_key, ensemble_size, name=name)
     params = stack_members(init_fn, keys)
     return EnsembleState(params, jax.vmap(optimizer.init)(partition(params)[0]))
 

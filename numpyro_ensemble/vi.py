@@ -24,7 +24,7 @@ from numpyro_ensemble.fit.member_guides import MemberGuides
 from numpyro_ensemble.fit.optimisers import choose_optimizer
 from numpyro_ensemble.fit.problem import Problem
 from numpyro_ensemble.fit.setup import GuideValues, SetupTemplate, setup_of
-from numpyro_ensemble.handlers import check_count, check_key, check_weight, reweight
+from numpyro_ensemble.handlers import check_count, check_weight, one_key, reweight
 from numpyro_ensemble.results import EnsembleResult
 
 
@@ -230,7 +230,7 @@ class EnsembleVI(Ensemble):
         """
         if not isinstance(result, EnsembleResult):
             raise TypeError(f"result takes what run returned, got {type(result).__name__}.")
-        check_key(rng_key)
+        rng_key = one_key(rng_key)
         check_count("num_samples", num_samples)
         check_size(result.state, self.ensemble_size)
         template, values = self._setup_of(result)

@@ -9,11 +9,12 @@ import numpyro
 import numpyro.distributions as dist
 import pytest
 from numpy.testing import assert_allclose
+from numpyro.contrib.module import random_nnx_module
 from numpyro.infer import SVI, Predictive, Trace_ELBO, init_to_uniform, init_to_value
 from numpyro.infer.autoguide import AutoDelta
-from zoo import CASES, X, Y, chosen, jit_once, ridge
+from zoo import CASES, NNX, X, Y, chosen, jit_once, ridge
 
-from numpyro_ensemble import EnsembleMAP, ensemble_map
+from numpyro_ensemble import EnsembleMAP, EnsemblePredictive, ensemble_map
 
 STEPS = 12
 
@@ -51,7 +52,8 @@ def test_a_member_is_a_single_run(name, key):
     ours = result.member(1)
     latents = [name for name in ours.params if f"{name}_auto_loc" in alone.params]
     assert latents
-    assert len(ours.params) == len(alone.params)
+    filled = {name for name, value in alone.params.items() if jax.tree.leaves(value)}
+    assert len(ours.params) == len(filled)  # a random module keeps places for its latents
     for name, value in ours.params.items():
         theirs = alone.params[f"{name}_auto_loc" if name in latents else name]
         leaves_close(value, theirs, rtol=1e-6, atol=1e-9)
@@ -277,3 +279,20 @@ def test_learning_rate_and_optimizer_exclude_each_other(key):
             gaussian_joint, init_w, ensemble_size=2, num_steps=1, data=(X, Y), rng_key=key,
             learning_rate=0.1, optimizer=numpyro.optim.Adam(0.1),
         )  # fmt: skip
+
+
+@pytest.mark.promotes_ranks
+def test_parameters_of_a_partly_random_module_are_arrays(key):
+    def model(x, y=None):
+        net = random_nnx_module("net", NNX, {"kernel": dist.Normal(0.0, 1.0)})
+        numpyro.sample("y", dist.Normal(net(x)[:, 0], 1.0).to_event(1), obs=y)
+
+    runner = EnsembleMAP(model, numpyro.optim.Adam(0.05), ensemble_size=2)
+    result = quiet(runner, key, 3, X, Y)
+    assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(result.params))
+    assert jax.tree.structure(result.params) == jax.tree.structure(runner.get_params(result.state))
+    assert set(result.params) == {"net$params", "net/kernel"}
+    again = quiet(runner, key, 1, X, Y, init_params=result.params)
+    assert_allclose(again.losses[:, 0], runner.evaluate(result.state, X, Y), rtol=1e-6)
+    y = EnsemblePredictive(model, result)(key, X)["y"]
+    assert y.shape == (2, len(X))

@@ -25,7 +25,7 @@ from numpyro_ensemble.fit.options import RunOptions
 from numpyro_ensemble.fit.problem import Problem
 from numpyro_ensemble.fit.run import fit
 from numpyro_ensemble.fit.starts import start_forms
-from numpyro_ensemble.handlers import check_count, check_names
+from numpyro_ensemble.handlers import check_count, check_names, key_of
 from numpyro_ensemble.primitives import member_keys
 from numpyro_ensemble.results import EnsembleResult
 
@@ -266,6 +266,7 @@ class Ensemble:
             chunk_size=chunk_size,
         )
         options.check(num_steps)
+        rng_key = key_of(rng_key)
         keys = member_keys(rng_key, self.ensemble_size)
         starts = start_forms(init_params, keys)
 

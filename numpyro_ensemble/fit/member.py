@@ -19,6 +19,7 @@ from numpyro_ensemble.fit.guides import filled_guide
 from numpyro_ensemble.fit.loop import keep_good
 from numpyro_ensemble.fit.problem import Problem
 from numpyro_ensemble.fit.setup import SetupTemplate, SetupValues
+from numpyro_ensemble.fit.starts import arrays_alone
 
 
 class Noting(Messenger):
@@ -93,4 +94,4 @@ class Member(NamedTuple):
         args, kwargs = self.call.rebuild(dynamic)
         params = self.svi(state, values).get_params(state)
         guide = self.problem.current_guide(self.template.guide)
-        return self.problem.member_params(guide, params, args, kwargs)
+        return arrays_alone(self.problem.member_params(guide, params, args, kwargs))

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from numpyro.contrib.module import ParamShape
 
 from numpyro_ensemble.primitives import is_inexact
 from numpyro_ensemble.results import name_members
@@ -17,6 +18,28 @@ def start_forms(init_params: Any, keys: jax.Array) -> dict[str, Any]:
     if callable(init_params):
         init_params = jax.eval_shape(lambda k: init_params(k[0]), keys)
     return init_params if isinstance(init_params, dict) else {}
+
+
+def arrays_alone(params: dict[str, Any]) -> dict[str, Any]:
+    """Return parameters without the places that NumPyro's random modules keep for their latents.
+
+    A parameter that is nothing but such places is left out. In one that has others too, zeros take
+    them: the module's latents stand in for these.
+    """
+
+    def is_place(leaf: Any) -> bool:
+        return isinstance(leaf, ParamShape)
+
+    def fill(leaf: Any) -> Any:
+        return jnp.zeros(leaf.shape) if is_place(leaf) else leaf
+
+    held = {
+        name: value
+        for name, value in params.items()
+        if jax.tree.leaves(value)
+        or not any(map(is_place, jax.tree.leaves(value, is_leaf=is_place)))
+    }
+    return jax.tree.map(fill, held, is_leaf=is_place)
 
 
 def check_starts(given: Any, form: dict[str, Any], ensemble_size: int | None) -> tuple[dict, dict]:
@@ -38,6 +61,7 @@ def check_starts(given: Any, form: dict[str, Any], ensemble_size: int | None) ->
             f"init_params takes a dict by name, or a callable of a key that returns one; got "
             f"{type(given).__name__}."
         )
+    given = arrays_alone(given)
     unknown = sorted(given.keys() - form.keys())
     if unknown:
         raise ValueError(

@@ -16,7 +16,7 @@ from numpyro_ensemble.gp.inputs import EXACT, as_inputs
 from numpyro_ensemble.gp.kernels import Kernel
 from numpyro_ensemble.gp.spectra import sobol
 from numpyro_ensemble.gp.waves import sine_cosine
-from numpyro_ensemble.handlers import check_count
+from numpyro_ensemble.handlers import check_count, one_key
 
 _FEWEST = 16  # frequencies of a product with other columns, below which a warning is given
 
@@ -140,7 +140,7 @@ def draw_features(rng_key: jax.Array, kernel: Kernel, num_features: int, X: Arra
     fixed = sum(plan.fixed or 0 for plan in plans)
     sharing = sum(plan.fixed is None for plan in plans)
     share = max(2, (num_features - fixed) // max(sharing, 1))
-    keys = jax.random.split(rng_key, len(plans))
+    keys = jax.random.split(one_key(rng_key), len(plans))
     return Features(tuple(plan.draw(key, share) for key, plan in zip(keys, plans, strict=True)))
 
 

@@ -29,7 +29,7 @@ from numpyro_ensemble.gp.kernels import Kernel
 from numpyro_ensemble.gp.paths import Paths, check_solved
 from numpyro_ensemble.gp.solvers import SOLVERS, default_jitter
 from numpyro_ensemble.gp.solvers import covariance as covariance_of
-from numpyro_ensemble.handlers import check_count
+from numpyro_ensemble.handlers import check_count, one_key
 from numpyro_ensemble.mapping import pick
 
 
@@ -107,6 +107,7 @@ def draw_paths(
         >>> jax.grad(lambda x: paths(x[None])[0, 0])(1.5).shape
         ()
     """
+    rng_key = one_key(rng_key)
     check_kernel(kernel, jitter)
     check_options(num_paths, num_bases, num_features, solver)
     if observed is None:

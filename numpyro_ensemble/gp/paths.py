@@ -24,6 +24,7 @@ from numpyro_ensemble.gp.inputs import (
 )
 from numpyro_ensemble.gp.kernels import Kernel
 from numpyro_ensemble.gp.solvers import by_rows, default_jitter, solve, why_unfactored
+from numpyro_ensemble.handlers import one_key
 from numpyro_ensemble.mapping import pick
 
 PER_PATH = ("number", "alpha", "right", "residuals", "ok")  # what `Paths` has for each path
@@ -313,7 +314,7 @@ class Paths:
         if rows < self.num_paths:
             values = jnp.tile(values, (self.num_paths // rows, 1))
         self._check_agrees(X, values, noise)
-        more = _update(self, X, values, noise, rng_key)
+        more = _update(self, X, values, noise, None if rng_key is None else one_key(rng_key))
         check_solved(more)
         return more
 

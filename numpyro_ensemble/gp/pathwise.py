@@ -30,7 +30,7 @@ from numpyro_ensemble.gp.inputs import Function
 from numpyro_ensemble.gp.matheron import check_options
 from numpyro_ensemble.gp.paths import PER_PATH, Paths
 from numpyro_ensemble.gp.sites import Answer, Site, gather_sites
-from numpyro_ensemble.handlers import check_count, check_key
+from numpyro_ensemble.handlers import check_count, one_key
 from numpyro_ensemble.mapping import map_draws, pick
 
 
@@ -266,7 +266,7 @@ class Pathwise:
         )
 
     def _inputs(self, rng_key: jax.Array) -> tuple:
-        check_key(rng_key)
+        rng_key = one_key(rng_key)
         return jax.random.split(rng_key, self.num_draws), self.samples, self.params
 
     # The call -----------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from numpyro_ensemble.gp.inputs import EXACT, as_inputs
 from numpyro_ensemble.gp.kernels import Kernel
 from numpyro_ensemble.gp.solvers import pivoted_cholesky
 from numpyro_ensemble.gp.whiten import announce
-from numpyro_ensemble.handlers import check_count
+from numpyro_ensemble.handlers import check_count, key_of
 
 
 def sparse_gp(
@@ -106,6 +106,7 @@ def choose_inducing(
         >>> choose_inducing(None, jnp.linspace(0.0, 1.0, 50), 5, kernel=RBF(lengthscale=0.2)).shape
         (5, 1)
     """
+    rng_key = key_of(rng_key)
     if not (is_prng_key(rng_key) or (rng_key is None and kernel is not None)):
         raise ValueError(
             f"choose_inducing(rng_key, X, num_points) takes one key first, jax.random.key(0) say, "

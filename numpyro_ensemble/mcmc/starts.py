@@ -18,7 +18,7 @@ from numpyro.infer import init_to_uniform
 from numpyro.infer.util import unconstrain_fn
 
 from numpyro_ensemble.calls.keywords import checked_keywords
-from numpyro_ensemble.handlers import check_count, check_key
+from numpyro_ensemble.handlers import check_count, one_key
 from numpyro_ensemble.mcmc.checks import check_scale
 from numpyro_ensemble.mcmc.searches import nuts, pathfinder
 from numpyro_ensemble.mcmc.target import Target
@@ -65,7 +65,7 @@ def from_nuts(
     options = {"num_starts": num_starts, "num_warmup": num_warmup, "num_draws": num_draws}
     target = _checked(model, init_strategy, args, kwargs, num_chains=num_chains, **options)
     check_scale("jitter", jitter)
-    return nuts(target, rng_key, num_chains, args, kwargs, jitter=jitter, **options)
+    return nuts(target, one_key(rng_key), num_chains, args, kwargs, jitter=jitter, **options)
 
 
 @checked_keywords
@@ -93,7 +93,7 @@ def from_pathfinder(
     """
     options = {"num_paths": num_paths, "max_iterations": max_iterations}
     target = _checked(model, init_strategy, args, kwargs, num_chains=num_chains, **options)
-    return pathfinder(target, rng_key, num_chains, args, kwargs, **options)
+    return pathfinder(target, one_key(rng_key), num_chains, args, kwargs, **options)
 
 
 def _checked(
@@ -137,7 +137,7 @@ def from_ensemble(
     """
     check_count("num_chains", num_chains)
     check_scale("jitter", 0.0 if jitter is None else jitter)
-    check_key(rng_key)
+    rng_key = one_key(rng_key)
     draw_key, noise_key = jax.random.split(rng_key)
     members = np.flatnonzero(np.asarray(result.finite))
     if not members.size:

@@ -12,7 +12,7 @@ import numpyro
 from numpyro import handlers
 
 from numpyro_ensemble.calls.keywords import check_call
-from numpyro_ensemble.handlers import check_count, check_key
+from numpyro_ensemble.handlers import check_count, one_key
 from numpyro_ensemble.predict.collect import Computed, Draws, Sites, check_sites, collect, compute
 from numpyro_ensemble.predict.predictive import EnsemblePredictive
 from numpyro_ensemble.results import name_members
@@ -79,7 +79,7 @@ def to_arviz(
         {'chain': 4, 'draw': 10, 'rows': 3}
     """
     rng_key = jax.random.key(0) if rng_key is None else rng_key
-    check_key(rng_key)
+    rng_key = one_key(rng_key)
     if prior is not False and prior is not True:
         check_count("prior", prior)
     if num_samples is not None:

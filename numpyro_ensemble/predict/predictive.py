@@ -19,7 +19,7 @@ from numpyro_ensemble.density import anatomy
 from numpyro_ensemble.fit.draws import check_guide, draw_latents
 from numpyro_ensemble.fit.guides import filled_guide
 from numpyro_ensemble.fit.setup import VALUE_AXES, GuideValues, Setup
-from numpyro_ensemble.handlers import check_count, check_key
+from numpyro_ensemble.handlers import check_count, one_key
 from numpyro_ensemble.mapping import map_draws, pick
 from numpyro_ensemble.predict.given import read_given
 
@@ -138,7 +138,7 @@ class EnsemblePredictive:
             *args: arguments of the model; leave observed ones out (None), or they are returned.
             **kwargs: keyword arguments of the model.
         """
-        check_key(rng_key)
+        rng_key = one_key(rng_key)
         given = self._given
         values = None if self._setup is None else self._setup.values.guide
         inputs = (rng_key, *self._indices(rng_key), given.samples, given.params, values)

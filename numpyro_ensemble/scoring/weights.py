@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from numpyro_ensemble.handlers import check_count
+from numpyro_ensemble.handlers import check_count, one_key
 from numpyro_ensemble.predict.arviz import makes_inference_data
 from numpyro_ensemble.results import last_losses
 from numpyro_ensemble.scoring.reading import group_of, name_of
@@ -128,7 +128,7 @@ def importance_resample(
             stacklevel=2,
         )
     number = ratios.size if num_samples is None else num_samples
-    chosen = jax.random.categorical(rng_key, jnp.asarray(log_weights), shape=(number,))
+    chosen = jax.random.categorical(one_key(rng_key), jnp.asarray(log_weights), shape=(number,))
     posterior = group_of(data, "posterior")
     flat = {name: v.values.reshape(-1, *v.shape[2:]) for name, v in posterior.data_vars.items()}
     return {name: jnp.asarray(value)[chosen] for name, value in flat.items()}
