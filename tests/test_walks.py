@@ -3,6 +3,8 @@
 The other runner has never been called in any other way: a reference belongs to one kind of call.
 """
 
+import functools
+import os
 import random
 
 import jax
@@ -57,6 +59,16 @@ def predicted(runner, key, y, state, result):
     return EnsemblePredictive(runner.model, result, num_samples=1, **guide)(key, y)
 
 
+@functools.cache
+def jitted_update(runner):
+    return jax.jit(runner.update)
+
+
+@functools.cache
+def jitted_run(runner):
+    return jax.jit(lambda key, y: runner.run(key, 2, y).params)
+
+
 CALLS = {  # (runner, key, y, state, result) -> answer
     "init": lambda r, key, y, state, result: r.init(key, y),
     "run": lambda r, key, y, state, result: r.run(key, 2, y, **OPTIONS),
@@ -74,10 +86,8 @@ CALLS = {  # (runner, key, y, state, result) -> answer
     "members": lambda r, key, y, state, result: r.run(
         key, 2, jnp.stack([y, y + 1.0]), member_args=[0], **OPTIONS
     ),
-    "jit": lambda r, key, y, state, result: jax.jit(r.update)(state, y),
-    "jitted run": lambda r, key, y, state, result: jax.jit(lambda k, y: r.run(k, 2, y).params)(
-        key, y
-    ),
+    "jit": lambda r, key, y, state, result: jitted_update(r)(state, y),
+    "jitted run": lambda r, key, y, state, result: jitted_run(r)(key, y),
 }
 TRACED = {"batches", "members", "jit", "jitted run"}  # no values can be looked at
 COMPILED = {"batches", "concrete", "export", "jit", "jitted run", "members"}
@@ -91,12 +101,11 @@ def make(kind, model, guide):
 
 
 def names_of_calls(kind, model, quick):
-    """Return what a walk chooses from: calls that compile each time stand there once or not at
-    all, others often."""
+    """Return what a walk chooses from: calls that take long stand there once or not at all."""
     unfit = TRACED if model is looks_at_values else set()
     unfit = unfit | (COMPILED - {"jit"} if quick else set())
     names = sorted(set(CALLS) - unfit - ({"sample"} if kind == "map" else set()))
-    return [name for name in names for _ in range(1 if name in COMPILED else 16)]
+    return [name for name in names for _ in range(1 if name in COMPILED else 4)]
 
 
 def arrays(answer):
@@ -155,7 +164,7 @@ class Walker:
             self.held[which] = (answer, result) if name == "init" else (answer.state, answer)
 
 
-WALKS = 12
+WALKS = int(os.environ.get("WALKS", "12"))  # of each pair of runners
 QUICK = (follows_latent, ("map", "vi"), AutoNormal, True)
 WALKERS = [
     (follows_argument, ("vi", "vi"), AutoNormal, False),
@@ -173,7 +182,7 @@ WALKERS = [
 )
 def test_no_answer_depends_on_what_was_called_before(model, kinds, guide, quick):
     walker = Walker(model, kinds, guide(model), quick)
-    for seed in range(WALKS):  # each goes on with the runners of the one before it
+    for seed in range(12 if quick else WALKS):  # each goes on with the runners of the one before it
         choose = random.Random(seed)
         for number in range(CALLS_OF_A_WALK):
             walker.step(choose, f"call {number} of walk {seed}")
