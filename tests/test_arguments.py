@@ -90,9 +90,13 @@ def test_batched_arguments_are_named_or_counted(batch_args, expected):
 def test_members_arguments_come_first_and_scalars_are_no_batches():
     args = (ZEROS, np.array(2.0), Y)
     found = arrange(lambda x, scale, y: None, args, {}, batched=True, member_args=["x"])
-    assert kinds(found) == {"x": "member", "scale": "traced", "y": "batch"}
+    assert kinds(found) == {"x": "member batch", "scale": "traced", "y": "batch"}
+    found = arrange(lambda x, y: None, (Y, ZEROS), {}, batched=True, member_args=["x", "y"])
+    assert kinds(found) == {"x": "member", "y": "member batch"}  # a number for each member is whole
     both = arrange(model, (ZEROS, Y), {}, batched=True, batch_args=["x", "y"], member_args=[0])
-    assert kinds(both) == {"x": "member", "y": "batch"}
+    assert kinds(both) == {"x": "member batch", "y": "batch"}
+    rows = arrange(model, (ZEROS, Y), {}, batched=True, batch_args=["y"], member_args=[0])
+    assert kinds(rows) == {"x": "member", "y": "batch"}
     mixed = arrange(model, (ZEROS, Y), {}, member_args=[0])
     assert kinds(mixed) == {"x": "member", "y": "traced"}
     assert [label for label, _ in mixed.labelled("member")] == ["x"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -14,11 +14,13 @@ import numpy as np
 from numpyro_ensemble.calls.identity import fingerprint
 from numpyro_ensemble.primitives import is_inexact
 
-FIXED, TRACED, BATCH, MEMBER = "fixed", "traced", "batch", "member"
+FIXED, TRACED, BATCH, MEMBER, MEMBER_BATCH = "fixed", "traced", "batch", "member", "member batch"
+ROW_AXES = {BATCH: 0, MEMBER_BATCH: 1}  # which batches cut, before members are told apart
+MEMBER_AXES = {TRACED: None, BATCH: None, MEMBER: 0, MEMBER_BATCH: 0}
 
 
 class Arguments(NamedTuple):
-    """The flattened arguments of a model; each leaf is fixed, traced, batched or per member."""
+    """The flattened arguments of a model; leaves are fixed, traced, batched, per member or both."""
 
     treedef: Any
     kinds: tuple[str, ...]
@@ -38,12 +40,12 @@ class Arguments(NamedTuple):
             for path in _paths(self.treedef)
         )
 
-    def labelled(self, kind: str) -> list[tuple[str, Any]]:
-        """Return names and values of the leaves of one kind."""
-        if kind not in self.kinds:
+    def labelled(self, *kinds: str) -> list[tuple[str, Any]]:
+        """Return names and values of the leaves of some kinds."""
+        if not set(kinds) & set(self.kinds):
             return []
         triples = zip(self.labels, self.leaves, self.kinds, strict=True)
-        return [(label, leaf) for label, leaf, k in triples if k == kind]
+        return [(label, leaf) for label, leaf, kind in triples if kind in kinds]
 
     def holding_nan(self) -> list[str]:
         """Return what the user calls the arrays that hold a NaN."""
@@ -56,7 +58,7 @@ class Arguments(NamedTuple):
     @property
     def dynamic(self) -> dict[str, list[Any]]:
         """Return the leaves that a compiled program takes as its inputs."""
-        return {kind: self.select(kind) for kind in (TRACED, BATCH, MEMBER)}
+        return {kind: self.select(kind) for kind in MEMBER_AXES}
 
     def rebuild(self, dynamic: Mapping[str, Sequence[Any]]) -> tuple[tuple, dict]:
         """Put `(args, kwargs)` together again, with the given values of the dynamic leaves."""
@@ -146,10 +148,12 @@ def arrange(
     """Sort the leaves of `(args, kwargs)` by how a compiled program sees them.
 
     With `traced`, arrays are inputs of the program; without, they are concrete, for models that
-    look at their values.
+    look at their values. Batches are cut along the first axis, in arguments of `member_args` along
+    the second.
 
     Raises:
-        ValueError: if `batch_args` or `member_args` name what is no argument, or no array.
+        ValueError: if `batch_args` or `member_args` name what is no argument, or no array that has
+            such an axis.
     """
     leaves, treedef = jax.tree.flatten((args, kwargs))
     names = _positional_names(model)
@@ -157,14 +161,15 @@ def arrange(
     owners = []
     if member_args or batched:
         owners = [_owner(path, names) for path in _paths(treedef)]
-    member = _named("member_args", member_args, owners, leaves)
+    arrays = {i for i, leaf in enumerate(leaves) if is_array(leaf) and np.ndim(leaf)}
+    member = _named("member_args", member_args, owners, arrays)
     batch: set[int] = set()
-    if batched and batch_args is not None:
-        batch = _named("batch_args", batch_args, owners, leaves) - member
-    elif batched:
-        batch = {i for i, leaf in enumerate(leaves) if is_array(leaf) and np.ndim(leaf)} - member
+    if batched:
+        batch = {i for i in arrays if i not in member or np.ndim(leaves[i]) > 1}
+        if batch_args is not None:
+            batch = _named("batch_args", batch_args, owners, batch, member)
     kinds = tuple(
-        MEMBER if i in member else BATCH if i in batch
+        MEMBER_BATCH if i in member & batch else MEMBER if i in member else BATCH if i in batch
         else TRACED if isinstance(leaf, jax.core.Tracer) or (traced and is_traceable(leaf))
         else FIXED
         for i, leaf in enumerate(leaves)
@@ -271,17 +276,24 @@ def _named(
     option: str,
     wanted: Iterable[str | int],
     owners: list[tuple[str, int | None]],
-    leaves: Sequence[Any],
+    arrays: set[int],
+    member: Collection[int] = (),
 ) -> set[int]:
+    """Return the arrays that belong to some arguments; those of a member lead with its axis."""
     wanted = [wanted] if isinstance(wanted, str | int) else list(wanted)
     found: set[int] = set()
     for item in wanted:
         mine = [i for i, owner in enumerate(owners) if item in owner]
-        arrays = [i for i in mine if is_array(leaves[i]) and np.ndim(leaves[i])]
+        chosen = arrays.intersection(mine)
         if not mine:
             known = sorted({name for name, _ in owners})
             raise ValueError(f"{option} names {item!r}; the model was called with {known}.")
-        if not arrays:
+        if not chosen and set(mine) & set(member):
+            raise ValueError(
+                f"{option} names {item!r}, which holds no array with a second axis; the first axis "
+                f"of what member_args names is that of the members."
+            )
+        if not chosen:
             raise ValueError(f"{option} names {item!r}, which holds no array with a leading axis.")
-        found.update(arrays)
+        found.update(chosen)
     return found

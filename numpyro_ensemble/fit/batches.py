@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from numpyro_ensemble.calls.arguments import MEMBER_AXES, ROW_AXES
 from numpyro_ensemble.density import Site
 
 _STREAM = 0x62617463  # folds a key into one that no split of it yields: "batc" in ASCII
@@ -85,6 +86,25 @@ def _shuffle(batches: Batches, epoch: jax.Array, keys: jax.Array) -> Order:
         return shuffled.astype(jnp.int32)
 
     return Order(epoch.astype(jnp.int32), rows(keys) if batches.shared else jax.vmap(rows)(keys))
+
+
+def first_member(dynamic: Mapping[str, Sequence[Any]]) -> dict[str, Sequence[Any]]:
+    """Return the inputs of a program as the first member sees them."""
+    return {
+        kind: leaves if MEMBER_AXES[kind] is None else [leaf[0] for leaf in leaves]
+        for kind, leaves in dynamic.items()
+    }
+
+
+def first_rows(
+    dynamic: Mapping[str, Sequence[Any]], number: int | None
+) -> dict[str, Sequence[Any]]:
+    """Return the inputs of a program, for all members, with the first rows of what is batched."""
+    cuts = {kind: (slice(None),) * axis + (slice(number),) for kind, axis in ROW_AXES.items()}
+    return {
+        kind: [leaf[cuts[kind]] for leaf in leaves] if kind in cuts else leaves
+        for kind, leaves in dynamic.items()
+    }
 
 
 _REMEDY = (

@@ -19,16 +19,25 @@ from numpyro.infer.util import compute_log_probs
 from numpyro.ops.provenance import eval_provenance
 from numpyro.primitives import Messenger
 
-from numpyro_ensemble.calls.arguments import BATCH, MEMBER, TRACED, Arguments, has_tracers, traces
+from numpyro_ensemble.calls.arguments import (
+    BATCH,
+    MEMBER,
+    MEMBER_BATCH,
+    ROW_AXES,
+    TRACED,
+    Arguments,
+    has_tracers,
+    traces,
+)
 from numpyro_ensemble.calls.keywords import check_call
 from numpyro_ensemble.calls.tracing import LooksAtValuesError, looking, tracing_alone
 from numpyro_ensemble.density import Site, anatomy, filled_trace
-from numpyro_ensemble.fit.batches import Batches, check_follows, rescaled
+from numpyro_ensemble.fit.batches import Batches, check_follows, first_member, first_rows, rescaled
 from numpyro_ensemble.fit.guides import check_hidden
 from numpyro_ensemble.fit.problem import Problem
 from numpyro_ensemble.handlers import is_zero
 
-_TRACED_BY = {BATCH: "batch_size", MEMBER: "member_args"}
+_TRACED_BY = {BATCH: "batch_size", MEMBER: "member_args", MEMBER_BATCH: "member_args"}
 _LINE_SEARCHES = (optax.ScaleByBacktrackingLinesearchState, optax.ScaleByZoomLinesearchState)
 
 
@@ -145,13 +154,12 @@ def _check_scales(
         return
 
     def scales(dynamic: dict) -> list[Any]:
-        dynamic = {**dynamic, MEMBER: [leaf[0] for leaf in dynamic[MEMBER]]}
-        trace = filled_trace(problem.model, *arguments.rebuild(dynamic))
+        trace = filled_trace(problem.model, *arguments.rebuild(first_member(dynamic)))
         return [trace[name]["scale"] for name in names]
 
     scales_of = jax.jit(tracing_alone(scales))
     whole = arguments.dynamic
-    piece = {**whole, BATCH: [leaf[: batches.size] for leaf in whole[BATCH]]}
+    piece = first_rows(whole, batches.size)
     for name, a, b in zip(names, scales_of(whole), scales_of(piece), strict=True):
         if not np.isclose(a, b):
             raise rescaled(name, a, b, batches)
@@ -164,12 +172,14 @@ def _check_factors(problem: Problem, arguments: Arguments) -> None:
         return
 
     def factors(**rows: jax.Array) -> list[jax.Array]:
-        dynamic = {**arguments.dynamic, BATCH: list(rows.values())}
-        dynamic[MEMBER] = [leaf[0] for leaf in dynamic[MEMBER]]
+        values = iter(rows.values())
+        dynamic = {**member, **{kind: [next(values) for _ in member[kind]] for kind in ROW_AXES}}
         trace = filled_trace(problem.model, *arguments.rebuild(dynamic))
         return [trace[name]["fn"].log_prob(trace[name]["value"]) for name in wanted]
 
-    rows = {f"row{i:04d}": leaf for i, leaf in enumerate(arguments.select(BATCH))}
+    member = first_member(arguments.dynamic)
+    leaves = [leaf for kind in ROW_AXES for leaf in member[kind]]
+    rows = {f"row{i:04d}": leaf for i, leaf in enumerate(leaves)}
     for name, sources in zip(wanted, eval_provenance(tracing_alone(factors), **rows), strict=True):
         if not sources:
             raise ValueError(
@@ -185,9 +195,7 @@ def _trace(
     found: dict[str, Site] = {}
 
     def look(dynamic: dict) -> None:
-        dynamic = {**dynamic, BATCH: [leaf[:rows] for leaf in dynamic[BATCH]]}
-        dynamic[MEMBER] = [leaf[0] for leaf in dynamic[MEMBER]]
-        args, kwargs = arguments.rebuild(dynamic)
+        args, kwargs = arguments.rebuild(first_member(first_rows(dynamic, rows)))
         with supply:
             shared = _guide_params(problem.guide, args, kwargs)
             model = handlers.substitute(problem.model, data=shared) if shared else problem.model
@@ -215,8 +223,7 @@ def check_values(problem: Problem, arguments: Arguments) -> None:
     if not traced or has_tracers(traced) or not all(leaf.is_fully_addressable for leaf in traced):
         return
     values = [x if _is_key(x) else np.asarray(x) for x in traced]
-    dynamic = {**arguments.dynamic, TRACED: values}
-    dynamic[MEMBER] = [leaf[0] for leaf in dynamic[MEMBER]]
+    dynamic = first_member({**arguments.dynamic, TRACED: values})
 
     def look() -> None:
         args, kwargs = arguments.rebuild(dynamic)

@@ -230,7 +230,8 @@ class Ensemble:
             batch_size: rows in a batch; epochs are whole and without replacement, and the
                 likelihood is rescaled by `N / |B|`. Batch order depends on `rng_key` and the
                 optimiser's step alone.
-            batch_args: names or positions of the batched arguments (default: every array).
+            batch_args: names or positions of the batched arguments (default: every array with rows,
+                which stand along the first axis, or the second one in what `member_args` names).
             shared_batches: all members see the same batches, or each its own.
             early_stopping: when a member stops, an `EarlyStopping`.
             callback: `callback(step, state, losses)` after each chunk; a true value ends the run.

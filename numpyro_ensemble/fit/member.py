@@ -13,7 +13,7 @@ from numpyro.infer.svi import SVIState
 from numpyro.infer.util import transform_fn
 from numpyro.primitives import Messenger
 
-from numpyro_ensemble.calls.arguments import BATCH, CallForm
+from numpyro_ensemble.calls.arguments import ROW_AXES, CallForm
 from numpyro_ensemble.fit.batches import Batches
 from numpyro_ensemble.fit.guides import filled_guide
 from numpyro_ensemble.fit.loop import keep_good
@@ -69,8 +69,10 @@ class Member(NamedTuple):
         scale = 1.0
         if rows is not None and self.batches is not None:
             scale = self.batches.total / rows.shape[-1]
-            taken = [leaf.at[rows].get(mode="promise_in_bounds") for leaf in dynamic[BATCH]]
-            dynamic = {**dynamic, BATCH: taken}
+            dynamic = dict(dynamic)
+            for kind in ROW_AXES:  # one member's own arrays lead with their rows too
+                kept = [leaf.at[rows].get(mode="promise_in_bounds") for leaf in dynamic[kind]]
+                dynamic[kind] = kept
         args, kwargs = self.call.rebuild(dynamic)
         svi = self.svi(state, values, scale)
         step = svi.stable_update if stable else svi.update

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpyro.infer.svi import SVIState
 
-from numpyro_ensemble.calls.arguments import BATCH, MEMBER, Arguments
+from numpyro_ensemble.calls.arguments import MEMBER, MEMBER_BATCH, ROW_AXES, Arguments
 from numpyro_ensemble.fit.batches import Batches
 from numpyro_ensemble.fit.loop import EarlyStopping
 from numpyro_ensemble.handlers import check_count
@@ -57,9 +57,10 @@ class RunOptions(NamedTuple):
         """Return how the data is cut, None for all of it at each step.
 
         Raises:
-            ValueError: if leading lengths differ, or are not the ensemble size for member_args.
+            ValueError: if numbers of rows differ, or leading lengths of member_args are not the
+                ensemble size.
         """
-        for label, leaf in arguments.labelled(MEMBER):
+        for label, leaf in arguments.labelled(MEMBER, MEMBER_BATCH):
             if np.shape(leaf)[0] != ensemble_size:
                 raise ValueError(
                     f"member_args names {label!r} of shape {np.shape(leaf)}; its leading length "
@@ -67,15 +68,21 @@ class RunOptions(NamedTuple):
                 )
         if self.batch_size is None:
             return None
-        lengths = {label: np.shape(leaf)[0] for label, leaf in arguments.labelled(BATCH)}
+        lengths = {
+            label: np.shape(leaf)[axis]
+            for kind, axis in ROW_AXES.items()
+            for label, leaf in arguments.labelled(kind)
+        }
         if not lengths:
             raise ValueError(
-                "batch_size found no array to batch: arguments that member_args names are not "
-                "batched, and a list counts as no array (numpy.asarray makes one)."
+                "batch_size found no array to batch: a list counts as no array (numpy.asarray "
+                "makes one), and what member_args names is cut along its second axis."
             )
         if len(set(lengths.values())) != 1:
+            own = [label for label, _ in arguments.labelled(MEMBER_BATCH)]
+            second = f" (of {own}, which member_args names, the second length)" if own else ""
             raise ValueError(
-                f"batch_size needs arguments of one leading length, got {lengths}; "
+                f"batch_size needs arguments of one leading length{second}, got {lengths}; "
                 f"name what is batched in batch_args=."
             )
         (total,) = set(lengths.values())

@@ -15,8 +15,9 @@ from numpyro.infer import SVI
 from numpyro.infer.svi import SVIState
 
 from numpyro_ensemble.calls.arguments import (
-    BATCH,
     MEMBER,
+    MEMBER_AXES,
+    MEMBER_BATCH,
     Arguments,
     CallForm,
 )
@@ -24,7 +25,7 @@ from numpyro_ensemble.calls.executables import Executables, keep
 from numpyro_ensemble.calls.identity import captured
 from numpyro_ensemble.calls.tracing import TRACING, looking, tracing_alone
 from numpyro_ensemble.density import Site
-from numpyro_ensemble.fit.batches import Batches
+from numpyro_ensemble.fit.batches import Batches, first_rows
 from numpyro_ensemble.fit.checks import (
     check_values,
     model_sites,
@@ -34,7 +35,6 @@ from numpyro_ensemble.fit.guides import drop_unread, latent_order, note_alike
 from numpyro_ensemble.fit.member import Member, Noting
 from numpyro_ensemble.fit.problem import Problem
 from numpyro_ensemble.fit.setup import (
-    ARGUMENT_AXES,
     VALUE_AXES,
     GuideValues,
     SetupTemplate,
@@ -117,7 +117,7 @@ class FitPrograms:
         traced = start.trace(call, keys, self.undeclared or None, arguments.dynamic)
         state, values, _, structure, *_ = traced.out_info
         refuse_line_searches(state)
-        labels = tuple(label for label, _ in arguments.labelled(MEMBER))
+        labels = tuple(label for label, _ in arguments.labelled(MEMBER, MEMBER_BATCH))
         guide, forms, transforms, leaves = structure.value
         note_alike(self.problem.guide, guide)
         template = SetupTemplate(
@@ -161,7 +161,6 @@ class FitPrograms:
         def one(call: CallForm, key: jax.Array, init_params: Any, dynamic: dict) -> tuple:
             if maker is not None:
                 init_params, _ = check_starts(maker(key), self.parameter_forms, None)
-            dynamic = self.cut(dynamic)
             args, kwargs = call.rebuild(dynamic)
             guide, given = problem.fresh_guide(init_params, self.sites)
             model, called = Noting(problem.model), Noting(guide)
@@ -188,8 +187,8 @@ class FitPrograms:
         def start(call: CallForm, keys: jax.Array, init_params: Any, dynamic: dict) -> tuple:
             member = partial(one, call)
             out_axes = (0, VALUE_AXES, VALUE_AXES.guide, None, 0)
-            members = jax.vmap(member, in_axes=(0, axes, ARGUMENT_AXES), out_axes=out_axes)
-            state, values, every, structure, inside = members(keys, init_params, dynamic)
+            members = jax.vmap(member, in_axes=(0, axes, MEMBER_AXES), out_axes=out_axes)
+            state, values, every, structure, inside = members(keys, init_params, self.cut(dynamic))
             supports, own = ([leaf[0] for leaf in kind] for kind in every[:2])
             first = GuideValues(supports, own, every.shared)
             alike = all_alike(jax.vmap(problem.optim.get_params)(state.optim_state))
@@ -199,9 +198,7 @@ class FitPrograms:
 
     def cut(self, dynamic: dict) -> dict:
         """Return the arguments that a start sees: the first rows where there are batches."""
-        if self.batches is None:
-            return dynamic
-        return {**dynamic, BATCH: [leaf[: self.batches.size] for leaf in dynamic[BATCH]]}
+        return dynamic if self.batches is None else first_rows(dynamic, self.batches.size)
 
     # Steps --------------------------------------------------------------------------------------
 
@@ -217,11 +214,11 @@ class FitPrograms:
         def one(state: SVIState, values: SetupValues, dynamic: dict, rows: Any) -> tuple:
             return self.member(call).update(state, values, dynamic, rows, stable, forward)
 
-        return jax.vmap(one, in_axes=(0, VALUE_AXES, ARGUMENT_AXES, None if shared else 0))
+        return jax.vmap(one, in_axes=(0, VALUE_AXES, MEMBER_AXES, None if shared else 0))
 
     def over_members(self, call: CallForm, name: str) -> Callable:
         """Return one of a member's functions, for all members."""
-        return jax.vmap(getattr(self.member(call), name), in_axes=(0, VALUE_AXES, ARGUMENT_AXES))
+        return jax.vmap(getattr(self.member(call), name), in_axes=(0, VALUE_AXES, MEMBER_AXES))
 
     def program(
         self, key: Any, build: Callable, *, donate: tuple[int, ...] = (), once: bool = False
@@ -250,8 +247,8 @@ def constrain(
 ) -> dict[str, Any]:
     """Return the parameters of a state, with the constraints of its own start."""
     member = Member(problem, call, None, template)
-    over = jax.vmap(member.params, in_axes=(0, VALUE_AXES, ARGUMENT_AXES))
-    arguments = values.arguments or {kind: [] for kind in ARGUMENT_AXES}
+    over = jax.vmap(member.params, in_axes=(0, VALUE_AXES, MEMBER_AXES))
+    arguments = values.arguments or {kind: [] for kind in MEMBER_AXES}
     return over(state, values.without_arguments(), arguments)
 
 

@@ -16,10 +16,8 @@ import numpy as np
 from jax.tree_util import GetAttrKey
 from numpyro.infer.svi import SVIState
 
-from numpyro_ensemble.calls.arguments import BATCH, MEMBER, TRACED, CallForm
+from numpyro_ensemble.calls.arguments import CallForm
 from numpyro_ensemble.density import Site
-
-ARGUMENT_AXES = {TRACED: None, BATCH: None, MEMBER: 0}
 
 
 class GuideValues(NamedTuple):
