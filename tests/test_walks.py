@@ -156,7 +156,7 @@ class Walker:
 
 
 WALKS = 12
-QUICK = (follows_latent, ("map", "vi"), AutoNormal, True)
+QUICK = (follows_latent, ("vi", "vi"), AutoNormal, True)  # of one kind: half the references
 WALKERS = [
     (follows_argument, ("vi", "vi"), AutoNormal, False),
     (follows_argument, ("map", "vi"), AutoMultivariateNormal, False),
