@@ -26,6 +26,21 @@ def _rank_promotion(request: pytest.FixtureRequest) -> Iterator[None]:
         yield
 
 
+@pytest.hookimpl(tryfirst=True)  # before `-m` chooses
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run doctests with the core, in float32 as users do."""
+    for item in items:
+        if isinstance(item, pytest.DoctestItem):
+            item.add_marker("core")
+
+
+def pytest_collection_finish() -> None:
+    """Spare the garbage collector what lives as long as the process, and young objects."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
+
+
 _MAPPINGS = Path("/proc/self/maps")
 _MOST_MAPPINGS = 15_000  # each program has a few, and Linux ends a process that has 65,530
 _tests_run = itertools.count(1)

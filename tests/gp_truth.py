@@ -45,21 +45,31 @@ def columns(features, X):
     return features(X)
 
 
+@jax.jit
+def _matrix(kernel, *inputs):
+    return kernel(*inputs)
+
+
+def gram(kernel, *inputs):
+    """Return a kernel's matrix in numpy, by one program instead of one for each operation."""
+    return np.asarray(_matrix(kernel, *inputs))
+
+
 def inputs(number, dim, seed=0, width=3.0):
     return np.random.default_rng(seed).uniform(0.0, width, (number, dim))
 
 
 def posterior(kernel, X, y, X_new, noise):
     """Return mean and covariance of the function, by numpy."""
-    K, cross = np.asarray(kernel(X)), np.asarray(kernel(X, X_new))
+    K, cross = gram(kernel, X), gram(kernel, X, X_new)
     A = np.linalg.solve(K + np.diag(np.broadcast_to(noise, len(X))), cross).T
-    return A @ np.asarray(y), np.asarray(kernel(X_new)) - A @ cross
+    return A @ np.asarray(y), gram(kernel, X_new) - A @ cross
 
 
 def implied(features, kernel, X, X_new, added):
     """Return the covariance that paths on one basis have; `added` is noise and jitter."""
-    C = np.asarray(kernel(X)) + np.diag(np.broadcast_to(added, len(X)))
-    A = np.linalg.solve(C, np.asarray(kernel(X, X_new))).T
+    C = gram(kernel, X) + np.diag(np.broadcast_to(added, len(X)))
+    A = np.linalg.solve(C, gram(kernel, X, X_new)).T
     at = partial(columns, features) if isinstance(features, Features) else features
     M = np.asarray(at(X_new)) - A @ np.asarray(at(X))
     return M @ M.T + (A * np.broadcast_to(added, len(X))) @ A.T

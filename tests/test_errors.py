@@ -13,7 +13,7 @@ from numpy.testing import assert_allclose
 from numpyro.infer import Trace_ELBO
 from numpyro.infer.autoguide import AutoNormal
 from numpyro.infer.svi import SVIState
-from zoo import X, Y, positive, ridge
+from zoo import X, Y, map_on_ridge, positive, ridge
 
 from numpyro_ensemble import EnsembleMAP, EnsembleVI
 
@@ -131,7 +131,7 @@ def test_without_prior_there_must_be_data(key):
 
 
 def test_a_state_of_another_fit_is_refused(key):
-    runner = EnsembleMAP(ridge, ADAM, ensemble_size=2)
+    runner = map_on_ridge()
     state = runner.init(key, X, Y)
     for other, message in (
         (EnsembleMAP(ridge, ADAM, ensemble_size=3), r"another ensemble size.*\(2,\).*=3"),
@@ -219,7 +219,7 @@ def test_a_model_that_looks_at_traced_values(options, named, key):
 
 
 def test_a_dead_member_is_named_once(key):
-    runner = EnsembleMAP(ridge, ADAM, ensemble_size=2)
+    runner = map_on_ridge()
     starts = {"w": np.array([[0.0, 0.0], [np.nan, 0.0]])}
     with pytest.warns(UserWarning) as caught:
         quiet(runner, key, 3, X, Y, init_params=starts)
@@ -234,7 +234,7 @@ def test_line_searches_are_refused(key):
 
 
 def test_params_need_a_fit(key):
-    runner = EnsembleMAP(ridge, ADAM, ensemble_size=2)
+    runner = map_on_ridge()
     with pytest.raises(TypeError, match="state takes what init, update or run of a runner"):
         runner.get_params(None)
     state = runner.init(key, X, Y)
@@ -243,7 +243,7 @@ def test_params_need_a_fit(key):
 
 
 def test_data_of_equal_shapes_are_compiled_for_once(key, compile_count):
-    runner = EnsembleMAP(ridge, ADAM, ensemble_size=2)
+    runner = map_on_ridge()
     state = runner.init(key, X, Y)
     expected, _ = runner.update(state, X + 1, Y)
     step = jax.jit(runner.update)
@@ -257,7 +257,7 @@ def test_data_of_equal_shapes_are_compiled_for_once(key, compile_count):
 
 
 def test_a_failed_call_loses_nothing(key):
-    runner = EnsembleMAP(ridge, ADAM, ensemble_size=2)
+    runner = map_on_ridge()
     first = quiet(runner, key, 3, X, Y)
     with pytest.raises(ValueError, match="init_params"):
         quiet(runner, key, 3, X, Y, init_params={"v": 1.0})

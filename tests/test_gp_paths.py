@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from gp_truth import KERNELS, implied, inputs, jitter, posterior, within
+from gp_truth import KERNELS, gram, implied, inputs, jitter, posterior, within
 from numpy.testing import assert_allclose, assert_array_equal
 from scipy.stats import norm
 from zoo import chosen
@@ -115,11 +115,11 @@ def test_the_prior_draw_needs_the_jitter_too():
     covariance = implied(features, kernel, points, new, 2e-4)
     assert accepts(paths(new), mean, covariance)
     # what is left of a prior draw with the noise alone
-    C = np.asarray(kernel(points)) + 2e-4 * np.eye(40)
+    C = gram(kernel, points) + 2e-4 * np.eye(40)
     error = np.asarray(paths.right) - (np.sin(points[:, 0]) - np.asarray(paths.prior(points)))
     shrunk = np.asarray(paths.right) - error * (1 - np.sqrt(0.5))
-    values = np.asarray(paths.prior(new)) + np.linalg.solve(C, shrunk.T).T @ np.asarray(
-        kernel(points, new)
+    values = np.asarray(paths.prior(new)) + np.linalg.solve(C, shrunk.T).T @ gram(
+        kernel, points, new
     )
     assert not accepts(values, mean, covariance)
 
@@ -296,10 +296,10 @@ def test_an_update_conditions_the_same_functions(stacked):
     first = jax.tree.map(lambda leaf: leaf[0], sure) if stacked else sure
     union = np.concatenate([X, more])
     kernel = RBF(1.2, 0.8)
-    C = np.asarray(kernel(union)) + np.diag(first.diagonal)
+    C = gram(kernel, union) + np.diag(first.diagonal)
     assert_allclose(first.right[:, :15], some_paths().right, **SAME)
     expected = np.asarray(first.prior(X_NEW)) + 0.5
-    expected += np.linalg.solve(C, np.asarray(first.right).T).T @ np.asarray(kernel(union, X_NEW))
+    expected += np.linalg.solve(C, np.asarray(first.right).T).T @ gram(kernel, union, X_NEW)
     assert_allclose(first(X_NEW), expected, rtol=within(1e-6), atol=within(0.0, 5e-5))
     own = paths(more) + 0.1  # pending points: each path its own values
     assert_allclose(paths.update(more, own, noise=0.0)(more), own, atol=known)
@@ -337,7 +337,7 @@ def test_residuals_are_measured_or_left_out(key):
     kernel, tolerance = Matern52(1.2, 0.8), within(1e-8, 1e-5)
     options = {"noise": 1e-3, "num_paths": 3, "num_features": 64}
     paths = draw_paths(key, kernel, X, Y, solver="cg", tolerance=tolerance, **options)
-    C = np.asarray(kernel(X)) + np.diag(paths.diagonal)
+    C = gram(kernel, X) + np.diag(paths.diagonal)
     left = np.asarray(paths.right) - np.asarray(paths.alpha) @ C
     norms = np.linalg.norm(left, axis=1) / np.linalg.norm(paths.right, axis=1)
     assert_allclose(paths.residuals, norms, rtol=1e-2, atol=10 * float(jnp.finfo(float).eps))

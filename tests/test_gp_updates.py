@@ -7,7 +7,7 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import pytest
-from gp_truth import inputs
+from gp_truth import gram, inputs
 from numpy.testing import assert_allclose
 from scipy.stats import norm
 
@@ -31,7 +31,7 @@ OPTIONS = {"num_paths": 1024, "num_bases": 16, "num_features": 256}
 def titsias(kernel, y=Y, noise=NOISE):
     """Return mean and covariance at `PLACES` and `AT`, given data through inducing points."""
     P = np.concatenate([PLACES, AT])
-    K_ZZ, K_ZX, K_ZP, K_PP = (np.asarray(kernel(*a)) for a in ((Z,), (Z, X), (Z, P), (P,)))
+    K_ZZ, K_ZX, K_ZP, K_PP = (gram(kernel, *a) for a in ((Z,), (Z, X), (Z, P), (P,)))
     K_ZZ = K_ZZ + 1e-6 * np.eye(len(Z))
     S = np.linalg.inv(K_ZZ + K_ZX @ K_ZX.T / noise)
     mean = K_ZP.T @ S @ K_ZX @ y / noise
@@ -75,7 +75,7 @@ def test_updates_of_collapsed_paths_move_the_inducing_values(key):
 
 def test_latent_values_of_a_known_covariance_move_too(key):
     """The posterior of inducing values, in closed form; a singular one is no trouble."""
-    K_ZZ, K_ZX = np.asarray(KERNEL(Z)) + 1e-6 * np.eye(len(Z)), np.asarray(KERNEL(Z, X))
+    K_ZZ, K_ZX = gram(KERNEL, Z) + 1e-6 * np.eye(len(Z)), gram(KERNEL, Z, X)
     S = K_ZZ @ np.linalg.solve(K_ZZ + K_ZX @ K_ZX.T / NOISE, K_ZZ)
     m = K_ZZ @ np.linalg.solve(K_ZZ + K_ZX @ K_ZX.T / NOISE, K_ZX @ Y) / NOISE
     paths = draw_paths(key, KERNEL, Z, m, covariance=S, jitter=1e-6, **OPTIONS)

@@ -2,6 +2,7 @@
 
 import copy
 import threading
+from functools import cache
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 from numpyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
 from numpyro.infer.autoguide import AutoDelta, AutoLaplaceApproximation, AutoNormal
+from zoo import jit_once
 
 from numpyro_ensemble import (
     EarlyStopping,
@@ -72,6 +74,12 @@ def quiet(runner, key, num_steps, *args, **kwargs):
     return runner.run(key, num_steps, *args, progress_bar=False, **kwargs)
 
 
+@cache
+def plain(make, model):
+    """Return a runner that is called in one way alone, by `quiet`: the reference of many tests."""
+    return make(model)
+
+
 def same(ours, theirs):
     """Compare the arrays of two trees bit for bit."""
     ours, theirs = jax.tree.leaves(ours), jax.tree.leaves(theirs)
@@ -127,16 +135,18 @@ def test_a_laplace_approximation_keeps_the_curvature_of_its_data(jit_model_args,
     before = spread(first)
     quiet(runner, key, 200, 10.0 * np.arange(3.0), **options)
     assert_allclose(spread(first), before, rtol=1e-12)
-    draws = quiet(vi(model, AutoLaplaceApproximation), key, 200, np.arange(3.0)).params["auto_loc"]
-    assert_allclose(first.params["auto_loc"], draws, rtol=1e-6)
+    fresh = vi(model, AutoLaplaceApproximation)
+    alone = quiet(fresh, key, 200, np.arange(3.0)).params["auto_loc"]
+    assert_allclose(first.params["auto_loc"], alone, rtol=1e-6)
 
 
 def test_draws_and_arviz_data_of_an_old_result_use_its_own_support(key):
     runner = vi(follows_data)
+    options = {"num_samples": 5, "log_likelihood": False, "posterior_predictive": False}
     first = quiet(runner, key, 3, ONES)
-    before = to_arviz(runner, first, ONES, num_samples=5, log_likelihood=False)
+    before = to_arviz(runner, first, ONES, **options)
     quiet(runner, key, 3, 100.0 * ONES)
-    after = to_arviz(runner, first, ONES, num_samples=5, log_likelihood=False)
+    after = to_arviz(runner, first, ONES, **options)
     assert_array_equal(after["posterior"]["u"], before["posterior"]["u"])
     assert runner.sample_posterior(key, first, ONES, num_samples=50)["u"].max() < 1.0
 
@@ -165,10 +175,9 @@ def test_svi_keeps_the_constraints_of_a_states_start_too(key):
     runner = vi(with_bound, ensemble_size=1)
     state = runner.init(key, ONES)
     svi = SVI(with_bound, AutoNormal(with_bound), ADAM, Trace_ELBO())
-    single = svi.init(jax.random.split(key, 1)[0], ONES)
-    assert_allclose(
-        runner.evaluate(state, 50.0 * ONES)[0], svi.evaluate(single, 50.0 * ONES), rtol=1e-9
-    )
+    start_and_evaluate = jit_once(lambda key: svi.evaluate(svi.init(key, ONES), 50.0 * ONES))
+    single = start_and_evaluate(jax.random.split(key, 1)[0])
+    assert_allclose(runner.evaluate(state, 50.0 * ONES)[0], single, rtol=1e-9)
 
 
 @pytest.mark.parametrize("model", cases([follows_latent], [follows_data]))
@@ -183,12 +192,12 @@ def test_a_map_state_knows_its_supports(model, key):
 def test_a_state_goes_through_transformations(key):
     runner = vi(follows_latent, AutoDelta)
     state = jax.jit(runner.init)(key, ONES)
-    plain = runner.init(key, ONES)
-    for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(plain), strict=True):
+    start = runner.init(key, ONES)
+    for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(start), strict=True):
         if not jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
             assert_allclose(a, b, rtol=1e-9)
-    state, losses = jax.jit(runner.update)(plain, ONES)
-    assert_allclose(losses, runner.update(plain, ONES)[1], rtol=1e-9)
+    state, losses = jax.jit(runner.update)(start, ONES)
+    assert_allclose(losses, runner.update(start, ONES)[1], rtol=1e-9)
     many = jax.vmap(lambda k: runner.init(k, ONES))(jax.random.split(key, 3))
     params = jax.vmap(runner.get_params)(many)
     assert params["high_auto_loc"].shape == (3, 2)
@@ -196,7 +205,7 @@ def test_a_state_goes_through_transformations(key):
     def body(_, state):
         return runner.update(state, ONES)[0]
 
-    state = jax.lax.fori_loop(0, 3, body, plain)
+    state = jax.lax.fori_loop(0, 3, body, start)
     whole = quiet(runner, key, 3, ONES)
     got = runner.get_params(state)
     for name, value in whole.params.items():
@@ -209,7 +218,7 @@ def test_a_state_goes_through_transformations(key):
 def test_two_threads_share_a_runner(key):
     runner = vi(required)
     data = [(shift + ONES, shift) for shift in (0.0, 7.0)]
-    alone = [quiet(vi(required), key, 20, *args).losses for args in data]
+    alone = [quiet(plain(vi, required), key, 20, *args).losses for args in data]
     wrong: list = []
 
     def work(which):
@@ -230,7 +239,7 @@ def test_two_threads_share_a_runner(key):
 @pytest.mark.parametrize("make", cases([map_fit], [vi]))
 def test_a_run_inside_a_callback_of_another_changes_nothing(make, key):
     runner = make(required)
-    plain = quiet(make(required), key, 6, ONES, 0.0)
+    alone = quiet(plain(make, required), key, 6, ONES, 0.0)
     inner = []
 
     def callback(step, state, losses):
@@ -238,10 +247,10 @@ def test_a_run_inside_a_callback_of_another_changes_nothing(make, key):
         runner.evaluate(state, ONES, 0.0)
 
     outer = quiet(runner, key, 6, ONES, 0.0, callback=callback, chunk_size=2)
-    same(outer.params, plain.params)
-    same(outer.losses, plain.losses)
-    same(runner.get_params(outer.state), plain.params)
-    same(inner[-1], quiet(make(required), key, 6, 9.0 * ONES, 9.0).losses)
+    same(outer.params, alone.params)
+    same(outer.losses, alone.losses)
+    same(runner.get_params(outer.state), alone.params)
+    same(inner[-1], quiet(plain(make, required), key, 6, 9.0 * ONES, 9.0).losses)
 
 
 # First use inside a transformation --------------------------------------------------------------
@@ -266,31 +275,40 @@ def _within(context, run):
 @pytest.fixture(scope="module")
 def expected():
     """Give what each kind of runner answers."""
-    return {m: quiet(m(required), jax.random.key(0), 2, Y, 0.5).losses for m in (vi, map_fit)}
+    key = jax.random.key(0)
+    return {m: quiet(plain(m, required), key, 2, Y, 0.5).losses for m in (vi, map_fit)}
 
 
-PAIRS = [(make, a, b) for make in (vi, map_fit) for a in USES for b in USES]
-QUICK_PAIRS = [(map_fit, first, "plain") for first in ("jvp", "debug_nans", "disable_jit")]
-QUICK_PAIRS += [(vi, "jit", "plain")]
+QUICK_USES = [(map_fit, (first, "plain")) for first in ("jvp", "debug_nans", "disable_jit")]
+QUICK_USES += [(vi, ("jit", "plain"))]
 
 
-@pytest.mark.parametrize(
-    ("make", "first", "second"),
-    cases(QUICK_PAIRS, *(pair for pair in PAIRS if pair not in QUICK_PAIRS)),
-)
-def test_the_first_use_of_a_runner_may_be_any(make, expected, first, second, key):
+def uses_in_turns(make):
+    """Yield for each use a sequence that begins and ends with it, and has all others between."""
+    names = list(USES)
+    for first in range(len(names)):
+        # seven is a prime, so that each stride meets all seven uses
+        stride = 1 + (first + (make is vi)) % (len(names) - 1)
+        yield tuple(names[(first + stride * turn) % len(names)] for turn in range(len(names) + 1))
+
+
+ALL_USES = [(make, uses) for make in (vi, map_fit) for uses in uses_in_turns(make)]
+
+
+@pytest.mark.parametrize(("make", "uses"), cases(QUICK_USES, *ALL_USES))
+def test_the_first_use_of_a_runner_may_be_any(make, expected, uses, key):
     losses, runner = expected[make], make(required)
-    for use in (first, second):
+    for use in uses:
         got = USES[use](lambda y: quiet(runner, key, 2, y, 0.5).losses)
         if got is not None:
-            assert_allclose(got, losses, rtol=1e-8)
+            assert_allclose(got, losses, rtol=1e-8, err_msg=use)
     assert not any(isinstance(v, jax.core.Tracer) for v in jax.tree.leaves(vars(runner.guide)))
 
 
 def test_init_under_jit_leaves_a_runner_as_it_was(key):
     runner = vi(required)
     jax.jit(runner.init)(key, Y, 0.5)
-    same(quiet(runner, key, 2, Y, 0.5).losses, quiet(vi(required), key, 2, Y, 0.5).losses)
+    same(quiet(runner, key, 2, Y, 0.5).losses, quiet(plain(vi, required), key, 2, Y, 0.5).losses)
 
 
 # Settings ---------------------------------------------------------------------------------------
@@ -307,6 +325,12 @@ SETTINGS = {
 }
 
 
+@cache
+def changed_and_restored(make):
+    """Return a runner whose settings are changed and set back by one test after another."""
+    return make(follows_data)
+
+
 CHANGES = [(name, copied) for name in SETTINGS for copied in (False, True)]
 QUICK_CHANGES = [("prior_weight", True), ("kl_weight", True), ("jacobian", False)]
 QUICK_CHANGES += [("ensemble_size", False), ("init_loc_fn", False)]
@@ -318,11 +342,15 @@ QUICK_CHANGES += [("ensemble_size", False), ("init_loc_fn", False)]
 )
 def test_a_setting_that_is_changed_takes_effect(name, copied, key):
     make, value = SETTINGS[name]
-    runner = make(follows_data)
+    runner = changed_and_restored(make)
+    held = getattr(runner, name)
     before = quiet(runner, key, 2, ONES)
     changed = copy.copy(runner) if copied else runner
-    setattr(changed, name, value)
-    after = quiet(changed, key, 2, ONES)
+    try:
+        setattr(changed, name, value)
+        after = quiet(changed, key, 2, ONES)
+    finally:
+        setattr(runner, name, held)
     if name in ("optim", "loss"):
         wanted = vi(follows_data)
         wanted = EnsembleVI(
@@ -335,8 +363,7 @@ def test_a_setting_that_is_changed_takes_effect(name, copied, key):
         wanted = make(follows_data, **{name: value})
     same(after.losses, quiet(wanted, key, 2, ONES).losses)
     assert after.losses.shape != before.losses.shape or np.abs(after.losses - before.losses).max()
-    if copied:
-        same(quiet(runner, key, 2, ONES).losses, before.losses)
+    same(quiet(runner, key, 2, ONES).losses, before.losses)
 
 
 def test_a_setting_of_the_wrong_kind_is_refused(key):
@@ -358,7 +385,7 @@ def test_a_setting_of_the_wrong_kind_is_refused(key):
 
 @pytest.mark.parametrize("make", cases([map_fit], [vi]))
 def test_a_runner_can_be_deeply_copied(make, key):
-    runner = make(required)
+    runner = plain(make, required)
     before = quiet(runner, key, 2, ONES, 0.5)
     other = copy.deepcopy(runner)
     same(quiet(other, key, 2, ONES, 0.5).losses, before.losses)
@@ -451,8 +478,7 @@ def test_dictionaries_reach_the_model_in_their_order(key):
     ours = runner.get_params(runner.init(keys, rows, **more))
     single = SVI(model, AutoDelta(model, init_loc_fn=numpyro.infer.init_to_uniform), ADAM,
                  Trace_ELBO())  # fmt: skip
-    state = single.init(keys[1], rows, **more)
-    theirs = single.get_params(state)
+    theirs = jit_once(lambda k: single.get_params(single.init(k, rows, **more)))(keys[1])
     for name in ("zeta", "alpha", "mid", "beta"):
         assert_allclose(ours[name][1], theirs[f"{name}_auto_loc"], rtol=1e-9)
 

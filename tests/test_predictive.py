@@ -13,7 +13,7 @@ from numpyro import handlers
 from numpyro.infer import Predictive, Trace_ELBO
 from numpyro.infer.autoguide import AutoLaplaceApproximation, AutoNormal
 from numpyro.primitives import mutable as numpyro_mutable
-from zoo import CASES, X, Y, chosen, ridge
+from zoo import CASES, X, Y, chosen, map_on_ridge, ridge, vi_on_ridge
 
 from numpyro_ensemble import EnsembleMAP, EnsemblePredictive, EnsembleResult, EnsembleVI
 from numpyro_ensemble.mapping import map_draws, peak_bytes
@@ -124,8 +124,10 @@ class _State(NamedTuple):
     "guide", [AutoNormal, pytest.param(AutoLaplaceApproximation, marks=pytest.mark.long)]
 )
 def test_a_guide_draws_with_each_members_parameters(guide, key):
-    guide = guide(ridge)
-    result = fit(EnsembleVI(ridge, guide, ADAM, Trace_ELBO(), ensemble_size=2), key, X, Y)
+    runner = vi_on_ridge()
+    if guide is not AutoNormal:
+        runner = EnsembleVI(ridge, guide(ridge), ADAM, Trace_ELBO(), ensemble_size=2)
+    guide, result = runner.guide, fit(runner, key, X, Y)
     predictive = EnsemblePredictive(
         ridge, result, guide=guide, num_samples=400, return_sites=["w", "y"], group_by_member=True
     )
@@ -177,10 +179,14 @@ def test_weights_resample_the_members(key):
         many = EnsemblePredictive(ridge_free, two, num_samples=500_000, weights=[1.0, 0.0])
         # with this key the last place is 0.99 of its stratum
         assert np.max(many._indices(jax.random.key(79))[0]) == 0
-    guide = AutoNormal(ridge)
-    result = fit(EnsembleVI(ridge, guide, ADAM, Trace_ELBO(), ensemble_size=2), key, X, Y)
+    result = fit(vi_on_ridge(), key, X, Y)
     one = EnsemblePredictive(
-        ridge, result, guide=guide, num_samples=200, weights=[0.0, 1.0], return_sites=["w"]
+        ridge,
+        result,
+        guide=vi_on_ridge().guide,
+        num_samples=200,
+        weights=[0.0, 1.0],
+        return_sites=["w"],
     )(key, X, None)["w"]
     assert len(np.unique(one[:, 0])) == 400  # all anew
     assert_allclose(one.mean(0), result.params["w_auto_loc"][1], atol=0.05)
@@ -311,8 +317,7 @@ def test_bad_input(args, options, error, message):
 
 
 def test_a_result_of_another_model_is_refused(key):
-    guide = AutoNormal(ridge)
-    result = fit(EnsembleVI(ridge, guide, ADAM, Trace_ELBO(), ensemble_size=2), key, X, Y)
+    result = fit(vi_on_ridge(), key, X, Y)
     with pytest.raises(ValueError, match="'w_auto_loc'.*takes its guide along, guide=runner.guide"):
         EnsemblePredictive(ridge, result)(key, X, None)
     with pytest.raises(ValueError, match="params comes with the EnsembleResult"):
@@ -325,7 +330,7 @@ def test_samples_with_an_axis_too_many_are_refused(key):
 
 
 def test_a_guide_must_be_that_of_the_fit(key):
-    result = fit(EnsembleMAP(ridge, ADAM, ensemble_size=2), key, X, Y)
+    result = fit(map_on_ridge(), key, X, Y)
     guide = AutoNormal(ridge)
     options = {"guide": guide, "num_samples": 2}
     with pytest.raises(ValueError, match="the guide was never called: take the one.*runner.guide"):

@@ -91,7 +91,8 @@ def test_what_is_missing_is_left_out_or_refused(key):
 
     samples = {"mu": 0.3 * jax.random.normal(key, (2, 30))}
     y, seen = np.array([1.0, 2.0, 0.0, -999.0]), np.array([True, True, False, False])
-    masked, short = to_arviz(model, samples, y, seen), to_arviz(model, samples, y[:2], seen[:2])
+    masked = to_arviz(model, samples, y, seen)
+    short = to_arviz(model, samples, y[:2], seen[:2], posterior_predictive=False)
     assert np.isnan(masked["observed_data"]["y"].values[2:]).all()
     assert_allclose(scoring.nll(masked), scoring.nll(short), rtol=1e-6)
     assert scoring.rmse(masked) < 3.0
@@ -297,8 +298,10 @@ def elpd(data):
 @pytest.mark.filterwarnings("ignore")  # ArviZ says where LOO is not to be trusted
 def test_weights_are_those_of_loo_and_go_on_to_scores(fits, key):
     samples = {"mu": np.array([[1.5], [0.9], [1.1]]) + 0.3 * jax.random.normal(key, (3, 200))}
-    data = to_arviz(conjugate, samples, DATA)
-    single = [to_arviz(conjugate, {"mu": samples["mu"][e][None]}, DATA) for e in range(3)]
+    data, *single = (
+        to_arviz(conjugate, {"mu": values}, DATA, posterior_predictive=False)
+        for values in (samples["mu"], *samples["mu"][:, None])
+    )
     scores = np.array([elpd(part) for part in single])
     exact = np.exp(scores - scores.max()) / np.exp(scores - scores.max()).sum()
     weights = scoring.member_weights(data, "pseudo-bma")

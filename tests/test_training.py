@@ -1,5 +1,7 @@
 """The loop: batches, early stopping, stable updates, callbacks, the progress bar."""
 
+from functools import cache
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +14,7 @@ from numpyro import handlers
 from numpyro.infer import SVI, Trace_ELBO, init_to_uniform
 from numpyro.infer.autoguide import AutoDelta
 from numpyro.primitives import mutable
-from zoo import X, Y, jit_once, ridge
+from zoo import X, Y, jit_once, map_on_ridge, ridge
 
 from numpyro_ensemble import EarlyStopping, EnsembleMAP, log_joint
 
@@ -132,7 +134,7 @@ def test_batch_args_name_what_is_batched(key):
 
 
 def test_more_than_all_rows_is_all_rows(key):
-    runner = EnsembleMAP(ridge, numpyro.optim.Adam(0.1), ensemble_size=2)
+    runner = map_on_ridge()
     with pytest.warns(UserWarning, match="batch_size=9 is more than the 8 rows"):
         clamped = quiet(runner, key, 3, X, Y, batch_size=9)
     assert_allclose(clamped.losses, quiet(runner, key, 3, X, Y).losses, rtol=1e-12)
@@ -257,10 +259,15 @@ def stops(losses, patience, min_delta, window):
     return len(losses)
 
 
+@cache
+def fast():
+    return EnsembleMAP(ridge, numpyro.optim.Adam(0.2), ensemble_size=3)
+
+
 @pytest.mark.core
 @pytest.mark.parametrize("chunk_size", [None, 7])
 def test_early_stopping_freezes_each_member_at_its_own_step(chunk_size, key):
-    runner = EnsembleMAP(ridge, numpyro.optim.Adam(0.2), ensemble_size=3)
+    runner = fast()
     rule = EarlyStopping(patience=2, min_delta=0.5, window=5)
     starts = {"w": np.array([[1.0, -1.0], [4.0, 4.0], [9.0, -6.0]])}
     free = quiet(runner, key, 400, X, Y, init_params=starts)
@@ -279,9 +286,14 @@ def test_early_stopping_freezes_each_member_at_its_own_step(chunk_size, key):
     assert_array_equal(result.state.optim_state[0], expected)
 
 
+@cache
+def standing_still():
+    return EnsembleMAP(ridge, numpyro.optim.SGD(1e-12), ensemble_size=2)
+
+
 def test_the_run_ends_soon_after_all_have_stopped(key):
     steps = []
-    runner = EnsembleMAP(ridge, numpyro.optim.SGD(1e-12), ensemble_size=2)
+    runner = standing_still()
     rule = EarlyStopping(patience=1, window=4, min_delta=1e-6)
     quiet(
         runner, key, 1000, X, Y, early_stopping=rule, chunk_size=10,
@@ -291,7 +303,7 @@ def test_the_run_ends_soon_after_all_have_stopped(key):
 
 
 def test_counters_of_early_stopping_restart_with_init_state(key):
-    runner = EnsembleMAP(ridge, numpyro.optim.SGD(1e-12), ensemble_size=2)
+    runner = standing_still()
     rule = EarlyStopping(patience=3, window=2, min_delta=1e-6)
     first = quiet(runner, key, 4, X, Y, early_stopping=rule)
     assert not np.isnan(first.losses).any()
@@ -300,7 +312,7 @@ def test_counters_of_early_stopping_restart_with_init_state(key):
 
 
 def test_min_steps_holds_stopping_back(key):
-    runner = EnsembleMAP(ridge, numpyro.optim.SGD(1e-12), ensemble_size=2)
+    runner = standing_still()
     rule = EarlyStopping(patience=1, window=2, min_delta=1e-6, min_steps=9)
     result = quiet(runner, key, 20, X, Y, early_stopping=rule)
     assert_array_equal((~np.isnan(result.losses)).sum(1), [10, 10])
@@ -413,7 +425,7 @@ def test_all_failed_starts_are_an_error_and_some_a_warning(key):
 
 
 def test_a_callback_sees_each_chunk_and_may_end_the_run(key):
-    runner = EnsembleMAP(ridge, numpyro.optim.Adam(0.1), ensemble_size=2)
+    runner = map_on_ridge()
     seen = []
 
     def callback(step, state, losses):
@@ -433,7 +445,7 @@ def test_a_callback_sees_each_chunk_and_may_end_the_run(key):
 
 
 def test_the_progress_bar_shows_mean_best_and_worst(key, capsys):
-    runner = EnsembleMAP(ridge, numpyro.optim.Adam(0.1), ensemble_size=2)
+    runner = map_on_ridge()
     result = runner.run(key, 40, X, Y)
     shown = capsys.readouterr().err
     last = np.asarray(result.losses)[:, -2:].mean(1)

@@ -137,11 +137,10 @@ GUIDES = {
 
 
 QUICK = {
-    "AutoNormal", "AutoMultivariateNormal",
-    "constant param", "mean field", "graph", "enumeration", "empty guide",
+    "AutoNormal", "mean field", "graph", "enumeration", "empty guide",
 }  # fmt: skip
-# started under jit and vmap; the others are traced so
-TRANSFORMED = {"AutoNormal", "AutoLaplaceApproximation", "AutoBNAFNormal", "AutoGuideList"}
+# started under jit and vmap; the others are traced so (below there is a test for AutoNormal)
+TRANSFORMED = {"AutoLaplaceApproximation", "AutoBNAFNormal", "AutoGuideList"}
 
 
 def tracers(value, met=None):
@@ -358,7 +357,7 @@ OPTIMISERS = {
 }
 
 
-@pytest.mark.parametrize("name", chosen(OPTIMISERS, {"optax chain", "schedule"}))
+@pytest.mark.parametrize("name", chosen(OPTIMISERS, set()))
 def test_every_optimiser_walks_as_under_svi(name, key):
     optim = OPTIMISERS[name]
     runner = EnsembleVI(ridge, random_guide, optim, Trace_ELBO(), ensemble_size=2)
@@ -471,11 +470,18 @@ def test_sm3_runs_though_its_state_holds_shapes(key):
         EnsembleVI(ridge, random_guide, optim, Trace_ELBO(), ensemble_size=2), key, 3, X, Y
     )
     svi = SVI(ridge, random_guide, optim, Trace_ELBO())  # SVI.run cannot carry this state
-    state = svi.init(jax.random.split(key, 2)[1], X, Y)
-    for step in range(3):
-        state, loss = svi.update(state, X, Y)
-        assert_allclose(result.losses[1, step], loss, rtol=1e-9)
-    close(result.member(1).params, svi.get_params(state), rtol=1e-9)
+
+    @jit_once
+    def three_steps(key):
+        state, losses = svi.init(key, X, Y), []
+        for _ in range(3):
+            state, loss = svi.update(state, X, Y)
+            losses.append(loss)
+        return losses, svi.get_params(state)
+
+    losses, params = three_steps(jax.random.split(key, 2)[1])
+    assert_allclose(result.losses[1], losses, rtol=1e-9)
+    close(result.member(1).params, params, rtol=1e-9)
 
 
 def test_static_keywords_reach_model_and_guide(key):

@@ -165,7 +165,7 @@ class Walker:
 
 
 WALKS = int(os.environ.get("WALKS", "12"))  # of each pair of runners
-QUICK = (follows_latent, ("map", "vi"), AutoNormal, True)
+QUICK = (follows_latent, ("vi", "vi"), AutoNormal, True)  # of one kind: half the references
 WALKERS = [
     (follows_argument, ("vi", "vi"), AutoNormal, False),
     (follows_argument, ("map", "vi"), AutoMultivariateNormal, False),

@@ -1,7 +1,7 @@
 """Models of every kind that an ensemble must run, small enough to compile fast."""
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -22,7 +22,11 @@ from numpyro.contrib.module import (
     random_nnx_module,
 )
 from numpyro.distributions import constraints, transforms
+from numpyro.infer import Trace_ELBO
+from numpyro.infer.autoguide import AutoNormal
 from numpyro.infer.reparam import CircularReparam, LocScaleReparam, TransformReparam
+
+from numpyro_ensemble import EnsembleMAP, EnsembleVI
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(8, 2)).round(2)
@@ -61,6 +65,19 @@ def ridge(x, y):
     w = numpyro.sample("w", dist.Normal(0, 2).expand([x.shape[1]]).to_event(1))
     with numpyro.plate("data", x.shape[0]):
         numpyro.sample("y", dist.Normal(x @ w, 0.5), obs=y)
+
+
+@cache
+def map_on_ridge():
+    """Return the runner that tests share where any would do: it compiles once in a process."""
+    return EnsembleMAP(ridge, numpyro.optim.Adam(0.1), ensemble_size=2)
+
+
+@cache
+def vi_on_ridge():
+    """Return the same with a guide."""
+    guide, optim = AutoNormal(ridge), numpyro.optim.Adam(0.05)
+    return EnsembleVI(ridge, guide, optim, Trace_ELBO(), ensemble_size=2)
 
 
 def positive(x, y):
