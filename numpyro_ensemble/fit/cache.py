@@ -13,7 +13,8 @@ from numpyro.infer.svi import SVIState
 
 from numpyro_ensemble.calls.arguments import NO_ARGUMENTS, TRACED, Arguments, CallForm, arrange
 from numpyro_ensemble.calls.executables import Executables, keep
-from numpyro_ensemble.calls.identity import Hashed, captured, holds_tracers, is_unknown
+from numpyro_ensemble.calls.identity import captured, holds_tracers, is_unknown
+from numpyro_ensemble.calls.marks import Hashed
 from numpyro_ensemble.calls.programs import KEPT, REMEMBERED, surroundings
 from numpyro_ensemble.calls.tracing import NUMPY_WANTED, LooksAtValuesError, tracing_alone
 from numpyro_ensemble.fit.batches import Batches

@@ -21,7 +21,7 @@ from numpyro_ensemble.fit.batches import Batches
 from numpyro_ensemble.fit.checks import (
     without_value,
 )
-from numpyro_ensemble.fit.guides import fill, is_set_up, set_up
+from numpyro_ensemble.fit.guides import is_set_up, set_up
 from numpyro_ensemble.fit.loop import make_chunk
 from numpyro_ensemble.fit.options import RunOptions
 from numpyro_ensemble.fit.programs import FitPrograms, StartForms
@@ -36,6 +36,7 @@ from numpyro_ensemble.fit.setup import (
     setup_of,
     with_setup,
 )
+from numpyro_ensemble.fit.slots import fill
 from numpyro_ensemble.fit.starts import check_kept, check_starts
 from numpyro_ensemble.primitives import is_inexact
 

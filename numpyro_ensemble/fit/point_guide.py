@@ -18,7 +18,7 @@ from numpyro.infer import init_to_uniform
 from numpyro.infer.autoguide import AutoGuide
 
 from numpyro_ensemble.calls.arguments import has_tracers
-from numpyro_ensemble.calls.identity import note_learnt
+from numpyro_ensemble.calls.opening import note_learnt
 
 
 class Point(NamedTuple):

@@ -9,10 +9,12 @@ from typing import Any
 from jax.typing import ArrayLike
 from numpyro.infer.autoguide import AutoGuide
 
-from numpyro_ensemble.calls.identity import Same, captured
+from numpyro_ensemble.calls.identity import captured
+from numpyro_ensemble.calls.marks import Same
 from numpyro_ensemble.density import Site
-from numpyro_ensemble.fit.guides import fresh, take_out
+from numpyro_ensemble.fit.guides import fresh
 from numpyro_ensemble.fit.setup import GuideValues
+from numpyro_ensemble.fit.slots import take_out
 from numpyro_ensemble.handlers import reweight
 
 _APART = ("model", "guide", "static_kwargs", "hint")  # not settings, or without consequence

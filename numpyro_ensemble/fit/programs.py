@@ -31,7 +31,7 @@ from numpyro_ensemble.fit.checks import (
     model_sites,
     refuse_line_searches,
 )
-from numpyro_ensemble.fit.guides import drop_unread, latent_order, note_alike
+from numpyro_ensemble.fit.guides import latent_order, note_alike
 from numpyro_ensemble.fit.member import Member, Noting
 from numpyro_ensemble.fit.problem import Problem
 from numpyro_ensemble.fit.setup import (
@@ -41,6 +41,7 @@ from numpyro_ensemble.fit.setup import (
     SetupValues,
     Static,
 )
+from numpyro_ensemble.fit.slots import drop_unread
 from numpyro_ensemble.fit.starts import all_alike, check_starts, kept
 
 _PROGRAMS = 32  # of one form of arguments that are kept

@@ -1,0 +1,41 @@
+"""Marks that tell values apart, where their contents are not compared."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+BY_VALUE = (type(None), type(...), bool, int, float, complex, str, bytes, np.dtype)
+
+
+class Unknown:
+    """A value that cannot be compared; equal to nothing but itself."""
+
+
+class Hashed:
+    """A hashable value that is hashed once."""
+
+    __slots__ = ("value", "_hash")
+
+    def __init__(self, value: Any) -> None:
+        self.value, self._hash = value, hash(value)
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (isinstance(other, Hashed) and self.value == other.value)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+
+class Same:
+    """Equal to another one of the very same object, which it keeps alive."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Same) and self.value is other.value
+
+    def __hash__(self) -> int:
+        return id(self.value)

@@ -1,0 +1,243 @@
+"""What values are made of, where it is plain: functions, classes and objects opened up."""
+
+from __future__ import annotations
+
+import dis
+import functools
+import sys
+import types
+import weakref
+from collections import OrderedDict, defaultdict
+from typing import Any
+
+import numpy as np
+from jax.tree_util import default_registry
+from numpyro.infer.autoguide import AutoGuide
+from numpyro.primitives import Messenger
+
+from numpyro_ensemble.calls.marks import BY_VALUE, Same, Unknown
+
+_PARTS_OF_CLASSES = {
+    "__abstractmethods__", "__annotate_func__", "__annotations__", "__annotations_cache__",
+    "__dataclass_fields__", "__dataclass_params__", "__dict__", "__doc__", "__firstlineno__",
+    "__match_args__", "__module__", "__orig_bases__", "__parameters__", "__qualname__",
+    "__static_attributes__", "__weakref__", "_abc_impl",
+}  # fmt: skip
+# what these reach is not in the code that calls them
+_REFLECTION = {
+    "__import__", "compile", "delattr", "dir", "eval", "exec", "getattr", "globals", "hasattr",
+    "id", "input", "locals", "open", "setattr", "vars",
+}  # fmt: skip
+# modules of Python's own whose functions depend on their arguments alone
+_PURE = {
+    "abc", "builtins", "cmath", "collections", "contextlib", "copy", "dataclasses", "enum",
+    "fractions", "functools", "itertools", "math", "numbers", "operator", "re", "statistics",
+    "string", "textwrap", "types", "typing", "warnings",
+}  # fmt: skip
+_PLAIN_PACKAGES = {"jax", "numpyro", __name__.partition(".")[0]}  # whose objects hide nothing
+
+
+def open_up(value: Any) -> tuple[Any, list[Any]]:
+    """Return what tells a value apart by itself, and the parts that it is made of."""
+    kind = type(value)
+    if kind in (list, tuple):
+        return kind, list(value)
+    if kind in (set, frozenset):
+        return kind, sorted(value, key=repr)
+    if kind in (range, slice):
+        return kind, [value.start, value.stop, value.step]
+    if kind in (dict, OrderedDict, defaultdict):
+        extra = [value.default_factory] if kind is defaultdict else []
+        return (kind, len(value)), [*value.keys(), *value.values(), *extra]
+    if kind is functools.partial:
+        parts = [value.func, *value.args, *value.keywords.values()]
+        return (kind, tuple(value.keywords)), parts
+    if kind is types.MethodType:
+        return kind, [value.__func__, value.__self__]
+    if kind in (staticmethod, classmethod):
+        return kind, [value.__func__]
+    if kind is property:
+        return kind, [value.fget]
+    if kind is Same:
+        return value, []
+    if kind is types.BuiltinFunctionType:
+        return (kind, value.__name__), [value.__self__]
+    if isinstance(value, types.ModuleType):
+        return (Same(value) if _is_fixed(value.__name__) else Unknown()), []
+    if isinstance(value, types.FunctionType):
+        return _open_function(value)
+    if isinstance(value, type):
+        return _open_class(value)
+    return _open_object(value)
+
+
+def _open_function(fn: types.FunctionType) -> tuple[Any, list[Any]]:
+    if _is_fixed(fn.__module__) and not fn.__closure__:
+        return Same(fn), []
+    reached, hides = _reached(fn)
+    if hides:
+        return Unknown(), []
+    cells = [_cell_contents(cell) for cell in fn.__closure__ or ()]
+    own = [v for name, v in vars(fn).items() if name != "__signature__"]
+    return (fn.__code__, len(cells)), [*cells, *reached, fn.__defaults__, fn.__kwdefaults__, *own]
+
+
+def _reached(fn: types.FunctionType) -> tuple[list[Any], bool]:
+    """Return what a function's code takes by name, and whether it may take more than it names."""
+    names, attributes, imports = _names(fn.__code__)
+    found: list[Any] = []
+    hides = not all(map(_is_fixed, imports))
+    for name in names:
+        if name not in fn.__globals__:
+            hides |= name in _REFLECTION
+            continue
+        value = fn.__globals__[name]
+        if isinstance(value, types.ModuleType) and _is_users(value.__name__):
+            found += [Same(value), *(vars(value)[n] for n in attributes if n in vars(value))]
+        else:
+            found.append(value)
+    return found, hides
+
+
+def _open_class(cls: type) -> tuple[Any, list[Any]]:
+    """Open a class of the user's own: its functions and attributes."""
+    if not _is_users(cls.__module__):
+        return Same(cls), []
+    own = {name: v for name, v in vars(cls).items() if name not in _PARTS_OF_CLASSES}
+    return (Same(cls), tuple(own)), [*own.values(), *cls.__bases__, type(cls)]
+
+
+def _open_object(value: Any) -> tuple[Any, list[Any]]:
+    """Open an object that is known to be no more than its attributes."""
+    kind = type(value)
+    if isinstance(value, AutoGuide):
+        held = {n: v for n, v in vars(value).items() if n not in learnt_by(value)}
+        return (Same(value), tuple(held)), list(held.values())
+    if isinstance(value, Messenger):  # a handler around a model: its state in use does not count
+        held = {n: v for n, v in vars(value).items() if not n.startswith("_")}
+        return (kind, tuple(held)), list(held.values())
+    level = default_registry.flatten_one_level(value)
+    if level is not None:
+        return kind, [*level[0], level[1], kind]
+    if kind is object:
+        return Same(value), []
+    if all(map(_hides_nothing, kind.__mro__[:-1])):
+        return (kind, tuple(vars(value))), [*vars(value).values(), kind]
+    return (Unknown(), []) if _is_users(kind.__module__) else _open_installed(value)
+
+
+def _open_installed(value: Any) -> tuple[Any, list[Any]]:
+    """Open an object of an installed class: one of its names, a wrapped function, or a value."""
+    if _is_of_library(value):
+        return Same(value), []
+    wrapped = getattr(value, "__wrapped__", None)
+    if wrapped is not None and _package(type(value).__module__) in ("jax", "jaxlib"):
+        return type(value), [wrapped]
+    return ((type(value), value) if _is_value(value) else Unknown()), []
+
+
+def _hides_nothing(cls: type) -> bool:
+    """Say whether the attributes of a class's objects are in their `__dict__` and its own."""
+    if cls.__module__ in ("abc", "enum", "typing"):
+        return True
+    if not (_is_users(cls.__module__) or _package(cls.__module__) in _PLAIN_PACKAGES):
+        return False
+    return not vars(cls).keys() & {"__slots__", "__getattr__", "__getattribute__"}
+
+
+def _is_value(value: Any) -> bool:
+    """Say whether an installed package says of an object that it is a value: equal, and hashed."""
+    kind = type(value)
+    own = {"__eq__", "__hash__"} & set().union(*(vars(cls) for cls in kind.__mro__[:-1]))
+    package = _package(kind.__module__)
+    if not own or package in sys.stdlib_module_names or _is_users(kind.__module__):
+        return False
+    try:
+        hash(value)
+    except TypeError:
+        return False
+    return True
+
+
+def _is_of_library(value: Any) -> bool:
+    """Say whether an object is one that an installed module gives its name to."""
+    module, name = getattr(value, "__module__", None), getattr(value, "__name__", None)
+    if not (isinstance(module, str) and isinstance(name, str) and _is_fixed(module)):
+        return isinstance(value, np.ufunc)
+    return getattr(sys.modules.get(module), name, None) is value
+
+
+# What autoguides have learnt of their models ------------------------------------------------------
+
+_learnt: weakref.WeakKeyDictionary[AutoGuide, dict[str, Any]] = weakref.WeakKeyDictionary()
+
+
+def note_learnt(guide: AutoGuide, names: frozenset[str]) -> None:
+    """Note which attributes of a guide its set-up has written: no program depends on those."""
+    _learnt[guide] = {name: _held(vars(guide).get(name)) for name in names}
+
+
+def learnt_by(guide: Any) -> frozenset[str]:
+    """Return which attributes of a guide hold what its set-up has written, as far as is known."""
+    written = _learnt.get(guide, {})
+    return frozenset(n for n, held in written.items() if _held(vars(guide).get(n)) == held)
+
+
+def _held(value: Any) -> Any:
+    return (type(value), value) if type(value) in BY_VALUE else id(value)
+
+
+# Code and where it comes from ---------------------------------------------------------------------
+
+
+@functools.cache
+def _is_fixed(module: str | None) -> bool:
+    """Say whether a module is one whose functions and constants do not change."""
+    package = _package(module)
+    if package in sys.stdlib_module_names:
+        return package in _PURE
+    return not _is_users(module)
+
+
+@functools.cache
+def _is_users(module: str | None) -> bool:
+    """Say whether a module is the user's own code, neither Python's nor an installed one."""
+    package = _package(module)
+    if package in ("__main__", ""):
+        return True
+    if package in sys.stdlib_module_names or package == _package(__name__):
+        return False
+    path = getattr(sys.modules.get(package), "__file__", None) or ""
+    return "site-packages" not in path and "dist-packages" not in path
+
+
+def _package(module: str | None) -> str:
+    return (module or "").partition(".")[0]
+
+
+def _cell_contents(cell: types.CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # not filled yet
+        return None
+
+
+@functools.lru_cache(maxsize=1024)
+def _names(code: types.CodeType) -> tuple[tuple[str, ...], ...]:
+    """Return the globals, attributes and imports that code, and code within it, names."""
+    found: tuple[set[str], set[str], set[str]] = (set(), set(), set())
+    for instruction in dis.get_instructions(code):
+        if not isinstance(instruction.argval, str):
+            continue  # SET_FUNCTION_ATTRIBUTE, of a closure or of defaults, names nothing
+        for names, operation in zip(found, ("GLOBAL", "ATTR", "IMPORT_NAME"), strict=True):
+            if operation in instruction.opname or (
+                operation == "GLOBAL" and instruction.opname == "LOAD_NAME"
+            ):
+                names.add(instruction.argval)
+        if instruction.opname == "LOAD_METHOD":
+            found[1].add(instruction.argval)
+    for const in code.co_consts:
+        if isinstance(const, types.CodeType):
+            for names, inner in zip(found, _names(const), strict=True):
+                names.update(inner)
+    return tuple(tuple(sorted(names)) for names in found)
