@@ -234,6 +234,16 @@ def test_defaults_are_noticed():
     assert noticed(model, lambda: change(other))
 
 
+def test_a_function_that_makes_others_with_defaults_and_closures_is_looked_into():
+    def make(scale):
+        def inner(x, shift=1.0):
+            return np.sum(jnp.abs(x - shift)) * scale
+
+        return inner
+
+    assert captured(make) == captured(make)
+
+
 def test_what_partial_binds_is_noticed():
     array = np.zeros(2)
 

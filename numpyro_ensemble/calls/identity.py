@@ -375,6 +375,8 @@ def _names(code: types.CodeType) -> tuple[tuple[str, ...], ...]:
     """Return the globals, attributes and imports that code, and code within it, names."""
     found: tuple[set[str], set[str], set[str]] = (set(), set(), set())
     for instruction in dis.get_instructions(code):
+        if not isinstance(instruction.argval, str):
+            continue  # SET_FUNCTION_ATTRIBUTE, of a closure or of defaults, names nothing
         for names, operation in zip(found, ("GLOBAL", "ATTR", "IMPORT_NAME"), strict=True):
             if operation in instruction.opname or (
                 operation == "GLOBAL" and instruction.opname == "LOAD_NAME"
