@@ -19,7 +19,11 @@ ROOT = Path(__file__).parents[1]
 ROWS = ROOT / "docs" / "foreign_models.json"
 PAGE = ROOT / "docs" / "foreign_models.md"
 sys.path.insert(0, str(ROOT / "tests" / "foreign"))
-SOURCES = ("numpyro_examples", "blayers_models", "package_models")
+
+from cases import ALL, SAMPLERS, Size, says_unmixed  # noqa: E402  (its folder is added above)
+
+KERNELS = ("NUTS", *SAMPLERS)
+PACKAGES = ("blayers", "aimz", "dynestyx", "numpyro_forecast")
 INTRODUCTION = """# Which one
 
 You have a model, and want to know what runs on it. These are models of NumPyro's examples and of
@@ -33,7 +37,8 @@ other packages, on small data. Nobody wrote them for this package.
   *warns* means that the run ended with a warning that its chains have not mixed.
 - Means agree with NUTS's within 4 standard errors, unless the cell says otherwise. They are means
   of normal scores, since the scales of a horseshoe have no variance, and are compared where both
-  R-hats are below 1.05.
+  R-hats are below 1.05. Where they differ from those of the short NUTS run, a NUTS run with ten
+  times the draws decides.
 - The last column names the sampler with the most effective draws a second among those with an
   R-hat below 1.02 whose means agree with NUTS's.
 - An empty cell has not been measured.
@@ -48,6 +53,7 @@ Made by `python benchmarks/foreign.py`, in double precision where the model itse
 
 {machines}
 """
+FULL = Size()._asdict()
 SHORT = {
     "AutoNormal": "Normal",
     "AutoMultivariateNormal": "MVN",
@@ -97,8 +103,9 @@ def run_apart(name, limit):
         printed, ended, late = error.stdout or b"", f"took longer than {limit} s", True
     rows = [line[4:] for line in printed.decode().splitlines() if line.startswith("ROW ")]
     row = json.loads(rows[-1]) if rows else {"model": name, "absent": ended}
-    if late and "own guide" not in row and "absent" not in row:
-        for column in ("NUTS", "ChEES", "MEADS"):
+    if late and "absent" not in row:
+        missing = ("Predictive", "ArviZ") if "own guide" in row else ALL
+        for column in missing:
             row.setdefault(column, {"ok": False, "reason": ended})
     return row
 
@@ -120,7 +127,7 @@ def sampler_cell(column, nuts):
         text += f", {column['rate'] / nuts['rate']:.1f} x"
         if max(column["rhat"], nuts["rhat"]) < 1.05 and column.get("gap", 0) > 4:
             text += f", means {column['gap']:.1f} se apart"
-    warned = any("have not mixed" in line or "stand still" in line for line in column["warnings"])
+    warned = says_unmixed(column["warnings"])
     return text + (", warns" if warned else "")
 
 
@@ -129,7 +136,7 @@ def reasons(rows):
     why = {}
     for model, row in rows.items():
         for name, column in row.items():
-            if isinstance(column, dict) and not column["ok"]:
+            if isinstance(column, dict) and not column.get("ok", True):
                 kind = re.sub(r"'\w+'|\(\w+\)", "", column["reason"])  # whatever the site is called
                 first, columns, models = why.setdefault(kind, (column["reason"], {}, {}))
                 columns[SHORT.get(name, name)] = models[model] = True
@@ -150,7 +157,7 @@ def best(row):
         return "EnsembleVI with its own guide" if row["own guide"]["ok"] else "SVI"
     rates = {
         name: row[name]["rate"]
-        for name in ("ChEES", "MEADS", "NUTS")
+        for name in KERNELS
         if name in row
         and row[name]["ok"]
         and row[name]["rhat"] < 1.02
@@ -158,15 +165,23 @@ def best(row):
     }
     if rates:
         return max(rates, key=rates.get)
-    if not any(name in row for name in ("NUTS", "ChEES", "MEADS")):
+    if not any(name in row for name in KERNELS):
         return ""
     fits = [n for n in ("MAP", *SHORT) if row.get(n, {"ok": False})["ok"]]
     sampled = row.get("NUTS", {"ok": False})["ok"]
-    if sampled and any(row.get(n, {"ok": False})["ok"] for n in ("ChEES", "MEADS")):
+    if sampled and any(row.get(n, {"ok": False})["ok"] for n in SAMPLERS):
         return "none of the samplers mixes in so short a run"
     if sampled:
         return "NUTS alone" if row["NUTS"]["rhat"] < 1.02 else "NUTS alone, in a longer run"
     return "EnsembleVI for a fit" if fits else "nothing ran"
+
+
+def titled(name, row):
+    """Return a model's name, with its chains and iterations where those are not the usual ones."""
+    size = row.get("size", FULL)
+    if size == FULL:
+        return name
+    return f"{name} ({size['chains']} chains, {size['warmup']} + {size['draws']})"
 
 
 def table(rows):
@@ -184,8 +199,8 @@ def table(rows):
         own = {"MAP": None, "AutoNormal": row.get("own guide")} if "own guide" in row else row
         cells = [fit_cell(own.get(n)) for n in ("MAP", *SHORT)]
         cells += [fit_cell(row.get(n)) for n in ("Predictive", "ArviZ")]
-        cells += [sampler_cell(row.get(n), nuts) for n in ("NUTS", "ChEES", "MEADS")]
-        lines.append(f"| {name} | {size} | " + " | ".join(cells) + f" | {best(row)} |")
+        cells += [sampler_cell(row.get(n), nuts) for n in KERNELS]
+        lines.append(f"| {titled(name, row)} | {size} | " + " | ".join(cells) + f" | {best(row)} |")
     return "\n".join(lines)
 
 
@@ -193,7 +208,7 @@ def versions():
     from importlib.metadata import PackageNotFoundError, version
 
     found = []
-    for name in ("numpyro", "jax", "blackjax", "blayers", "aimz"):
+    for name in ("numpyro", "jax", "blackjax", *PACKAGES):
         try:
             found.append(f"{name} {version(name)}")
         except PackageNotFoundError:
