@@ -2,8 +2,8 @@
 
 Run `python benchmarks/foreign.py` for all models, or name some of them (`"ar2 scan" FMLayer`). Each
 model runs in a process of its own, 240 seconds at most (`--limit 600` for more). Rows are kept in
-`docs/foreign_models.json`, so that a table can be made in parts; `--table` alone writes
-`docs/foreign_models.md` again. NumPyro's examples need `NUMPYRO_CHECKOUT`, as `make foreign` does.
+`docs/foreign_models.json`, so that a table can be made in parts; `--table` alone renews the parts of
+`docs/foreign_models.md` that are made from them. NumPyro's examples need `NUMPYRO_CHECKOUT`, as `make foreign` does.
 """
 
 import json
@@ -24,35 +24,6 @@ from cases import ALL, SAMPLERS, Size, says_unmixed  # noqa: E402  (its folder i
 
 KERNELS = ("NUTS", *SAMPLERS)
 PACKAGES = ("blayers", "aimz", "dynestyx", "numpyro_forecast")
-INTRODUCTION = """# Which one
-
-You have a model, and want to know what runs on it. These are models of NumPyro's examples and of
-other packages, on small data. Nobody wrote them for this package.
-
-- Under MAP, Normal, MVN (multivariate normal) and Laplace, *yes* means that member 0 of the
-  ensemble equals NumPyro's single `SVI` fit with the same key, in every parameter. Models with a
-  guide of their own have it under Normal.
-- Under NUTS (4 chains), ChEES and MEADS (64 chains), each with 500 + 500 iterations, stands the
-  largest R-hat, then the effective draws a second as a multiple of NUTS's, compilation included.
-  *warns* means that the run ended with a warning that its chains have not mixed.
-- Means agree with NUTS's within 4 standard errors, unless the cell says otherwise. They are means
-  of normal scores, since the scales of a horseshoe have no variance, and are compared where both
-  R-hats are below 1.05. Where they differ from those of the short NUTS run, a NUTS run with ten
-  times the draws decides.
-- The last column names the sampler with the most effective draws a second among those with an
-  R-hat below 1.02 whose means agree with NUTS's.
-- An empty cell has not been measured.
-
-{table}
-
-## Why not
-
-{failed}
-
-Made by `python benchmarks/foreign.py`, in double precision where the model itself runs in it:
-
-{machines}
-"""
 FULL = Size()._asdict()
 SHORT = {
     "AutoNormal": "Normal",
@@ -236,12 +207,19 @@ def machines(rows):
 
 
 def write_page(rows):
-    """Write the table, and under it the reason of every `no`."""
-    text = INTRODUCTION.format(
-        table=table(rows),
-        failed="\n".join(reasons(rows)) or "Everything ran.",
-        machines=machines(rows),
-    )
+    """Renew the page's parts that are made from rows: each stands between two comments."""
+    text = PAGE.read_text()
+    for part, lines in (
+        ("table", table(rows)),
+        ("reasons", "\n".join(reasons(rows)) or "Everything ran."),
+        ("machines", machines(rows)),
+    ):
+        begin, end = f"<!-- {part}: written by benchmarks/foreign.py -->\n", "<!-- end -->"
+        before, _, rest = text.partition(begin)
+        _, found, after = rest.partition(end)
+        if not found:
+            raise ValueError(f"{PAGE} has no part that begins with {begin!r} and ends with {end!r}")
+        text = f"{before}{begin}\n{lines}\n\n{end}{after}"
     PAGE.write_text(text)
 
 
