@@ -2,8 +2,9 @@
 
 Run `python benchmarks/foreign.py` for all models, or name some of them (`"ar2 scan" FMLayer`). Each
 model runs in a process of its own, 240 seconds at most (`--limit 600` for more). Rows are kept in
-`docs/foreign_models.json`, so that a table can be made in parts; `--table` alone renews the parts of
-`docs/foreign_models.md` that are made from them. NumPyro's examples need `NUMPYRO_CHECKOUT`, as `make foreign` does.
+`docs/foreign_models.json`, so that a table can be made in parts; `--table` alone renews those parts
+of `docs/foreign_models.md` that are made from them. NumPyro's examples need `NUMPYRO_CHECKOUT`, as
+`make foreign` does.
 """
 
 import json
