@@ -1,7 +1,8 @@
 """Models that others wrote, through everything: the table of the page "Which one".
 
 Run `python benchmarks/foreign.py` for all models, or name some of them (`"ar2 scan" FMLayer`). Each
-model runs in a process of its own, 240 seconds at most (`--limit 600` for more). Rows are kept in
+model runs in a process of its own, 240 seconds at most (`--limit 600` for more), and through all
+columns, or those of `--only NUTS,ChEES,MEADS`; the others stay as they are. Rows are kept in
 `docs/foreign_models.json`, so that a table can be made in parts; `--table` alone renews those parts
 of `docs/foreign_models.md` that are made from them. NumPyro's examples need `NUMPYRO_CHECKOUT`, as
 `make foreign` does.
@@ -45,8 +46,8 @@ def catalogue():
     return found | dict.fromkeys(package_models.CASES, package_models.case)
 
 
-def run_here(name):
-    """Run one model in this process, and print its row."""
+def run_here(name, columns):
+    """Run columns of one model in this process, and print its row after each."""
     import driver
     import jax
 
@@ -56,16 +57,16 @@ def run_here(name):
     if isinstance(case, str):
         report({"model": name, "absent": case})
     else:
-        driver.run_model(name, case, report=report)
+        driver.run_model(name, case, columns=columns, report=report)
 
 
 def report(row):
     print("ROW " + json.dumps(row), flush=True)
 
 
-def run_apart(name, limit):
+def run_apart(name, limit, columns):
     """Run one model in a process of its own; return its row, or as much as it came to."""
-    command = [sys.executable, __file__, "--here", name]
+    command = [sys.executable, __file__, "--here", name, *columns]
     environment = os.environ | {"PYTHONUNBUFFERED": "1"}
     late = False
     try:
@@ -77,7 +78,7 @@ def run_apart(name, limit):
     row = json.loads(rows[-1]) if rows else {"model": name, "absent": ended}
     if late and "absent" not in row:
         missing = ("Predictive", "ArviZ") if "own guide" in row else ALL
-        for column in missing:
+        for column in set(missing) & set(columns):
             row.setdefault(column, {"ok": False, "reason": ended})
     return row
 
@@ -224,19 +225,28 @@ def write_page(rows):
     PAGE.write_text(text)
 
 
+def option(words, name, default):
+    """Take an option and its value out of the words of the call."""
+    if name not in words:
+        return default
+    place = words.index(name)
+    value = words[place + 1]
+    del words[place : place + 2]
+    return value
+
+
 def main(words):
     if words[:1] == ["--here"]:
-        return run_here(words[1])
-    limit = 240
-    if "--limit" in words:
-        place = words.index("--limit")
-        limit = int(words[place + 1])
-        del words[place : place + 2]
+        return run_here(words[1], words[2:])
+    limit = int(option(words, "--limit", "240"))
+    columns = option(words, "--only", ",".join(ALL)).split(",")
     rows = json.loads(ROWS.read_text()) if ROWS.exists() else {}
     names = list(catalogue())
     if words != ["--table"]:
         for name in words or names:
-            rows[name] = run_apart(name, limit) | {"versions": versions(), "machine": machine()}
+            kept = rows.get(name, {}) if set(columns) < set(ALL) else {}
+            where = {"versions": versions(), "machine": machine()}
+            rows[name] = kept | run_apart(name, limit, columns) | where
             print(json.dumps(rows[name]), flush=True)
             ROWS.write_text(json.dumps(dict(sorted(rows.items())), indent=1) + "\n")
     write_page({name: rows[name] for name in names if name in rows})

@@ -100,7 +100,7 @@ def sparse_regression():
 def ssbvm_mixture():
     angles = rng().vonmises([1.0, -1.0], 4.0, size=(30, 2))
     model = example("ssbvm_mixture").ss_model
-    return Case(model, (angles, 30, 2), enumerated=True, refused=DISCRETE)
+    return Case(model, (angles, 30, 2), enumerated=True, size=SMALL, refused=DISCRETE)
 
 
 @add("stochastic_volatility")

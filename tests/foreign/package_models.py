@@ -52,7 +52,7 @@ def state_space():
     # dynestyx imports this inside the model; it makes a key when it is imported, which must not
     # be inside a transformation
     importlib.import_module("cd_dynamax.dynamax.linear_gaussian_ssm.models")
-    return Case(filtered_level, (jnp.arange(60.0), SERIES))
+    return Case(filtered_level, (jnp.arange(24.0), SERIES[:24]), size=Size(16, 150, 150))
 
 
 CASES = {
