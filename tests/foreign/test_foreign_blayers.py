@@ -9,20 +9,16 @@ import driver
 
 pytestmark = [pytest.mark.promotes_ranks, pytest.mark.filterwarnings("default")]
 NAMES = tuple(blayers_models.LAYERS)
-QUICK = {  # what `make test` runs: one column for each layer
-    "AdaptiveLayer": "MAP",
-    "FMLayer": "MAP",
-    "FM3Layer": "MAP",
-    "LowRankInteractionLayer": "MAP",
-    "InteractionLayer": "MAP",
-    "BilinearLayer": "MAP",
-    "LowRankBilinearLayer": "MAP",
-    "EmbeddingLayer": "MAP",
-    "RandomEffectsLayer": "MAP",
-    "RandomWalkLayer": "MAP",
-    "HorseshoeLayer": "MAP",
-    "InterceptLayer": "MAP",
-}
+QUICK = (  # what `make test` runs: latents of every shape, 4 seconds each
+    "AdaptiveLayer",
+    "FMLayer",
+    "LowRankInteractionLayer",
+    "BilinearLayer",
+    "EmbeddingLayer",
+    "RandomEffectsLayer",
+    "RandomWalkLayer",
+    "HorseshoeLayer",
+)
 
 
 def case_or_skip(name):
@@ -32,11 +28,11 @@ def case_or_skip(name):
     return case
 
 
-@pytest.mark.parametrize(("name", "column"), QUICK.items())
-def test_a_member_is_an_svi_of_the_layer(name, column):
+@pytest.mark.parametrize("name", QUICK)
+def test_a_member_is_an_svi_of_the_layer(name):
     case = case_or_skip(name)
-    row = driver.run_model(name, case, columns=(column,))
-    assert row[column] == {"ok": True}, driver.complaints(row)
+    row = driver.run_model(name, case, columns=("MAP",))
+    assert row["MAP"] == {"ok": True}, driver.complaints(row)
 
 
 @pytest.mark.foreign
