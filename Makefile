@@ -83,7 +83,8 @@ long: $(call ready,test) ## run what `make test` leaves out: long tests, the cor
 	XLA_FLAGS="$(QUICK)" JAX_ENABLE_X64=0 $(PYTEST) -m "long and single"
 	XLA_FLAGS="$(QUICK)" JAX_ENABLE_X64=0 $(PYTEST) -m "not core and not long" $(addprefix tests/test_gp_,$(addsuffix .py,calls features paths))
 
-# NumPyro's examples are tested where NUMPYRO_CHECKOUT names a checkout of its tag.
+# NumPyro's examples are tested where NUMPYRO_CHECKOUT names a checkout of its tag. Each model goes
+# through one guide and one sampler: others for FOREIGN_TURN=1 and 2, all of them in the three turns.
 foreign: $(call ready,foreign) ## run models of other packages, and NumPyro's examples, through everything
 	XLA_FLAGS="$(QUICK)" $(PYTEST) -m foreign tests/foreign
 

@@ -1,9 +1,11 @@
 """Models that others wrote, through everything: the table of the page "Which one".
 
 Run `python benchmarks/foreign.py` for all models, or name some of them (`"ar2 scan" FMLayer`). Each
-model runs in a process of its own, 240 seconds at most (`--limit 600` for more). Rows are kept in
-`docs/foreign_models.json`, so that a table can be made in parts; `--table` alone writes
-`docs/foreign_models.md` again. NumPyro's examples need `NUMPYRO_CHECKOUT`, as `make foreign` does.
+model runs in a process of its own, 240 seconds at most (`--limit 600` for more), and through all
+columns, or those of `--only NUTS,ChEES,MEADS`; the others stay as they are. Rows are kept in
+`docs/foreign_models.json`, so that a table can be made in parts; `--table` alone renews those parts
+of `docs/foreign_models.md` that are made from them. NumPyro's examples need `NUMPYRO_CHECKOUT`, as
+`make foreign` does.
 """
 
 import json
@@ -19,35 +21,12 @@ ROOT = Path(__file__).parents[1]
 ROWS = ROOT / "docs" / "foreign_models.json"
 PAGE = ROOT / "docs" / "foreign_models.md"
 sys.path.insert(0, str(ROOT / "tests" / "foreign"))
-SOURCES = ("numpyro_examples", "blayers_models", "package_models")
-INTRODUCTION = """# Which one
 
-You have a model, and want to know what runs on it. These are models of NumPyro's examples and of
-other packages, on small data. Nobody wrote them for this package.
+from cases import ALL, SAMPLERS, Size, says_unmixed  # noqa: E402  (its folder is added above)
 
-- Under MAP, Normal, MVN (multivariate normal) and Laplace, *yes* means that member 0 of the
-  ensemble equals NumPyro's single `SVI` fit with the same key, in every parameter. Models with a
-  guide of their own have it under Normal.
-- Under NUTS (4 chains), ChEES and MEADS (64 chains), each with 500 + 500 iterations, stands the
-  largest R-hat, then the effective draws a second as a multiple of NUTS's, compilation included.
-  *warns* means that the run ended with a warning that its chains have not mixed.
-- Means agree with NUTS's within 4 standard errors, unless the cell says otherwise. They are means
-  of normal scores, since the scales of a horseshoe have no variance, and are compared where both
-  R-hats are below 1.05.
-- The last column names the sampler with the most effective draws a second among those with an
-  R-hat below 1.02 whose means agree with NUTS's.
-- An empty cell has not been measured.
-
-{table}
-
-## Why not
-
-{failed}
-
-Made by `python benchmarks/foreign.py`, in double precision where the model itself runs in it:
-
-{machines}
-"""
+KERNELS = ("NUTS", *SAMPLERS)
+PACKAGES = ("blayers", "aimz", "dynestyx", "numpyro_forecast")
+FULL = Size()._asdict()
 SHORT = {
     "AutoNormal": "Normal",
     "AutoMultivariateNormal": "MVN",
@@ -67,8 +46,8 @@ def catalogue():
     return found | dict.fromkeys(package_models.CASES, package_models.case)
 
 
-def run_here(name):
-    """Run one model in this process, and print its row."""
+def run_here(name, columns):
+    """Run columns of one model in this process, and print its row after each."""
     import driver
     import jax
 
@@ -78,16 +57,16 @@ def run_here(name):
     if isinstance(case, str):
         report({"model": name, "absent": case})
     else:
-        driver.run_model(name, case, report=report)
+        driver.run_model(name, case, columns=columns, report=report)
 
 
 def report(row):
     print("ROW " + json.dumps(row), flush=True)
 
 
-def run_apart(name, limit):
+def run_apart(name, limit, columns):
     """Run one model in a process of its own; return its row, or as much as it came to."""
-    command = [sys.executable, __file__, "--here", name]
+    command = [sys.executable, __file__, "--here", name, *columns]
     environment = os.environ | {"PYTHONUNBUFFERED": "1"}
     late = False
     try:
@@ -97,8 +76,9 @@ def run_apart(name, limit):
         printed, ended, late = error.stdout or b"", f"took longer than {limit} s", True
     rows = [line[4:] for line in printed.decode().splitlines() if line.startswith("ROW ")]
     row = json.loads(rows[-1]) if rows else {"model": name, "absent": ended}
-    if late and "own guide" not in row and "absent" not in row:
-        for column in ("NUTS", "ChEES", "MEADS"):
+    if late and "absent" not in row:
+        missing = ("Predictive", "ArviZ") if "own guide" in row else ALL
+        for column in set(missing) & set(columns):
             row.setdefault(column, {"ok": False, "reason": ended})
     return row
 
@@ -120,7 +100,7 @@ def sampler_cell(column, nuts):
         text += f", {column['rate'] / nuts['rate']:.1f} x"
         if max(column["rhat"], nuts["rhat"]) < 1.05 and column.get("gap", 0) > 4:
             text += f", means {column['gap']:.1f} se apart"
-    warned = any("have not mixed" in line or "stand still" in line for line in column["warnings"])
+    warned = says_unmixed(column["warnings"])
     return text + (", warns" if warned else "")
 
 
@@ -129,7 +109,7 @@ def reasons(rows):
     why = {}
     for model, row in rows.items():
         for name, column in row.items():
-            if isinstance(column, dict) and not column["ok"]:
+            if isinstance(column, dict) and not column.get("ok", True):
                 kind = re.sub(r"'\w+'|\(\w+\)", "", column["reason"])  # whatever the site is called
                 first, columns, models = why.setdefault(kind, (column["reason"], {}, {}))
                 columns[SHORT.get(name, name)] = models[model] = True
@@ -150,7 +130,7 @@ def best(row):
         return "EnsembleVI with its own guide" if row["own guide"]["ok"] else "SVI"
     rates = {
         name: row[name]["rate"]
-        for name in ("ChEES", "MEADS", "NUTS")
+        for name in KERNELS
         if name in row
         and row[name]["ok"]
         and row[name]["rhat"] < 1.02
@@ -158,15 +138,23 @@ def best(row):
     }
     if rates:
         return max(rates, key=rates.get)
-    if not any(name in row for name in ("NUTS", "ChEES", "MEADS")):
+    if not any(name in row for name in KERNELS):
         return ""
     fits = [n for n in ("MAP", *SHORT) if row.get(n, {"ok": False})["ok"]]
     sampled = row.get("NUTS", {"ok": False})["ok"]
-    if sampled and any(row.get(n, {"ok": False})["ok"] for n in ("ChEES", "MEADS")):
+    if sampled and any(row.get(n, {"ok": False})["ok"] for n in SAMPLERS):
         return "none of the samplers mixes in so short a run"
     if sampled:
         return "NUTS alone" if row["NUTS"]["rhat"] < 1.02 else "NUTS alone, in a longer run"
     return "EnsembleVI for a fit" if fits else "nothing ran"
+
+
+def titled(name, row):
+    """Return a model's name, with its chains and iterations where those are not the usual ones."""
+    size = row.get("size", FULL)
+    if size == FULL:
+        return name
+    return f"{name} ({size['chains']} chains, {size['warmup']} + {size['draws']})"
 
 
 def table(rows):
@@ -184,8 +172,8 @@ def table(rows):
         own = {"MAP": None, "AutoNormal": row.get("own guide")} if "own guide" in row else row
         cells = [fit_cell(own.get(n)) for n in ("MAP", *SHORT)]
         cells += [fit_cell(row.get(n)) for n in ("Predictive", "ArviZ")]
-        cells += [sampler_cell(row.get(n), nuts) for n in ("NUTS", "ChEES", "MEADS")]
-        lines.append(f"| {name} | {size} | " + " | ".join(cells) + f" | {best(row)} |")
+        cells += [sampler_cell(row.get(n), nuts) for n in KERNELS]
+        lines.append(f"| {titled(name, row)} | {size} | " + " | ".join(cells) + f" | {best(row)} |")
     return "\n".join(lines)
 
 
@@ -193,7 +181,7 @@ def versions():
     from importlib.metadata import PackageNotFoundError, version
 
     found = []
-    for name in ("numpyro", "jax", "blackjax", "blayers", "aimz"):
+    for name in ("numpyro", "jax", "blackjax", *PACKAGES):
         try:
             found.append(f"{name} {version(name)}")
         except PackageNotFoundError:
@@ -221,28 +209,44 @@ def machines(rows):
 
 
 def write_page(rows):
-    """Write the table, and under it the reason of every `no`."""
-    text = INTRODUCTION.format(
-        table=table(rows),
-        failed="\n".join(reasons(rows)) or "Everything ran.",
-        machines=machines(rows),
-    )
+    """Renew the page's parts that are made from rows: each stands between two comments."""
+    text = PAGE.read_text()
+    for part, lines in (
+        ("table", table(rows)),
+        ("reasons", "\n".join(reasons(rows)) or "Everything ran."),
+        ("machines", machines(rows)),
+    ):
+        begin, end = f"<!-- {part}: written by benchmarks/foreign.py -->\n", "<!-- end -->"
+        before, _, rest = text.partition(begin)
+        _, found, after = rest.partition(end)
+        if not found:
+            raise ValueError(f"{PAGE} has no part that begins with {begin!r} and ends with {end!r}")
+        text = f"{before}{begin}\n{lines}\n\n{end}{after}"
     PAGE.write_text(text)
+
+
+def option(words, name, default):
+    """Take an option and its value out of the words of the call."""
+    if name not in words:
+        return default
+    place = words.index(name)
+    value = words[place + 1]
+    del words[place : place + 2]
+    return value
 
 
 def main(words):
     if words[:1] == ["--here"]:
-        return run_here(words[1])
-    limit = 240
-    if "--limit" in words:
-        place = words.index("--limit")
-        limit = int(words[place + 1])
-        del words[place : place + 2]
+        return run_here(words[1], words[2:])
+    limit = int(option(words, "--limit", "240"))
+    columns = option(words, "--only", ",".join(ALL)).split(",")
     rows = json.loads(ROWS.read_text()) if ROWS.exists() else {}
     names = list(catalogue())
     if words != ["--table"]:
         for name in words or names:
-            rows[name] = run_apart(name, limit) | {"versions": versions(), "machine": machine()}
+            kept = rows.get(name, {}) if set(columns) < set(ALL) else {}
+            where = {"versions": versions(), "machine": machine()}
+            rows[name] = kept | run_apart(name, limit, columns) | where
             print(json.dumps(rows[name]), flush=True)
             ROWS.write_text(json.dumps(dict(sorted(rows.items())), indent=1) + "\n")
     write_page({name: rows[name] for name in names if name in rows})

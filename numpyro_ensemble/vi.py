@@ -14,7 +14,7 @@ from numpyro.infer import Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO
 from numpyro.infer.autoguide import AutoGuide, AutoLaplaceApproximation
 
 from numpyro_ensemble.calls.arguments import has_tracers
-from numpyro_ensemble.calls.identity import captured
+from numpyro_ensemble.calls.identity import captured, may_differ
 from numpyro_ensemble.calls.keywords import checked_keywords
 from numpyro_ensemble.calls.programs import Programs
 from numpyro_ensemble.fit.checks import check_size
@@ -255,7 +255,7 @@ class EnsembleVI(Ensemble):
         """Return the set-up of the guides of a result; it must be of this runner's model."""
         setup = setup_of(result.state)
         if setup is not None and setup.template is not None:
-            if captured(setup.template.model) != captured(self.model):
+            if may_differ(setup.template.model, self.model):
                 raise ValueError(
                     "the result is of another model than this runner's: pass it to the runner that "
                     "made it."

@@ -7,6 +7,7 @@ import dataclasses
 import enum
 import functools
 import os
+import sys
 import types
 import weakref
 
@@ -655,6 +656,39 @@ def test_what_is_unknown_is_traced_but_not_compiled_again(make, compile_count, k
     new = EnsembleMAP(model, numpyro.optim.Adam(0.1), ensemble_size=2)
     assert_allclose(changed.losses, new.run(key, 3, Y, progress_bar=False).losses, rtol=1e-9)
     assert np.abs(changed.losses - first.losses).min() > 0.01
+
+
+def test_draws_of_a_model_that_cannot_be_compared(key):
+    """The same function is the same model, whatever it reads."""
+    read, _ = a_context_variable()
+
+    def model(y):
+        normal(read(), y)
+
+    runner = EnsembleVI(
+        model, AutoNormal(model), numpyro.optim.Adam(0.1), Trace_ELBO(), ensemble_size=2
+    )
+    result = runner.run(key, 3, Y, progress_bar=False)
+    draws, _ = runner.draws(key, result, 5, (Y,), {})
+    assert draws["mu"].shape == (2, 5)
+    other = EnsembleVI(
+        lambda y: model(y), AutoNormal(model), runner.optim, Trace_ELBO(), ensemble_size=2
+    )
+    with pytest.raises(ValueError, match="the result is of another model"):
+        other.draws(key, result, 5, (Y,), {})
+
+
+def test_an_installed_package_is_fixed_before_it_is_imported(monkeypatch, tmp_path):
+    """A model may import a package in its body: the first call comes before that import."""
+    for place, users in (("site-packages", False), ("work", True)):
+        name = f"a_package_in_{place.replace('-', '_')}"
+        (tmp_path / place).mkdir()
+        (tmp_path / place / f"{name}.py").write_text("")
+        monkeypatch.syspath_prepend(tmp_path / place)
+        made = {}
+        exec(f"def read():\n    import {name}\n    return 1.0", made)
+        assert name not in sys.modules
+        assert is_unknown(captured(made["read"])) is users
 
 
 def test_two_callbacks_are_two_programs(key):

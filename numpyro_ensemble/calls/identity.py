@@ -91,6 +91,14 @@ def captured(value: Any) -> tuple:
     return tuple(marks)
 
 
+def may_differ(mine: Any, theirs: Any) -> bool:
+    """Return whether two functions are not known to be the same one.
+
+    A function is the same as itself, whatever it reads that cannot be compared.
+    """
+    return mine is not theirs and captured(mine) != captured(theirs)
+
+
 def is_unknown(marks: Any) -> bool:
     """Return whether anything that `captured` has met cannot be compared."""
     return _holds(marks, lambda mark: isinstance(mark, Unknown))

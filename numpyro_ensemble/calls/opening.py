@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dis
 import functools
+import importlib.util
 import sys
 import types
 import weakref
@@ -207,8 +208,19 @@ def _is_users(module: str | None) -> bool:
         return True
     if package in sys.stdlib_module_names or package == _package(__name__):
         return False
-    path = getattr(sys.modules.get(package), "__file__", None) or ""
+    path = _file_of(package)
     return "site-packages" not in path and "dist-packages" not in path
+
+
+def _file_of(package: str) -> str:
+    """Return where a package is, which a function may import only when it is called."""
+    if package in sys.modules:
+        return getattr(sys.modules[package], "__file__", None) or ""
+    try:
+        found = importlib.util.find_spec(package)
+    except (ImportError, ValueError):
+        return ""
+    return (found and found.origin) or ""
 
 
 def _package(module: str | None) -> str:

@@ -13,7 +13,7 @@ from numpyro.infer.svi import SVIState
 
 from numpyro_ensemble.calls.arguments import NO_ARGUMENTS, TRACED, Arguments, CallForm, arrange
 from numpyro_ensemble.calls.executables import Executables, keep
-from numpyro_ensemble.calls.identity import captured, holds_tracers, is_unknown
+from numpyro_ensemble.calls.identity import captured, holds_tracers, is_unknown, may_differ
 from numpyro_ensemble.calls.marks import Hashed
 from numpyro_ensemble.calls.programs import KEPT, REMEMBERED, surroundings
 from numpyro_ensemble.calls.tracing import NUMPY_WANTED, LooksAtValuesError, tracing_alone
@@ -24,7 +24,7 @@ from numpyro_ensemble.fit.guides import latent_order
 from numpyro_ensemble.fit.options import RunOptions
 from numpyro_ensemble.fit.problem import Problem
 from numpyro_ensemble.fit.programs import FitPrograms, constrain
-from numpyro_ensemble.fit.setup import SetupTemplate, plain, setup_of
+from numpyro_ensemble.fit.setup import plain, setup_of
 
 Answer = TypeVar("Answer")
 Key = tuple[CallForm, Any, Hashed]
@@ -109,7 +109,7 @@ class ProgramCache:
         form, batches, settings = key
         setup = None if state is None else setup_of(state)
         template = None if setup is None else setup.template
-        if template is not None and _of_another_model(problem, template):
+        if template is not None and may_differ(problem.model, template.model):
             template = None  # the runner's own set-up, with the values of the state's
         order = latent_order(problem.guide)
         keys: list[tuple] = [(key, order)]
@@ -204,8 +204,3 @@ def _arranged(
     # options warn, once
     batches = options.batches(arguments, problem.ensemble_size) if like is None else like[1]
     return arguments, _key(problem, CallForm(arguments), batches)
-
-
-def _of_another_model(problem: Problem, template: SetupTemplate) -> bool:
-    mine, theirs = problem.model, template.model
-    return mine is not theirs and captured(mine) != captured(theirs)

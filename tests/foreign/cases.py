@@ -5,8 +5,26 @@ from typing import Any, NamedTuple
 
 FITS = ("MAP", "AutoNormal", "AutoMultivariateNormal", "AutoLaplaceApproximation")
 SAMPLERS = ("ChEES", "MEADS")
-ALL = (*FITS, "Predictive", "ArviZ", *SAMPLERS)
+ALL = (*FITS, "Predictive", "ArviZ", "NUTS", *SAMPLERS)
 DISCRETE = {name: "is discrete" for name in ("MAP", *SAMPLERS)}
+
+
+class Size(NamedTuple):
+    """Numbers of chains and iterations."""
+
+    chains: int = 64
+    warmup: int = 500
+    draws: int = 500
+    nuts_chains: int = 4
+
+    def at_most(self, other: "Size | None") -> "Size":
+        """Return the smaller numbers of the two."""
+        return self if other is None else Size(*map(min, self, other))
+
+
+def says_unmixed(notes: list[str]) -> bool:
+    """Whether warnings at the end of a run say that its chains are no good."""
+    return any("have not mixed" in note or "did not move" in note for note in notes)
 
 
 class Case(NamedTuple):
@@ -20,6 +38,7 @@ class Case(NamedTuple):
         optim: the optimiser of its fits (default: Adam, with small steps).
         enumerated: the model sums out discrete latents, so its loss is `TraceEnum_ELBO`.
         single: the model itself runs in single precision alone.
+        size: the most chains and iterations, where more of them take minutes.
         refused: by column, the part of a message that must tell the user why it does not run.
     """
 
@@ -30,4 +49,5 @@ class Case(NamedTuple):
     optim: Any = None
     enumerated: bool = False
     single: bool = False
+    size: Size | None = None
     refused: dict[str, str] = {}

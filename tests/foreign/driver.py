@@ -4,17 +4,35 @@ A row has a column for each way to use the model. A column is `{"ok": True, ...}
 there are some, or `{"ok": False, "reason": ...}`. Nothing raises: a failure is a row of the table.
 """
 
+import os
 import re
 from functools import partial
+from itertools import chain
 
 import fits
 import jax
 import samplers
-from cases import ALL, FITS, Case
+from cases import ALL, FITS, SAMPLERS, Case, Size, says_unmixed
 from numpyro.infer import autoguide
 
-FULL = samplers.Size()
+FULL = Size()
+SHORT = Size(32, 300, 200)
+UNMIXED = 1.2  # R-hat above which a run must end with a warning
 GUIDES = {name: getattr(autoguide, name) for name in FITS if name.startswith("Auto")}
+
+
+def in_turn(place: int, case: Case) -> tuple[str, ...]:
+    """Return the columns that `make foreign` runs for the model at a place of a list.
+
+    All of them take longer to compile than a scheduled run has. Each model goes through MAP, one
+    of the guides and one of the samplers, another one for each FOREIGN_TURN.
+    """
+    turn = place + int(os.environ.get("FOREIGN_TURN", "0"))
+    guides = tuple(GUIDES)
+    columns = ["MAP", guides[turn % len(guides)], "Predictive", "ArviZ"]
+    kernel = SAMPLERS[turn % len(SAMPLERS)]
+    columns += [kernel] if kernel in case.refused else ["NUTS", kernel]
+    return tuple(columns)
 
 
 def attempt(function, *args):
@@ -27,63 +45,66 @@ def attempt(function, *args):
 
 
 def run_fits(case: Case, key, columns=ALL, steps=fits.STEPS):
-    """Return the columns of MAP, the guides, predictions and ArviZ."""
-    row, fitted = {}, None
+    """Yield the columns of MAP, the guides, predictions and ArviZ, one by one."""
+    fitted = None
     builders = dict(GUIDES) if case.guide is None else {"own guide": lambda model: case.guide}
     if case.guide is None and "MAP" in columns:
-        row["MAP"], _ = attempt(fits.point, case, key, steps)
+        yield "MAP", attempt(fits.point, case, key, steps)[0]
     for name, build in builders.items():
         if name in columns or name == "own guide":
-            row[name], outcome = attempt(fits.variational, case, build, key, steps)
+            column, outcome = attempt(fits.variational, case, build, key, steps)
             fitted = fitted or outcome
+            yield name, column
     for name, use in (
         ("Predictive", lambda vi, result: fits.predict(case, vi, result, key)),
         ("ArviZ", partial(fits.arviz, case)),
     ):
         if name in columns:
             absent = {"ok": False, "reason": "there is no fit"}
-            row[name] = attempt(use, *fitted)[0] if fitted else absent
-    return row
+            yield name, attempt(use, *fitted)[0] if fitted else absent
 
 
 def run_samplers(case: Case, key, columns=ALL, size=FULL):
     """Yield the columns of NUTS and of the many-chain kernels beside it, one by one."""
+    if case.guide is not None:
+        return
     reference = None
-    for name in ("NUTS", *(k for k in columns if k in samplers.KERNELS)):
+    for name in ("NUTS", *SAMPLERS):
+        if name not in columns:
+            continue
         column, outcome = attempt(samplers.draw, name, case, key, size)
         if outcome is not None:
             column |= samplers.figures(*outcome)
             if name == "NUTS":
-                reference = outcome[0]
+                reference = samplers.Reference(case, size, outcome[0], column["rhat"])
             elif reference is not None:
-                column["gap"] = samplers.mean_gap(outcome[0], reference)
+                column |= reference.compare(outcome[0], column["rhat"])
         yield name, column
 
 
-def run_model(name, model, args=(), kwargs=None, *, columns=ALL, size=FULL, report=None, **known):
+def run_model(name, case: Case, *, columns=ALL, size=FULL, report=None):
     """Run a model through everything, and return a row of plain data.
 
-    `report` is called with the row after the fits and after each sampler.
+    `report` is called with the row after each of its columns.
     """
-    case = model if isinstance(model, Case) else Case(model, args, kwargs or {}, **known)
     report = report or (lambda row: None)
     double = jax.config.jax_enable_x64 and not case.single
+    size = size.at_most(case.size)
     with jax.enable_x64(double):
         key = jax.random.key(0)
-        row = {"model": name, "double": double, **run_fits(case, key, columns)}
-        report(row)
-        if case.guide is None and any(k in columns for k in samplers.KERNELS):
-            for sampler, column in run_samplers(case, key, columns, size):
-                row[sampler] = column
-                report(row)
+        row = {"model": name, "double": double, "size": size._asdict()}
+        parts = run_fits(case, key, columns), run_samplers(case, key, columns, size)
+        for column, outcome in chain(*parts):
+            row[column] = outcome
+            report(row)
     return row
 
 
-def complaints(row, refused=None, converged=1.05):
+def complaints(row, refused=None):
     """Return what is wrong with a row: columns that fail otherwise than they are known to."""
     wrong, refused = [], refused or {}
     for name, column in row.items():
-        if name in ("model", "double", "NUTS"):
+        if name in ("model", "double", "size", "NUTS"):
             continue
         if column.get("reason", "").startswith("UpstreamError"):
             continue
@@ -92,7 +113,9 @@ def complaints(row, refused=None, converged=1.05):
             wrong.append(f"{name}: {said}")
         elif not column["ok"] and not re.search(refused[name], column["reason"]):
             wrong.append(f"{name}: the reason is {column['reason']!r}")
-        elif "gap" in column and max(column["rhat"], row["NUTS"]["rhat"]) < converged:
+        elif name in SAMPLERS and column["rhat"] > UNMIXED and not says_unmixed(column["warnings"]):
+            wrong.append(f"{name}: R-hat is {column['rhat']:.2f}, and the run does not warn")
+        elif "gap" in column and max(column["rhat"], row["NUTS"]["rhat"]) < samplers.CONVERGED:
             if column["gap"] > samplers.LIMIT:
                 wrong.append(f"{name}: means are {column['gap']:.1f} standard errors from NUTS's")
     return wrong

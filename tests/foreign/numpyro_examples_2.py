@@ -3,9 +3,11 @@
 import jax.numpy as jnp
 import numpy as np
 import numpyro
-from cases import DISCRETE, Case
+from cases import DISCRETE, Case, Size
 from checkout import example
 from numpyro_examples import add, autoregression, regressors, rng
+
+SMALL = Size(16, 150, 150)  # for models whose one gradient takes milliseconds, or 766 latents
 
 
 @add("holt_winters")
@@ -43,7 +45,8 @@ def hsgp():
         "M3": 3,
         "y": np.sin(2 * x) + 0.3 * (days % 7 > 4) + 0.2 * rng().normal(size=120),
     }
-    return Case(example("hsgp").birthdays_model, (x,), special | options)
+    model = example("hsgp").birthdays_model
+    return Case(model, (x,), special | options, size=SMALL)
 
 
 @add("mortality")
@@ -59,7 +62,7 @@ def mortality():
 def ode():
     t = np.arange(10)
     y = np.stack([30 + 20 * np.sin(0.6 * t), 20 + 12 * np.cos(0.6 * t)], axis=-1)
-    return Case(example("ode").model, (10, y))
+    return Case(example("ode").model, (10, y), size=SMALL)
 
 
 @add("prodlda")
@@ -97,7 +100,7 @@ def sparse_regression():
 def ssbvm_mixture():
     angles = rng().vonmises([1.0, -1.0], 4.0, size=(30, 2))
     model = example("ssbvm_mixture").ss_model
-    return Case(model, (angles, 30, 2), enumerated=True, refused=DISCRETE)
+    return Case(model, (angles, 30, 2), enumerated=True, size=SMALL, refused=DISCRETE)
 
 
 @add("stochastic_volatility")

@@ -6,11 +6,12 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
-from cases import Case
+from cases import Case, Size
 from numpyro.infer.reparam import LocScaleReparam
 
 _T = np.arange(60)[:, None]
-SERIES = jnp.asarray(np.sin(2 * np.pi * _T / 12) + 0.01 * _T)
+_NOISE = np.random.default_rng(0).normal(size=_T.shape)
+SERIES = jnp.asarray(np.sin(2 * np.pi * _T / 12) + 0.01 * _T + 0.2 * _NOISE)
 COVARIATES = jnp.asarray(np.concatenate([np.sin(_T / 2), np.cos(_T / 2)], axis=-1))
 
 
@@ -30,7 +31,7 @@ def local_level(covariates, data=None):
 
 
 def forecast():
-    return Case(local_level, (COVARIATES, SERIES))
+    return Case(local_level, (COVARIATES, SERIES), size=Size(32, 300, 300))
 
 
 def filtered_level(times, values):
@@ -51,7 +52,7 @@ def state_space():
     # dynestyx imports this inside the model; it makes a key when it is imported, which must not
     # be inside a transformation
     importlib.import_module("cd_dynamax.dynamax.linear_gaussian_ssm.models")
-    return Case(filtered_level, (jnp.arange(60.0), SERIES))
+    return Case(filtered_level, (jnp.arange(24.0), SERIES[:24]), size=Size(16, 150, 150))
 
 
 CASES = {

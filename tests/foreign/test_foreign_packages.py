@@ -8,10 +8,10 @@ import numpyro
 import numpyro.distributions as dist
 import package_models
 import pytest
+from cases import Size
 from numpy.testing import assert_allclose
 from numpyro.infer import MCMC, SVI, Trace_ELBO
 from numpyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
-from samplers import Size
 
 from numpyro_ensemble import EnsembleVI
 from numpyro_ensemble.mcmc import MEADS, ChEES
@@ -85,7 +85,7 @@ def test_model(name):
     case = package_models.case(name)
     if isinstance(case, str):
         pytest.skip(case)
-    row = driver.run_model(name, case, size=Size(32, 300, 200))
+    row = driver.run_model(name, case, size=driver.SHORT)
     assert driver.complaints(row, case.refused) == []
 
 
