@@ -19,6 +19,10 @@ from numpyro_ensemble.mcmc.positions import Coordinates
 
 _NAMED = 10
 _FREEZING = 1e3  # the largest eigenvalue above which steps are a 60th of the scale, or less
+_STILL = (
+    10  # iterations: a chain that accepts 0.8 of its proposals rejects so many once in 10 million
+)
+_CRAWLING = 0.01  # of the scale, in which step sizes are
 _FAR = 5.0  # times the virial of the typical set
 
 
@@ -46,6 +50,13 @@ def frames_outside_jax() -> Iterator[FrameType]:
 def listed(numbers: np.ndarray) -> str:
     """Return the first few numbers as text."""
     return ", ".join(map(str, numbers[:_NAMED])) + (", ..." if len(numbers) > _NAMED else "")
+
+
+def is_frozen(
+    iterations_since_move: jax.Array, step_size: jax.Array, num_steps: jax.Array
+) -> jax.Array:
+    """Return which chains stand still, or would need 10,000 iterations to cross the scale."""
+    return (iterations_since_move >= _STILL) | (step_size * num_steps < _CRAWLING)
 
 
 class Survey(NamedTuple):
