@@ -8,10 +8,11 @@ import optax
 import pytest
 from blackjax.mcmc import dynamic_hmc
 
-from numpyro_ensemble.mcmc.chees import Scheme, _halton, chees_start, chees_step
+from numpyro_ensemble.mcmc.chees_scheme import Scheme, _halton, chees_start, chees_step
 from numpyro_ensemble.mcmc.progress import Progress
 
 NUM_CHAINS, NUM_STEPS = 8, 30
+ALL = jnp.ones(NUM_CHAINS, bool)
 SCALES = jnp.array([0.3, 2.0])
 
 
@@ -37,7 +38,7 @@ def ours(key, start, scheme):
     chains = init._replace(random_generator_arg=jnp.zeros((), int))
     step_size = jnp.asarray(0.1)
     progress = Progress.start(NUM_STEPS, NUM_CHAINS)
-    adaptation = chees_start(start, step_size, step_size, progress, scheme)
+    adaptation = chees_start(start, ALL, step_size, step_size, progress, scheme)
 
     def step(carry, key):
         chains, adaptation, _ = chees_step(
@@ -106,7 +107,7 @@ def test_a_chain_that_accepts_nothing_makes_no_steps_tiny(key, plain, tiny):
     chains = chains._replace(random_generator_arg=jnp.zeros((), int))
     scheme = Scheme(plain=plain)
     first, progress = jnp.asarray(0.5), Progress.start(200, 64)
-    adaptation = chees_start(rows, first, first, progress, scheme)
+    adaptation = chees_start(rows, jnp.ones(64, bool), first, first, progress, scheme)
 
     def step(carry, key):
         chains, adaptation, _ = chees_step(jax.random.split(key, 64), *carry, with_a_trap, scheme)

@@ -49,20 +49,24 @@ def start(seed=0):
 def test_runs_report_how_they_mixed(kernel):
     """One compiled loop: mixed draws say nothing, and those of chains that cannot move do."""
     mcmc = sampler(kernel(model), warmup=100, jit_model_args=True)
-    fields = ("iterations_since_move",)
+    fields = ("iterations_since_move", "frozen")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         mcmc.warmup(jax.random.key(0), jnp.inf, init_params=start())
         mcmc.run(jax.random.key(1), jnp.inf, extra_fields=fields)
     since = mcmc.get_extra_fields(group_by_chain=True)["iterations_since_move"]
     assert since.shape == (CHAINS, 20) and since.max() < 15
+    assert not mcmc.get_extra_fields()["frozen"][:10].any()
     still = rf"64 of 64 chains of {kernel.__name__} did not move in 20 draws: 0, 1, .*R-hat is up"
     with pytest.warns(UserWarning, match=still) as caught:
         mcmc.run(jax.random.key(0), 1e-6, extra_fields=(*fields, "~z.b"))
-    assert caught[0].filename == __file__ and "double precision" in str(caught[0].message)
+    said = str(caught[0].message)
+    assert caught[0].filename == __file__ and "double precision" in said
+    assert "start='pathfinder'" in said and "nuts" not in said and "more warm-up" not in said
     assert type(mcmc.get_samples()) is dict and set(mcmc.get_samples()) == {"a", "none"}
     since = mcmc.get_extra_fields(group_by_chain=True)["iterations_since_move"]
     assert (jnp.diff(since, axis=1) == 1).all() and since.max() >= 20
+    assert mcmc.get_extra_fields(group_by_chain=True)["frozen"][:, 10:].all()
 
 
 def draws_of(num_draws=40, shift=0.0):
@@ -78,7 +82,7 @@ def draws_of(num_draws=40, shift=0.0):
     }
 
 
-ADVICE = Advice("MEADS", ("zeta", "at", "corner", "empty"), "Try this.")
+ADVICE = Advice("MEADS", ("zeta", "at", "corner", "empty"), "this", "that")
 
 
 def test_split_rhat_is_that_of_arviz():
@@ -113,7 +117,9 @@ def test_chains_that_do_not_mix_are_named():
         check_mixing(draws_of(), ADVICE)
         check_mixing(draws_of(num_draws=8, shift=3.0), ADVICE)  # too few to tell
         check_mixing({name: 0.0 * x for name, x in draws_of().items()}, ADVICE)  # never collected
-    with pytest.warns(UserWarning, match=r"up to \d\.\d+, at 'at'\[2\], .* for 1 of 8 .* Try this"):
+    with pytest.warns(
+        UserWarning, match=r"up to \d\.\d+, at 'at'\[2\], .* for 1 of 8 .* Try, in this order: this"
+    ):
         check_mixing(draws_of(shift=3.0), ADVICE)
     one = draws_of()
     one["zeta"][3] = one["zeta"][3, 0]
@@ -121,7 +127,13 @@ def test_chains_that_do_not_mix_are_named():
         warnings.simplefilter("error")
         check_mixing(one, ADVICE)  # it moves at the other sites
     one["at"][3] = one["at"][3, 0]
-    with pytest.warns(UserWarning, match="1 of 8 chains of MEADS did not move in 40 draws: 3"):
+    with pytest.warns(
+        UserWarning, match="1 of 8 chains of MEADS did not move in 40 .* order: that"
+    ):
+        check_mixing(one, ADVICE)
+    one["at"][5] = one["at"][5, 0] + 1e-3 * one["at"][5]
+    one["zeta"][5] = one["zeta"][5, 0] + 1e-3 * one["zeta"][5]
+    with pytest.warns(UserWarning, match="2 of 8 chains of MEADS hardly moved in 40 draws: 3, 5"):
         check_mixing(one, ADVICE)
 
 

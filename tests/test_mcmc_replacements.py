@@ -10,8 +10,10 @@ import numpyro.distributions as dist
 import pytest
 
 from numpyro_ensemble.mcmc import MEADS, ChEES, starts
+from numpyro_ensemble.mcmc.replacements import _compared
 
 CHAINS = 64
+MODES = jnp.array([0.0, -20.0])
 POINTS = jnp.linspace(0.0, 1.0, 20)
 
 
@@ -66,10 +68,39 @@ def two_wells():
 
 
 def test_searches_that_end_hopelessly_are_dropped():
-    match = r"chains would start where the log density is 1e\+05 .* those of search \d.*, of 4"
+    match = (
+        r"chains would start where the posterior has exp\(-1e\+05\) .* of search \d.*, of 4 from"
+    )
     with pytest.warns(UserWarning, match=match):
         z = starts.from_nuts(jax.random.key(0), two_wells, CHAINS, num_warmup=50, num_draws=20)
     assert (z["x"] > -1.0).all()
+
+
+def far_and_tiny():
+    """A normal at -20, and a mode that holds exp(-20) of it where the searches begin."""
+    modes = dist.Normal(jnp.array([-20.0, 1.0]), jnp.array([1.0, 0.05]))
+    numpyro.sample("z", dist.MixtureSameFamily(dist.Categorical(logits=MODES), modes))
+    numpyro.sample("at", dist.Normal(0.0, 1.0))
+
+
+def test_a_mode_of_good_density_that_holds_nothing_is_dropped():
+    match = (
+        r"has exp\(-2\d\.?\d*\) or less of the mass that the best search has found: those of search"
+    )
+    with pytest.warns(UserWarning, match=match):
+        z = starts.from_nuts(jax.random.key(0), far_and_tiny, CHAINS, num_warmup=100, num_draws=50)
+    assert (z["z"] < -15.0).all() and z["z"].std() > 0.5
+
+
+def test_searches_are_compared_by_density_times_volume():
+    """The neck of a funnel of 50 widths is 600 higher in density, and holds no more mass."""
+    log_density = jnp.tile(jnp.array([0.0, 600.0, 590.0]), 4)
+    volumes = jnp.array([0.0, -600.0, -700.0])
+    dropped, behind, lowest = _compared(log_density, volumes, 50)
+    np.testing.assert_array_equal(dropped, np.tile([False, False, True], 4))
+    assert lowest == 0.0 and behind[2] == 110.0
+    dropped, *_ = _compared(log_density, 0.0 * volumes, 50)  # by density alone
+    np.testing.assert_array_equal(dropped, np.tile([True, False, False], 4))
 
 
 @pytest.mark.core

@@ -45,7 +45,9 @@ def ours(key, start, scheme):
         in_rows(start), jax.random.split(init_key, NUM_CHAINS)
     )
     progress = Progress.start(NUM_STEPS, NUM_CHAINS)
-    adaptation = meads_start(in_rows(start), chains.logdensity_grad, progress, scheme)
+    adaptation = meads_start(
+        in_rows(start), chains.logdensity, chains.logdensity_grad, progress, scheme
+    )
 
     def step(carry, key):
         keys = jax.random.split(key, NUM_CHAINS + 1)
@@ -116,7 +118,9 @@ def test_draws_are_made_with_averages_over_the_last_half(key):
         in_rows(positions(key)), jax.random.split(key, NUM_CHAINS)
     )
     progress = Progress.start(NUM_STEPS, NUM_CHAINS)
-    adaptation = meads_start(chains.position, chains.logdensity_grad, progress, scheme)
+    adaptation = meads_start(
+        chains.position, chains.logdensity, chains.logdensity_grad, progress, scheme
+    )
 
     def step(carry, key):
         keys = jax.random.split(key, NUM_CHAINS + 1)
@@ -172,7 +176,7 @@ def test_steps_are_shrunk_until_enough_is_accepted(key):
     @partial(jax.jit, static_argnums=0)
     def accepted(scheme):
         progress = Progress.start(200, 64)
-        adaptation = meads_start(rows, start.logdensity_grad, progress, scheme)
+        adaptation = meads_start(rows, start.logdensity, start.logdensity_grad, progress, scheme)
 
         def step(carry, key):
             keys = jax.random.split(key, 65)

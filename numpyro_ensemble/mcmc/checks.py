@@ -13,12 +13,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro
-from blackjax.adaptation.meads_adaptation import maximum_eigenvalue
 
+from numpyro_ensemble.mcmc.counted import counted, in_folds, largest_eigenvalue
 from numpyro_ensemble.mcmc.positions import Coordinates
 
 _NAMED = 10
 _FREEZING = 1e3  # the largest eigenvalue above which steps are a 60th of the scale, or less
+_STILL = (
+    10  # iterations: a chain that accepts 0.8 of its proposals rejects so many once in 10 million
+)
+_CRAWLING = 0.01  # of the scale, in which step sizes are
 _FAR = 5.0  # times the virial of the typical set
 
 
@@ -48,12 +52,19 @@ def listed(numbers: np.ndarray) -> str:
     return ", ".join(map(str, numbers[:_NAMED])) + (", ..." if len(numbers) > _NAMED else "")
 
 
+def is_frozen(
+    iterations_since_move: jax.Array, step_size: jax.Array, num_steps: jax.Array
+) -> jax.Array:
+    """Return which chains stand still, or would need 10,000 iterations to cross the scale."""
+    return (iterations_since_move >= _STILL) | (step_size * num_steps < _CRAWLING)
+
+
 class Survey(NamedTuple):
     """What is known of a start."""
 
     finite: jax.Array  # (C,), whether density and gradient are
     varies: jax.Array  # (d,), whether the chains differ in a coordinate, in every fold
-    eigenvalue: jax.Array  # (K,), the largest one of the scaled gradients
+    eigenvalue: jax.Array  # (K,), the largest one of the scaled gradients of chains that count
     virial: jax.Array  # mean of -(z - mean) * gradient, which is 1 in the typical set
 
 
@@ -62,10 +73,11 @@ def survey(log_density: Any, rows: jax.Array, num_folds: int) -> tuple[jax.Array
     values, slopes = jax.vmap(jax.value_and_grad(log_density))(rows)
     finite = jnp.isfinite(values) & jnp.isfinite(slopes).all(axis=1)
     folds = rows.reshape(num_folds, -1, rows.shape[1])
-    scale = folds.std(axis=1)
+    counts = in_folds(counted(values, rows.shape[1]).reshape(num_folds, -1))
+    scale = folds.std(axis=1, where=counts[..., None])
     scaled = slopes.reshape(folds.shape) * scale[:, None]
     varies = (folds.max(axis=1) > folds.min(axis=1)).all(axis=0)  # a scale may round above 0
-    eigenvalues = jax.vmap(maximum_eigenvalue)(scaled)
+    eigenvalues = jax.vmap(largest_eigenvalue)(scaled, counts)
     virial = -((rows - rows.mean(axis=0, keepdims=True)) * slopes).mean()
     return values, slopes, Survey(finite, varies, eigenvalues, virial)
 

@@ -14,15 +14,14 @@ from numpyro.infer import init_to_uniform
 from numpyro.infer.mcmc import MCMCKernel
 from numpyro.util import is_prng_key
 
-from numpyro_ensemble.mcmc.checks import Survey, check_start, check_values, survey
+from numpyro_ensemble.mcmc.checks import Survey, check_start, check_values, is_frozen, survey
 from numpyro_ensemble.mcmc.mixing import Advice, CollectedDraws, collected
 from numpyro_ensemble.mcmc.progress import Progress
 from numpyro_ensemble.mcmc.searches import STARTS, given
 from numpyro_ensemble.mcmc.state import ChainsState, in_rows, in_sites
 from numpyro_ensemble.mcmc.target import Target
 
-_REMEDIES = (  # what helps chains of any kernel that have not mixed
-    'another start (start="pathfinder", or init_params from numpyro_ensemble.mcmc.starts); '
+_REMEDIES = (  # what helps chains of any kernel
     "hierarchical effects that are decentred (LocScaleReparam), and latents with scales near 1; "
     "double precision (numpyro.enable_x64()); NUTS(model), which adapts each chain alone"
 )
@@ -85,8 +84,9 @@ class ManyChainKernel(MCMCKernel):
         def constrain(z: Any) -> CollectedDraws:
             latents = tuple(z) if self._target.model is not None else ()
             draws = self._target.run("constrain", self._constrain, (z,), args, kwargs)
-            remedy = f"Try, in this order: {self._remedies}; {_REMEDIES}."
-            return collected(draws, Advice(type(self).__name__, latents, remedy))
+            start = f"another start ({self._other_start()}); {_REMEDIES}"
+            advice = Advice(type(self).__name__, latents, f"{self._remedies}; {start}", start)
+            return collected(draws, advice)
 
         return constrain
 
@@ -148,17 +148,23 @@ class ManyChainKernel(MCMCKernel):
     def _remedy(self, given: bool) -> str:
         """Return what to do about a start that is no good."""
         if self._target.model is None:
-            return "Give other init_params: finite, spread, and where the potential is small."
+            return f"Give {self._other_start()}."
         if given:
             return (
                 f"Leave init_params out, so that {type(self).__name__} finds its start, or take "
                 f"them from numpyro_ensemble.mcmc.starts."
             )
-        other = "pathfinder" if self._start == "nuts" else "nuts"
         return (
-            f"It was found by start={self._start!r}: take start={other!r}, or init_params from "
-            f"numpyro_ensemble.mcmc.starts, and look at the data and at init_strategy."
+            f"It was found by start={self._start!r}: take {self._other_start()}, and look at the "
+            f"data and at init_strategy."
         )
+
+    def _other_start(self) -> str:
+        """Name a start that is not the kernel's own."""
+        if self._target.model is None:
+            return "other init_params: finite, spread, and where the potential is small"
+        other = "pathfinder" if self._start == "nuts" else "nuts"
+        return f"start={other!r}, or init_params from numpyro_ensemble.mcmc.starts"
 
     def _find_start(
         self, key: jax.Array, num_chains: int, num_warmup: int, args: tuple, kwargs: dict
@@ -206,6 +212,7 @@ class ManyChainKernel(MCMCKernel):
             diverging=jnp.zeros(num_chains, bool),
             num_divergences=jnp.zeros(num_chains, int),
             iterations_since_move=jnp.zeros(num_chains, int),
+            frozen=jnp.zeros(num_chains, bool),
             adapt_state=None,
             rng_key=keys[:, 0],
             known=jnp.zeros(num_chains, bool),
@@ -259,15 +266,16 @@ class ManyChainKernel(MCMCKernel):
         n = jnp.where(progress.warming, progress.iteration, state.i - progress.iteration) + 1
         mean = jnp.where(n == 1, 0.0, state.mean_accept_prob)
         mean = mean + (new.accept_prob - mean) / n
+        moved = (new.z != state.z).any(axis=1)
+        since = jnp.where(moved, 0, state.iterations_since_move + 1)
         new = new._replace(
             i=state.i + 1,
             rng_key=keys[:, 0],
             known=state.known,
             mean_accept_prob=mean.astype(state.mean_accept_prob.dtype),
             num_divergences=jnp.where(n == 1, 0, state.num_divergences) + new.num_divergences,
-            iterations_since_move=jnp.where(
-                (new.z != state.z).any(axis=1), 0, state.iterations_since_move + 1
-            ),
+            iterations_since_move=since,
+            frozen=is_frozen(since, new.adapt_state.step_size, new.num_steps),
         )
         return in_sites(new, coordinates)
 

@@ -121,7 +121,9 @@ class MEADS(ManyChainKernel):
     def _first_adaptation(
         self, keys: jax.Array, state: ChainsState, progress: Progress, found: Survey
     ) -> ChainsState:
-        adaptation = meads_start(state.z, -state.z_grad, progress, self._scheme)
+        adaptation = meads_start(
+            state.z, -state.potential_energy, -state.z_grad, progress, self._scheme
+        )
         momentum, slice_ = jax.vmap(first_momentum)(keys, adaptation.scale)
         return state._replace(r=momentum, slice=slice_, adapt_state=adaptation)
 

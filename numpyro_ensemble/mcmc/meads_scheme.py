@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from blackjax.adaptation.meads_adaptation import maximum_eigenvalue
 from blackjax.mcmc.ghmc import GHMCState
 
+from numpyro_ensemble.mcmc.counted import counted, in_folds, largest_eigenvalue, with_stand_ins
 from numpyro_ensemble.mcmc.ghmc import Outcome, ghmc_steps, kinetic_energy
 from numpyro_ensemble.mcmc.low_rank import LowRank, default_rank
 from numpyro_ensemble.mcmc.progress import Progress
@@ -71,7 +71,7 @@ class Scheme(NamedTuple):
 
 
 def meads_start(
-    rows: jax.Array, grad: jax.Array, progress: Progress, scheme: Scheme
+    rows: jax.Array, log_density: jax.Array, grad: jax.Array, progress: Progress, scheme: Scheme
 ) -> MEADSAdaptation:
     """Return the adaptation of chains that have not moved yet, from positions `(C, D)`."""
     num_chains, size = rows.shape
@@ -84,7 +84,8 @@ def meads_start(
     sums = None if scheme.plain else Sums(none, jnp.zeros_like(rows), none)
     shrinkage = None if scheme.plain else none
     empty = MEADSAdaptation(none, rows, none, none, slot, progress, None, sums, shrinkage)
-    return _adapt(rows, grad, empty, scheme)._replace(low_rank=low_rank)
+    counts = _counts(log_density, rows, scheme)
+    return _adapt(rows, grad, counts, empty, scheme)._replace(low_rank=low_rank)
 
 
 def meads_step(
@@ -109,9 +110,10 @@ def meads_step(
         Chains, adaptation, the chains' energies, and what is known of the steps.
     """
     warming = adaptation.progress.warming
+    counts = _counts(chains.logdensity, chains.position, scheme)
     adaptation = jax.lax.cond(
         warming,
-        lambda a: _adapt(chains.position, chains.logdensity_grad, a, scheme),
+        lambda a: _adapt(chains.position, chains.logdensity_grad, counts, a, scheme),
         lambda a: a,
         adaptation,
     )
@@ -133,27 +135,34 @@ def meads_step(
         diverged = jnp.where(warming & resting, 0, outcome.num_divergences)
         outcome = outcome._replace(num_divergences=diverged)
     if adaptation.log_shrinkage is not None:
-        shrunk = _shrunk(adaptation.log_shrinkage, outcome.accept_prob)
+        shrunk = _shrunk(adaptation.log_shrinkage, outcome.accept_prob, counts)
         adaptation = adaptation._replace(
             log_shrinkage=jnp.where(warming, shrunk, adaptation.log_shrinkage)
         )
     energy = kinetic_energy(metric, new.momentum) - new.logdensity
     adaptation = jax.lax.cond(
         warming,
-        lambda a: _end_step(shuffle_key, new.position, a, scheme),
+        lambda a: _end_step(shuffle_key, new.position, counts, a, scheme),
         lambda a: a,
         adaptation,
     )
     return new, adaptation, energy, outcome
 
 
-def _shrunk(log_shrinkage: jax.Array, accept_prob: jax.Array) -> jax.Array:
+def _counts(log_density: jax.Array, rows: jax.Array, scheme: Scheme) -> jax.Array:
+    """Return which chains count in what is adapted."""
+    if scheme.plain:
+        return jnp.ones(len(rows), bool)
+    return counted(log_density, rows.shape[1])
+
+
+def _shrunk(log_shrinkage: jax.Array, accept_prob: jax.Array, counts: jax.Array) -> jax.Array:
     """Return the shrinkage after a step with these acceptance probabilities.
 
     The largest eigenvalue alone makes steps that are too long where there are many dimensions: at
     160 or 1,000 of them 0.6 to 0.7 is accepted, and momentum is turned round too often.
     """
-    accepted = jnp.nan_to_num(accept_prob).mean()
+    accepted = jnp.nan_to_num(accept_prob).mean(where=counts)
     # no more can be accepted than 1, so that a fall without a bound would be slow to undo
     lacking = jnp.maximum(accepted - _ACCEPTED, _ACCEPTED - 1.0)
     return jnp.minimum(log_shrinkage + _GAIN * lacking, 0.0)
@@ -169,31 +178,38 @@ def _inverse(permutation: jax.Array) -> jax.Array:
 
 
 def _adapt(
-    rows: jax.Array, slopes: jax.Array, adaptation: MEADSAdaptation, scheme: Scheme
+    rows: jax.Array,
+    slopes: jax.Array,
+    counts: jax.Array,
+    adaptation: MEADSAdaptation,
+    scheme: Scheme,
 ) -> MEADSAdaptation:
     """Set each fold's parameters: scale and step size from its left neighbour, damping its own."""
     order = _inverse(adaptation.slot)
     shape = (scheme.num_folds, -1, rows.shape[1])
     folds, gradients = rows[order].reshape(shape), slopes[order].reshape(shape)
-    scales = folds.std(axis=1)
+    counting = in_folds(counts[order].reshape(scheme.num_folds, -1))
+    where = counting[..., None]
+    scales = folds.std(axis=1, where=where)
     # lines 7 and 8: the step size, no more than 1, from the scaled gradients
     low_rank = adaptation.low_rank
     whitened, scaled = folds / scales[:, None], gradients * scales[:, None]
     if low_rank is not None:
         window = scheme.window_fraction, scheme.plain
-        low_rank = low_rank.observe(rows, adaptation.progress, *window)
+        low_rank = low_rank.observe(with_stand_ins(rows, counts), adaptation.progress, *window)
         whitened = low_rank.whiten(folds, scheme.plain)
         if not scheme.plain:
             scaled = low_rank.scale_gradients(gradients)
-    largest = jax.vmap(maximum_eigenvalue)(scaled)
+    largest = jax.vmap(largest_eigenvalue)(scaled, counting)
     step_sizes = jnp.minimum(scheme.step_size_multiplier / jnp.sqrt(largest), 1.0)
     if adaptation.log_shrinkage is not None:
         step_sizes = step_sizes * jnp.exp(adaptation.log_shrinkage[0])
     step_sizes, lent_scales = jnp.roll(step_sizes, 1), jnp.roll(scales, 1, axis=0)
     # line 9: the damping, no less than the floor that falls with time
-    centred = whitened - whitened.mean(axis=1, keepdims=True)
+    centred = whitened - whitened.mean(axis=1, keepdims=True, where=where)
     floor = scheme.damping_slowdown / ((adaptation.progress.iteration[0] + 1) * step_sizes)
-    gamma = jnp.maximum(1.0 / jnp.sqrt(jax.vmap(maximum_eigenvalue)(centred)), floor)
+    widest = jax.vmap(largest_eigenvalue)(centred, counting)
+    gamma = jnp.maximum(1.0 / jnp.sqrt(widest), floor)
     alpha = 1.0 - jnp.exp(-2.0 * step_sizes * gamma)
     fold = _fold(adaptation, scheme)
     return adaptation._replace(
@@ -206,7 +222,11 @@ def _adapt(
 
 
 def _end_step(
-    key: jax.Array, rows: jax.Array, adaptation: MEADSAdaptation, scheme: Scheme
+    key: jax.Array,
+    rows: jax.Array,
+    counts: jax.Array,
+    adaptation: MEADSAdaptation,
+    scheme: Scheme,
 ) -> MEADSAdaptation:
     """Shuffle the folds every K steps, and settle the parameters after the last one."""
     progress, num_chains = adaptation.progress, rows.shape[0]
@@ -217,7 +237,12 @@ def _end_step(
 
     if adaptation.sums is not None:
         adaptation = adaptation._replace(sums=_add(adaptation, adaptation.sums))
-    settled = jax.lax.cond(progress.ending, lambda a: _settle(a, rows), lambda a: a, adaptation)
+    settled = jax.lax.cond(
+        progress.ending,
+        lambda a: _settle(a, with_stand_ins(rows, counts)),
+        lambda a: a,
+        adaptation,
+    )
     return settled._replace(slot=slot, progress=progress.next())
 
 

@@ -15,16 +15,18 @@ from numpyro_ensemble.mcmc.checks import callers_level, frames_outside_jax, list
 _FEWEST_DRAWS = 10  # a chain that accepts 0.8 of its proposals rejects 9 in a row once in 2 million
 _MIXED = 1.05  # R-hat of 20 effective draws a chain, 1,280 of 64 chains
 _SHORTNESS = 1.5  # over the draws in half a chain: what short chains of good draws may have more
+_HARDLY = 0.01  # of the width of all draws
 _FOR_MEDIANS = 50  # draws of a chain
 _BLOCK = 4_000_000  # numbers that are taken to double precision at once
 
 
 class Advice(NamedTuple):
-    """Whose draws are collected, and what to try where they are no good."""
+    """Whose draws are collected, and what to try, in this order, where they are no good."""
 
     kernel: str
     latents: tuple[str, ...]  # none: all that is collected
-    remedy: str
+    unmixed: str  # for chains that have not mixed
+    frozen: str  # for chains that did not move
 
 
 class CollectedDraws(dict):
@@ -85,12 +87,14 @@ def check_mixing(draws: dict[str, Any], advice: Advice) -> None:
         advice: whose they are.
     """
     moved: Any = False
+    walked: Any = False
     rhats, names = [], []
     latents = {name: draws[name] for name in advice.latents or draws if name in draws}
     for name, block in _blocks(latents):
         if block.shape[1] < _FEWEST_DRAWS:
             return
         moved = moved | (block != block[:, :1]).any(axis=(1, 2))
+        walked = walked | _walked(block)
         rhats.append(robust_rhat(block))
         names.append(name)
         num_draws = block.shape[1]
@@ -100,11 +104,13 @@ def check_mixing(draws: dict[str, Any], advice: Advice) -> None:
     worst = int(np.argmax(largest))
     where = f"R-hat is up to {largest[worst]:.3g}, at {names[worst](int(np.argmax(rhats[worst])))}"
     limit = _MIXED + _SHORTNESS / (num_draws // 2)
-    if not moved.all():
-        still = np.flatnonzero(~moved)
+    remedy = advice.unmixed
+    if not walked.all():
+        frozen, remedy = np.flatnonzero(~walked), advice.frozen
+        did = "hardly moved" if moved[frozen].any() else "did not move"
         message = (
-            f"{len(still)} of {len(moved)} chains of {advice.kernel} did not move in {num_draws} "
-            f"draws: {listed(still)}. Their draws are where they were after warm-up ({where}). "
+            f"{len(frozen)} of {len(moved)} chains of {advice.kernel} {did} in {num_draws} draws: "
+            f"{listed(frozen)}. Their draws are where they were after warm-up ({where}). "
         )
     elif largest[worst] > limit:
         rhat = np.concatenate(rhats)
@@ -114,7 +120,7 @@ def check_mixing(draws: dict[str, Any], advice: Advice) -> None:
         )
     else:
         return
-    warnings.warn(message + advice.remedy, stacklevel=callers_level())
+    warnings.warn(f"{message}Try, in this order: {remedy}.", stacklevel=callers_level())
 
 
 def _blocks(draws: dict[str, Any]) -> Iterator[tuple[Any, np.ndarray]]:
@@ -144,11 +150,22 @@ def robust_rhat(draws: np.ndarray) -> np.ndarray:
     from the median, in its median distances, are shrunk by arsinh, so that heavy tails do not hide
     what is in the middle.
     """
-    some = draws[:, :: max(1, draws.shape[1] // _FOR_MEDIANS)].reshape(-1, draws.shape[2])
-    median = np.median(some, axis=0)
-    width = np.median(np.abs(some - median), axis=0)
+    median, width = _median_and_width(draws)
     shrunk = np.arcsinh((draws - median) / np.where(width > 0.0, width, 1.0))
     return np.maximum(split_rhat(shrunk), split_rhat(np.abs(shrunk)))
+
+
+def _median_and_width(draws: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the median, and the median distance from it, of some draws `(C, N, k)`."""
+    some = draws[:, :: max(1, draws.shape[1] // _FOR_MEDIANS)].reshape(-1, draws.shape[2])
+    median = np.median(some, axis=0)
+    return median, np.median(np.abs(some - median), axis=0)
+
+
+def _walked(draws: np.ndarray) -> np.ndarray:
+    """Return which chains moved, by a hundredth of the width of all draws `(C, N, k)` or more."""
+    distance = draws.max(axis=1) - draws.min(axis=1)
+    return ((distance > 0.0) & (distance >= _HARDLY * _median_and_width(draws)[1])).any(axis=1)
 
 
 def split_rhat(draws: np.ndarray) -> np.ndarray:

@@ -39,8 +39,8 @@ def search(
 
     def found(call: tuple[tuple, dict], key: jax.Array) -> tuple[Any, Found]:
         draw_key, move_key = jax.random.split(key)
-        z, usable = draw(call, draw_key, target=target, num_chains=num_chains, **options)
-        return replace_unfit(call, move_key, z, usable, target=target, num_searches=num_searches)
+        drawn = draw(call, draw_key, target=target, num_chains=num_chains, **options)
+        return replace_unfit(call, move_key, *drawn, target=target)
 
     name = (draw.__name__, num_chains, *sorted(options.items()))
     z, known = target.run(name, found, (key,), args, kwargs)
@@ -98,7 +98,21 @@ def _draw_nuts(
     else:
         draws = jax.vmap(run)(first, keys)
     chains = spread(spread_key, draws, num_chains, jitter)
-    return chains, valid[jnp.arange(num_chains) % num_starts]
+    return chains, valid[jnp.arange(num_chains) % num_starts], _log_volumes(draws)
+
+
+def _log_volumes(draws: Any) -> jax.Array:
+    """Return the logarithm of how much space each search's draws `(S, M, ...)` take up.
+
+    It is the sum of the logarithms of their standard deviations, or 0 for all if each search has
+    one draw.
+    """
+    num_starts, num_draws = jax.tree.leaves(draws)[0].shape[:2]
+    if num_draws == 1:
+        return jnp.zeros(num_starts)
+    widths = [x.std(axis=1).reshape(num_starts, -1) for x in jax.tree.leaves(draws)]
+    tiny = jnp.finfo(widths[0].dtype).tiny
+    return jnp.log(jnp.maximum(jnp.concatenate(widths, axis=1), tiny)).sum(axis=1)
 
 
 def spread(key: jax.Array, draws: Any, num_chains: int, jitter: float) -> Any:

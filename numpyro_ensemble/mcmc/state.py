@@ -27,6 +27,7 @@ class _Fields(NamedTuple):
     diverging: jax.Array
     num_divergences: jax.Array
     iterations_since_move: jax.Array
+    frozen: jax.Array
     adapt_state: Any
     rng_key: jax.Array
     known: jax.Array
@@ -49,6 +50,8 @@ class ChainsState(_Fields):
         diverging: whether a step of this iteration diverged.
         num_divergences: how many steps diverged since the start or the end of warm-up.
         iterations_since_move: how many iterations each chain has been where it is.
+        frozen: whether a chain has been there for 10 iterations, or this iteration's trajectory is
+            shorter than a hundredth of the scale.
         adapt_state: what is adapted, `step_size` among it.
         rng_key: one key for each chain.
         known: whether density and gradient are those of the arguments that `sample` is called with;

@@ -1,0 +1,194 @@
+"""The pure step of ChEES (Hoffman et al., 2021), with a metric from the spread of the chains."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from blackjax.adaptation import chees_adaptation
+from blackjax.mcmc import dynamic_hmc
+from blackjax.mcmc.dynamic_hmc import DynamicHMCState
+
+from numpyro_ensemble.mcmc.counted import counted
+from numpyro_ensemble.mcmc.progress import Progress
+from numpyro_ensemble.mcmc.target import all_finite, choose, per_chain, shared
+
+_BITS = 30  # of the Halton sequence: those that a shorter run has no need of add nothing
+# The step size follows the harmonic mean over chains, which one chain that accepts nothing makes 0.
+_LEAST_ACCEPTED = 0.1  # one such chain of 64 lowers the mean by an eighth at most
+_FORGETTING = 3.0  # how fast the scale forgets: it speaks of the last third of warm-up
+
+
+class ChEESAdaptation(NamedTuple):
+    """What ChEES adapts, the same for each chain.
+
+    Attributes:
+        step_size: `(C,)`.
+        trajectory_length: `(C,)`, the longest one: each is a part of it.
+        variance: `(C, d)`, the metric: variances of the unconstrained coordinates.
+        place: `(C,)`, the one in the Halton sequence that says which part.
+        log_step_size, log_length: `(C,)`, averages, of which draws are made.
+        inner: BlackJAX's state of the adaptation.
+        progress: how far warm-up has come.
+    """
+
+    step_size: jax.Array
+    trajectory_length: jax.Array
+    variance: jax.Array
+    place: jax.Array
+    log_step_size: jax.Array
+    log_length: jax.Array
+    inner: Any
+    progress: Progress
+
+
+class Scheme(NamedTuple):
+    """The constants of the scheme.
+
+    `plain` is the scheme as BlackJAX has it: identity metric, and lengths that are averaged before
+    the next step is made from them.
+    """
+
+    learning_rate: float = 0.025
+    target_accept_prob: float = 0.8
+    decay_rate: float = 0.5
+    max_leapfrog_steps: int = 1000
+    momentum: float = 0.0  # of Adam, as the next one: the values of Hoffman et al.
+    memory: float = 0.95
+    plain: bool = False
+
+    def rules(self) -> tuple[Callable, Callable]:
+        """Return BlackJAX's `init` and `update` of the adaptation."""
+        return chees_adaptation.base(
+            _halton,
+            lambda i: i + 1,
+            optax.adam(self.learning_rate, b1=self.momentum, b2=self.memory),
+            self.target_accept_prob,
+            self.decay_rate,
+            self.max_leapfrog_steps,
+        )
+
+
+def _halton(index: jax.Array) -> jax.Array:
+    return dynamic_hmc.halton_sequence(index, _BITS)
+
+
+def _leapfrogs(index: jax.Array, most: jax.Array) -> jax.Array:
+    return jnp.ceil(_halton(index) * most).astype(int)
+
+
+_move = dynamic_hmc.build_kernel(
+    next_random_arg_fn=lambda index: index + 1, integration_steps_fn=_leapfrogs
+)
+_ALIKE = DynamicHMCState(0, 0, 0, None)  # chains make the same number of steps
+
+
+def chees_start(
+    rows: jax.Array,
+    counts: jax.Array,
+    step_size: jax.Array,
+    length: jax.Array,
+    progress: Progress,
+    scheme: Scheme,
+) -> ChEESAdaptation:
+    """Return the adaptation of chains that have not moved yet, from positions `(C, D)`.
+
+    `counts` says which of them count, `(C,)`.
+    """
+    num_chains = rows.shape[0]
+    index = jnp.zeros((), int)
+    inner = scheme.rules()[0](index, step_size)
+    inner = inner._replace(trajectory_length=length)
+    variance = jnp.ones_like(rows[0])
+    if not scheme.plain:
+        variance = rows.var(axis=0, where=counts[:, None])
+    zero = jnp.zeros_like(step_size)
+    first = (step_size, length, variance, index, zero, zero, inner)
+    return ChEESAdaptation._make([*per_chain(first, num_chains), progress])
+
+
+def chees_step(
+    keys: jax.Array,
+    chains: DynamicHMCState,
+    adaptation: ChEESAdaptation,
+    log_density: Callable,
+    scheme: Scheme,
+) -> tuple[DynamicHMCState, ChEESAdaptation, Any]:
+    """Make one iteration of all chains, and in warm-up one step of the scheme.
+
+    Args:
+        keys: `(C,)`.
+        chains: BlackJAX's state, with a leading chain axis but for `random_generator_arg`, and
+            positions in rows.
+        adaptation: the state of the scheme.
+        log_density: of one chain's row.
+        scheme: its constants.
+
+    Returns:
+        Chains, adaptation, and BlackJAX's account of the step.
+    """
+    step_size, length, variance = shared(adaptation[:3])
+    move = jax.vmap(_move, in_axes=(0, _ALIKE, None, None, None, None), out_axes=(_ALIKE, 0))
+    new, info = move(keys, chains, log_density, step_size, variance, (length / step_size,))
+    whole = all_finite(new.logdensity, new.logdensity_grad)
+    new = DynamicHMCState(*choose(whole, new[:3], chains[:3]), new.random_generator_arg)
+    info = info._replace(
+        is_divergent=info.is_divergent | ~whole, is_accepted=info.is_accepted & whole
+    )
+    adaptation = adaptation._replace(place=adaptation.place + 1)
+    adaptation = jax.lax.cond(
+        adaptation.progress.warming,
+        lambda a: _adapt(chains, new.position, info, a, scheme),
+        lambda a: a,
+        adaptation,
+    )
+    return new, adaptation, info
+
+
+def _adapt(
+    chains: DynamicHMCState, after: jax.Array, info: Any, a: ChEESAdaptation, scheme: Scheme
+) -> ChEESAdaptation:
+    """Make one step of the scheme from one step of the chains."""
+    inner, num_chains = shared(a.inner), a.step_size.shape[0]
+    before, left_out = chains.position, info.is_divergent
+    step, accepted = inner.step, info.acceptance_rate
+    counts = counted(chains.logdensity, before.shape[1])[:, None]
+    if not scheme.plain:
+        before = jnp.where(counts, before, before.mean(axis=0, keepdims=True, where=counts))
+        left_out = left_out | ~counts[:, 0]
+        accepted = jnp.maximum(accepted, _LEAST_ACCEPTED)
+        # BlackJAX makes each step from the average so far, which it moves by 1 / sqrt(step) of a
+        # step: a length then grows by exp(2 * learning_rate * sqrt(steps)) at most. Told that
+        # this is step 1, it averages nothing, and we do.
+        inner = inner._replace(step=jnp.ones_like(step))
+    with jax.numpy_rank_promotion("allow"):  # BlackJAX does, whatever the user's setting
+        inner = scheme.rules()[1](
+            inner,
+            info.proposal.position,
+            info.proposal.momentum,
+            before,
+            accepted,
+            left_out,
+            a.variance[0],
+        )
+    log_step_size = inner.log_step_size_moving_average
+    log_length = inner.log_trajectory_length_moving_average
+    variance = a.variance[0]
+    if not scheme.plain:
+        weight = step**-scheme.decay_rate
+        log_step_size = a.log_step_size[0] + weight * (log_step_size - a.log_step_size[0])
+        log_length = a.log_length[0] + weight * (jnp.log(inner.trajectory_length) - a.log_length[0])
+        inner = inner._replace(step=step + 1)
+        recent = _FORGETTING / (_FORGETTING + step)
+        variance = variance + recent * (after.var(axis=0, where=counts) - variance)
+    ending = a.progress.ending
+    step_size = jnp.where(ending, jnp.exp(log_step_size), inner.step_size)
+    longest = scheme.max_leapfrog_steps * step_size  # the two were averaged apart
+    length = jnp.where(ending, jnp.exp(log_length), inner.trajectory_length)
+    length = length if scheme.plain else jnp.minimum(length, longest)
+    new = (step_size, length, variance, a.place[0], log_step_size, log_length, inner)
+    new = jax.tree.map(lambda x, old: x.astype(old.dtype), per_chain(new, num_chains), tuple(a[:7]))
+    return ChEESAdaptation._make([*new, a.progress.next()])
