@@ -26,12 +26,21 @@ def _rank_promotion(request: pytest.FixtureRequest) -> Iterator[None]:
         yield
 
 
+def _may_promote_ranks(run: Callable[[], None]) -> Callable[[], None]:
+    def promoting() -> None:
+        with jax.numpy_rank_promotion("allow"):
+            run()
+
+    return promoting
+
+
 @pytest.hookimpl(tryfirst=True)  # before `-m` chooses
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run doctests with the core, in float32 as users do."""
+    """Run doctests with the core in float32, and as users do: ranks may be promoted."""
     for item in items:
         if isinstance(item, pytest.DoctestItem):
             item.add_marker("core")
+            item.runtest = _may_promote_ranks(item.runtest)  # type: ignore[method-assign]
 
 
 def pytest_collection_finish() -> None:
