@@ -4,6 +4,7 @@ A row has a column for each way to use the model. A column is `{"ok": True, ...}
 there are some, or `{"ok": False, "reason": ...}`. Nothing raises: a failure is a row of the table.
 """
 
+import copy
 import os
 import re
 from functools import partial
@@ -47,7 +48,7 @@ def attempt(function, *args):
 def run_fits(case: Case, key, columns=ALL, steps=fits.STEPS):
     """Yield the columns of MAP, the guides, predictions and ArviZ, one by one."""
     fitted = None
-    builders = dict(GUIDES) if case.guide is None else {"own guide": lambda model: case.guide}
+    builders = dict(GUIDES) if case.guide is None else {"own guide": lambda _: copy.copy(case.guide)}
     if case.guide is None and "MAP" in columns:
         yield "MAP", attempt(fits.point, case, key, steps)[0]
     for name, build in builders.items():

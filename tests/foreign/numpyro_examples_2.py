@@ -3,8 +3,9 @@
 import jax.numpy as jnp
 import numpy as np
 import numpyro
-from cases import DISCRETE, Case, Size
+from cases import DISCRETE, SAMPLERS, Case, Size
 from checkout import example
+from numpyro.infer.autoguide import AutoBNAFNormal
 from numpyro_examples import add, autoregression, regressors, rng
 
 SMALL = Size(16, 150, 150)  # for models whose one gradient takes milliseconds, or 766 latents
@@ -63,6 +64,20 @@ def ode():
     t = np.arange(10)
     y = np.stack([30 + 20 * np.sin(0.6 * t), 20 + 12 * np.cos(0.6 * t)], axis=-1)
     return Case(example("ode").model, (10, y), size=SMALL)
+
+
+@add("hmcecs")
+def hmcecs():
+    data = rng().normal(size=(10, 4))
+    outcomes = np.arange(10) % 3 > 0
+    rows = dict.fromkeys(SAMPLERS, "plate 'N' takes 4 of its 10 rows")
+    return Case(example("hmcecs").model, (data, outcomes, 4), refused=rows)
+
+
+@add("neutra")
+def neutra():
+    model = example("neutra").dual_moon_model
+    return Case(model, guide=AutoBNAFNormal(model, hidden_factors=[4, 4]))
 
 
 @add("prodlda")

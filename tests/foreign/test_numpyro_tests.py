@@ -1,0 +1,27 @@
+"""NumPyro's own tests of `SVI` and of autoguides, with an ensemble of one member in its place."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from checkout import folder
+
+pytestmark = pytest.mark.foreign
+HERE = Path(__file__).parent
+
+
+@pytest.mark.parametrize("name", ["test_svi", "test_autoguide"])
+def test_they_pass_with_one_member(name):
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "2", "-p", "one_member", "-W", "ignore"]
+    paths = os.pathsep.join(map(str, (HERE, HERE.parents[1])))
+    environment = {k: v for k, v in os.environ.items() if k != "JAX_ENABLE_X64"}
+    run = subprocess.run(
+        [*command, f"test/infer/{name}.py"],
+        cwd=folder(),
+        env={**environment, "PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stdout[-3000:]
