@@ -14,12 +14,15 @@ HERE = Path(__file__).parent
 
 @pytest.mark.parametrize("name", ["test_svi", "test_autoguide"])
 def test_they_pass_with_one_member(name):
+    root = folder()
+    if isinstance(root, str):
+        pytest.skip(root)
     command = [sys.executable, "-m", "pytest", "-q", "-n", "2", "-p", "one_member", "-W", "ignore"]
     paths = os.pathsep.join(map(str, (HERE, HERE.parents[1])))
     environment = {k: v for k, v in os.environ.items() if k != "JAX_ENABLE_X64"}
     run = subprocess.run(
         [*command, f"test/infer/{name}.py"],
-        cwd=folder(),
+        cwd=root,
         env={**environment, "PYTHONPATH": paths},
         capture_output=True,
         text=True,
