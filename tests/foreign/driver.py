@@ -48,7 +48,8 @@ def attempt(function, *args):
 def run_fits(case: Case, key, columns=ALL, steps=fits.STEPS):
     """Yield the columns of MAP, the guides, predictions and ArviZ, one by one."""
     fitted = None
-    builders = dict(GUIDES) if case.guide is None else {"own guide": lambda _: copy.copy(case.guide)}
+    own = {"own guide": lambda _: copy.copy(case.guide)}
+    builders = dict(GUIDES) if case.guide is None else own
     if case.guide is None and "MAP" in columns:
         yield "MAP", attempt(fits.point, case, key, steps)[0]
     for name, build in builders.items():
