@@ -295,7 +295,11 @@ def uses_in_turns(make):
 ALL_USES = [(make, uses) for make in (vi, map_fit) for uses in uses_in_turns(make)]
 
 
-@pytest.mark.parametrize(("make", "uses"), cases(QUICK_USES, *ALL_USES))
+@pytest.mark.parametrize(
+    ("make", "uses"),
+    cases(QUICK_USES, *ALL_USES),
+    ids=lambda value: "-".join(value) if isinstance(value, tuple) else value.__name__,
+)
 def test_the_first_use_of_a_runner_may_be_any(make, expected, uses, key):
     losses, runner = expected[make], make(required)
     for use in uses:
