@@ -80,6 +80,15 @@ def map_member_draws(fn: Callable, keys: jax.Array) -> Any:
     return jax.tree.map(lambda x: x.reshape(size, number, *x.shape[1:]), flat)
 
 
+def platform_of(*trees: Any) -> str:
+    """Return where arrays are, or where new ones are made if that is not known."""
+    for leaf in jax.tree.leaves(trees):
+        if isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer):
+            return next(iter(leaf.devices())).platform
+    device = jax.config.jax_default_device  # type: ignore[attr-defined]
+    return jax.default_backend() if device is None else getattr(device, "platform", str(device))
+
+
 def pick(tree: Any, *index: Any) -> Any:
     """Take one entry along the leading axes of all arrays."""
     return jax.tree.map(lambda leaf: leaf[index], tree)

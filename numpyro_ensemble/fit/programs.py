@@ -43,6 +43,7 @@ from numpyro_ensemble.fit.setup import (
 )
 from numpyro_ensemble.fit.slots import drop_unread
 from numpyro_ensemble.fit.starts import all_alike, check_starts, kept
+from numpyro_ensemble.mapping import platform_of
 
 _PROGRAMS = 32  # of one form of arguments that are kept
 _NUMBERS = (float, int, np.ndarray, np.generic, jax.Array)
@@ -235,7 +236,7 @@ class FitPrograms:
         fn: Any = self._programs.get(key)
         if fn is None:
             fn = tracing_alone(looking(build()))
-            options = _FAST_COMPILE if once and jax.default_backend() == "cpu" else None
+            options = _FAST_COMPILE if once and platform_of() == "cpu" else None
             fn = jax.jit(fn, static_argnums=0, donate_argnums=donate, compiler_options=options)
             if self.executables is not None:
                 fn = self.executables.wrap(fn, statics=1)

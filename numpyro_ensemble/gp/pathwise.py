@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 from numpyro import handlers
 
-from numpyro_ensemble.calls.arguments import has_tracers
 from numpyro_ensemble.calls.keywords import checked_keywords
 from numpyro_ensemble.calls.programs import Programs
 from numpyro_ensemble.density import fill_model, filled
@@ -31,7 +30,7 @@ from numpyro_ensemble.gp.matheron import check_options
 from numpyro_ensemble.gp.paths import PER_PATH, Paths
 from numpyro_ensemble.gp.sites import Answer, Site, gather_sites
 from numpyro_ensemble.handlers import check_count, one_key
-from numpyro_ensemble.mapping import map_draws, pick
+from numpyro_ensemble.mapping import map_draws, pick, platform_of
 
 
 class Moments(NamedTuple):
@@ -262,7 +261,7 @@ class Pathwise:
     def _at_once(self) -> int | None:
         """Return how many draws go at once: one on CPUs, where XLA's programs for many may hang."""
         return (
-            1 if self.batch_size is None and _platform(self.samples) == "cpu" else self.batch_size
+            1 if self.batch_size is None and platform_of(self.samples) == "cpu" else self.batch_size
         )
 
     def _inputs(self, rng_key: jax.Array) -> tuple:
@@ -416,14 +415,6 @@ class Pathwise:
             for name, (mean, variance) in moments.items()
         }
         return (named, free), flags_of(met, solved), answer.finite
-
-
-def _platform(arrays: Any) -> str:
-    """Return where arrays are, or where new ones would be if that is not known."""
-    leaves = jax.tree.leaves(arrays)
-    if not leaves or has_tracers(arrays):
-        return jax.default_backend()
-    return next(iter(leaves[0].devices())).platform
 
 
 def _copied(x: Any) -> Any:

@@ -13,6 +13,7 @@ from blackjax.vi.multipathfinder import multi_approximate
 from numpyro.infer.hmc import hmc
 
 from numpyro_ensemble.calls.arguments import has_tracers
+from numpyro_ensemble.mapping import platform_of
 from numpyro_ensemble.mcmc.replacements import Found, replace_unfit, report
 from numpyro_ensemble.mcmc.target import Target
 
@@ -93,7 +94,7 @@ def _draw_nuts(
         return jax.lax.fori_loop(0, num_warmup + num_draws, body, (state, room))[1]
 
     keys = jax.random.split(run_key, num_starts)
-    if jax.default_backend() == "cpu":  # no chain waits for another
+    if platform_of(first, keys) == "cpu":  # no chain waits for another
         draws = jax.lax.map(lambda pair: run(*pair), (first, keys))
     else:
         draws = jax.vmap(run)(first, keys)
