@@ -146,3 +146,22 @@ def test_arviz_data_of_dims_that_do_not_fit(key, fitted):
         to_arviz(runner, result, X, X, dims={"zeta": ["row"]})
     with pytest.raises(ValueError, match="'y'"):
         to_arviz(runner, result, X, X, dims={"y": ["row", "column"]})
+
+
+def test_a_plate_of_two_sizes_is_named(key, compile_count):
+    def two_sizes():
+        for name, size in (("w", 10), ("b", 5)):
+            with numpyro.plate("rows", size):
+                numpyro.sample(name, dist.Normal(0.0, 1.0))
+
+    runners = (
+        point(two_sizes),
+        EnsembleVI(two_sizes, AutoNormal(two_sizes), ADAM, Trace_ELBO(), ensemble_size=2),
+    )
+    with compile_count() as compiled:
+        for runner in runners:
+            with pytest.raises(
+                ValueError, match="plate 'rows' has size 10 around 'w' and 5 around 'b'"
+            ):
+                runner.run(key, 3, progress_bar=False)
+    assert not [name for name in compiled.names if name.startswith("jit_start")]

@@ -114,6 +114,8 @@ def model_sites(
     supply = _Supply(starts)
     full = _trace(problem, arguments, None, supply)
     problem.check_model(full)
+    if isinstance(problem.guide, AutoGuide):
+        _check_plates(full)
     if is_zero(problem.prior_weight) and not any(s.role == "likelihood" for s in full.values()):
         raise ValueError(
             "prior_weight=0 leaves nothing to fit: the model has no observed site. Pass the data, "
@@ -139,6 +141,19 @@ def model_sites(
         _check_scales(problem, arguments, batches, full)
         _check_factors(problem, arguments)
     return full, supply.used
+
+
+def _check_plates(sites: dict[str, Site]) -> None:
+    """Raise a ValueError where one plate has two sizes, which autoguides cannot make."""
+    sizes: dict[str, tuple[int, str]] = {}
+    for site in sites.values():
+        for plate, size in site.plates if site.kind in ("latent", "discrete") else ():
+            before, name = sizes.setdefault(plate, (size, site.name))
+            if size != before:
+                raise ValueError(
+                    f"plate {plate!r} has size {before} around {name!r} and {size} around "
+                    f"{site.name!r}: give plates of different sizes different names."
+                )
 
 
 def _check_scales(
