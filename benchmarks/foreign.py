@@ -75,11 +75,13 @@ def run_apart(name, limit, columns):
     except subprocess.TimeoutExpired as error:
         printed, ended, late = error.stdout or b"", f"took longer than {limit} s", True
     rows = [line[4:] for line in printed.decode().splitlines() if line.startswith("ROW ")]
-    row = json.loads(rows[-1]) if rows else {"model": name, "absent": ended}
-    if late and "absent" not in row:
+    row = json.loads(rows[-1]) if rows else {"model": name}
+    if late:
         missing = ("Predictive", "ArviZ") if "own guide" in row else ALL
         for column in set(missing) & set(columns):
             row.setdefault(column, {"ok": False, "reason": ended})
+    elif not rows:
+        row["absent"] = ended
     return row
 
 
