@@ -27,12 +27,14 @@ LAYERS = [
     {"calls.executables"},
     {"calls.programs"},
     {"mapping"},
+    {"fit.minimisers"},
+    {"fit.line_searches"},
     {"fit.batches", "fit.optimisers", "fit.starts"},
     {"fit.setup", "fit.loop"},
     {"fit.guides", "fit.options"},
     {"fit.slots"},
     {"fit.problem", "fit.point_guide", "fit.draws"},
-    {"fit.checks", "fit.member", "fit.member_guides"},
+    {"fit.checks", "fit.member", "fit.member_guides", "fit.noise"},
     {"fit.programs"},
     {"fit.call"},
     {"fit.cache", "fit.run"},
@@ -49,6 +51,8 @@ SIDES = {"mcmc", "gp"}
 
 HEAVY = {  # imported by these modules alone, and only when needed
     "blackjax": {"mcmc"},
+    "optimistix": {"fit.minimisers"},
+    "equinox": {"fit.minimisers"},
     "arviz": {"predict.arviz", "scoring"},
     "matplotlib": {"plotting"},
 }

@@ -8,7 +8,6 @@ from dataclasses import fields
 from typing import Any
 
 import jax
-import numpyro.optim
 from numpyro.infer import SVI
 from numpyro.infer.svi import SVIState
 
@@ -20,7 +19,7 @@ from numpyro_ensemble.fit.checks import check_size
 from numpyro_ensemble.fit.loop import (
     EarlyStopping,
 )
-from numpyro_ensemble.fit.optimisers import loopable
+from numpyro_ensemble.fit.optimisers import adapted, loopable
 from numpyro_ensemble.fit.options import RunOptions
 from numpyro_ensemble.fit.problem import Problem
 from numpyro_ensemble.fit.run import fit
@@ -104,13 +103,8 @@ class Ensemble:
         return value
 
     def _checked_optim(self, optim: Any) -> Any:
-        if isinstance(optim, numpyro.optim.Minimize):
-            raise TypeError(
-                "optim takes an optimiser that makes one gradient step at a time; "
-                "numpyro.optim.Minimize makes a whole search in one. Use numpyro.optim.Adam, say."
-            )
         try:
-            return loopable(SVI(self.model, self.guide, optim, self.loss).optim)
+            return loopable(SVI(self.model, self.guide, adapted(optim), self.loss).optim)
         except TypeError as error:
             raise TypeError(f"optim takes an optimiser, got {optim!r}. {error}") from error
 
