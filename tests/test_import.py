@@ -37,13 +37,14 @@ LAYERS = [
     {"fit.checks", "fit.member", "fit.member_guides", "fit.noise"},
     {"fit.programs"},
     {"fit.call"},
-    {"fit.cache", "fit.run"},
+    {"fit.cache", "fit.curvature", "fit.run"},
     {"fit.ensemble"},
     {"map", "vi"},
     {"predict.given", "predict.collect"},
     {"predict.predictive"},
     {"predict.arviz"},
     {"scoring"},
+    {"laplace_modes"},
     {"plotting"},
 ]
 WHOLE = {"gp", "mcmc", "scoring"}  # folders that have one place

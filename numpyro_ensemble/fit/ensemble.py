@@ -115,7 +115,8 @@ class Ensemble:
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state, _cache=ProgramCache())
 
-    def _use(self, use: Callable[[FitCall], Any], *call: Any, **how: Any) -> Any:
+    def use(self, use: Callable[[FitCall], Any], *call: Any, **how: Any) -> Any:
+        """Return what a function makes of the programs for a call, see `ProgramCache.use`."""
         return self._cache.use(self.problem(), use, *call, **how)
 
     # SVI's methods ------------------------------------------------------------------------------
@@ -268,7 +269,7 @@ class Ensemble:
         def use(call: FitCall) -> EnsembleResult:
             return fit(call, rng_key, keys, num_steps, options)
 
-        result = self._use(use, args, kwargs, options, starts=starts, state=options.init_state)
+        result = self.use(use, args, kwargs, options, starts=starts, state=options.init_state)
         if not has_tracers((result.params, result.losses)):
             result.seconds = time.perf_counter() - begin
         return result
