@@ -54,16 +54,6 @@ def curvatures(call: FitCall, state: SVIState) -> Curvature:
 def draws_at(call: FitCall, state: SVIState, points: jax.Array, key: jax.Array) -> tuple[dict, Any]:
     """Return the model's sites and the log densities at points `(S, D)` in unconstrained space."""
 
-    def first(leaf: jax.Array) -> jax.Array:
-        return leaf[:1]
-
-    values = call.values_of(state)
-    state, constraints, own, supports = jax.tree.map(
-        first, (plain(state), values.constraints, values.guide.own, values.guide.supports)
-    )
-    guide = values.guide._replace(own=own, supports=supports)
-    values = values._replace(constraints=constraints, guide=guide)
-
     def one(
         member: Member, state: SVIState, values: SetupValues, dynamic: dict, points: Any, keys: Any
     ) -> tuple[dict, jax.Array]:
@@ -86,21 +76,46 @@ def draws_at(call: FitCall, state: SVIState, points: jax.Array, key: jax.Array) 
         return map_draws(at, (points, keys))
 
     keys = jax.random.split(key, len(points))
-    run = _over_members(call, ("draws", len(points)), one, extra=(None, None))
-    sites, log_density = run(state, values, points, keys)
-    return jax.tree.map(lambda x: x[0], sites), log_density[0]
+    return with_first_member(call, ("draws", len(points)), one)(state, points, keys)
 
 
-def _over_members(call: FitCall, key: Any, one: Callable, extra: tuple = ()) -> Callable:
-    """Return a compiled function of a member for all members of a state."""
+def with_first_member(call: FitCall, key: Any, one: Callable) -> Callable:
+    """Return a compiled function of a state that looks at its first member.
+
+    It is for densities that all members share. Without a `vmap` over members, factorisations go one
+    after the other: XLA's thread pool can stop for good on many at once.
+    """
     programs = call.programs  # a kept program must not hold this call, which holds data
+
+    def build() -> Callable:
+        def first(form: CallForm, state: Any, values: SetupValues, *inputs: Any) -> Any:
+            state = jax.tree.map(lambda leaf: leaf[0], state)
+            own = (values.constraints, values.guide.supports, values.guide.own)
+            constraints, supports, own = jax.tree.map(lambda leaf: leaf[0], own)
+            guide = values.guide._replace(supports=supports, own=own)
+            values = values._replace(constraints=constraints, guide=guide)
+            return one(programs.member(form), state, values, *inputs)
+
+        return first
+
+    program = programs.program(key, build)
+
+    def run(state: SVIState, *more: Any) -> Any:
+        return program(call.form, plain(state), call.values_of(state), call.dynamic, *more)
+
+    return run
+
+
+def _over_members(call: FitCall, key: Any, one: Callable) -> Callable:
+    """Return a compiled function of a member for all members of a state."""
+    programs = call.programs
 
     def build() -> Callable:
         def every(form: CallForm, *inputs: Any) -> Any:
             member = partial(one, programs.member(form))
-            return jax.vmap(member, in_axes=(0, VALUE_AXES, ARGUMENT_AXES, *extra))(*inputs)
+            return jax.vmap(member, in_axes=(0, VALUE_AXES, ARGUMENT_AXES))(*inputs)
 
         return every
 
     program = programs.program(key, build)
-    return lambda state, values, *more: program(call.form, state, values, call.dynamic, *more)
+    return lambda state, values: program(call.form, state, values, call.dynamic)
