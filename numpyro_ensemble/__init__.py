@@ -3,6 +3,7 @@
 from numpyro_ensemble.density import log_joint
 from numpyro_ensemble.fit.loop import EarlyStopping
 from numpyro_ensemble.handlers import reweight
+from numpyro_ensemble.laplace_modes import LaplaceMixture, Modes, laplace, modes
 from numpyro_ensemble.map import EnsembleMAP, ensemble_map
 from numpyro_ensemble.predict.arviz import to_arviz
 from numpyro_ensemble.predict.predictive import EnsemblePredictive
@@ -25,13 +26,17 @@ __all__ = [
     "EnsembleResult",
     "EnsembleState",
     "EnsembleVI",
+    "LaplaceMixture",
+    "Modes",
     "ensemble_init",
     "ensemble_loss",
     "ensemble_map",
     "ensemble_predict",
     "ensemble_step",
     "ensemble_vi",
+    "laplace",
     "log_joint",
+    "modes",
     "reweight",
     "to_arviz",
 ]

@@ -9,10 +9,15 @@ from __future__ import annotations
 from typing import Any
 
 from numpyro.infer.autoguide import AutoGuide
+from numpyro.optim import _NumPyroOptim
 from numpyro.primitives import _PYRO_STACK
 
 # The handlers that a call stands in: a program made inside `with handlers.scale(...)` is another.
 HANDLERS: list[Any] = _PYRO_STACK
+
+# What `SVI` takes for an optimiser as it stands: others it wraps, which suits those alone that need
+# a gradient and nothing else.
+NumPyroOptimiser = _NumPyroOptim
 
 # Attributes of an autoguide that its set-up fills key by key: a fresh copy begins with none.
 PROTOTYPES = "_prototype"

@@ -15,6 +15,7 @@ from jax.typing import ArrayLike
 from numpyro.infer import Trace_ELBO, init_to_uniform
 
 from numpyro_ensemble.fit.ensemble import Ensemble
+from numpyro_ensemble.fit.minimisers import default_minimiser
 from numpyro_ensemble.fit.optimisers import choose_optimizer
 from numpyro_ensemble.fit.point_guide import PointGuide
 from numpyro_ensemble.fit.problem import Problem
@@ -35,6 +36,11 @@ class MAPProblem(Problem):
 
     init_loc_fn: Callable = init_to_uniform
     jacobian: bool = False
+
+    @property
+    def finds_modes(self) -> bool:
+        """Whether a fit ends where a gradient is zero."""
+        return True
 
     def fresh_guide(self, init_params: dict | None, sites: dict) -> tuple[Callable, dict | None]:
         """Return a new point guide, which takes the latents' start values; `SVI.init` the rest."""
@@ -90,7 +96,8 @@ class EnsembleMAP(Ensemble):
 
     Args:
         model: a NumPyro model whose latents are continuous.
-        optim: a `numpyro.optim` or optax optimiser.
+        optim: a `numpyro.optim` or optax optimiser, or a minimiser of optimistix; L-BFGS,
+            `optimistix.LBFGS(rtol=1e-8, atol=1e-8)`, where none is given.
         ensemble_size: number of members E.
         prior_weight: weight of the prior; 1 is MAP, a Python 0 is maximum likelihood.
         init_loc_fn: a NumPyro initialisation strategy, `init_to_uniform(radius=0.5)` say.
@@ -125,7 +132,7 @@ class EnsembleMAP(Ensemble):
     def __init__(
         self,
         model: Callable,
-        optim: Any,
+        optim: Any = None,
         *,
         ensemble_size: int = 16,
         prior_weight: ArrayLike = 1.0,
@@ -139,7 +146,7 @@ class EnsembleMAP(Ensemble):
         super().__init__(
             model,
             PointGuide(model, init_loc_fn=init_loc_fn, jacobian=jacobian),
-            optim,
+            default_minimiser() if optim is None else optim,
             Trace_ELBO(),
             ensemble_size=ensemble_size,
             prior_sites=prior_sites,
@@ -156,14 +163,14 @@ class EnsembleMAP(Ensemble):
 
     @classmethod
     def from_log_joint(
-        cls, log_joint: Callable, init_fn: Callable, optim: Any, **options: Any
+        cls, log_joint: Callable, init_fn: Callable, optim: Any = None, **options: Any
     ) -> EnsembleMAP:
         """Fit a raw density instead of a model.
 
         Args:
             log_joint: `(params, *args, **kwargs) -> (log_likelihood, log_prior)`.
             init_fn: makes one member's parameters, any pytree, from its key.
-            optim: a `numpyro.optim` or optax optimiser.
+            optim: an optimiser, as for the class.
             **options: as for the class.
 
         Returns:
@@ -232,7 +239,7 @@ class _RawMAP(EnsembleMAP):
             init_params = self._starts(init_params)
         result = super().run(rng_key, num_steps, *args, init_params=init_params, **kwargs)
         whole = result._replace(params=self._whole(result.params))
-        whole.stopped, whole.seconds = result.stopped, result.seconds
+        vars(whole).update(vars(result))
         return whole
 
 

@@ -28,11 +28,20 @@ class EnsembleResult(_Fields):
         state: the last `SVIState`, to go on from with `init_state=`.
         losses: `(E, num_steps)`; NaN after a member's early stop.
         stopped: which members `(E,)` stopped early, None where that is not known any more.
+        gradient_norm: length `(E,)` of each member's gradient of the loss, in unconstrained space
+            and over all the data, of `EnsembleMAP`; None of other runners, and under `jit`.
         seconds: how long the run took, compilation included, None where that is not known.
     """
 
     stopped: np.ndarray | None = None
     seconds: float | None = None
+    gradient_norm: np.ndarray | None = None
+
+    @property
+    def converged(self) -> Any:
+        """Which members `(E,)` met the criterion of their minimiser; None for other optimisers."""
+        ended = getattr(self.state.optim_state[1], "converged", None)
+        return ended if ended is None or isinstance(ended, jax.core.Tracer) else np.asarray(ended)
 
     @property
     def ensemble_size(self) -> int:
@@ -52,17 +61,23 @@ class EnsembleResult(_Fields):
         reached = ~xp.isnan(self.losses)
         last = self.losses.shape[1] - 1 - xp.argmax(reached[:, ::-1], axis=1)
         final = xp.take_along_axis(xp.asarray(self.losses), last[:, None], axis=1)[:, 0]
-        flags.append(xp.isfinite(final))
+        ended = self.converged  # before this run, where there is no loss
+        known = xp.isfinite(final) if ended is None else xp.isfinite(final) | ended
+        flags.append(known)
         if stopped is not None:  # otherwise a run of NaN at the end is taken for a stop
             flags.append(stopped | reached[:, -1])
         return jax.device_put(xp.stack(flags).all(0))
 
     def ranking(self) -> np.ndarray:
-        """Return the finite members, best first, by the mean of their last 100 finite losses."""
+        """Return the finite members, best first, by the mean of their last 100 finite losses.
+
+        Members that a minimiser has fitted are ranked by their last loss.
+        """
         losses = np.asarray(self.losses)
         score = np.full(self.ensemble_size, np.inf)
+        exact = getattr(self.state.optim_state[1], "loss", None)
         for e in np.flatnonzero(np.asarray(self.finite)):
-            score[e] = last_losses(losses[e])
+            score[e] = last_losses(losses[e]) if exact is None else exact[e]
         order = np.argsort(score, kind="stable")
         return order[np.isfinite(score[order])]
 

@@ -27,21 +27,24 @@ LAYERS = [
     {"calls.executables"},
     {"calls.programs"},
     {"mapping"},
+    {"fit.minimisers"},
+    {"fit.line_searches"},
     {"fit.batches", "fit.optimisers", "fit.starts"},
     {"fit.setup", "fit.loop"},
     {"fit.guides", "fit.options"},
     {"fit.slots"},
     {"fit.problem", "fit.point_guide", "fit.draws"},
-    {"fit.checks", "fit.member", "fit.member_guides"},
+    {"fit.checks", "fit.member", "fit.member_guides", "fit.noise"},
     {"fit.programs"},
     {"fit.call"},
-    {"fit.cache", "fit.run"},
+    {"fit.cache", "fit.curvature", "fit.run"},
     {"fit.ensemble"},
     {"map", "vi"},
     {"predict.given", "predict.collect"},
     {"predict.predictive"},
     {"predict.arviz"},
     {"scoring"},
+    {"laplace_modes"},
     {"plotting"},
 ]
 WHOLE = {"gp", "mcmc", "scoring"}  # folders that have one place
@@ -49,6 +52,8 @@ SIDES = {"mcmc", "gp"}
 
 HEAVY = {  # imported by these modules alone, and only when needed
     "blackjax": {"mcmc"},
+    "optimistix": {"fit.minimisers"},
+    "equinox": {"fit.minimisers"},
     "arviz": {"predict.arviz", "scoring"},
     "matplotlib": {"plotting"},
 }

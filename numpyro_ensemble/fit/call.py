@@ -203,8 +203,13 @@ class FitCall:
         program = programs.program("evaluate", build)
         return program(self.form, plain(state), self.values_of(state), self.dynamic)
 
-    def outcome(self, state: SVIState, values: SetupValues) -> tuple[dict[str, Any], jax.Array]:
-        """Return the members' parameters, and which members have nothing but finite values."""
+    def outcome(
+        self, state: SVIState, values: SetupValues, forward: bool
+    ) -> tuple[dict[str, Any], jax.Array, jax.Array | None]:
+        """Return the members' parameters, which members have nothing but finite values, and slopes.
+
+        The slopes are the lengths of the gradients of fits that look for modes.
+        """
         programs, size = self.programs, self.problem.ensemble_size
 
         def build() -> Callable:
@@ -214,10 +219,14 @@ class FitCall:
                 flags = [
                     jnp.isfinite(x).reshape(size, -1).all(axis=1) for x in leaves if is_inexact(x)
                 ]
-                return params, jnp.stack([*flags, jnp.ones(size, bool)]).all(axis=0)
+                finite = jnp.stack([*flags, jnp.ones(size, bool)]).all(axis=0)
+                if not programs.problem.finds_modes:
+                    return params, finite, None
+                slopes = programs.over_members(call, "slope", forward=forward)
+                return params, finite, slopes(state, *inputs)
 
             return final
 
         once = not traces((state, values, self.arguments.leaves))
-        program = programs.program(("outcome", once), build, once=once)
+        program = programs.program(("outcome", once, forward), build, once=once)
         return program(self.form, state, values, self.dynamic)

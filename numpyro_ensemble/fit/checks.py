@@ -10,7 +10,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from numpyro import handlers
 from numpyro.infer import init_to_uniform
 from numpyro.infer.autoguide import AutoGuide
@@ -38,7 +37,6 @@ from numpyro_ensemble.fit.problem import Problem
 from numpyro_ensemble.handlers import is_zero
 
 _TRACED_BY = {BATCH: "batch_size", MEMBER: "member_args", MEMBER_BATCH: "member_args"}
-_LINE_SEARCHES = (optax.ScaleByBacktrackingLinesearchState, optax.ScaleByZoomLinesearchState)
 
 
 def looks_at(arguments: Arguments, error: Exception) -> ValueError:
@@ -268,16 +266,6 @@ def without_value(names: Collection[str]) -> ValueError:
         f"parameter {sorted(names)[0]!r} has no initial value: give one to numpyro.param, or to "
         f"init_params=."
     )
-
-
-def refuse_line_searches(state: SVIState) -> None:
-    """Raise a TypeError where the optimiser's state is that of an optax line search."""
-    for leaf in jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, _LINE_SEARCHES)):
-        if isinstance(leaf, _LINE_SEARCHES):
-            raise TypeError(
-                "optim takes an optimiser that needs gradients alone; an optax line search "
-                "(optax.lbfgs, say) calls the loss itself, which SVI's interface cannot do."
-            )
 
 
 def check_state(state: Any, wanted: SVIState, ensemble_size: int) -> None:

@@ -8,7 +8,6 @@ from dataclasses import fields
 from typing import Any
 
 import jax
-import numpyro.optim
 from numpyro.infer import SVI
 from numpyro.infer.svi import SVIState
 
@@ -20,7 +19,7 @@ from numpyro_ensemble.fit.checks import check_size
 from numpyro_ensemble.fit.loop import (
     EarlyStopping,
 )
-from numpyro_ensemble.fit.optimisers import loopable
+from numpyro_ensemble.fit.optimisers import adapted, loopable
 from numpyro_ensemble.fit.options import RunOptions
 from numpyro_ensemble.fit.problem import Problem
 from numpyro_ensemble.fit.run import fit
@@ -104,13 +103,8 @@ class Ensemble:
         return value
 
     def _checked_optim(self, optim: Any) -> Any:
-        if isinstance(optim, numpyro.optim.Minimize):
-            raise TypeError(
-                "optim takes an optimiser that makes one gradient step at a time; "
-                "numpyro.optim.Minimize makes a whole search in one. Use numpyro.optim.Adam, say."
-            )
         try:
-            return loopable(SVI(self.model, self.guide, optim, self.loss).optim)
+            return loopable(SVI(self.model, self.guide, adapted(optim), self.loss).optim)
         except TypeError as error:
             raise TypeError(f"optim takes an optimiser, got {optim!r}. {error}") from error
 
@@ -121,7 +115,8 @@ class Ensemble:
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state, _cache=ProgramCache())
 
-    def _use(self, use: Callable[[FitCall], Any], *call: Any, **how: Any) -> Any:
+    def use(self, use: Callable[[FitCall], Any], *call: Any, **how: Any) -> Any:
+        """Return what a function makes of the programs for a call, see `ProgramCache.use`."""
         return self._cache.use(self.problem(), use, *call, **how)
 
     # SVI's methods ------------------------------------------------------------------------------
@@ -274,7 +269,7 @@ class Ensemble:
         def use(call: FitCall) -> EnsembleResult:
             return fit(call, rng_key, keys, num_steps, options)
 
-        result = self._use(use, args, kwargs, options, starts=starts, state=options.init_state)
+        result = self.use(use, args, kwargs, options, starts=starts, state=options.init_state)
         if not has_tracers((result.params, result.losses)):
             result.seconds = time.perf_counter() - begin
         return result

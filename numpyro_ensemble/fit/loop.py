@@ -15,6 +15,7 @@ import tqdm
 from jax import lax
 
 from numpyro_ensemble.fit.batches import Batches, Order, draw
+from numpyro_ensemble.fit.minimisers import converged
 from numpyro_ensemble.primitives import is_inexact
 from numpyro_ensemble.results import name_members
 
@@ -58,7 +59,7 @@ class EarlyStopping(NamedTuple):
 
 
 class Stop(NamedTuple):
-    """Counters of early stopping, each `(E,)`."""
+    """Who has stopped, and the counters of early stopping, each `(E,)`."""
 
     total: jax.Array  # sum of the finite losses in the window under way
     number: jax.Array  # how many these are
@@ -76,12 +77,30 @@ class Carry(NamedTuple):
     order: Order | None
 
 
-def first_stop(ensemble_size: int) -> Stop:
-    """Return fresh counters."""
-    zeros = jnp.zeros(ensemble_size)
-    none = jnp.zeros(ensemble_size, jnp.int32)
-    stopped = jnp.zeros(ensemble_size, bool)
+def first_stop(state: Any, rule: EarlyStopping | None) -> Stop | None:
+    """Return fresh counters, None where no member can stop before the run ends."""
+    ended, shape = converged(state), jnp.shape(state.optim_state[0])
+    if rule is None and ended is None:
+        return None
+    zeros, none = jnp.zeros(shape), jnp.zeros(shape, jnp.int32)
+    stopped = jnp.zeros(shape, bool) if ended is None else ended | False  # its own buffer
     return Stop(zeros, none, zeros + jnp.inf, none + 0, stopped, none + 0)
+
+
+def end_step(
+    state: Any, new: Any, stop: Stop, losses: jax.Array, done: jax.Array, rule: EarlyStopping | None
+) -> tuple[Any, jax.Array, Stop]:
+    """Hold the members that had stopped before a step, and note who stops with it."""
+    losses = jnp.where(stop.stopped, 0.0, losses)  # see `without_stopped`
+    if rule is None:
+        stop = stop._replace(taken=stop.taken + ~stop.stopped)
+    else:
+        new = where_members(stop.stopped, state, new)
+        stop = count(stop, losses, done, rule)
+    ended = converged(new)
+    if ended is not None:
+        stop = stop._replace(stopped=stop.stopped | ended)
+    return new, losses, stop
 
 
 def count(stop: Stop, losses: jax.Array, done: jax.Array, rule: EarlyStopping) -> Stop:
@@ -150,22 +169,25 @@ def make_chunk(
     def chunk(
         carry: Carry, number: Any, done: Any, step: Any, values: Any, dynamic: Any, keys: Any
     ) -> tuple[Carry, tuple[jax.Array, Any]]:
-        def body(i: jax.Array, loop: tuple[Carry, jax.Array]) -> tuple[Carry, jax.Array]:
-            (state, stop, order), buffer = loop
+        def going_on(loop: tuple[jax.Array, Carry, jax.Array]) -> jax.Array:
+            i, (_, stop, _), _ = loop
+            return (i < number) if stop is None else (i < number) & ~stop.stopped.all()
+
+        def body(loop: tuple[jax.Array, Carry, jax.Array]) -> tuple[jax.Array, Carry, jax.Array]:
+            i, (state, stop, order), buffer = loop
             step_on = partial(update, state, values, dynamic)
             if batches is None or order is None:
                 new, losses = step_on(None)
             else:
                 order, (new, losses) = draw(batches, order, step + i, keys, step_on)
-            if rule is not None and stop is not None:
-                new = where_members(stop.stopped, state, new)
-                losses = jnp.where(stop.stopped, 0.0, losses)  # see `without_stopped`
-                stop = count(stop, losses, done + i + 1, rule)
+            if stop is not None:
+                new, losses, stop = end_step(state, new, stop, losses, done + i + 1, rule)
             buffer = lax.dynamic_update_index_in_dim(buffer, losses.astype(buffer.dtype), i, 0)
-            return Carry(new, stop, order), buffer
+            return i + 1, Carry(new, stop, order), buffer
 
         buffer = jnp.zeros((capacity, ensemble_size))
-        carry, buffer = lax.fori_loop(0, number, body, (carry, buffer))
+        begin = jnp.zeros((), jnp.result_type(int))
+        _, carry, buffer = lax.while_loop(going_on, body, (begin, carry, buffer))
         if carry.stop is None:
             return carry, (buffer, None)
         return carry, (buffer, (carry.stop.stopped | False, carry.stop.taken + 0))  # own buffers
@@ -232,7 +254,7 @@ def train(
             part = without_stopped(np.asarray(buffer)[:number], done, flags)
             stopped = np.zeros(part.shape[1], bool) if flags is None else np.asarray(flags[0])
             if not parts:
-                _check_start(part, stable, holding_nan)
+                _check_start(part, flags, stable, holding_nan)
             parts.append(part)
             done += number
             if progress_bar:
@@ -265,9 +287,13 @@ def _dispatched(
         yield carry, *ahead
 
 
-def _check_start(losses: np.ndarray, stable: bool, holding_nan: Callable[[], list[str]]) -> None:
+def _check_start(
+    losses: np.ndarray, flags: Any, stable: bool, holding_nan: Callable[[], list[str]]
+) -> None:
     """Name the members that have had no finite loss since their start; `losses` is (steps, E)."""
     failed = ~np.isfinite(losses).any(axis=0)
+    if flags is not None:
+        failed &= np.asarray(flags[1]) > 0  # others had ended before they were gone on from
     size = losses.shape[1]
     remedy = "Give other starts by init_params= or the guide's init_loc_fn=, or check the data."
     if failed.any() and (named := holding_nan()):

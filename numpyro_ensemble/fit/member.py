@@ -7,6 +7,9 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
 from numpyro.distributions import biject_to, constraints
 from numpyro.infer import SVI
 from numpyro.infer.svi import SVIState
@@ -16,6 +19,7 @@ from numpyro.primitives import Messenger
 from numpyro_ensemble.calls.arguments import ROW_AXES, CallForm
 from numpyro_ensemble.fit.batches import Batches
 from numpyro_ensemble.fit.loop import keep_good
+from numpyro_ensemble.fit.minimisers import converged
 from numpyro_ensemble.fit.problem import Problem
 from numpyro_ensemble.fit.setup import SetupTemplate, SetupValues
 from numpyro_ensemble.fit.slots import filled_guide
@@ -61,11 +65,8 @@ class Member(NamedTuple):
         svi.constrain_fn = partial(transform_fn, transforms)
         return svi
 
-    def update(
-        self, state: SVIState, values: SetupValues, dynamic: dict, rows: Any, stable: bool,
-        forward: bool,
-    ) -> tuple[SVIState, jax.Array]:  # fmt: skip
-        """Take one step, on these rows of the batched arguments if there are any."""
+    def arguments(self, dynamic: dict, rows: Any) -> tuple[tuple, dict, float]:
+        """Return the arguments on these rows, if there are any, and the likelihood's weight."""
         scale = 1.0
         if rows is not None and self.batches is not None:
             scale = self.batches.total / rows.shape[-1]
@@ -73,23 +74,70 @@ class Member(NamedTuple):
             for kind in ROW_AXES:  # one member's own arrays lead with their rows too
                 kept = [leaf.at[rows].get(mode="promise_in_bounds") for leaf in dynamic[kind]]
                 dynamic[kind] = kept
-        args, kwargs = self.call.rebuild(dynamic)
+        return *self.call.rebuild(dynamic), scale
+
+    def update(
+        self, state: SVIState, values: SetupValues, dynamic: dict, rows: Any, stable: bool,
+        forward: bool,
+    ) -> tuple[SVIState, jax.Array]:  # fmt: skip
+        """Take one step, on these rows of the batched arguments if there are any."""
+        args, kwargs, scale = self.arguments(dynamic, rows)
         svi = self.svi(state, values, scale)
         step = svi.stable_update if stable else svi.update
         new, loss = step(state, *args, forward_mode_differentiation=forward, **kwargs)
         if new.mutable_state is None:  # losses of several particles leave it alone
             new = new._replace(mutable_state=state.mutable_state)
-        if not stable:
-            return new, loss
-        return keep_good(state, new, loss, counts=rows is not None)
+        if stable:
+            new, loss = keep_good(state, new, loss, counts=rows is not None)
+        ended = converged(state)
+        if ended is not None:  # nothing of the member moves any more, its key included
+            new = jax.tree.map(lambda a, b: jnp.where(ended, a, b), state, new)
+        return new, loss
+
+    def loss_at(self, state: SVIState, values: SetupValues, dynamic: dict) -> Callable:
+        """Return the loss as a function of unconstrained parameters, and of rows if there are any.
+
+        Its randomness is that of the next step.
+        """
+        key = jax.random.split(state.rng_key)[1]  # as SVI.evaluate
+
+        def loss(params: dict, rows: Any = None) -> jax.Array:
+            args, kwargs, scale = self.arguments(dynamic, rows)
+            svi = self.svi(state, values, scale)
+            every = {**svi.constrain_fn(params), **(state.mutable_state or {})}
+            return svi.loss.loss(key, every, svi.model, svi.guide, *args, **kwargs)
+
+        return loss
 
     def loss(self, state: SVIState, values: SetupValues, dynamic: dict) -> jax.Array:
         """Return the loss, with the randomness of the next step."""
-        args, kwargs = self.call.rebuild(dynamic)
-        svi = self.svi(state, values)
-        key = jax.random.split(state.rng_key)[1]  # as SVI.evaluate
-        params = {**svi.get_params(state), **(state.mutable_state or {})}
-        return svi.loss.loss(key, params, svi.model, svi.guide, *args, **kwargs)
+        params = self.problem.optim.get_params(state.optim_state)
+        return self.loss_at(state, values, dynamic)(params)
+
+    def slope(
+        self, state: SVIState, values: SetupValues, dynamic: dict, forward: bool
+    ) -> jax.Array:
+        """Return the length of the loss's gradient in the unconstrained parameters.
+
+        It is that over all rows, summed over batches where there are any: a batch's loss weighs
+        its rows by `N / |B|`, and the mean over an epoch by `|B| / N`.
+        """
+        params = self.problem.optim.get_params(state.optim_state)
+        differentiate = jax.jacfwd if forward else jax.grad
+        gradient_of = differentiate(self.loss_at(state, values, dynamic))
+        if self.batches is None:
+            return optax.tree.norm(gradient_of(params))
+        size, total = self.batches.size, self.batches.total
+
+        def add(sum_so_far: Any, rows: jax.Array) -> tuple[Any, None]:
+            part, weight = gradient_of(params, rows), rows.shape[-1] / total
+            return jax.tree.map(lambda a, b: a + weight * b, sum_so_far, part), None
+
+        full = jnp.arange(total - self.batches.ragged).reshape(-1, size)
+        gradient, _ = lax.scan(add, jax.tree.map(jnp.zeros_like, params), full)
+        if self.batches.ragged:
+            gradient, _ = add(gradient, jnp.arange(total - self.batches.ragged, total))
+        return optax.tree.norm(gradient)
 
     def params(self, state: SVIState, values: SetupValues, dynamic: dict) -> dict[str, Any]:
         """Return the parameters, as users see them."""

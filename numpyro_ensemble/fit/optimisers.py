@@ -1,4 +1,4 @@
-"""Choosing an optimiser, and making those that fit `SVI`'s interface fit a compiled loop too."""
+"""Choosing an optimiser, and giving others than `SVI` knows its interface."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ from typing import Any
 import jax
 import numpyro.optim
 import optax
+
+from numpyro_ensemble.fit.line_searches import OptaxSearch, WholeSearch
+from numpyro_ensemble.fit.minimisers import Minimiser, is_minimiser
 
 
 def choose_optimizer(optimizer: Any, learning_rate: float | None) -> Any:
@@ -34,6 +37,21 @@ class _Held:
     """A number that belongs to the structure of a state, not to its values."""
 
     value: int
+
+
+def adapted(optim: Any) -> Any:
+    """Return an optimiser with the interface of NumPyro's, where `SVI` gives it none or too little.
+
+    Raises:
+        TypeError: for a solver of optimistix that minimises nothing.
+    """
+    if is_minimiser(optim):
+        return Minimiser(optim)
+    if isinstance(optim, numpyro.optim.Minimize):
+        return WholeSearch(optim)
+    if isinstance(optim, optax.GradientTransformation):
+        return OptaxSearch(optim)
+    return optim
 
 
 def loopable(optim: Any) -> Any:

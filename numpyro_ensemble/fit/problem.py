@@ -62,6 +62,11 @@ class Problem:
                 marks.append(captured(value))
         return tuple(marks)
 
+    @property
+    def finds_modes(self) -> bool:
+        """Whether a fit ends where a gradient is zero."""
+        return False
+
     # One member ---------------------------------------------------------------------------------
 
     def weighted(self, guide: Callable, scale: float, step: Any) -> tuple[Callable, Callable]:

@@ -29,10 +29,10 @@ from numpyro_ensemble.fit.batches import Batches, first_rows
 from numpyro_ensemble.fit.checks import (
     check_values,
     model_sites,
-    refuse_line_searches,
 )
 from numpyro_ensemble.fit.guides import latent_order, note_alike
 from numpyro_ensemble.fit.member import Member, Noting
+from numpyro_ensemble.fit.noise import check_exact
 from numpyro_ensemble.fit.problem import Problem
 from numpyro_ensemble.fit.setup import (
     VALUE_AXES,
@@ -118,7 +118,6 @@ class FitPrograms:
         start = self.start_program(None, axes or None, True)
         traced = start.trace(call, keys, self.undeclared or None, arguments.dynamic)
         state, values, _, structure, *_ = traced.out_info
-        refuse_line_searches(state)
         labels = tuple(label for label, _ in arguments.labelled(MEMBER, MEMBER_BATCH))
         guide, forms, transforms, leaves = structure.value
         note_alike(self.problem.guide, guide)
@@ -136,7 +135,10 @@ class FitPrograms:
         with TRACING:  # the first thread's, where several have come this far
             if self.template is None:
                 self.template = template
-            self.forms = StartForms(state, values)
+            forms = StartForms(state, values)
+        loss = self.over_members(call, "loss")
+        check_exact(self.problem.optim, loss, *forms, arguments.dynamic, self.batches)
+        self.forms = forms  # what has failed is checked again
 
     @property
     def sites(self) -> dict[str, Site]:
@@ -218,9 +220,10 @@ class FitPrograms:
 
         return jax.vmap(one, in_axes=(0, VALUE_AXES, MEMBER_AXES, None if shared else 0))
 
-    def over_members(self, call: CallForm, name: str) -> Callable:
+    def over_members(self, call: CallForm, name: str, **options: Any) -> Callable:
         """Return one of a member's functions, for all members."""
-        return jax.vmap(getattr(self.member(call), name), in_axes=(0, VALUE_AXES, MEMBER_AXES))
+        one = partial(getattr(self.member(call), name), **options)
+        return jax.vmap(one, in_axes=(0, VALUE_AXES, MEMBER_AXES))
 
     def program(
         self, key: Any, build: Callable, *, donate: tuple[int, ...] = (), once: bool = False

@@ -50,7 +50,7 @@ def fit(
     shuffles = None if batches is None else batch_keys(keys, single, batches.shared)
     carry = Carry(
         plain(state),
-        None if options.early_stopping is None else first_stop(call.problem.ensemble_size),
+        first_stop(state, options.early_stopping),
         None if batches is None else first_order(batches, call.problem.ensemble_size),
     )
     callback = options.callback
@@ -61,12 +61,17 @@ def fit(
 
         options = options._replace(callback=report)
     carry, losses, stopped = _loop(call, carry, num_steps, options, step, values, shuffles)
-    params, finite = call.outcome(carry.state, values)
+    params, finite, slope = call.outcome(carry.state, values, options.forward_mode_differentiation)
     result = EnsembleResult(params, with_setup(carry.state, setup), jax.device_put(losses))
+    if slope is not None and not has_tracers(slope):
+        result.gradient_norm = np.asarray(slope)
     if stopped is not None:  # steps that were left out on purpose are no failures either
         result.stopped = stopped | stable
     if not has_tracers((finite, losses)):
-        _warn_failed(np.asarray(finite) & np.asarray(result.finite), losses, stable)
+        finite = np.asarray(finite) & np.asarray(result.finite)
+        _warn_failed(finite, losses, stable)
+        if result.converged is not None and callback is None:
+            _warn_unconverged(finite & ~result.converged, call.problem.optim, losses)
     return result
 
 
@@ -107,6 +112,20 @@ def _loop(
         callback=options.callback,
         stable=options.stable_update,
         holding_nan=call.arguments.holding_nan,
+    )
+
+
+def _warn_unconverged(open_ones: np.ndarray, optim: Any, losses: np.ndarray) -> None:
+    """Name the members that have not met the criterion of their minimiser."""
+    if not open_ones.any():
+        return
+    single = losses.dtype == np.float32
+    narrow = " float32 may be too coarse for it: see result.gradient_norm, and jax_enable_x64."
+    warnings.warn(
+        f"{open_ones.sum()} of {open_ones.size} members have not met the criterion of {optim!r} "
+        f"in {losses.shape[1]} steps: {name_members(open_ones)}. See result.converged; go on with "
+        f"init_state=result.state.{narrow if single else ''}",
+        stacklevel=4,
     )
 
 

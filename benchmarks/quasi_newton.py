@@ -1,0 +1,149 @@
+"""Modes by L-BFGS and by Adam: seconds, cold and warm, and how far from the best loss they end.
+
+Run `JAX_ENABLE_X64=1 python benchmarks/quasi_newton.py` (several minutes, most of them for Adam on
+the GP). 16 members; beside them one cold `SVI` with Adam, and SciPy's L-BFGS-B for each member in
+turn, which shares one compiled function of value and gradient.
+"""
+
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import optimistix
+from common import cold, timed
+from jax.flatten_util import ravel_pytree
+from mcmc_problems import item_response, item_response_data
+from numpyro.infer import SVI, Trace_ELBO
+from numpyro.infer.autoguide import AutoDelta
+from scipy.optimize import minimize
+
+from numpyro_ensemble import EnsembleMAP
+from numpyro_ensemble.gp import GaussianProcess, kernels
+
+MEMBERS, STEPS = 16, 1500
+
+
+def logistic(x, y):
+    """Logistic regression, whose first two columns are nearly one."""
+    base = numpyro.sample("base", dist.Normal(0, 5))
+    slopes = numpyro.sample("slopes", dist.Normal(0, 5).expand([20]).to_event(1))
+    with numpyro.plate("row", len(y)):
+        numpyro.sample("y", dist.Bernoulli(logits=base + x @ slopes), obs=y)
+
+
+def logistic_data(seed=0):
+    """Simulate 500 rows of 20 columns, the first two correlated by .999."""
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(500, 20))
+    x[:, 1] = 0.999 * x[:, 0] + np.sqrt(1 - 0.999**2) * x[:, 1]
+    logits = x @ rng.normal(size=20)
+    return x, rng.binomial(1, 1 / (1 + np.exp(-logits)))
+
+
+def process(x, y):
+    """Hyperparameters of a Gaussian process with a lengthscale for each of three columns."""
+    scale = numpyro.sample("scale", dist.LogNormal(0, 1))
+    lengths = numpyro.sample("lengths", dist.LogNormal(0, 1).expand([3]).to_event(1))
+    noise = numpyro.sample("noise", dist.LogNormal(-2, 1))
+    kernel = kernels.RBF(scale**2, lengths)
+    numpyro.sample("y", GaussianProcess(kernel, x, noise=noise**2 + 1e-6), obs=y)
+
+
+def process_data(seed=0):
+    """Simulate 150 points of a function of the first two columns."""
+    rng = np.random.default_rng(seed)
+    x = rng.uniform(size=(150, 3))
+    return x, np.sin(6 * x[:, 0]) + x[:, 1] + 0.1 * rng.normal(size=150)
+
+
+PROBLEMS = {
+    "item response, 160-d": (item_response, item_response_data),
+    "logistic, correlated, 21-d": (logistic, logistic_data),
+    "GP hyperparameters, 5-d": (process, process_data),
+}
+
+
+def scipys(model, args, starts):
+    """Return SciPy's losses, evaluations and seconds, compilation apart."""
+    guide = AutoDelta(model)
+    svi = SVI(model, guide, numpyro.optim.Adam(0.01), Trace_ELBO())
+    svi.init(jax.random.key(0), *args)
+    unravel = ravel_pytree(jax.tree.map(lambda leaf: leaf[0], starts))[1]
+
+    def loss(flat):
+        params = svi.constrain_fn(unravel(flat))
+        return svi.loss.loss(jax.random.key(0), params, model, guide, *args)
+
+    both = jax.jit(jax.value_and_grad(loss))
+    flats = [ravel_pytree(jax.tree.map(lambda x, e=e: x[e], starts))[0] for e in range(MEMBERS)]
+    both(flats[0])
+    runs = []
+
+    def every():
+        for flat in flats:
+            options = {"maxiter": 5000, "maxfun": 20_000, "ftol": 1e-15, "gtol": 1e-8}
+            fun = lambda x: tuple(np.asarray(v, float) for v in both(x))  # noqa: E731
+            runs.append(minimize(fun, flat, jac=True, method="L-BFGS-B", options=options))
+
+    seconds = timed(every)
+    return np.array([r.fun for r in runs]), np.array([r.nfev for r in runs]), seconds
+
+
+def svi_cold(model, args):
+    """Return the seconds of one cold SVI with Adam."""
+    svi = SVI(model, AutoDelta(model), numpyro.optim.Adam(0.01), Trace_ELBO())
+    run = cold(lambda key: svi.run(key, STEPS, *args, progress_bar=False).params)
+    return timed(run, jax.random.key(0))
+
+
+def measure(name, with_adam):
+    """Print one problem's rows."""
+    model, data = PROBLEMS[name]
+    args = data()
+    solvers = {
+        "L-BFGS": optimistix.LBFGS(rtol=1e-8, atol=1e-8),
+        "BFGS": optimistix.BFGS(rtol=1e-8, atol=1e-8),
+    }
+    if with_adam:
+        solvers["Adam"] = numpyro.optim.Adam(0.01)
+    losses, rows = {}, {}
+    for label, optim in solvers.items():
+        runner = EnsembleMAP(model, optim, ensemble_size=MEMBERS)
+        found = []
+
+        def run(key, runner=runner, found=found):
+            found.append(runner.run(key, STEPS, *args, progress_bar=False))
+            return found[-1].params
+
+        jax.clear_caches()
+        first = timed(run, jax.random.key(0))
+        warm = min(timed(run, jax.random.key(0)) for _ in range(3 if label != "Adam" else 1))
+        result = found[-1]
+        losses[label] = np.asarray(runner.evaluate(result.state, *args))
+        steps = np.isfinite(np.asarray(result.losses)).sum(axis=1)
+        rows[label] = (first, warm, steps)
+        starts = runner.optim.get_params(runner.init(jax.random.key(0), *args).optim_state)
+    losses["SciPy L-BFGS-B"], evaluations, seconds = scipys(model, args, starts)
+    rows["SciPy L-BFGS-B"] = (np.nan, seconds, evaluations)
+    best = min(np.nanmin(v) for v in losses.values())
+    print(name)
+    for label, (first, warm, steps) in rows.items():
+        apart = np.sort(losses[label] - best)
+        print(
+            f"  {label:16} cold {first:7.2f} s, warm {warm:7.3f} s, steps {np.median(steps):6.0f} "
+            f"(most {steps.max():5d}), above the best: least {apart[0]:.0e}, median "
+            f"{np.median(apart):.0e}, most {apart[-1]:.0e}",
+            flush=True,
+        )
+    if with_adam:
+        print(f"  one SVI, Adam    cold {svi_cold(model, args):7.2f} s", flush=True)
+
+
+if __name__ == "__main__":
+    chosen = [name for name in PROBLEMS if any(word in name for word in sys.argv[1:])]
+    print(f"{MEMBERS} members, at most {STEPS} steps, {jnp.zeros(()).dtype}", flush=True)
+    for problem in chosen or PROBLEMS:
+        measure(problem, "--no-adam" not in sys.argv)
