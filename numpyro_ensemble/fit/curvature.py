@@ -10,11 +10,11 @@ import jax
 from jax.flatten_util import ravel_pytree
 from numpyro.infer.svi import SVIState
 
-from numpyro_ensemble.calls.arguments import CallForm
+from numpyro_ensemble.calls.arguments import MEMBER_AXES, CallForm
 from numpyro_ensemble.density import fill_model
 from numpyro_ensemble.fit.call import FitCall
 from numpyro_ensemble.fit.member import Member
-from numpyro_ensemble.fit.setup import ARGUMENT_AXES, VALUE_AXES, SetupValues, plain
+from numpyro_ensemble.fit.setup import VALUE_AXES, SetupValues, plain
 from numpyro_ensemble.mapping import map_draws
 
 
@@ -113,7 +113,7 @@ def _over_members(call: FitCall, key: Any, one: Callable) -> Callable:
     def build() -> Callable:
         def every(form: CallForm, *inputs: Any) -> Any:
             member = partial(one, programs.member(form))
-            return jax.vmap(member, in_axes=(0, VALUE_AXES, ARGUMENT_AXES))(*inputs)
+            return jax.vmap(member, in_axes=(0, VALUE_AXES, MEMBER_AXES))(*inputs)
 
         return every
 
