@@ -94,16 +94,19 @@ def test_every_solver_finds_scipys_optimum(name, key):
 def test_a_member_is_optimistixs_own_run(key):
     runner = EnsembleMAP(zoned, LBFGS, ensemble_size=3)
     start = runner.init(key, W, Z)
-    result = quiet(runner, key, 200, W, Z)
+    with pytest.warns(UserWarning, match="3 of 3 members have not met the criterion"):
+        result = quiet(runner, key, 12, W, Z)
     loss = objective(runner, W, Z)
     for e in (0, 2):
         begin, unravel = jax.flatten_util.ravel_pytree(
             jax.tree.map(lambda x, e=e: x[e], start.optim_state[1].params)
         )
-        alone = optimistix.minimise(lambda x, _: loss(unravel(x)), LBFGS, begin, max_steps=200)  # noqa: B023
-        assert_allclose(result.state.optim_state[1].point[e], alone.value, rtol=1e-5, atol=1e-7)
-        # rounding decides between steps at the very end
-        assert abs(int(alone.stats["num_steps"]) - np.isfinite(result.losses[e]).sum()) <= 3
+
+        def flat(x, _, unravel=unravel):
+            return loss(unravel(x))
+
+        alone = optimistix.minimise(flat, LBFGS, begin, max_steps=12, throw=False)
+        assert_allclose(result.state.optim_state[1].point[e], alone.value, rtol=1e-8)
 
 
 @pytest.mark.core
