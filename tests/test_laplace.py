@@ -143,6 +143,7 @@ def test_a_saddle_is_a_flag_and_a_lost_member_is_named():
     assert_allclose(found.log_evidence[0], np.log(2 * np.pi))
 
 
+@pytest.mark.long
 def test_a_flat_direction_is_a_flag(key):
     def flat(y):
         idle = numpyro.sample("idle", dist.ImproperUniform(dist.constraints.real, (), ()))
@@ -157,6 +158,7 @@ def test_a_flat_direction_is_a_flag(key):
         laplace(vi, key, result, 0.7)
 
 
+@pytest.mark.long
 def test_tails_that_are_too_heavy_are_said_loudly(key):
     def heavy():
         numpyro.sample("x", dist.StudentT(1.0, 0.0, 1.0).expand([3]).to_event(1))
@@ -187,6 +189,7 @@ def test_bad_calls(key):
         modes(vi, early, X, Y)
 
 
+@pytest.mark.long
 def test_densities_of_their_own_are_refused(key):
     def free(y):
         numpyro.sample("y", dist.Normal(numpyro.param("shift", 0.5), 1.0), obs=y)

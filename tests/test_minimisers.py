@@ -94,15 +94,19 @@ def test_every_solver_finds_scipys_optimum(name, key):
 def test_a_member_is_optimistixs_own_run(key):
     runner = EnsembleMAP(zoned, LBFGS, ensemble_size=3)
     start = runner.init(key, W, Z)
-    result = quiet(runner, key, 200, W, Z)
+    with pytest.warns(UserWarning, match="3 of 3 members have not met the criterion"):
+        result = quiet(runner, key, 12, W, Z)
     loss = objective(runner, W, Z)
     for e in (0, 2):
         begin, unravel = jax.flatten_util.ravel_pytree(
             jax.tree.map(lambda x, e=e: x[e], start.optim_state[1].params)
         )
-        alone = optimistix.minimise(lambda x, _: loss(unravel(x)), LBFGS, begin, max_steps=200)  # noqa: B023
-        assert_allclose(result.state.optim_state[1].point[e], alone.value, rtol=1e-7, atol=1e-9)
-        assert int(alone.stats["num_steps"]) == np.isfinite(result.losses[e]).sum()
+
+        def flat(x, _, unravel=unravel):
+            return loss(unravel(x))
+
+        alone = optimistix.minimise(flat, LBFGS, begin, max_steps=12, throw=False)
+        assert_allclose(result.state.optim_state[1].point[e], alone.value, rtol=1e-8)
 
 
 @pytest.mark.core
@@ -163,7 +167,8 @@ BAD = {
 
 
 @pytest.mark.parametrize(
-    "name", ["nan_data", "nan_start", pytest.param("far_start", marks=pytest.mark.long)]
+    "name",
+    ["nan_data", *(pytest.param(n, marks=pytest.mark.long) for n in ("nan_start", "far_start"))],
 )
 def test_one_bad_member_never_touches_another(name, key):
     runner = EnsembleMAP(zoned, LBFGS, ensemble_size=3)
@@ -207,7 +212,8 @@ def state_space(y):
 
 
 @pytest.mark.parametrize(
-    "name", ["with_param", "state_space", pytest.param("interval", marks=pytest.mark.long)]
+    "name",
+    ["state_space", *(pytest.param(n, marks=pytest.mark.long) for n in ("with_param", "interval"))],
 )
 def test_parameters_train(name, key):
     model, args, kwargs = CASES.get(name, Case(state_space, (Y,)))
@@ -220,6 +226,7 @@ def test_parameters_train(name, key):
     assert min(jax.tree.leaves(moved)) > 1e-4
 
 
+@pytest.mark.long
 def test_mutable_state_trains(key):
     model, args, _ = CASES["batch_norm"]
     runner = EnsembleMAP(model, LBFGS, ensemble_size=2)
@@ -297,7 +304,7 @@ BACKTRACKING = optax.chain(optax.sgd(0.5), optax.scale_by_backtracking_linesearc
 @pytest.mark.parametrize(
     ("optim", "stable"),
     [
-        (optax.lbfgs(memory_size=3), False),
+        pytest.param(optax.lbfgs(memory_size=3), False, marks=pytest.mark.long),
         pytest.param(optax.lbfgs(memory_size=3), True, marks=pytest.mark.long),
         (BACKTRACKING, True),
     ],
@@ -335,7 +342,10 @@ def test_polyaks_step_takes_the_loss(key):
 # Gradients --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("batch_size", [None, 16, pytest.param(20, marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    "batch_size",
+    [pytest.param(None, marks=pytest.mark.long), 16, pytest.param(20, marks=pytest.mark.long)],
+)
 def test_the_gradient_is_that_of_all_the_data(batch_size, key):
     runner = EnsembleMAP(zoned, numpyro.optim.Adam(0.01), ensemble_size=2)
     result = quiet(runner, key, 7, W, Z, batch_size=batch_size)
@@ -347,6 +357,7 @@ def test_the_gradient_is_that_of_all_the_data(batch_size, key):
         assert_allclose(result.gradient_norm[e], optax.tree.norm(jax.grad(loss)(params)), rtol=1e-8)
 
 
+@pytest.mark.long
 def test_where_it_is_not_known(key):
     forward = EnsembleMAP(zoned, LBFGS, ensemble_size=2)
     result = quiet(forward, key, 100, W, Z, forward_mode_differentiation=True)
