@@ -335,7 +335,8 @@ def test_both_key_styles_and_given_keys_agree(make):
     with pytest.raises(ValueError, match="rng_key takes one key or ensemble_size=3 keys"):
         quiet(runner, jax.random.split(jax.random.key(3), 2), 3, X, Y)
     with pytest.raises(ValueError, match="rng_key takes one key"):
-        quiet(runner, 3, 3, X, Y)
+        quiet(runner, 3.0, 3, X, Y)
+    same(quiet(runner, 3, 3, X, Y), typed)
 
 
 def test_keys_are_not_reused(make, key):
