@@ -2,7 +2,8 @@
 
 Run `python benchmarks/mcmc.py speed irt [repeats]` (or `radon`) for effective draws a second,
 compilation included, in turns with NUTS; `chains irt` for 16 to 1,024 chains; `moments [problem]`
-for means and standard deviations against theory or a long NUTS run; `sbc` for calibration.
+for means and standard deviations against theory or a long NUTS run; `sbc` for calibration;
+`traps [kernel] [seeds] [problem]` for runs some of whose starts are found where nothing is.
 """
 
 import statistics
@@ -15,7 +16,7 @@ import jax
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
-from mcmc_problems import PROBLEMS, known_moments
+from mcmc_problems import PROBLEMS, TRAPS, known_moments
 from numpyro.infer import MCMC, NUTS
 
 from numpyro_ensemble.mcmc import MEADS, ChEES
@@ -146,6 +147,45 @@ def ess(draws):
     return np.asarray(az.ess(data, method="mean")["x"])
 
 
+def traps(kernel="ChEES", seeds="10", *problems):
+    """Count frozen chains and dropped searches over seeds, in double precision."""
+    numpyro.enable_x64()
+    for problem in problems or TRAPS:
+        model, args = TRAPS[problem]
+        mcmc = MCMC(
+            KERNELS[kernel](model),
+            num_warmup=500,
+            num_samples=500,
+            num_chains=64,
+            chain_method="vectorized",
+            progress_bar=False,
+            jit_model_args=True,  # one program for all seeds
+        )
+        largest, frozen = [], []
+        for seed in range(int(seeds)):
+            begin = time.process_time()
+            with warnings.catch_warnings(record=True) as said:
+                warnings.simplefilter("always", UserWarning)
+                mcmc.run(jax.random.key(seed), *args, extra_fields=("frozen",))
+            draws = mcmc.get_samples(group_by_chain=True)
+            rhat, bulk, _ = figures({k: np.asarray(v) for k, v in draws.items()})
+            flags = np.asarray(mcmc.get_extra_fields(group_by_chain=True)["frozen"])
+            largest.append(rhat)
+            frozen.append(int(flags.all(axis=1).sum()))
+            print(
+                f"{problem}, {kernel}, key {seed}: R-hat {rhat:.4f}, ESS {bulk:.0f}, {frozen[-1]} "
+                f"chains frozen; processor {time.process_time() - begin:.0f} s",
+                *(f"    {warning.message}" for warning in said),
+                sep="\n",
+                flush=True,
+            )
+        print(
+            f"{problem}, {kernel}: largest R-hat of {len(largest)} runs {max(largest):.4f}, "
+            f"{sum(count > 0 for count in frozen)} runs with frozen chains",
+            flush=True,
+        )
+
+
 def small(y=None):
     """A mean and a scale, and five observations of them."""
     mu = numpyro.sample("mu", dist.Normal(0, 1))
@@ -190,4 +230,5 @@ def sbc(datasets="200", *names):
 
 if __name__ == "__main__":
     command, *rest = sys.argv[1:] or ["speed"]
-    {"speed": speed, "chains": chains, "moments": moments, "sbc": sbc}[command](*rest)
+    commands = {"speed": speed, "chains": chains, "moments": moments, "sbc": sbc, "traps": traps}
+    commands[command](*rest)

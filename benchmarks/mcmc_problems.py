@@ -1,5 +1,6 @@
 """Problems for the many-chain kernels: those of BlackJAX's pages, and classical hard ones."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro
@@ -109,6 +110,54 @@ def constrained(y):
     with numpyro.plate("row", len(y)):
         numpyro.sample("y", dist.Categorical(p), obs=y)
         numpyro.sample("z", dist.OrderedLogistic(0.3, cut), obs=y)
+
+
+def arma(y):
+    """ARMA(1, 1), of which the recursion explodes where theta is beyond 1."""
+    mean = numpyro.sample("mean", dist.Normal(0, 10))
+    phi = numpyro.sample("phi", dist.Normal(0, 2))
+    theta = numpyro.sample("theta", dist.Normal(0, 2))
+    sigma = numpyro.sample("sigma", dist.HalfCauchy(2.5))
+
+    def step(error, pair):
+        error = pair[1] - (mean + phi * pair[0] + theta * error)
+        return error, error
+
+    first = y[0] - (mean + phi * mean)
+    _, errors = jax.lax.scan(step, first, (y[:-1], y[1:]))
+    errors = jnp.concatenate([first[None], errors])
+    numpyro.sample("errors", dist.Normal(0, sigma), obs=errors)
+
+
+def arma_data(seed=0):
+    """Simulate 200 points."""
+    error, y = np.random.default_rng(seed).normal(size=201), [0.0]
+    for before, now in zip(error[:-1], error[1:], strict=True):
+        y.append(0.3 + 0.6 * y[-1] + now + 0.4 * before)
+    return (np.array(y[1:]),)
+
+
+def far_mode():
+    """A normal far from where searches begin, and beside these a mode of exp(-20) of its mass."""
+    modes = dist.Normal(jnp.array([-20.0, 1.0]), jnp.array([1.0, 0.05]))
+    logits = jnp.array([0.0, -20.0])
+    numpyro.sample("place", dist.MixtureSameFamily(dist.Categorical(logits=logits), modes))
+    numpyro.sample("other", dist.Normal(0, 1).expand([3]).to_event(1))
+
+
+def walk(y):
+    """A level that walks, with steps of a scale near zero."""
+    scale = numpyro.sample("scale", dist.HalfNormal(1))
+    level = numpyro.sample("level", dist.Normal(0, 1))
+    steps = numpyro.sample("steps", dist.Normal(0, 1).expand([len(y)]).to_event(1))
+    numpyro.sample("y", dist.Normal(level + scale * jnp.cumsum(steps), 1), obs=y)
+
+
+TRAPS = {  # where a search, or a chain, may end where nothing is to be found
+    "arma": (arma, arma_data()),
+    "far mode": (far_mode, ()),
+    "walk": (walk, (np.random.default_rng(0).normal(size=50),)),
+}
 
 
 def known_moments():
