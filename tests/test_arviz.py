@@ -287,7 +287,7 @@ def test_bad_input(vi_data, key):
         with pytest.raises(ValueError, match=f"{option} must be at least 1"):
             to_arviz(runner, result, GROUPS, Y, **{option: value})
     with pytest.raises(ValueError, match="rng_key takes one key"):
-        to_arviz(runner, result, GROUPS, Y, rng_key=0)
+        to_arviz(runner, result, GROUPS, Y, rng_key=0.0)
     mapped, fitted = fit_map(ridge, key, X, Y)
     other = EnsembleMAP(schools, ADAM, ensemble_size=4)
     with pytest.raises(ValueError, match=r"of another model: this one has no \['w'\]"):

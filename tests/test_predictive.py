@@ -1,7 +1,5 @@
 """EnsemblePredictive against NumPyro's Predictive, member by member."""
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +10,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from numpyro import handlers
 from numpyro.infer import Predictive, Trace_ELBO
 from numpyro.infer.autoguide import AutoLaplaceApproximation, AutoNormal
+from numpyro.infer.svi import SVIState
 from numpyro.primitives import mutable as numpyro_mutable
 from zoo import CASES, X, Y, chosen, map_on_ridge, ridge, vi_on_ridge
 
@@ -110,13 +109,11 @@ def test_state_that_is_not_real_is_per_member_too(key):
         count["n"] = count["n"] + 1
         numpyro.sample("y", dist.Normal(count["n"], 1e-6), obs=y)
 
-    result = EnsembleResult({}, _State({"count": {"n": jnp.array([2, 7])}}), jnp.zeros((2, 1)))
+    counts = {"count": {"n": jnp.array([2, 7])}}
+    state = SVIState((jnp.zeros(2, int), {}), counts, jax.random.split(key, 2))
+    result = EnsembleResult({}, state, jnp.zeros((2, 1)))
     drawn = EnsemblePredictive(model, result, num_samples=1)(key)["y"]
     assert_allclose(drawn, [3.0, 8.0], atol=1e-4)
-
-
-class _State(NamedTuple):
-    mutable_state: dict
 
 
 @pytest.mark.promotes_ranks
@@ -355,4 +352,4 @@ def test_a_member_that_ended_badly_is_left_out(key):
     with pytest.raises(ValueError, match="1 of 2 members are not finite: 1"):
         EnsemblePredictive(model, result, on_failed="raise")
     with pytest.raises(ValueError, match="rng_key takes one key"):
-        EnsemblePredictive(model, DRAWS)(0)
+        EnsemblePredictive(model, DRAWS)(0.0)
