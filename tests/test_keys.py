@@ -55,13 +55,18 @@ CALLS = {
 }
 
 
+QUICK = {"ensemble_init", "run", "sample_posterior", "choose_inducing"}
+
+
 @pytest.fixture(scope="module")
 def fit():
     return VI.run(jax.random.key(7), 3, X, X, **QUIET)
 
 
 @pytest.mark.promotes_ranks
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[] if n in QUICK else pytest.mark.long) for n in CALLS]
+)
 def test_an_integer_stands_for_its_key(name, fit):
     call = CALLS[name]
     for a, b in zip(

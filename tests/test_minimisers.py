@@ -272,7 +272,8 @@ def test_a_density_of_ones_own(key):
 # Searches of others -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("guided", ["map", pytest.param("laplace", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("guided", ["map", "laplace"])
 def test_minimize_equals_svis_update(guided, key):
     optim = numpyro.optim.Minimize(tol=1e-6)
     if guided == "map":
