@@ -82,7 +82,7 @@ def test_copies_and_pickles_give_the_same_numbers(name, key):
     runner, result = fitted(GUIDES[name], key)
     expected = answers(runner, result, key)
     pair = (runner, result)
-    if name != "VI":  # closures go through the same two below
+    if name != "VI":  # the quick run has cloudpickle in the next test
         agree(answers(copy.copy(runner), copy.copy(result), key), expected)
         agree(answers(*cloudpickle.loads(cloudpickle.dumps(pair)), key), expected)
     agree(answers(*copy.deepcopy(pair), key), expected)
