@@ -106,9 +106,9 @@ def test_what_batch_args_leave_out_stays_whole(key):
     ],
 )  # fmt: skip
 def test_rows_that_do_not_fit_are_refused_by_name(args, options, message, key, compile_count):
-    runner = EnsembleMAP(ridge, ADAM, ensemble_size=3)
+    runner, keys = EnsembleMAP(ridge, ADAM, ensemble_size=3), jax.random.split(key, 3)
     with compile_count() as compiled, pytest.raises(ValueError, match=message):
-        runner.run(key, 3, *args, batch_size=4, member_args=["y"], **options, **OPTIONS)
+        runner.run(keys, 3, *args, batch_size=4, member_args=["y"], **options, **OPTIONS)
     assert compiled.count == 0, compiled.names
 
 
