@@ -112,7 +112,8 @@ def _open_object(value: Any) -> tuple[Any, list[Any]]:
     """Open an object that is known to be no more than its attributes."""
     kind = type(value)
     if isinstance(value, AutoGuide):
-        held = {n: v for n, v in vars(value).items() if n not in learnt_by(value)}
+        learnt = learnt_by(value)
+        held = {name: v for name, v in vars(value).items() if name not in learnt}
         return (Same(value), tuple(held)), list(held.values())
     if isinstance(value, Messenger):  # a handler around a model: its state in use does not count
         held = {n: v for n, v in vars(value).items() if not n.startswith("_")}

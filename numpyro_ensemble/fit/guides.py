@@ -61,7 +61,8 @@ def _own_order(guide: AutoGuide) -> tuple[str, ...]:
 
 def parts_of(guide: AutoGuide) -> list[AutoGuide]:
     """Return the autoguides that an autoguide is made of."""
-    given = [v for name, v in vars(guide).items() if name not in learnt_by(guide)]
+    learnt = learnt_by(guide)
+    given = [v for name, v in vars(guide).items() if name not in learnt]
     held = [v for v in given if isinstance(v, AutoGuide)]
     lists = [v for v in given if isinstance(v, list)]
     return held + [part for items in lists for part in items if isinstance(part, AutoGuide)]
