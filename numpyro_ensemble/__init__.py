@@ -1,7 +1,7 @@
 """Ensembles of MAP fits, variational fits, chains and functions for NumPyro."""
 
 from numpyro_ensemble.density import log_joint
-from numpyro_ensemble.fit.loop import EarlyStopping
+from numpyro_ensemble.fit.stopping import EarlyStopping
 from numpyro_ensemble.handlers import reweight
 from numpyro_ensemble.laplace_modes import LaplaceMixture, Modes, laplace, modes
 from numpyro_ensemble.map import EnsembleMAP, ensemble_map

@@ -6,8 +6,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import jax
 from numpyro.infer.autoguide import AutoGuide
 from numpyro.optim import _NumPyroOptim
 from numpyro.primitives import _PYRO_STACK
@@ -26,6 +28,11 @@ PROTOTYPES = "_prototype"
 def latent_starts(guide: AutoGuide) -> dict[str, Any]:
     """Return an autoguide's start values by latent: their order is that of its flat vector."""
     return vars(guide).get("_init_locs") or {}
+
+
+def hessian_of(guide: Any) -> Callable:
+    """Return the `hessian_fn` that a Laplace guide was made with, or JAX's own."""
+    return getattr(guide, "_hessian_fn", lambda loss, point: jax.hessian(loss)(point))
 
 
 def distribution_mask(fn: Any) -> Any:

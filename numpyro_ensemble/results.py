@@ -20,6 +20,15 @@ class _Fields(NamedTuple):
     losses: jax.Array
 
 
+def converged(state: SVIState) -> Any:
+    """Return whether the optimiser's criterion is met, None where it has none.
+
+    Args:
+        state: of one member or of all.
+    """
+    return getattr(state.optim_state[1], "converged", None)
+
+
 class EnsembleResult(_Fields):
     """The outcome of a fit: `SVIRunResult`'s three fields, with a leading member axis on each.
 
@@ -40,7 +49,7 @@ class EnsembleResult(_Fields):
     @property
     def converged(self) -> Any:
         """Which members `(E,)` met the criterion of their minimiser; None for other optimisers."""
-        ended = getattr(self.state.optim_state[1], "converged", None)
+        ended = converged(self.state)
         return ended if ended is None or isinstance(ended, jax.core.Tracer) else np.asarray(ended)
 
     @property

@@ -17,13 +17,13 @@ from numpyro_ensemble.calls.arguments import has_tracers
 from numpyro_ensemble.calls.identity import captured, may_differ
 from numpyro_ensemble.calls.keywords import checked_keywords
 from numpyro_ensemble.calls.programs import Programs
-from numpyro_ensemble.fit.checks import check_size
 from numpyro_ensemble.fit.ensemble import Ensemble
 from numpyro_ensemble.fit.guides import is_set_up
 from numpyro_ensemble.fit.member_guides import MemberGuides
 from numpyro_ensemble.fit.optimisers import choose_optimizer
 from numpyro_ensemble.fit.problem import Problem
 from numpyro_ensemble.fit.setup import GuideValues, SetupTemplate, setup_of
+from numpyro_ensemble.fit.states import check_size
 from numpyro_ensemble.handlers import check_count, check_weight, one_key, reweight
 from numpyro_ensemble.results import EnsembleResult
 

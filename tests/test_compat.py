@@ -8,10 +8,16 @@ import numpyro
 import numpyro.distributions as dist
 import pytest
 from numpyro import handlers
-from numpyro.infer.autoguide import AutoNormal
+from numpyro.infer.autoguide import AutoLaplaceApproximation, AutoNormal
 
 import numpyro_ensemble
-from numpyro_ensemble._compat import HANDLERS, PROTOTYPES, distribution_mask, latent_starts
+from numpyro_ensemble._compat import (
+    HANDLERS,
+    PROTOTYPES,
+    distribution_mask,
+    hessian_of,
+    latent_starts,
+)
 
 PRIVATE = {"blackjax", "jax", "jaxlib", "numpyro", "optax"}
 
@@ -34,6 +40,14 @@ def test_an_autoguide_keeps_its_starts_in_the_order_of_the_model():
     handlers.seed(guide, jax.random.key(0))()
     assert list(latent_starts(guide)) == ["w", "b"]
     assert [n for n, v in vars(guide).items() if n.startswith(PROTOTYPES) and isinstance(v, dict)]
+
+
+def test_a_laplace_guide_keeps_its_hessian():
+    def hessian(loss, point):
+        return point
+
+    assert hessian_of(AutoLaplaceApproximation(model, hessian_fn=hessian)) is hessian
+    assert hessian_of(None)(lambda x: 3.0 * x**2, 1.0) == 6.0
 
 
 def test_a_masked_distribution_tells_its_mask():

@@ -118,8 +118,9 @@ def test_an_array_changed_in_place_is_another():
         types.SimpleNamespace(a=1),
         np.array([None]),
         np.zeros(1, [("a", object)]),
+        np.zeros(1, [("a", object)])[0],
     ],
-    ids=["reference", "namespace", "objects", "structured objects"],
+    ids=["reference", "namespace", "objects", "structured objects", "a row of objects"],
 )
 def test_what_has_no_contents_equals_nothing(opaque):
     assert fingerprint(opaque) != fingerprint(opaque)

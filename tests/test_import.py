@@ -29,7 +29,7 @@ LAYERS = [
     {"mapping"},
     {"fit.minimisers"},
     {"fit.line_searches"},
-    {"fit.batches", "fit.optimisers", "fit.starts"},
+    {"fit.batches", "fit.optimisers", "fit.starts", "fit.states", "fit.stopping"},
     {"fit.setup", "fit.loop"},
     {"fit.guides", "fit.options"},
     {"fit.slots"},

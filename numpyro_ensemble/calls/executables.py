@@ -40,7 +40,8 @@ class Executables:
             compiled = self._kept.get(key)
             if compiled is None:
                 compiled = lowered.compile()
-            keep(self._kept, key, compiled, _KEPT)
+            if key is not None:
+                keep(self._kept, key, compiled, _KEPT)
             # what is static in the outcome is this call's
             return jax.tree.unflatten(
                 jax.tree.structure(traced.out_info), jax.tree.leaves(compiled(*inputs))
@@ -51,8 +52,8 @@ class Executables:
 
     def _key(self, traced: Any, lowered: Any, inputs: tuple) -> Any:
         text = lowered.as_text()
-        if "callback" in text:  # a program calls back what it was compiled with
-            return object()
+        if "callback" in text:  # a program calls back what it was compiled with: it serves once
+            return None
         leaves, treedef = jax.tree.flatten(inputs)
         placed = tuple(x.sharding if isinstance(x, jax.Array) else None for x in leaves)
         constants = tuple(map(fingerprint, traced.jaxpr.consts))

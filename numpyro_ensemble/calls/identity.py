@@ -67,16 +67,22 @@ def fingerprint(leaf: Any) -> Any:
     NumPy's arrays are hashed by their contents, never by identity: one that was changed in place is
     another.
     """
-    kind = type(leaf)
-    if kind in BY_VALUE or isinstance(leaf, np.dtype):
-        return (kind, repr(leaf) if kind in (float, complex) else leaf)
-    if isinstance(leaf, jax.core.Tracer):
-        return Same(leaf)
-    if isinstance(leaf, jax.Array):
-        return _Constant(leaf)
-    if (kind is np.ndarray or isinstance(leaf, np.generic)) and not leaf.dtype.hasobject:
-        return ("numpy", str(leaf.dtype), leaf.shape, _contents(np.asarray(leaf)))
-    return captured(leaf)
+    mark = _mark(leaf)
+    return captured(leaf) if mark is None else mark
+
+
+def _mark(value: Any) -> Any:
+    """Return the mark of a number, text or an array, None of what is made of parts."""
+    kind = type(value)
+    if kind in BY_VALUE or isinstance(value, np.dtype):
+        return (kind, repr(value) if kind in (float, complex) else value)
+    if isinstance(value, jax.core.Tracer):
+        return Same(value)
+    if isinstance(value, jax.Array):
+        return _Constant(value)
+    if (kind is np.ndarray or isinstance(value, np.generic)) and not value.dtype.hasobject:
+        return ("numpy", str(value.dtype), value.shape, _contents(np.asarray(value)))
+    return None
 
 
 def captured(value: Any) -> tuple:
@@ -111,6 +117,15 @@ def holds_tracers(marks: Any) -> bool:
     )
 
 
+def can_return(marks: Any) -> bool:
+    """Return whether a key can be met again.
+
+    A model may close over values of a transformation around the call, and over what cannot be
+    compared.
+    """
+    return not (holds_tracers(marks) or is_unknown(marks))
+
+
 def _holds(marks: Any, wanted: Any) -> bool:
     if isinstance(marks, Hashed):
         marks = marks.value
@@ -120,11 +135,9 @@ def _holds(marks: Any, wanted: Any) -> bool:
 
 
 def _collect(value: Any, marks: list, met: dict[int, int]) -> None:
-    if type(value) in BY_VALUE or isinstance(value, np.dtype | np.generic | jax.Array):
-        marks.append(fingerprint(value))
-        return
-    if type(value) is np.ndarray and not value.dtype.hasobject:
-        marks.append(fingerprint(value))
+    mark = _mark(value)
+    if mark is not None:
+        marks.append(mark)
         return
     if id(value) in met:
         marks.append(("again", met[id(value)]))

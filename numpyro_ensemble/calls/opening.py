@@ -35,6 +35,7 @@ _PURE = {
     "fractions", "functools", "itertools", "math", "numbers", "operator", "re", "statistics",
     "string", "textwrap", "types", "typing", "warnings",
 }  # fmt: skip
+_OPERATIONS = ("GLOBAL", "LOAD_NAME"), ("ATTR", "LOAD_METHOD"), ("IMPORT_NAME",)  # see _names
 _PLAIN_PACKAGES = {"jax", "numpyro", __name__.partition(".")[0]}  # whose objects hide nothing
 
 
@@ -242,13 +243,9 @@ def _names(code: types.CodeType) -> tuple[tuple[str, ...], ...]:
     for instruction in dis.get_instructions(code):
         if not isinstance(instruction.argval, str):
             continue  # SET_FUNCTION_ATTRIBUTE, of a closure or of defaults, names nothing
-        for names, operation in zip(found, ("GLOBAL", "ATTR", "IMPORT_NAME"), strict=True):
-            if operation in instruction.opname or (
-                operation == "GLOBAL" and instruction.opname == "LOAD_NAME"
-            ):
+        for names, operations in zip(found, _OPERATIONS, strict=True):
+            if any(operation in instruction.opname for operation in operations):
                 names.add(instruction.argval)
-        if instruction.opname == "LOAD_METHOD":
-            found[1].add(instruction.argval)
     for const in code.co_consts:
         if isinstance(const, types.CodeType):
             for names, inner in zip(found, _names(const), strict=True):

@@ -11,7 +11,7 @@ import jax
 from numpyro_ensemble._compat import HANDLERS
 from numpyro_ensemble.calls.arguments import Arguments, arrange, has_tracers
 from numpyro_ensemble.calls.executables import Executables, keep
-from numpyro_ensemble.calls.identity import captured, holds_tracers, is_unknown
+from numpyro_ensemble.calls.identity import can_return, captured, is_unknown
 from numpyro_ensemble.calls.tracing import NUMPY_WANTED, TRACING, tracing_alone
 
 KEPT = 8  # sets of arguments whose programs are kept
@@ -83,16 +83,14 @@ class Programs:
             def program(dynamic: Any, *inputs: Any, form: Any = form) -> Any:
                 return fn(form.rebuild(dynamic), *inputs)
 
-            def build(program: Callable = program) -> Any:
+            def build(program: Callable = program, key: tuple = key) -> Any:
                 if prepare is not None:
                     prepare()
-                return jax.jit(tracing_alone(program))
+                compiled = jax.jit(tracing_alone(program))
+                return self._executables.wrap(compiled) if is_unknown(key) else compiled
 
             try:
-                program = self._find(key, build)
-                if is_unknown(key):
-                    program = self._executables.wrap(program)
-                return program(arguments.dynamic, *inputs)
+                return self._find(key, build)(arguments.dynamic, *inputs)
             except NUMPY_WANTED:
                 self._kept.pop(key, None)
                 if not traced:
@@ -107,6 +105,7 @@ class Programs:
         found = self._kept.get(key)
         if found is None:
             found = build()
-        if not (holds_tracers(key[1:]) or is_unknown(key)):
-            keep(self._kept, key, found, KEPT)
+            if not can_return(key):
+                return found
+        keep(self._kept, key, found, KEPT)
         return found

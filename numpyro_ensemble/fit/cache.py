@@ -13,7 +13,7 @@ from numpyro.infer.svi import SVIState
 
 from numpyro_ensemble.calls.arguments import NO_ARGUMENTS, TRACED, Arguments, CallForm, arrange
 from numpyro_ensemble.calls.executables import Executables, keep
-from numpyro_ensemble.calls.identity import captured, holds_tracers, is_unknown, may_differ
+from numpyro_ensemble.calls.identity import can_return, captured, is_unknown, may_differ
 from numpyro_ensemble.calls.marks import Hashed
 from numpyro_ensemble.calls.programs import KEPT, REMEMBERED, surroundings
 from numpyro_ensemble.calls.tracing import NUMPY_WANTED, LooksAtValuesError, tracing_alone
@@ -91,7 +91,7 @@ class ProgramCache:
         arguments, key = _arranged(problem, args, kwargs, options, traced=False, like=first)
         try:
             call = self._call(problem, arguments, key, starts, state)
-            if first is not None and _can_return(first):
+            if first is not None and can_return(_marks(first)):
                 keep(self._looks, first, None, REMEMBERED)
             return use(call)
         except LooksAtValuesError as error:
@@ -106,7 +106,7 @@ class ProgramCache:
         state: SVIState | None,
     ) -> FitCall:
         """Return kept programs that serve this call, or new ones, with its arguments."""
-        form, batches, settings = key
+        form, batches, _ = key
         setup = None if state is None else setup_of(state)
         template = None if setup is None else setup.template
         if template is not None and may_differ(problem.model, template.model):
@@ -120,12 +120,11 @@ class ProgramCache:
             if kept is not None and template in (None, kept.template) and kept.serves(starts):
                 keep(self._kept, candidate, kept, _KEPT)
                 return FitCall(kept, arguments, form)
-        known = not is_unknown((form.key, settings.value))
-        executables = None if known else self._executables
+        executables = self._executables if is_unknown(_marks(key)) else None
         make_key = partial(_key, problem, form, batches)
         programs = FitPrograms(problem, make_key, batches, template, starts, executables)
         programs.prepare(arguments, form)  # what fails is not kept
-        if _can_return(key):
+        if can_return(_marks(key)):
             key = make_key()  # what the set-up of a guide writes is known by now
             keep(self._kept, (key, *keys[-1][1:]), programs, _KEPT)
             if template is None and programs.template is not None and not order:
@@ -149,15 +148,16 @@ class ProgramCache:
                 "result.params, or go on from it with run."
             )
         template, call = setup.template, setup.call or CallForm(NO_ARGUMENTS)
-        marks = (captured((problem.model, template.guide)), problem.settings())
-        key = ("params", template, Hashed(marks))
+        marks = (captured((problem.model, template.guide)), problem.settings(), call.key)
+        key = ("params", template, Hashed(marks[:2]))
         program: Callable | None = self._kept.get(key)
         if program is None:
             build = tracing_alone(partial(constrain, problem, template))
             program = jax.jit(build, static_argnums=0)
-            if is_unknown((marks, call.key)):
+            if is_unknown(marks):
                 program = self._executables.wrap(program, statics=1)
-        keep(self._kept, key, program, _KEPT)
+        if can_return(marks):
+            keep(self._kept, key, program, _KEPT)
         return program(call, plain(state), setup.values)
 
 
@@ -172,14 +172,9 @@ def _key(problem: Problem, form: CallForm, batches: Batches | None) -> Key:
     return form, batches, Hashed(marks)
 
 
-def _can_return(key: Key) -> bool:
-    """Return whether a key can be met again.
-
-    A model may close over values of a transformation around the call, and over what cannot be
-    compared.
-    """
-    marks = (key[0].key, key[2].value)
-    return not (holds_tracers(marks) or is_unknown(marks))
+def _marks(key: Key) -> tuple:
+    form, _, settings = key
+    return form.key, settings.value
 
 
 def _arranged(

@@ -18,9 +18,7 @@ from numpyro_ensemble.calls.arguments import (
 )
 from numpyro_ensemble.calls.tracing import TRACING, tracing_alone
 from numpyro_ensemble.fit.batches import Batches
-from numpyro_ensemble.fit.checks import (
-    without_value,
-)
+from numpyro_ensemble.fit.checks import without_value
 from numpyro_ensemble.fit.guides import is_set_up, set_up
 from numpyro_ensemble.fit.loop import make_chunk
 from numpyro_ensemble.fit.options import RunOptions

@@ -10,6 +10,7 @@ import jax
 from jax.flatten_util import ravel_pytree
 from numpyro.infer.svi import SVIState
 
+from numpyro_ensemble._compat import hessian_of
 from numpyro_ensemble.calls.arguments import MEMBER_AXES, CallForm
 from numpyro_ensemble.density import fill_model
 from numpyro_ensemble.fit.call import FitCall
@@ -45,8 +46,7 @@ def curvatures(call: FitCall, state: SVIState) -> Curvature:
             return loss_of(unravel(point))
 
         value, gradient = jax.value_and_grad(loss)(point)
-        hessian_fn = getattr(member.problem.guide, "_hessian_fn", lambda f, x: jax.hessian(f)(x))
-        return Curvature(point, -value, -gradient, hessian_fn(loss, point))
+        return Curvature(point, -value, -gradient, hessian_of(member.problem.guide)(loss, point))
 
     return _over_members(call, "curvature", one)(plain(state), call.values_of(state))
 

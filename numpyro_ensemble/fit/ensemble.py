@@ -15,15 +15,13 @@ from numpyro_ensemble.calls.arguments import has_tracers
 from numpyro_ensemble.calls.keywords import checked_keywords
 from numpyro_ensemble.fit.cache import ProgramCache
 from numpyro_ensemble.fit.call import FitCall
-from numpyro_ensemble.fit.checks import check_size
-from numpyro_ensemble.fit.loop import (
-    EarlyStopping,
-)
 from numpyro_ensemble.fit.optimisers import adapted, loopable
 from numpyro_ensemble.fit.options import RunOptions
 from numpyro_ensemble.fit.problem import Problem
 from numpyro_ensemble.fit.run import fit
 from numpyro_ensemble.fit.starts import start_forms
+from numpyro_ensemble.fit.states import check_size
+from numpyro_ensemble.fit.stopping import EarlyStopping
 from numpyro_ensemble.handlers import check_count, check_names, key_of
 from numpyro_ensemble.primitives import member_keys
 from numpyro_ensemble.results import EnsembleResult
@@ -138,9 +136,7 @@ class Ensemble:
         """
         keys = member_keys(rng_key, self.ensemble_size)
         starts = start_forms(init_params, keys)
-        return self._cache.use(
-            self.problem(), lambda c: c.start(keys, init_params), args, kwargs, starts=starts
-        )
+        return self.use(lambda call: call.start(keys, init_params), args, kwargs, starts=starts)
 
     def get_params(self, state: SVIState) -> dict[str, Any]:
         """Return the constrained parameters of a state, each leaf with a leading `(E,)`.
@@ -161,11 +157,7 @@ class Ensemble:
         **kwargs: Any,
     ) -> tuple[SVIState, jax.Array]:
         """Take one step with every member and return the new state and the losses `(E,)`."""
-        check_size(state, self.ensemble_size)
-        forward = forward_mode_differentiation
-        return self._cache.use(
-            self.problem(), lambda c: c.step(state, False, forward), args, kwargs, state=state
-        )
+        return self._step(state, False, forward_mode_differentiation, args, kwargs)
 
     @checked_keywords
     def stable_update(
@@ -176,19 +168,19 @@ class Ensemble:
         **kwargs: Any,
     ) -> tuple[SVIState, jax.Array]:
         """Take one step, in which a member whose loss or state fails keeps its last good state."""
+        return self._step(state, True, forward_mode_differentiation, args, kwargs)
+
+    def _step(
+        self, state: SVIState, stable: bool, forward: bool, args: tuple, kwargs: dict
+    ) -> tuple[SVIState, jax.Array]:
         check_size(state, self.ensemble_size)
-        forward = forward_mode_differentiation
-        return self._cache.use(
-            self.problem(), lambda c: c.step(state, True, forward), args, kwargs, state=state
-        )
+        return self.use(lambda call: call.step(state, stable, forward), args, kwargs, state=state)
 
     @checked_keywords
     def evaluate(self, state: SVIState, *args: Any, **kwargs: Any) -> jax.Array:
         """Return the members' losses `(E,)`, with the randomness that `update` would use."""
         check_size(state, self.ensemble_size)
-        return self._cache.use(
-            self.problem(), lambda call: call.evaluate(state), args, kwargs, state=state
-        )
+        return self.use(lambda call: call.evaluate(state), args, kwargs, state=state)
 
     @checked_keywords
     def run(

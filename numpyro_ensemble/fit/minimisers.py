@@ -145,15 +145,6 @@ def default_minimiser() -> Any:
     return optimistix.LBFGS(rtol=_TOLERANCE, atol=_TOLERANCE)
 
 
-def converged(state: Any) -> jax.Array | None:
-    """Return whether the optimiser's criterion is met, None where it has none.
-
-    Args:
-        state: an `SVIState`, of one member or of all.
-    """
-    return getattr(state.optim_state[1], "converged", None)
-
-
 def _innermost(solver: Any) -> Any:
     """Return the solver within wrappers such as `optimistix.BestSoFarMinimiser`."""
     while hasattr(solver, "solver"):

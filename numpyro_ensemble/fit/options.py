@@ -11,7 +11,7 @@ from numpyro.infer.svi import SVIState
 
 from numpyro_ensemble.calls.arguments import MEMBER, MEMBER_BATCH, ROW_AXES, Arguments
 from numpyro_ensemble.fit.batches import Batches
-from numpyro_ensemble.fit.loop import EarlyStopping
+from numpyro_ensemble.fit.stopping import EarlyStopping
 from numpyro_ensemble.handlers import check_count
 
 

@@ -26,10 +26,7 @@ from numpyro_ensemble.calls.identity import captured
 from numpyro_ensemble.calls.tracing import TRACING, looking, tracing_alone
 from numpyro_ensemble.density import Site
 from numpyro_ensemble.fit.batches import Batches, first_rows
-from numpyro_ensemble.fit.checks import (
-    check_values,
-    model_sites,
-)
+from numpyro_ensemble.fit.checks import check_values, model_sites
 from numpyro_ensemble.fit.guides import latent_order, note_alike
 from numpyro_ensemble.fit.member import Member, Noting
 from numpyro_ensemble.fit.noise import check_exact

@@ -14,17 +14,11 @@ from numpyro.util import is_prng_key
 from numpyro_ensemble.calls.arguments import has_tracers, traces
 from numpyro_ensemble.fit.batches import batch_keys, first_order
 from numpyro_ensemble.fit.call import FitCall
-from numpyro_ensemble.fit.checks import check_state
-from numpyro_ensemble.fit.loop import (
-    Carry,
-    capacity_for,
-    copy_buffers,
-    first_stop,
-    train,
-    without_stopped,
-)
+from numpyro_ensemble.fit.loop import Carry, capacity_for, copy_buffers, train
 from numpyro_ensemble.fit.options import RunOptions
 from numpyro_ensemble.fit.setup import SetupValues, plain, with_setup
+from numpyro_ensemble.fit.states import check_state
+from numpyro_ensemble.fit.stopping import first_stop, without_stopped
 from numpyro_ensemble.results import EnsembleResult, name_members
 
 
