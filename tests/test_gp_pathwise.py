@@ -361,7 +361,7 @@ def test_calls_that_cannot_be_answered(key, pathwise):
     np.testing.assert_allclose(inducing(key, X_NEW)["u"], u, atol=1e-3)  # its inputs never move
     assert inducing.draw(key)["u"](X_NEW).shape == (2, 7)
     with pytest.raises(ValueError, match="rng_key takes one key"):
-        pathwise(0, X_NEW)
+        pathwise(jax.random.split(key, 2), X_NEW)
     for options in ({"num_paths": 0}, {"num_features": 7}, {"num_features": 0}, {"solver": "lu"}):
         with pytest.raises(ValueError, match=next(iter(options))):
             Pathwise(observed, SAMPLES, X, Y, **options)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 
 from numpyro_ensemble.calls.arguments import traces
 from numpyro_ensemble.calls.identity import fingerprint
@@ -56,7 +57,10 @@ class Executables:
             return None
         leaves, treedef = jax.tree.flatten(inputs)
         placed = tuple(x.sharding if isinstance(x, jax.Array) else None for x in leaves)
-        constants = tuple(map(fingerprint, traced.jaxpr.consts))
+        consts = traced.jaxpr.consts  # JAX has arrays of its own among them
+        constants = tuple(
+            fingerprint(c if isinstance(c, jax.Array) else np.asarray(c)) for c in consts
+        )
         digest = hashlib.blake2b(text.encode()).hexdigest()
         return (digest, treedef, tuple(traced.jaxpr.in_avals), placed, constants)
 

@@ -149,7 +149,7 @@ def set_up(guide: Callable, other: Callable) -> None:
         return
     for part, of_other in zip(parts_of(guide), parts_of(other), strict=True):
         set_up(part, of_other)
-    for name in learnt_by(other):
+    for name in sorted(learnt_by(other)):
         setattr(guide, name, vars(other)[name])
     note_alike(guide, other)
 

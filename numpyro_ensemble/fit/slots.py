@@ -119,7 +119,7 @@ class _Walk:
     def guide(self, guide: AutoGuide) -> AutoGuide:
         new = self._note(guide, copy.copy(guide))
         learnt = finish(new) if isinstance(new, KeepsOrder) else learnt_by(guide)
-        for name, value in list(vars(new).items()):
+        for name, value in sorted(vars(new).items()):  # slots are numbered alike each time
             if name == "prototype_trace" and value is not None:
                 value = self._trace(value)
             setattr(new, name, self.copy(value, self.put("own")))
