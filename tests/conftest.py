@@ -7,6 +7,7 @@ test is marked `promotes_ranks` (NumPyro's own `Normal(loc, scale).sample(key, (
 import gc
 import itertools
 import os
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -35,12 +36,24 @@ def _may_promote_ranks(run: Callable[[], None]) -> Callable[[], None]:
 
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` chooses
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Run doctests with the core in float32, and as users do: ranks may be promoted."""
     for item in items:
         if isinstance(item, pytest.DoctestItem):
             item.add_marker("core")
             item.runtest = _may_promote_ranks(item.runtest)  # type: ignore[method-assign]
+    turn = os.environ.get("LONG_TURN")
+    if turn is not None:
+        others = [item for item in items if _turn_of(item) not in (None, int(turn))]
+        config.hook.pytest_deselected(items=others)
+        items[:] = [item for item in items if item not in others]
+
+
+def _turn_of(item: pytest.Item) -> int | None:
+    """Return which of two runs takes a long test: all cases of a test go together."""
+    if item.get_closest_marker("long") is None:
+        return None
+    return zlib.crc32(getattr(item, "originalname", item.name).encode()) % 2
 
 
 def pytest_collection_finish() -> None:

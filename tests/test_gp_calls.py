@@ -38,6 +38,7 @@ def plated(X, y=None):
     numpyro.sample("y", dist.Normal(f, 0.1).to_event(2), obs=y)
 
 
+@pytest.mark.long
 def test_whitened_processes_in_a_plate_are_evaluated(key):
     z = np.random.default_rng(0).normal(size=(2, 3, 12))
     whitened = reparam(plated, config={"f": WhitenReparam()})
@@ -228,6 +229,7 @@ def test_options_that_are_the_models_keywords_too_are_refused():
         Pathwise(model, SCALES, X, Y, solver="cg")
 
 
+@pytest.mark.long
 def test_some_paths_are_taken_inside_jit(key):
     paths = draw_paths(key, RBF(), X, Y, noise=0.1, num_paths=4, num_features=8)
     inside = jax.jit(lambda paths, x: paths[:2](x))(paths, X_NEW)

@@ -22,8 +22,15 @@ from numpyro_ensemble.gp.spectra import bessel_weights, scale_mixture, sobol
 
 NOISE = 0.01
 draw = jax.jit(draw_features, static_argnums=2)
+QUICK = {"RBF", "product", "Periodic"}  # in two dimensions
 CASES = [
-    pytest.param(name, dim, kernel, id=f"{name}-{dim}", marks=[pytest.mark.long] * (dim != 2))
+    pytest.param(
+        name,
+        dim,
+        kernel,
+        id=f"{name}-{dim}",
+        marks=[pytest.mark.long] * (dim != 2 or name not in QUICK),
+    )
     for dim in (1, 2, 5)
     for name, kernel in (KERNELS | (ONE_DIMENSION if dim == 1 else {})).items()
 ]

@@ -113,6 +113,7 @@ GUIDES = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.promotes_ranks  # NumPyro's guides do
 @pytest.mark.parametrize("name", chosen(GUIDES, {"AutoNormal"}))
 def test_guides_find_what_their_family_can_hold(name, key):

@@ -67,6 +67,7 @@ def test_updates_of_some_paths_are_those_of_all(key):
     assert np.isfinite(old.update(new, values)(X_NEW)).all()
 
 
+@pytest.mark.long
 def test_updates_add_the_jitter_that_more_points_need(key):
     few = np.linspace(0.0, 1.0, 3)
     paths = draw_paths(key, RBF(), few, np.sin(few), num_paths=2, **OPTIONS)
@@ -216,6 +217,7 @@ def test_arguments_of_kernels_and_signatures(key):
     assert_allclose(ours, (mean, variance), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.long
 def test_inputs_of_the_fit_may_be_asked_for_again(key):
     def counts(X, exposure, y=None):
         f = numpyro.sample("f", GaussianProcess(RBF(1.0, scale()), X))
@@ -285,6 +287,7 @@ def test_greedy_inducing_points_are_distinct_when_no_variance_is_left():
     assert len(np.unique(np.asarray(points))) == 30
 
 
+@pytest.mark.long
 def test_products_whose_columns_starve_the_frequencies_are_told_of(key):
     kernel = RBF(active_dims=0) * Coregion(np.ones((12, 1)), np.ones(12))
     points = np.stack([np.linspace(0.0, 1.0, 12), np.arange(12.0)], axis=1)
@@ -292,7 +295,9 @@ def test_products_whose_columns_starve_the_frequencies_are_told_of(key):
         draw_features(key, kernel, 128, points)
 
 
-@pytest.mark.parametrize(("dim", "lengthscale"), [(1, 0.1), (2, 0.003)])
+@pytest.mark.parametrize(
+    ("dim", "lengthscale"), [(1, 0.1), pytest.param(2, 0.003, marks=pytest.mark.long)]
+)
 def test_periodic_features_keep_the_variance(dim, lengthscale, key):
     features = draw_features(key, Periodic(2.0, lengthscale), 256 * dim**4, np.ones((3, dim)))
     squares = np.asarray(columns(features, np.ones((1, dim)))) ** 2

@@ -73,6 +73,7 @@ def test_updates_of_collapsed_paths_move_the_inducing_values(key):
     assert not accepts(wide, *truth)
 
 
+@pytest.mark.long
 def test_latent_values_of_a_known_covariance_move_too(key):
     """The posterior of inducing values, in closed form; a singular one is no trouble."""
     K_ZZ, K_ZX = gram(KERNEL, Z) + 1e-6 * np.eye(len(Z)), gram(KERNEL, Z, X)
@@ -109,6 +110,7 @@ def tasks(X, y=None):
 SAMPLES = {"width": np.array([0.8, 1.5]), "amplitude": np.array([[1.2], [0.7]])}
 
 
+@pytest.mark.long
 def test_updates_of_each_draw_and_of_each_copy_in_a_plate(key):
     y = np.stack([Y, 1.0 - Y])
     new = np.stack([NEW, NEW + 1.0])

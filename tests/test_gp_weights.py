@@ -84,6 +84,7 @@ def test_the_noise_of_observations_is_divided_by_their_weight(model, truth):
         assert abs(moments[0] - untempered[0]).max() > 0.05  # what a lost weight would give
 
 
+@pytest.mark.long
 def test_weights_of_other_handlers_and_of_arguments():
     for weight in (0.5, 1.0, 0.0):  # traced, as arguments are
         pathwise = Pathwise(by_argument, SAMPLES, X, Y, np.array(weight), **SMALL)
@@ -100,6 +101,7 @@ def test_weights_of_other_handlers_and_of_arguments():
         assert_allclose(moments, expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.long
 def test_drawn_functions_follow_the_weights_too(key):
     half = reweight(observed, likelihood=0.5)
     options = {"num_paths": 512, "num_bases": 16, "num_features": 256}

@@ -636,7 +636,12 @@ def test_what_is_changed_in_place_is_another_or_unknown(case):
 
 
 @pytest.mark.parametrize(
-    "make", [a_context_variable, lambda: item(collections.deque([1.0])), slots]
+    "make",
+    [
+        pytest.param(a_context_variable, marks=pytest.mark.long),
+        pytest.param(lambda: item(collections.deque([1.0])), marks=pytest.mark.long),
+        slots,
+    ],
 )
 def test_what_is_unknown_is_traced_but_not_compiled_again(make, compile_count, key):
     read, change = make()

@@ -28,7 +28,7 @@ def leaves_close(ours, theirs, **tolerance):
 
 
 QUICK = {
-    "hierarchy", "subsampled", "with_param", "partly_observed",
+    "hierarchy", "with_param",
 }  # fmt: skip
 
 

@@ -159,6 +159,7 @@ def of_surroundings():
     numpyro.sample("y", dist.Normal(mu, 1.0).to_event(1), obs=jnp.full(2, SHIFT))
 
 
+@pytest.mark.long
 def test_the_first_density_is_that_of_the_surroundings(monkeypatch):
     kernel = ChEES(of_surroundings, start="init")
     keys = jax.random.split(jax.random.key(0), 8)

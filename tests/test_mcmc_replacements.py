@@ -83,6 +83,7 @@ def far_and_tiny():
     numpyro.sample("at", dist.Normal(0.0, 1.0))
 
 
+@pytest.mark.long
 def test_a_mode_of_good_density_that_holds_nothing_is_dropped():
     match = (
         r"has exp\(-2\d\.?\d*\) or less of the mass that the best search has found: those of search"

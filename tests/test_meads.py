@@ -165,6 +165,7 @@ def test_the_default_rank():
     assert default_rank(256, 1000) == 16
 
 
+@pytest.mark.long
 def test_steps_are_shrunk_until_enough_is_accepted(key):
     def normal(row):
         return -0.5 * (row**2).sum()

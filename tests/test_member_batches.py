@@ -132,6 +132,7 @@ def test_a_model_that_does_not_follow_its_own_rows_is_refused(key):
         runner.run(key, 3, OWN, jnp.array(8.0), batch_size=4, member_args=["y"], **OPTIONS)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("follows", [True, False])
 def test_a_raw_density_must_depend_on_the_members_rows(follows, key):
     def density(level, y):

@@ -188,6 +188,7 @@ def test_one_bad_member_never_touches_another(name, key):
             assert_array_equal(value[e], clean.params[site][e])
 
 
+@pytest.mark.long
 def test_a_flat_direction_stops_and_moves_nobody(key):
     def flat(y):
         idle = numpyro.sample("idle", dist.ImproperUniform(dist.constraints.real, (), ()))
@@ -211,6 +212,7 @@ def state_space(y):
     scan(move, 0.0, jnp.asarray(y))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "name",
     ["state_space", *(pytest.param(n, marks=pytest.mark.long) for n in ("with_param", "interval"))],
@@ -249,6 +251,7 @@ def test_float32_meets_the_criterion_that_it_can(key):
     assert (result.gradient_norm < tight).all()
 
 
+@pytest.mark.long
 def test_a_density_of_ones_own(key):
     def log_joint(params, y):
         return -((y - params["b"]) ** 2).sum(), -((params["b"] - params["a"]) ** 2) - params[
@@ -302,6 +305,7 @@ def test_minimize_equals_svis_update(guided, key):
 BACKTRACKING = optax.chain(optax.sgd(0.5), optax.scale_by_backtracking_linesearch(15))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("optim", "stable"),
     [

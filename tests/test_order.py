@@ -123,6 +123,7 @@ def test_guides_set_up_by_seed_and_by_an_ensemble_have_the_models_order(key):
         assert_allclose(next(params), next(params), rtol=1e-8)
 
 
+@pytest.mark.long
 def test_an_svi_whose_first_start_failed_is_followed(key):
     """NumPyro sorts the latents then, eagerly too."""
 
@@ -220,6 +221,7 @@ def test_samplers_start_from_members_and_transport_maps(fitted, key):
     assert info.potential_fn(shared) < 20.0
 
 
+@pytest.mark.long
 def test_a_map_fit_and_a_raw_density_name_their_latents(key):
     runner = EnsembleMAP(contrast, numpyro.optim.Adam(0.5), ensemble_size=2)
     near = {"z": jnp.array([95.0, 90.0])}

@@ -76,7 +76,7 @@ GUIDES = {
 
 @pytest.mark.promotes_ranks
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[] if n == "VI" else pytest.mark.long) for n in GUIDES]
+    "name", [pytest.param(n, marks=[] if n == "MAP" else pytest.mark.long) for n in GUIDES]
 )
 def test_copies_and_pickles_give_the_same_numbers(name, key):
     runner, result = fitted(GUIDES[name], key)

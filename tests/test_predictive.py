@@ -82,7 +82,7 @@ MODULES = ["flax_net", "nnx_net", "eqx_net", "batch_norm", "random_nnx_net"]
 
 
 @pytest.mark.promotes_ranks
-@pytest.mark.parametrize("name", chosen(MODULES, {"flax_net", "nnx_net"}))
+@pytest.mark.parametrize("name", chosen(MODULES, {"nnx_net"}))
 def test_modules_and_mutable_state_are_per_member(name, key):
     case = CASES[name]
     runner = EnsembleMAP(case.model, ADAM, ensemble_size=2)

@@ -129,6 +129,7 @@ def test_a_model_with_a_constrained_latent():
     assert_allclose(jnp.exp(state.params), np.sqrt(np.mean(Y**2)), atol=1e-6)
 
 
+@pytest.mark.long
 def test_line_searches_work():
     lbfgs = optax.lbfgs(memory_size=2)
     state, losses = loop(stepper(optimizer=lbfgs), start(optimizer=lbfgs), 12, X, Y)
@@ -305,6 +306,7 @@ def net_joint(net, x, y):
     return -0.5 * jnp.square(y - jax.vmap(net)(x)).sum(), prior
 
 
+@pytest.mark.long
 @pytest.mark.leaks
 def test_an_equinox_module_is_a_member():
     momentum = optax.sgd(0.05, momentum=0.9)

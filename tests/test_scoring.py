@@ -72,6 +72,7 @@ def test_a_weight_is_a_repeated_draw(score, key):
         assert abs(weighted - function(draws, SEEN)).max() > 1e-4
 
 
+@pytest.mark.long
 @pytest.mark.promotes_ranks
 def test_what_is_missing_is_left_out_or_refused(key):
     draws = DRAWS.copy()
@@ -237,6 +238,7 @@ def test_members_in_one_mode_do_not_count_twice(guide, key):
     assert (data["posterior"]["z"].values < 0).mean() == 0.75  # as pooled draws would have it
 
 
+@pytest.mark.long
 @pytest.mark.promotes_ranks
 def test_a_density_that_other_members_cannot_tell(key):
     def guide(y):

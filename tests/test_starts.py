@@ -121,6 +121,7 @@ def test_a_start_that_would_freeze_is_reported():
         kernel.init(jax.random.split(jax.random.key(0), 64), 10, None, (X, Y))
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:MEADS starts far from the typical set")
 def test_few_chains_in_a_fold_are_told_of():
     with pytest.warns(UserWarning, match="from 8 chains in each of 4 folds.*run 64 or more"):

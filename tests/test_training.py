@@ -32,8 +32,15 @@ def negative_log_joint(w, x, y):
 # Batches ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("batch_size", [2, 3])  # 3 leaves a ragged batch of 2 rows
-@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize(
+    ("batch_size", "shared"),
+    [
+        pytest.param(2, True, marks=pytest.mark.long),
+        pytest.param(2, False, marks=pytest.mark.long),
+        pytest.param(3, True, marks=pytest.mark.long),
+        (3, False),  # leaves a ragged batch of 2 rows
+    ],
+)
 def test_the_weighted_mean_gradient_of_an_epoch_is_the_full_gradient(batch_size, shared, key):
     rate, states = 1e-8, []
     runner = EnsembleMAP(ridge, numpyro.optim.SGD(rate), ensemble_size=2)
@@ -230,6 +237,7 @@ def test_a_model_that_rescales_itself_is_refused(key):
             quiet(runner, key, 1, X, Y, batch_size=2)
 
 
+@pytest.mark.long
 def test_halves_equal_the_whole_with_batches_and_failed_steps(key):
     runner = EnsembleMAP(
         flaky, numpyro.optim.Adam(0.1), ensemble_size=2, likelihood_sites=["failure"]
@@ -383,6 +391,7 @@ def counting(y):
         numpyro.sample("y", dist.Normal(mu, 1.0), obs=y)
 
 
+@pytest.mark.long
 def test_stable_update_keeps_mutable_state_good(key):
     runner = EnsembleMAP(counting, numpyro.optim.Adam(0.1), ensemble_size=2)
     result = quiet(runner, key, 20, Y, stable_update=True)
@@ -480,8 +489,10 @@ def test_members_may_be_fitted_to_different_data(key):
             optax.clip_by_global_norm(1.0),
             optax.adamw(optax.warmup_cosine_decay_schedule(0.0, 0.1, 5, 20)),
         ),
-        numpyro.optim.ClippedAdam(optax.cosine_decay_schedule(0.1, 20)),
-        jax.example_libraries.optimizers.adam(0.1),
+        pytest.param(
+            numpyro.optim.ClippedAdam(optax.cosine_decay_schedule(0.1, 20)), marks=pytest.mark.long
+        ),
+        pytest.param(jax.example_libraries.optimizers.adam(0.1), marks=pytest.mark.long),
     ],
     ids=["optax chain", "numpyro schedule", "example library"],
 )

@@ -137,7 +137,7 @@ GUIDES = {
 
 
 QUICK = {
-    "AutoNormal", "mean field", "graph", "enumeration", "empty guide",
+    "AutoNormal", "mean field", "graph", "empty guide",
 }  # fmt: skip
 # started under jit and vmap; the others are traced so (below there is a test for AutoNormal)
 TRANSFORMED = {"AutoLaplaceApproximation", "AutoBNAFNormal", "AutoGuideList"}
@@ -369,6 +369,7 @@ def test_every_optimiser_walks_as_under_svi(name, key):
     close(result.member(1).params, alone.params, rtol=1e-5)
 
 
+@pytest.mark.long
 @pytest.mark.leaks
 def test_no_call_depends_on_what_was_called_on_the_guide_before(key):
     guide = autoguide.AutoNormal(ridge)
@@ -392,6 +393,7 @@ def test_no_call_depends_on_what_was_called_on_the_guide_before(key):
     assert_array_equal(naive["w_auto_loc"][0], naive["w_auto_loc"][1])
 
 
+@pytest.mark.long
 def test_constraints_that_stem_from_a_start_are_not_mixed_up(key):
     model, y = CASES["dependent_support"].model, Y
     guide = autoguide.AutoDelta(model)
@@ -464,6 +466,7 @@ def test_a_member_goes_to_arviz(key):
     assert_allclose(data.posterior["w"].mean("sample"), best.params["w_auto_loc"], atol=0.1)
 
 
+@pytest.mark.long
 def test_sm3_runs_though_its_state_holds_shapes(key):
     optim = numpyro.optim.SM3(0.05)
     result = quiet(
@@ -484,6 +487,7 @@ def test_sm3_runs_though_its_state_holds_shapes(key):
     close(result.member(1).params, params, rtol=1e-9)
 
 
+@pytest.mark.long
 def test_static_keywords_reach_model_and_guide(key):
     def model(y, scale=1.0):
         mu = numpyro.sample("mu", dist.Normal(0, scale))
@@ -527,7 +531,14 @@ def test_the_tempered_optimum_is_its_closed_form(weight, key):
     assert abs(wrong / scale - 1) > 0.2
 
 
-@pytest.mark.parametrize("loss", [Trace_ELBO(), TraceMeanField_ELBO(), RenyiELBO(num_particles=2)])
+@pytest.mark.parametrize(
+    "loss",
+    [
+        pytest.param(Trace_ELBO(), marks=pytest.mark.long),
+        TraceMeanField_ELBO(),
+        pytest.param(RenyiELBO(num_particles=2), marks=pytest.mark.long),
+    ],
+)
 def test_weight_one_is_the_plain_elbo_bit_for_bit(loss, key):
     guide = autoguide.AutoNormal(ridge)
     plain = quiet(EnsembleVI(ridge, guide, ADAM, loss, ensemble_size=2), key, 3, X, Y)
@@ -753,6 +764,7 @@ def test_parameters_without_a_value_of_their_own(key):
         quiet(runner, key, 5)
 
 
+@pytest.mark.long
 def test_several_particles_leave_mutable_state_alone(key):
     def model():
         numpyro.sample("x", dist.Normal(-1, 1))
