@@ -7,8 +7,9 @@ from numpyro_ensemble.gp.finite import Coregion, Linear
 from numpyro_ensemble.gp.kernels import Constant, Kernel
 from numpyro_ensemble.gp.likelihood import ExpectedLikelihood
 from numpyro_ensemble.gp.matheron import draw_paths
+from numpyro_ensemble.gp.mixtures import JointMoments, Moments
 from numpyro_ensemble.gp.paths import Paths
-from numpyro_ensemble.gp.pathwise import Moments, Pathwise
+from numpyro_ensemble.gp.pathwise import Pathwise
 from numpyro_ensemble.gp.sparse import choose_inducing, sparse_gp
 from numpyro_ensemble.gp.stationary import (
     RBF,
@@ -35,6 +36,7 @@ __all__ = [
     "Matern12",
     "Matern32",
     "Matern52",
+    "JointMoments",
     "Moments",
     "Paths",
     "Pathwise",

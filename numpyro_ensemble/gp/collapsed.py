@@ -142,6 +142,23 @@ class CollapsedSparseGP(Process):
         left = self.kernel.diagonal(X_new) - (P**2).sum(axis=0) + (Q**2).sum(axis=0)
         return mean, jnp.maximum(left, 0.0)
 
+    def leave_one_out(self, values: ArrayLike) -> tuple[jax.Array, jax.Array]:
+        """Return mean and variance of each value given all others, each `(N,)`, noise included.
+
+        The inducing points stay; the inducing values are the best ones without that value.
+        """
+        _, A, LB = self._factors()
+        check_factor(LB)
+        root = jnp.sqrt(self.variances)
+        scaled = (self._checked(values) - self.mean) / root
+        half = solve_triangular(LB, A, lower=True)
+        precision = (1.0 - (half**2).sum(axis=0)) / self.variances
+        inner = jnp.matmul(half, scaled, precision=EXACT)
+        left = (scaled - jnp.matmul(half.T, inner, precision=EXACT)) / root
+        beside = self.kernel.diagonal(self.X) - (A**2).sum(axis=0) * self.variances
+        mean = jnp.asarray(values) - left / precision
+        return mean, 1.0 / precision + jnp.maximum(beside, 0.0)
+
     def draw_paths(
         self, rng_key: jax.Array, values: ArrayLike, *, num_paths: int = 1, **options: Any
     ) -> Paths:

@@ -9,7 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpyro.distributions as dist
-from jax.scipy.linalg import solve_triangular
+from jax.scipy.linalg import cho_solve, solve_triangular
+from jax.scipy.stats import norm
 from jax.typing import ArrayLike
 from numpyro.distributions import constraints
 from numpyro.util import is_prng_key
@@ -102,6 +103,20 @@ class Process(dist.Distribution):
         if self.observed is None:
             check_values("the value of a Gaussian process", value)
         return jnp.asarray(value)
+
+    def leave_one_out(self, values: ArrayLike) -> tuple[jax.Array, jax.Array]:
+        """Return mean and variance of each value given all others, each `(N,)`, noise included."""
+        raise NotImplementedError(f"{type(self).__name__} has no leave-one-out moments.")
+
+    def pointwise_log_prob(self, values: ArrayLike) -> jax.Array:
+        """Return the log density of each value given all others, `(N,)`; 0 of what is unobserved.
+
+        These are the terms of leave-one-out cross-validation for one draw of the hyperparameters
+        (Bürkner, Gabry and Vehtari, 2021).
+        """
+        mean, variance = self.leave_one_out(values)
+        terms = norm.logpdf(jnp.asarray(values), mean, jnp.sqrt(variance))
+        return terms if self.observed is None else jnp.where(self.observed, terms, 0.0)
 
 
 class Copies(dist.ExpandedDistribution):
@@ -273,6 +288,27 @@ class GaussianProcess(Process):
         """
         values, X_new = self._checked(values), as_inputs(X_new, "X_new")
         return self.given(check_factor(self.scale_tril()), values, X_new, full_cov)
+
+    def leave_one_out(self, values: ArrayLike) -> tuple[jax.Array, jax.Array]:
+        """Return mean and variance of each value given all others, each `(N,)`, noise included.
+
+        Rasmussen and Williams (2006), equations 5.10 to 5.12. A value that is not observed has what
+        the observed ones say of it.
+
+        Args:
+            values: `(N,)`.
+        """
+        values = self._checked(values)
+        L = check_factor(self.scale_tril())
+        inverse = cho_solve((L, True), jnp.eye(len(L), dtype=L.dtype))
+        precision = jnp.diagonal(inverse)
+        left = jnp.matmul(inverse, self._centred(values), precision=EXACT)
+        mean, variance = values - left / precision, 1.0 / precision
+        if self.observed is None:
+            return mean, variance
+        others, spread = self.given(L, values, self.X)
+        mean = jnp.where(self.observed, mean, others)
+        return mean, jnp.where(self.observed, variance, spread + self.added)
 
     def given(
         self, L: jax.Array, values: jax.Array, X_new: jax.Array, full_cov: bool = False

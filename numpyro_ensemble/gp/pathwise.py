@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Collection
 from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,17 +27,19 @@ from numpyro_ensemble.gp.findings import (
 )
 from numpyro_ensemble.gp.inputs import Function
 from numpyro_ensemble.gp.matheron import check_options
+from numpyro_ensemble.gp.mixtures import (
+    Conditional,
+    JointMoments,
+    Moments,
+    conditionals,
+    mixed_moments,
+    mixed_quantiles,
+    named,
+)
 from numpyro_ensemble.gp.paths import PER_PATH, Paths
 from numpyro_ensemble.gp.sites import Answer, Site, gather_sites
 from numpyro_ensemble.handlers import check_count, one_key
 from numpyro_ensemble.mapping import map_draws, pick, platform_of
-
-
-class Moments(NamedTuple):
-    """Mean and variance of a function over all draws."""
-
-    mean: jax.Array
-    variance: jax.Array
 
 
 class Pathwise:
@@ -278,7 +280,7 @@ class Pathwise:
             *args: arguments of the model at the new inputs; leave the data out (None).
             **kwargs: keyword arguments of the model.
         """
-        values = self._checked(self._predict, self._inputs(rng_key), args, kwargs)
+        values = self._checked(self._predict, self._inputs(rng_key), args, kwargs, "call")
         number = self._bases * self._each
 
         def arrange_paths(x: jax.Array) -> jax.Array:
@@ -288,34 +290,78 @@ class Pathwise:
 
         return {name: arrange_paths(value) for name, value in values.items()}
 
-    def moments(self, *args: Any, **kwargs: Any) -> dict[str, Moments]:
-        """Return exact mean and variance of each function over the mixture of all draws.
+    def moments(
+        self, *args: Any, covariance: bool = False, **kwargs: Any
+    ) -> dict[str, Moments | JointMoments]:
+        """Return exact moments of each process over the mixture of all draws; nothing is random.
 
-        By site name, `{name}_f` for processes with noise; nothing is random.
+        By site name: `{name}` with the noise of observations, `{name}_f` without.
+
+        Args:
+            *args: arguments of the model at the new inputs; leave the data out (None).
+            covariance: add the covariance `(N, N)`; all inputs of a process stand in one matrix.
+            **kwargs: keyword arguments of the model.
 
         Raises:
             ValueError: if the inputs of a process depend on another one's values.
         """
+        each = self._conditionals(bool(covariance), args, kwargs)
+        return {name: mixed_moments(*of_draws) for name, of_draws in named(each).items()}
+
+    def quantiles(self, probabilities: Any, *args: Any, **kwargs: Any) -> dict[str, jax.Array]:
+        """Return exact quantiles of each process over the mixture of all draws, by site name.
+
+        Args:
+            probabilities: a number, or an array of them, which leads in the result.
+            *args: arguments of the model at the new inputs; leave the data out (None).
+            **kwargs: keyword arguments of the model.
+
+        Raises:
+            ValueError: for a number that is no probability, and as `moments` does.
+        """
+        asked = np.asarray(probabilities, float)
+        if not ((asked > 0) & (asked < 1)).all():
+            raise ValueError(f"probabilities lie between 0 and 1, got {probabilities!r}.")
+        each = named(self._conditionals(False, args, kwargs))
+        return {n: mixed_quantiles(mean, spread, asked) for n, (mean, spread, _) in each.items()}
+
+    def _conditionals(self, joint: bool, args: tuple, kwargs: dict) -> dict[str, Conditional]:
+        """Return the distribution of each process given each draw, at the inputs of a call."""
+
+        def one(call: tuple, draw: jax.Array, sample: dict, params: dict) -> Any:
+            known = self._known(sample, params)
+            sites = {k: site.centred() for k, site in self._find(sample, params).items()}
+
+            def run(functions: dict) -> Answer:
+                return self._call(call, known, functions, sites, jax.random.key(0))[0]
+
+            each, free, answer = conditionals(sites, run, joint)
+            solved = {
+                name: jnp.isfinite(mean).all() & jnp.isfinite(spread).all()
+                for name, (mean, spread, _) in each.items()
+            }
+            met = {name: sites[name] for name in each}
+            return (each, free), flags_of(met, solved), answer.finite
+
         inputs = (jnp.arange(self.num_draws), self.samples, self.params)
-        per_draw, free = self._checked(self._moments, inputs, args, kwargs)
+        each, free = self._checked(one, inputs, args, kwargs, "conditionals", joint)
         bound = [name for name, of_draw in free.items() if not holds(of_draw)]
         if bound:
             raise ValueError(
                 f"the inputs of {bound} depend on another process, so that the moments have no "
                 f"closed form: take those of draws."
             )
-        return {
-            name: Moments(mean.mean(axis=0), variance.mean(axis=0) + mean.var(axis=0))
-            for name, (mean, variance) in per_draw.items()
-        }
+        return each
 
-    def _checked(self, one: Callable, inputs: tuple, args: tuple, kwargs: dict) -> Any:
+    def _checked(
+        self, one: Callable, inputs: tuple, args: tuple, kwargs: dict, *others: Any
+    ) -> Any:
         """Run a program over all draws, and raise a ValueError for what it found wrong."""
 
         def program(call: tuple, *inputs: Any) -> Any:
             return map_draws(lambda given: one(call, *given), inputs, self._at_once())
 
-        call = (self.model, args, kwargs, one.__name__)
+        call = (self.model, args, kwargs, *others)
         out, flags, finite = self._programs.call(program, inputs, *call)
         check_inputs(finite)
         check_flags(flags, self.num_draws)
@@ -382,39 +428,6 @@ class Pathwise:
                 )
             values = {name: values[name] for name in self.return_sites}
         return values
-
-    def _moments(self, call: tuple, draw: jax.Array, sample: dict, params: dict) -> Any:
-        known = self._known(sample, params)
-        sites = {k: site.centred() for k, site in self._find(sample, params).items()}
-
-        def answers(shift: Callable) -> tuple[dict, Answer]:
-            moments: dict[str, tuple] = {}
-
-            def conditional(name: str, X: jax.Array) -> jax.Array:
-                site = sites[name]
-                predict = jax.vmap(lambda values: site.process.predict(values, X))
-                mean, variance = predict(site.flat())
-                mean, variance = (a.reshape(*site.copies, len(X)) for a in (mean, variance))
-                moments[name] = (mean, variance)
-                return shift(mean)
-
-            functions = {name: partial(conditional, name) for name in sites}
-            return moments, self._call(call, known, functions, sites, jax.random.key(0))[0]
-
-        moments, answer = answers(lambda mean: mean)
-        # inputs that follow other functions differ where these do
-        other = answers(lambda x: x + 3.0 * jax.random.normal(jax.random.key(1), x.shape))[1]
-        free = {name: (X == other.inputs[name]).all() for name, X in answer.inputs.items()}
-        met = {name: sites[name] for name in moments}
-        solved = {name: jnp.isfinite(jnp.stack(moments[name])).all() for name in met}
-        named = {
-            f"{name}_f" if met[name].noisy else name: (
-                mean + jnp.broadcast_to(answer.means[name], mean.shape),
-                variance,
-            )
-            for name, (mean, variance) in moments.items()
-        }
-        return (named, free), flags_of(met, solved), answer.finite
 
 
 def _copied(x: Any) -> Any:

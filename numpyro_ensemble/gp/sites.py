@@ -194,6 +194,7 @@ class Answer(Messenger):
         values: of the processes, by site name.
         inputs: of each process in this call.
         means: of each process, in this call, at these inputs.
+        noises: variances of the noise there, of the processes that have any.
         finite: whether all of these inputs are.
     """
 
@@ -209,6 +210,7 @@ class Answer(Messenger):
         self.values: dict[str, jax.Array] = {}
         self.inputs: dict[str, jax.Array] = {}
         self.means: dict[str, jax.Array] = {}
+        self.noises: dict[str, jax.Array] = {}
         self.finite: dict[str, jax.Array] = {}
 
     def process_message(self, msg: dict[str, Any]) -> None:
@@ -234,6 +236,7 @@ class Answer(Messenger):
         value = value + jnp.broadcast_to(self.means[name], value.shape)
         if self.sites[name].noisy:
             self.values[f"{name}_f"] = value
+            self.noises[name] = jnp.broadcast_to(process.variances, (len(X),))
             self.rng_key, key = jax.random.split(self.rng_key)
             sd = jnp.broadcast_to(jnp.sqrt(process.variances), value.shape)
             value = value + sd * normal_at(key, X, copies, value.dtype)

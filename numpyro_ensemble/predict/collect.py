@@ -293,8 +293,22 @@ def compute(
             return Computed(deterministic, density, {})
         filled = handlers.substitute(model, data=known)
         terms = util.log_likelihood(filled, {}, *args, batch_ndims=0, **kwargs)
-        return Computed(deterministic, density, {name: terms[name] for name in sites.observed})
+        terms = {n: _each_value(trace[n], terms[n]) for n in sites.observed}
+        return Computed(deterministic, density, terms)
 
     keys = jax.random.split(rng_key, draws.shape)
     values = jax.jit(tracing_alone(lambda keys: map_member_draws(one, keys)))(keys)
     return values._replace(deterministic=given | values.deterministic)
+
+
+def _each_value(site: dict[str, Any], joint: Any) -> Any:
+    """Return the log densities of a site's values, each given all others where they depend.
+
+    A Gaussian process is one event, whose log density tells nothing of its single values.
+    """
+    process: Any = unwrapped(site["fn"])
+    if not hasattr(process, "pointwise_log_prob"):
+        return joint
+    value = jnp.asarray(site["value"])
+    rows = value.reshape(-1, value.shape[-1])
+    return jax.vmap(process.pointwise_log_prob)(rows).reshape(value.shape)
