@@ -52,7 +52,7 @@ SIDES = {"mcmc", "gp"}
 
 HEAVY = {  # imported by these modules alone, and only when needed
     "blackjax": {"mcmc"},
-    "optimistix": {"fit.minimisers"},
+    "optimistix": {"fit.minimisers", "gp"},
     "equinox": {"fit.minimisers"},
     "arviz": {"predict.arviz", "scoring"},
     "matplotlib": {"plotting"},

@@ -8,6 +8,7 @@ from numpyro_ensemble.gp.kernels import Constant, Kernel
 from numpyro_ensemble.gp.likelihood import ExpectedLikelihood
 from numpyro_ensemble.gp.matheron import draw_paths
 from numpyro_ensemble.gp.mixtures import JointMoments, Moments
+from numpyro_ensemble.gp.optima import Optimum, maximise, minimise
 from numpyro_ensemble.gp.paths import Paths
 from numpyro_ensemble.gp.pathwise import Pathwise
 from numpyro_ensemble.gp.sparse import choose_inducing, sparse_gp
@@ -31,13 +32,14 @@ __all__ = [
     "ExpectedLikelihood",
     "Features",
     "GaussianProcess",
+    "JointMoments",
     "Kernel",
     "Linear",
     "Matern12",
     "Matern32",
     "Matern52",
-    "JointMoments",
     "Moments",
+    "Optimum",
     "Paths",
     "Pathwise",
     "Periodic",
@@ -46,5 +48,7 @@ __all__ = [
     "choose_inducing",
     "draw_features",
     "draw_paths",
+    "maximise",
+    "minimise",
     "sparse_gp",
 ]

@@ -1,0 +1,162 @@
+"""Where functions are highest and lowest: many starts for each, refined along the gradient."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from numpyro_ensemble.gp.paths import Paths
+from numpyro_ensemble.handlers import check_count, one_key
+
+_TOLERANCE = 1e-9
+
+
+class Optimum(NamedTuple):
+    """Where each path is highest, or lowest.
+
+    Attributes:
+        place: `(num_paths, D)`.
+        value: `(num_paths,)`.
+    """
+
+    place: jax.Array
+    value: jax.Array
+
+
+def maximise(
+    rng_key: jax.Array,
+    paths: Paths,
+    bounds: Any,
+    *,
+    num_points: int = 1024,
+    num_starts: int = 4,
+    max_steps: int = 100,
+) -> Optimum:
+    """Find where each path is highest within bounds, all of them in one program.
+
+    All paths are evaluated at points that fill the box evenly (Sobol). From its best ones each path
+    is followed uphill by BFGS, in coordinates in which the box has no border. With one path for
+    each evaluation to come, the places are a batch of Thompson sampling.
+
+    Args:
+        rng_key: one key, of the points.
+        paths: functions, from `draw_paths` or `Pathwise.draw`.
+        bounds: `(low, high)` for each column of the inputs, `(D, 2)`, or of the only one.
+        num_points: how many points each path is evaluated at.
+        num_starts: how many of these it is followed from.
+        max_steps: steps of each search.
+
+    Raises:
+        TypeError: if `paths` are no paths.
+        ValueError: for bounds of another shape, or that leave no room, and counts below 1.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from numpyro_ensemble.gp import RBF, draw_paths, maximise
+        >>> X = jnp.linspace(0.0, 6.0, 12)
+        >>> paths = draw_paths(jax.random.key(0), RBF(), X, jnp.sin(X), noise=1e-4, num_paths=3)
+        >>> maximise(jax.random.key(1), paths, (0.0, 6.0)).place.shape
+        (3, 1)
+    """
+    return _found(rng_key, paths, bounds, 1.0, num_points, num_starts, max_steps)
+
+
+def minimise(
+    rng_key: jax.Array,
+    paths: Paths,
+    bounds: Any,
+    *,
+    num_points: int = 1024,
+    num_starts: int = 4,
+    max_steps: int = 100,
+) -> Optimum:
+    """Find where each path is lowest within bounds; as `maximise`."""
+    return _found(rng_key, paths, bounds, -1.0, num_points, num_starts, max_steps)
+
+
+def _found(
+    rng_key: jax.Array, paths: Paths, bounds: Any, sign: float, points: int, starts: int, steps: int
+) -> Optimum:
+    if not isinstance(paths, Paths):
+        raise TypeError(
+            f"paths takes functions of draw_paths or Pathwise.draw, got {type(paths).__name__}."
+        )
+    for name, value in {"num_points": points, "num_starts": starts, "max_steps": steps}.items():
+        check_count(name, value)
+    if starts > points:
+        raise ValueError(f"num_starts={starts} of num_points={points} are too many.")
+    low, high = _box(bounds, paths.points.shape[-1])
+    unit = _sobol(one_key(rng_key), points, len(low), paths.points.dtype)
+    box = jnp.asarray([low, high], unit.dtype)
+    return _search(paths, unit, box, sign, starts, steps)
+
+
+def _box(bounds: Any, dims: int) -> tuple[np.ndarray, np.ndarray]:
+    box = np.asarray(bounds, float)
+    box = box[None] if dims == 1 and box.shape == (2,) else box
+    if box.shape != (dims, 2):
+        raise ValueError(
+            f"bounds takes (low, high) for each of {dims} columns of the inputs, shape "
+            f"({dims}, 2); got shape {box.shape}."
+        )
+    if not (np.isfinite(box).all() and (box[:, 0] < box[:, 1]).all()):
+        raise ValueError(f"bounds takes finite numbers, low below high; got {box.tolist()}.")
+    return box[:, 0], box[:, 1]
+
+
+@partial(jax.jit, static_argnums=(3, 4, 5))
+def _search(
+    paths: Paths,
+    unit: jax.Array,
+    box: jax.Array,
+    sign: float,
+    num_starts: int,
+    max_steps: int,
+) -> Optimum:
+    import optimistix
+
+    low, high = box
+
+    def inside(angle: jax.Array) -> jax.Array:
+        """Return a place of the box: each is met by an angle, and the border is flat."""
+        return low + (high - low) * 0.5 * (1.0 + jnp.sin(angle))
+
+    angles = jnp.arcsin(2.0 * unit - 1.0)
+    values = sign * paths(jax.vmap(inside)(angles))
+    _, best = jax.lax.top_k(values, num_starts)
+    tolerance = max(_TOLERANCE, 10.0 * float(jnp.finfo(values.dtype).eps))
+    solver: Any = optimistix.BFGS(rtol=tolerance, atol=tolerance)
+
+    def refined(i: jax.Array, start: jax.Array) -> tuple[jax.Array, jax.Array]:
+        path = paths[i]
+
+        def loss(angle: jax.Array, _: Any) -> jax.Array:
+            return -sign * path(inside(angle)[None])[0, 0]
+
+        found = optimistix.minimise(loss, solver, start, max_steps=max_steps, throw=False).value
+        end = loss(found, None)
+        # a search may end in nothing
+        better = jnp.isfinite(end) & (end <= loss(start, None))
+        angle = jnp.where(better, found, start)
+        return inside(angle), -loss(angle, None)
+
+    def of_path(i: jax.Array, starts: jax.Array) -> Optimum:
+        places, heights = jax.vmap(partial(refined, i))(starts)
+        top = jnp.argmax(heights)
+        return Optimum(places[top], sign * heights[top])
+
+    return jax.vmap(of_path)(jnp.arange(paths.num_paths), angles[best])
+
+
+def _sobol(key: jax.Array, number: int, dims: int, dtype: Any) -> jax.Array:
+    """Return scrambled Sobol points: a fixed sequence, moved around by the key."""
+    from scipy.stats import qmc
+
+    count = 1 << (number - 1).bit_length()  # powers of two fill evenly
+    fixed = qmc.Sobol(dims, scramble=True, rng=np.random.default_rng(0)).random(count)[:number]
+    shift = jax.random.uniform(key, (dims,), dtype)
+    return (jnp.asarray(fixed, dtype) + shift[None]) % 1.0
