@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from numpyro_ensemble.gp.paths import Paths
+from numpyro_ensemble.gp.spectra import sobol
 from numpyro_ensemble.handlers import check_count, one_key
 
 _TOLERANCE = 1e-9
@@ -90,7 +91,7 @@ def _found(
     if starts > points:
         raise ValueError(f"num_starts={starts} of num_points={points} are too many.")
     low, high = _box(bounds, paths.points.shape[-1])
-    unit = _sobol(one_key(rng_key), points, len(low), paths.points.dtype)
+    unit = sobol(one_key(rng_key), points, len(low), paths.points.dtype)
     box = jnp.asarray([low, high], unit.dtype)
     return _search(paths, unit, box, sign, starts, steps)
 
@@ -150,13 +151,3 @@ def _search(
         return Optimum(places[top], sign * heights[top])
 
     return jax.vmap(of_path)(jnp.arange(paths.num_paths), angles[best])
-
-
-def _sobol(key: jax.Array, number: int, dims: int, dtype: Any) -> jax.Array:
-    """Return scrambled Sobol points: a fixed sequence, moved around by the key."""
-    from scipy.stats import qmc
-
-    count = 1 << (number - 1).bit_length()  # powers of two fill evenly
-    fixed = qmc.Sobol(dims, scramble=True, rng=np.random.default_rng(0)).random(count)[:number]
-    shift = jax.random.uniform(key, (dims,), dtype)
-    return (jnp.asarray(fixed, dtype) + shift[None]) % 1.0
