@@ -13,7 +13,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from numpyro_ensemble.gp.inputs import EXACT, as_inputs
-from numpyro_ensemble.gp.kernels import Kernel
+from numpyro_ensemble.gp.kernels import Constant, Kernel
 from numpyro_ensemble.gp.spectra import sobol
 from numpyro_ensemble.gp.waves import sine_cosine
 from numpyro_ensemble.handlers import check_count, one_key
@@ -149,7 +149,10 @@ class _Plan:
 
     def __init__(self, term: Kernel, X: jax.Array) -> None:
         self.spectral = tuple(f for f in term.factors() if f.is_spectral)
-        self.finite = tuple(f for f in term.factors() if not f.is_spectral)
+        others = tuple(f for f in term.factors() if not f.is_spectral)
+        # a constant beside waves is one of their amplitudes: no copies of columns
+        self.constants = tuple(f for f in others if self.spectral and isinstance(f, Constant))
+        self.finite = tuple(f for f in others if f not in self.constants)
         self.dtype = X.dtype
         self.dims = [jax.eval_shape(f.inputs, X).shape[1] for f in self.spectral]
         self.tensor = 1  # columns of the finite factors together
@@ -188,7 +191,7 @@ class _Plan:
         else:
             frequencies, weights = self._random(rng_key, number)
         variance = jnp.asarray(1.0, self.dtype)
-        for factor in self.spectral:
+        for factor in (*self.spectral, *self.constants):
             variance = variance * factor.scale()
         amplitudes = jnp.sqrt(variance * weights.astype(self.dtype) / len(weights))
         waves = tuple(w.astype(self.dtype) for w in frequencies)

@@ -94,6 +94,30 @@ def scale_mixture(uniforms: jax.Array, alpha: Any, widening: float) -> tuple[jax
     return w, _weights(jnp.exp(shift))
 
 
+def stable_mixture(uniforms: jax.Array, alpha: Any) -> tuple[jax.Array, jax.Array]:
+    """Return normal frequencies with variances from a positive stable law of index `alpha <= 1`.
+
+    `exp(-s^alpha)` is the Laplace transform of that law, which Kanter (1975) draws from two
+    uniforms. Its density has no closed form, so that the spectrum is not widened.
+    """
+    alpha = jnp.asarray(alpha, uniforms.dtype)
+    angle, exponential = jnp.pi * uniforms[:, 0], -jnp.log(uniforms[:, 1])
+    bent = jnp.sin((1.0 - alpha) * angle) / exponential
+    tau = jnp.sin(alpha * angle) / jnp.sin(angle) ** (1.0 / alpha)
+    tau = tau * bent ** ((1.0 - alpha) / alpha)
+    w = jnp.sqrt(2.0 * tau)[:, None] * ndtri(uniforms[:, 2:])
+    return w, jnp.ones_like(tau)
+
+
+def gaussian_mixture(
+    uniforms: jax.Array, weights: jax.Array, means: jax.Array, sds: jax.Array
+) -> jax.Array:
+    """Return frequencies `(M, D)` from a mixture of Gaussians, `(Q, D)`, by their shares."""
+    bounds = jnp.cumsum(weights) / weights.sum()
+    part = jnp.searchsorted(bounds[:-1], uniforms[:, 0], side="right")
+    return means[part] + sds[part] * ndtri(uniforms[:, 1:])
+
+
 def bessel_weights(concentration: jax.Array, number: int) -> jax.Array:
     """Return `exp(-z) I_k(z)` for k below `number`, for each z: `(number, D)`.
 

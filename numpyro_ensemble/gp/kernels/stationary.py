@@ -2,29 +2,25 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from numpyro_ensemble.calls.arguments import has_tracers
 from numpyro_ensemble.gp.inputs import per_dimension
-from numpyro_ensemble.gp.kernels import Atom, Spectrum
-from numpyro_ensemble.gp.spectra import (
-    bessel_weights,
-    gaussian,
-    multivariate_t,
-    scale_mixture,
-    signed_harmonics,
-)
-from numpyro_ensemble.gp.waves import sine_cosine
+from numpyro_ensemble.gp.kernels.base import Atom, Spectrum
+from numpyro_ensemble.gp.spectra import gaussian, multivariate_t, scale_mixture, stable_mixture
 
 _FEW_COLUMNS = 8
 
 
-class _Stationary(Atom):
+class Stationary(Atom):
+    """A kernel of the difference of inputs, with a variance."""
+
     is_spectral = True
 
     def diagonal(self, X: jax.Array) -> jax.Array:
@@ -37,7 +33,7 @@ class _Stationary(Atom):
 
 
 @partial(jax.jit, static_argnums=0)
-def _sum_over_columns(
+def sum_over_columns(
     term: Callable[..., jax.Array], X1: jax.Array, X2: jax.Array, *each: jax.Array
 ) -> jax.Array:
     """Sum `term(difference, *each)` over columns: exact near 0 in single precision, and fused.
@@ -54,11 +50,7 @@ def _sum_over_columns(
     )
 
 
-def _squared_wave(difference: jax.Array, turn: jax.Array, by: jax.Array) -> jax.Array:
-    return (sine_cosine(difference * turn)[0] / by) ** 2
-
-
-class _Radial(_Stationary):
+class _Radial(Stationary):
     """A function of the distance in lengthscales."""
 
     _leaves: ClassVar[tuple[str, ...]] = ("variance", "lengthscale")
@@ -76,7 +68,7 @@ class _Radial(_Stationary):
 
     def correlation(self, X1: jax.Array, X2: jax.Array) -> jax.Array:
         X1, X2 = self._scaled("lengthscale", X1), self._scaled("lengthscale", X2)
-        return self.profile(_sum_over_columns(jnp.square, X1, X2))
+        return self.profile(sum_over_columns(jnp.square, X1, X2))
 
     def profile(self, squared: jax.Array) -> jax.Array:
         """Return the correlation at squared distances in lengthscales."""
@@ -195,101 +187,92 @@ class RationalQuadratic(_Radial):
         return Spectrum(self._unscaled(frequencies), weights)
 
 
-class Periodic(_Stationary):
-    """The periodic kernel, `variance * prod_d exp(-2 sin^2(pi * d / period) / lengthscale^2)`.
+class PoweredExponential(_Radial):
+    """The kernel `variance * exp(-d^power)`: `Matern12` for 1, and an RBF for 2.
 
     Args:
         variance: one number.
         lengthscale: one number, or one for each dimension, `(D,)`.
-        period: one number.
+        power: above 0, at most 2.
         active_dims: columns of the inputs that the kernel works on (default: all).
     """
 
-    _leaves: ClassVar[tuple[str, ...]] = ("variance", "lengthscale", "period")
-    _positive: ClassVar[tuple[str, ...]] = ("variance", "lengthscale", "period")
+    _leaves: ClassVar[tuple[str, ...]] = ("variance", "lengthscale", "power")
+    _positive: ClassVar[tuple[str, ...]] = ("variance", "lengthscale", "power")
 
     def __init__(
         self,
         variance: Any = 1.0,
         lengthscale: Any = 1.0,
-        period: Any = 1.0,
+        power: Any = 1.0,
         *,
         active_dims: int | Sequence[int] | None = None,
     ) -> None:
-        super().__init__(variance, active_dims)
-        self.lengthscale = self._number("lengthscale", lengthscale, vector=True)
-        self.period = self._number("period", period)
+        super().__init__(variance, lengthscale, active_dims=active_dims)
+        self.power = self._number("power", power)
+        if not has_tracers(power) and not np.asarray(power) <= 2:
+            raise ValueError(f"PoweredExponential: power is at most 2, got {np.asarray(power)}.")
 
-    def correlation(self, X1: jax.Array, X2: jax.Array) -> jax.Array:
-        by = per_dimension("Periodic", "lengthscale", self.lengthscale, X1)
-        turn = jnp.broadcast_to(math.pi / self.period, by.shape)
-        squared = _sum_over_columns(_squared_wave, X1, X2, turn, by)
-        return jnp.exp(-2.0 * squared)
+    def is_valid(self) -> jax.Array:
+        return super().is_valid() & (jnp.asarray(self.power) <= 2)
+
+    def profile(self, squared: jax.Array) -> jax.Array:
+        apart = squared > 0  # the slope at 0 has no value
+        raised = jnp.where(apart, squared, 1.0) ** (0.5 * self.power)
+        return jnp.where(apart, jnp.exp(-raised), 1.0)
 
     def num_uniforms(self, dim: int) -> int:
-        return 1 + dim
-
-    def _concentration(self, dim: int) -> jax.Array:
-        like = jnp.zeros((1, dim))
-        return per_dimension("Periodic", "lengthscale", self.lengthscale, like) ** -2.0
+        return 2 + dim
 
     def spectrum(self, uniforms: jax.Array, dim: int) -> Spectrum:
-        harmonics, weights = signed_harmonics(uniforms, self._concentration(dim), widening=2.0)
-        return Spectrum(2.0 * math.pi * harmonics / self.period, weights)
-
-    def series(self, number: int, dim: int) -> Spectrum | None:
-        """Return the Fourier series, which needs no randomness in one dimension."""
-        if dim != 1:
-            return None
-        weights = bessel_weights(self._concentration(1), number)[:, 0]
-        weights = jnp.where(jnp.arange(number) > 0, 2.0, 1.0) * weights
-        harmonics = jnp.arange(number, dtype=weights.dtype)[:, None]
-        weights = number * weights / weights.sum()  # what is cut off is spread over the others
-        return Spectrum(2.0 * math.pi * harmonics / self.period, weights)
+        frequencies, weights = stable_mixture(uniforms, 0.5 * self.power)
+        return Spectrum(self._unscaled(frequencies), weights)
 
 
-class Cosine(_Stationary):
-    """The kernel `variance * cos(2 * pi * d / period)`, of one dimension.
+class PiecewisePolynomial(_Radial):
+    """A kernel that is 0 from a distance of one lengthscale on (Rasmussen and Williams, 4.21).
+
+    It has no paths: its spectral density has no form that can be drawn from.
 
     Args:
         variance: one number.
-        period: one number.
-        active_dims: the column of the inputs that the kernel works on (default: the only one).
+        lengthscale: one number, or one for each dimension, `(D,)`.
+        degree: 0 to 3; functions have so many derivatives.
+        active_dims: columns of the inputs that the kernel works on (default: all).
     """
 
-    _leaves: ClassVar[tuple[str, ...]] = ("variance", "period")
-    _positive: ClassVar[tuple[str, ...]] = ("variance", "period")
+    is_spectral = False
+    _fixed: ClassVar[tuple[str, ...]] = ("active_dims", "degree")
 
     def __init__(
         self,
         variance: Any = 1.0,
-        period: Any = 1.0,
+        lengthscale: Any = 1.0,
+        degree: int = 2,
         *,
         active_dims: int | Sequence[int] | None = None,
     ) -> None:
-        super().__init__(variance, active_dims)
-        self.period = self._number("period", period)
-
-    def inputs(self, X: jax.Array) -> jax.Array:
-        X = super().inputs(X)
-        if X.shape[1] != 1:
-            raise ValueError(
-                f"Cosine works on one dimension, and the inputs have {X.shape[1]}: choose one with "
-                f"active_dims."
-            )
-        return X
+        super().__init__(variance, lengthscale, active_dims=active_dims)
+        if degree not in (0, 1, 2, 3):
+            raise ValueError(f"PiecewisePolynomial: degree takes 0, 1, 2 or 3, got {degree!r}.")
+        self.degree = int(degree)
 
     def correlation(self, X1: jax.Array, X2: jax.Array) -> jax.Array:
-        return sine_cosine(2.0 * math.pi * (X1 - X2[:, 0][None, :]) / self.period)[1]
-
-    def num_uniforms(self, dim: int) -> int:
-        return 1
-
-    def spectrum(self, uniforms: jax.Array, dim: int) -> Spectrum:
-        sign = jnp.where(uniforms < 0.5, -1.0, 1.0).astype(uniforms.dtype)
-        return Spectrum(2.0 * math.pi * sign / self.period, jnp.ones_like(sign[:, 0]))
-
-    def series(self, number: int, dim: int) -> Spectrum:
-        """Return the one frequency there is."""
-        one = jnp.ones((1, 1))
-        return Spectrum(2.0 * math.pi * one / self.period, one[0])
+        X1, X2 = self._scaled("lengthscale", X1), self._scaled("lengthscale", X2)
+        squared = sum_over_columns(jnp.square, X1, X2)
+        apart = squared > 0
+        r = jnp.where(apart, jnp.sqrt(jnp.where(apart, squared, 1.0)), 0.0)
+        j = X1.shape[1] // 2 + self.degree + 1
+        factor = (
+            1.0,
+            (j + 1) * r + 1,
+            ((j**2 + 4 * j + 3) * r**2 + (3 * j + 6) * r + 3) / 3,
+            (
+                (j**3 + 9 * j**2 + 23 * j + 15) * r**3
+                + (6 * j**2 + 36 * j + 45) * r**2
+                + (15 * j + 45) * r
+                + 15
+            )
+            / 15,
+        )[self.degree]
+        return jnp.maximum(1.0 - r, 0.0) ** (j + self.degree) * factor

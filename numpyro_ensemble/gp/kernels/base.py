@@ -319,6 +319,16 @@ class Featured(_Wrapped):
 # Kernels with hyperparameters ---------------------------------------------------------------------
 
 
+def as_active(active_dims: int | Sequence[int] | None) -> tuple[int, ...] | None:
+    """Return the numbers of the columns that a kernel works on, None for all of them."""
+    return None if active_dims is None else tuple(map(int, np.atleast_1d(active_dims)))
+
+
+def check_columns(owner: str, active_dims: tuple[int, ...] | None, X: jax.Array) -> jax.Array:
+    """Return the columns of the inputs that a kernel works on."""
+    return X if active_dims is None else X[:, check_dims(owner, active_dims, X)]
+
+
 class Atom(Kernel):
     """A kernel with a variance and hyperparameters, over all columns of the inputs or some."""
 
@@ -328,8 +338,7 @@ class Atom(Kernel):
 
     def __init__(self, variance: Any, active_dims: int | Sequence[int] | None) -> None:
         self.variance = self._number("variance", variance)
-        dims = None if active_dims is None else np.atleast_1d(active_dims)
-        self.active_dims = None if dims is None else tuple(map(int, dims))
+        self.active_dims = as_active(active_dims)
 
     @property
     def takes_all(self) -> bool:  # type: ignore[override]
@@ -339,9 +348,7 @@ class Atom(Kernel):
         return hyperparameter(type(self).__name__, name, value, vector=vector)
 
     def inputs(self, X: jax.Array) -> jax.Array:
-        if self.active_dims is None:
-            return X
-        return X[:, check_dims(type(self).__name__, self.active_dims, X)]
+        return check_columns(type(self).__name__, self.active_dims, X)
 
     def matrix(self, X1: jax.Array, X2: jax.Array) -> jax.Array:
         return self.variance * self.correlation(self.inputs(X1), self.inputs(X2))

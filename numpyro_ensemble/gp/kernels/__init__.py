@@ -1,0 +1,46 @@
+"""Kernels: their algebra, and all of them by kind."""
+
+from numpyro_ensemble.gp.kernels.base import Constant, Kernel, Spectrum
+from numpyro_ensemble.gp.kernels.finite import (
+    Categorical,
+    Coregion,
+    Envelope,
+    Linear,
+    Polynomial,
+    change_point,
+)
+from numpyro_ensemble.gp.kernels.nonstationary import ArcCosine, Gibbs
+from numpyro_ensemble.gp.kernels.periodic import Cosine, Periodic, SpectralMixture
+from numpyro_ensemble.gp.kernels.stationary import (
+    RBF,
+    Matern12,
+    Matern32,
+    Matern52,
+    PiecewisePolynomial,
+    PoweredExponential,
+    RationalQuadratic,
+)
+
+__all__ = [
+    "RBF",
+    "ArcCosine",
+    "Categorical",
+    "Constant",
+    "Coregion",
+    "Cosine",
+    "Envelope",
+    "Gibbs",
+    "Kernel",
+    "Linear",
+    "Matern12",
+    "Matern32",
+    "Matern52",
+    "Periodic",
+    "PiecewisePolynomial",
+    "Polynomial",
+    "PoweredExponential",
+    "RationalQuadratic",
+    "SpectralMixture",
+    "Spectrum",
+    "change_point",
+]

@@ -1,0 +1,232 @@
+"""Kernels with finitely many features of their own."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import combinations_with_replacement
+from math import factorial, prod
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from numpyro_ensemble.calls.arguments import has_tracers
+from numpyro_ensemble.gp.inputs import (
+    EXACT,
+    Function,
+    check_dims,
+    hyperparameter,
+    per_dimension,
+)
+from numpyro_ensemble.gp.kernels.base import Atom, Kernel, as_active
+from numpyro_ensemble.handlers import check_count
+
+
+class Linear(Atom):
+    """The kernel `sum_d variance_d * x_d * x'_d` of linear functions through the origin.
+
+    Args:
+        variance: one number, or one for each dimension, `(D,)`.
+        active_dims: columns of the inputs that the kernel works on (default: all).
+    """
+
+    def __init__(
+        self, variance: Any = 1.0, *, active_dims: int | Sequence[int] | None = None
+    ) -> None:
+        self.variance = self._number("variance", variance, vector=True)
+        self.active_dims = as_active(active_dims)
+
+    def columns(self, X: jax.Array) -> jax.Array:
+        X = self.inputs(X)
+        return jnp.sqrt(per_dimension("Linear", "variance", self.variance, X))[None, :] * X
+
+    def matrix(self, X1: jax.Array, X2: jax.Array) -> jax.Array:
+        return jnp.matmul(self.columns(X1), self.columns(X2).T, precision=EXACT)
+
+    def diagonal(self, X: jax.Array) -> jax.Array:
+        return (self.columns(X) ** 2).sum(axis=1)
+
+
+class Polynomial(Atom):
+    """The kernel `variance * (x . x' + offset)^degree`.
+
+    Args:
+        variance: one number.
+        offset: one number; small ones leave the low powers out.
+        degree: a whole number, 1 or more.
+        active_dims: columns of the inputs that the kernel works on (default: all).
+    """
+
+    _leaves: ClassVar[tuple[str, ...]] = ("variance", "offset")
+    _fixed: ClassVar[tuple[str, ...]] = ("active_dims", "degree")
+    _positive: ClassVar[tuple[str, ...]] = ("variance", "offset")
+
+    def __init__(
+        self,
+        variance: Any = 1.0,
+        offset: Any = 1.0,
+        degree: int = 2,
+        *,
+        active_dims: int | Sequence[int] | None = None,
+    ) -> None:
+        super().__init__(variance, active_dims)
+        self.offset = self._number("offset", offset)
+        check_count("degree", degree)
+        self.degree = int(degree)
+
+    def correlation(self, X1: jax.Array, X2: jax.Array) -> jax.Array:
+        return (jnp.matmul(X1, X2.T, precision=EXACT) + self.offset) ** self.degree
+
+    def columns(self, X: jax.Array) -> jax.Array:
+        """Return a column for each monomial, by the multinomial theorem."""
+        X = self.inputs(X)
+        one = jnp.full((len(X), 1), jnp.sqrt(self.offset), X.dtype)
+        wide = jnp.concatenate([one, X], axis=1)
+        parts = []
+        for places in combinations_with_replacement(range(wide.shape[1]), self.degree):
+            counts = Counter(places).values()
+            number = factorial(self.degree) / prod(map(factorial, counts))
+            parts.append(number**0.5 * wide[:, np.array(places)].prod(axis=1))
+        return jnp.sqrt(self.variance) * jnp.stack(parts, axis=1)
+
+
+class Coregion(Kernel):
+    """Covariances `W W' + diag(kappa)` of outputs, whose numbers are a column of the inputs.
+
+    Times a kernel over the other columns it makes the intrinsic coregionalisation model.
+
+    Args:
+        W: `(num_outputs, rank)`.
+        kappa: `(num_outputs,)`, not negative (default: none).
+        active_dims: the column that holds the outputs' numbers.
+    """
+
+    is_numbered: ClassVar[bool] = True
+    _numbered: ClassVar[str] = "the outputs"
+    _leaves: ClassVar[tuple[str, ...]] = ("W", "kappa")
+    _fixed: ClassVar[tuple[str, ...]] = ("active_dims",)
+
+    def __init__(self, W: Any, kappa: Any = None, *, active_dims: int = -1) -> None:
+        if jnp.ndim(W) != 2:
+            raise ValueError(f"Coregion: W takes shape (num_outputs, rank), got {jnp.shape(W)}.")
+        if kappa is not None and jnp.shape(kappa) != jnp.shape(W)[:1]:
+            raise ValueError(
+                f"Coregion: kappa takes shape {jnp.shape(W)[:1]}, got {jnp.shape(kappa)}."
+            )
+        if kappa is not None and not has_tracers(kappa) and (np.asarray(kappa) < 0).any():
+            raise ValueError(f"Coregion: kappa is not negative, got {np.asarray(kappa)}.")
+        self.W, self.kappa, self.active_dims = W, kappa, int(active_dims)
+
+    def is_valid(self) -> jax.Array:
+        return jnp.asarray(True) if self.kappa is None else (jnp.asarray(self.kappa) >= 0).all()
+
+    def check_inputs(self, X: jax.Array) -> None:
+        if has_tracers((X, self.W)):
+            return
+        name, number = type(self).__name__, jnp.shape(self.W)[-2]
+        column = check_dims(name, (self.active_dims,), X)[0]
+        numbers = np.asarray(X[:, column])
+        wrong = np.flatnonzero((numbers != np.round(numbers)) | (numbers < 0) | (numbers >= number))
+        if len(wrong):
+            raise ValueError(
+                f"{name}: column {column} holds {self._numbered}' numbers, 0 to {number - 1}; got "
+                f"{numbers[wrong[0]]} in row {wrong[0]}."
+            )
+
+    def columns(self, X: jax.Array) -> jax.Array:
+        parts = [jnp.asarray(self.W)]
+        if self.kappa is not None:
+            parts.append(jnp.diag(jnp.sqrt(jnp.asarray(self.kappa))))
+        factor = jnp.concatenate(parts, axis=1)
+        column = check_dims(type(self).__name__, (self.active_dims,), X)
+        numbers = X[:, column[0]]
+        # an output that does not exist is NaN, never its neighbour
+        numbers = jnp.where(numbers == jnp.round(numbers), numbers, -1.0).astype(int)
+        return factor.at[numbers].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+
+    def matrix(self, X1: jax.Array, X2: jax.Array) -> jax.Array:
+        return jnp.matmul(self.columns(X1), self.columns(X2).T, precision=EXACT)
+
+    def diagonal(self, X: jax.Array) -> jax.Array:
+        return (self.columns(X) ** 2).sum(axis=1)
+
+
+class Categorical(Coregion):
+    """The kernel of categories, whose numbers are a column of the inputs: no two are nearer.
+
+    Args:
+        num_categories: how many there are.
+        variance: one number, the covariance of a category with itself.
+        correlation: one number between 0 and 1, that of two categories.
+        active_dims: the column that holds the categories' numbers.
+    """
+
+    _numbered: ClassVar[str] = "the categories"
+
+    def __init__(
+        self,
+        num_categories: int,
+        variance: Any = 1.0,
+        correlation: Any = 0.0,
+        *,
+        active_dims: int = -1,
+    ) -> None:
+        check_count("num_categories", num_categories)
+        variance = hyperparameter("Categorical", "variance", variance)
+        if not has_tracers(correlation) and not 0 <= np.asarray(correlation) < 1:
+            raise ValueError(f"Categorical: correlation lies in [0, 1), got {correlation}.")
+        ones = jnp.ones(num_categories)
+        common = jnp.sqrt(variance * jnp.asarray(correlation)) * ones[:, None]
+        super().__init__(common, variance * (1.0 - correlation) * ones, active_dims=active_dims)
+
+
+class Envelope(Kernel):
+    """The kernel `fn(x) * fn(x')` of one function with a random height; a factor for others.
+
+    Args:
+        fn: a function of the inputs, `(N, D) -> (N,)`.
+    """
+
+    _leaves: ClassVar[tuple[str, ...]] = ("fn",)
+
+    def __init__(self, fn: Callable) -> None:
+        self.fn = Function(fn)
+
+    def columns(self, X: jax.Array) -> jax.Array:
+        heights = jnp.asarray(self.fn(X))
+        if heights.shape != (len(X),):
+            raise ValueError(f"Envelope: fn returned shape {heights.shape} for {len(X)} inputs.")
+        return heights[:, None]
+
+    def matrix(self, X1: jax.Array, X2: jax.Array) -> jax.Array:
+        return self.columns(X1) * self.columns(X2)[:, 0][None, :]
+
+    def diagonal(self, X: jax.Array) -> jax.Array:
+        return self.columns(X)[:, 0] ** 2
+
+
+def change_point(
+    before: Kernel, after: Kernel, location: Any, steepness: Any = 1.0, *, active_dims: int = 0
+) -> Kernel:
+    """Return a kernel that goes over from one to another where a column passes a place.
+
+    Args:
+        before: the kernel at low values.
+        after: the kernel at high ones.
+        location: where both count by a half.
+        steepness: how fast it goes over, in units of one over the column's.
+        active_dims: the column.
+    """
+    steepness = hyperparameter("change_point", "steepness", steepness)
+
+    def share(sign: float) -> Envelope:
+        return Envelope(partial(_sigmoid, sign * jnp.asarray(steepness), location, active_dims))
+
+    return before * share(-1.0) + after * share(1.0)
+
+
+def _sigmoid(steepness: jax.Array, location: Any, column: int, X: jax.Array) -> jax.Array:
+    return jax.nn.sigmoid(steepness * (X[:, column] - location))
