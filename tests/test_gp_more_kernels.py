@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from gp_truth import inputs, relative, within
+from jax.scipy.special import ndtri
 from numpy.testing import assert_allclose
 
 from numpyro_ensemble.gp import (
@@ -14,6 +15,7 @@ from numpyro_ensemble.gp import (
     Envelope,
     GaussianProcess,
     Gibbs,
+    Kernel,
     Linear,
     Matern12,
     Matern32,
@@ -22,6 +24,7 @@ from numpyro_ensemble.gp import (
     Polynomial,
     PoweredExponential,
     SpectralMixture,
+    Stationary,
     change_point,
     draw_features,
     draw_paths,
@@ -108,9 +111,7 @@ def test_categories_are_alike_or_not():
     both = np.concatenate([X1[:4, :1], numbers], axis=1)
     product = RBF(active_dims=0) * kernel
     assert_allclose(product(both), RBF()(X1[:4, :1]) * expected, rtol=1e-6)
-    with pytest.raises(
-        ValueError, match="Categorical: column -1 holds the categories' numbers"
-    ):
+    with pytest.raises(ValueError, match="Categorical: column -1 holds the categories' numbers"):
         GaussianProcess(kernel, np.array([[4.0]]), 0.1)
 
 
@@ -186,3 +187,75 @@ def test_bad_calls():
             build()
     with pytest.raises(TypeError, match="lengthscale takes a function"):
         Gibbs(1.0)
+
+
+# Kernels of one's own -----------------------------------------------------------------------------
+
+
+class Cauchy(Stationary):
+    """A stationary kernel with paths."""
+
+    def profile(self, squared):
+        return 1 / (1 + squared)
+
+    def waves(self, uniforms):
+        return jnp.sqrt(-2 * jnp.log(uniforms[:, :1])) * ndtri(uniforms[:, 1:])
+
+
+class Bump(Stationary):
+    """Another one, with a hyperparameter and without paths."""
+
+    height: float = 1.0
+
+    def profile(self, squared):
+        return jnp.exp(-self.height * squared)
+
+
+class Brownian(Kernel):
+    """A kernel that is not stationary."""
+
+    rate: float
+
+    def matrix(self, X1, X2):
+        return self.rate * jnp.minimum(X1[:, :1], X2[:, :1].T)
+
+
+def test_kernels_of_ones_own_are_short(key):
+    assert_allclose(Cauchy(2.0, 0.7)(X1, X2), 2 / (1 + (APART**2).sum(-1) / 0.49), rtol=1e-6)
+    columns = draw_features(key, Cauchy(1.0, 0.7), 4096, X1)(X1)
+    assert relative(columns @ columns.T, np.asarray(Cauchy(1.0, 0.7)(X1))) < 0.03
+    paths = draw_paths(key, 0.5 * Cauchy() + RBF(), X1, X1[:, 0], noise=1e-4, num_features=128)
+    assert_allclose(paths(X1)[0], X1[:, 0], atol=0.1)
+
+    bump = Bump(2.0, lengthscale=0.5, height=0.3, active_dims=1)
+    assert_allclose(bump(X1, X2), 2 * np.exp(-0.3 * APART[..., 1] ** 2 / 0.25), rtol=1e-6)
+    assert jax.tree.leaves(bump) == [2.0, 0.5, 0.3]
+    assert Bump().height == 1.0 and repr(bump).startswith("Bump(variance=2.0, lengthscale=0.5")
+    slope = jax.grad(lambda kernel: kernel(X1).sum())(bump).height
+    step = 1e-4
+    higher, lower = (Bump(2.0, 0.5, 0.3 + s, active_dims=1)(X1).sum() for s in (step, -step))
+    assert_allclose(slope, (higher - lower) / (2 * step), rtol=1e-3)
+    with pytest.raises(NotImplementedError, match="Bump has no spectral density that is known"):
+        draw_features(key, bump, 64, X1)
+
+    assert_allclose(Brownian(3.0)(X1, X2), 3 * np.minimum(X1[:, :1], X2[:, 0]), rtol=1e-6)
+    assert np.isfinite(GaussianProcess(Brownian(3.0), X1, 0.1).log_prob(X1[:, 0]))
+
+
+def test_what_a_kernel_leaves_out_is_said_when_it_is_made():
+    class NoValues(Kernel):
+        rate: float
+
+    class NoProfile(Stationary):
+        pass
+
+    with pytest.raises(TypeError, match="NoValues has to define matrix: Return the covariances"):
+        NoValues(1.0)
+    with pytest.raises(TypeError, match="NoProfile has to define profile: Return the correlation"):
+        NoProfile()
+    with pytest.raises(TypeError, match="Brownian: missing a required argument: 'rate'; it takes"):
+        Brownian()
+    with pytest.raises(TypeError, match="Bump: got an unexpected keyword argument 'heigth'"):
+        Bump(heigth=1.0)
+    with pytest.raises(ValueError, match="Cauchy: lengthscale must be positive"):
+        Cauchy(1.0, -1.0)

@@ -23,6 +23,7 @@ from numpyro_ensemble.gp.kernels import (
     PoweredExponential,
     RationalQuadratic,
     SpectralMixture,
+    Stationary,
     change_point,
 )
 from numpyro_ensemble.gp.likelihood import ExpectedLikelihood
@@ -63,6 +64,7 @@ __all__ = [
     "PoweredExponential",
     "RationalQuadratic",
     "SpectralMixture",
+    "Stationary",
     "WhitenReparam",
     "change_point",
     "choose_inducing",

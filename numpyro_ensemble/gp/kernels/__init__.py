@@ -19,6 +19,7 @@ from numpyro_ensemble.gp.kernels.stationary import (
     PiecewisePolynomial,
     PoweredExponential,
     RationalQuadratic,
+    Stationary,
 )
 
 __all__ = [
@@ -41,6 +42,7 @@ __all__ = [
     "PoweredExponential",
     "RationalQuadratic",
     "SpectralMixture",
+    "Stationary",
     "Spectrum",
     "change_point",
 ]

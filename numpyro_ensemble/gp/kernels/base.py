@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, ClassVar, NamedTuple
@@ -27,11 +28,18 @@ class Spectrum(NamedTuple):
     weights: jax.Array
 
 
+def to_define(method: Any) -> Any:
+    """Mark a method that a class further down has to define."""
+    method.is_missing = True
+    return method
+
+
 class Kernel:
-    """A covariance function; subclasses give `matrix`, `diagonal` and the features they have.
+    """A covariance function: `matrix(X1, X2)`, and the features it has.
 
     Kernels add and multiply, with each other and with positive numbers, which may be NumPyro
-    samples.
+    samples. A kernel of your own declares its hyperparameters by annotations, as a dataclass does,
+    and defines `matrix`; one of the distance derives from `Stationary`.
 
     Example:
         >>> import jax.numpy as jnp
@@ -46,12 +54,26 @@ class Kernel:
     _fixed: ClassVar[tuple[str, ...]] = ()
     _positive: ClassVar[tuple[str, ...]] = ()
 
+    _parts: ClassVar[tuple[str, ...]] = ("matrix",)  # what a kernel has to define
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        own = _declared(cls)
+        cls._leaves = (*cls._leaves, *(name for name in own if name not in cls._leaves))
+        if own and "__init__" not in vars(cls):
+            cls.__init__ = _made_init(cls, own)  # type: ignore[method-assign]
         jax.tree_util.register_pytree_with_keys(
             cls, cls._flatten_with_keys, partial(_unflatten, cls)
         )
         cls.__init__ = with_named_errors(cls)  # type: ignore[method-assign]
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """Refuse a class that leaves out what its kind has to define."""
+        for name in cls._parts:
+            if getattr(getattr(cls, name), "is_missing", False):
+                doc = getattr(cls, name).__doc__ or ""
+                raise TypeError(f"{cls.__name__} has to define {name}: {doc.splitlines()[0]}")
+        return object.__new__(cls)
 
     def _flatten_with_keys(self) -> tuple[tuple, tuple]:
         leaves = tuple(
@@ -81,9 +103,10 @@ class Kernel:
         """Return the variances `(N,)` at inputs."""
         return self.diagonal(as_inputs(X))
 
+    @to_define
     def matrix(self, X1: jax.Array, X2: jax.Array) -> jax.Array:
-        """Return the covariances of two matrices of inputs."""
-        raise NotImplementedError(f"{type(self).__name__} does not define matrix(X1, X2).")
+        """Return the covariances of two matrices of inputs, `(N1, N2)`."""
+        raise NotImplementedError
 
     def diagonal(self, X: jax.Array) -> jax.Array:
         """Return the variances at a matrix of inputs."""
@@ -164,6 +187,40 @@ class Kernel:
             f"{type(self).__name__} has no spectral density that is known. Give it features: "
             f"kernel.with_features(fn), with fn(X) -> (N, F)."
         )
+
+
+def _declared(cls: type) -> dict[str, Any]:
+    """Return the hyperparameters that a class declares by annotations, with their defaults."""
+    names = inspect.get_annotations(cls)
+    own = [name for name, kind in names.items() if "ClassVar" not in str(kind)]
+    return {name: vars(cls).get(name, inspect.Parameter.empty) for name in own}
+
+
+def _made_init(cls: type, own: dict[str, Any]) -> Callable:
+    """Return an `__init__` that takes what the class above takes, and then its own parts."""
+    above: Callable = cls.__mro__[1].__init__  # type: ignore[misc]
+    found = [] if above is object.__init__ else list(inspect.signature(above).parameters.values())
+    given = [p for p in found[1:] if p.kind is p.POSITIONAL_OR_KEYWORD]
+    named = [p for p in found[1:] if p.kind is p.KEYWORD_ONLY]
+    kind: Any = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    if any(p.default is not p.empty for p in given) and inspect.Parameter.empty in own.values():
+        kind = inspect.Parameter.KEYWORD_ONLY  # it cannot follow one that has a default
+    mine = [inspect.Parameter(name, kind, default=value) for name, value in own.items()]
+    first = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    order = sorted([*given, *mine, *named], key=lambda p: p.kind)
+    signature = inspect.Signature([first, *order])
+
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        bound = signature.bind(self, *args, **kwargs)
+        bound.apply_defaults()
+        values = dict(list(bound.arguments.items())[1:])
+        own_values = {name: values.pop(name) for name in own}
+        above(self, **values)
+        for name, value in own_values.items():
+            setattr(self, name, value)
+
+    init.__signature__ = signature  # type: ignore[attr-defined]
+    return init
 
 
 def _unflatten(cls: type, fixed: tuple, leaves: tuple) -> Any:
@@ -332,6 +389,7 @@ def check_columns(owner: str, active_dims: tuple[int, ...] | None, X: jax.Array)
 class Atom(Kernel):
     """A kernel with a variance and hyperparameters, over all columns of the inputs or some."""
 
+    _parts: ClassVar[tuple[str, ...]] = ("correlation",)
     _leaves: ClassVar[tuple[str, ...]] = ("variance",)
     _fixed: ClassVar[tuple[str, ...]] = ("active_dims",)
     _positive: ClassVar[tuple[str, ...]] = ("variance",)
@@ -353,6 +411,7 @@ class Atom(Kernel):
     def matrix(self, X1: jax.Array, X2: jax.Array) -> jax.Array:
         return self.variance * self.correlation(self.inputs(X1), self.inputs(X2))
 
+    @to_define
     def correlation(self, X1: jax.Array, X2: jax.Array) -> jax.Array:
         """Return the kernel with variance 1 of the inputs that it works on."""
         raise NotImplementedError

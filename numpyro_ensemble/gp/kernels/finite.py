@@ -33,6 +33,8 @@ class Linear(Atom):
         active_dims: columns of the inputs that the kernel works on (default: all).
     """
 
+    _parts: ClassVar[tuple[str, ...]] = ("matrix",)
+
     def __init__(
         self, variance: Any = 1.0, *, active_dims: int | Sequence[int] | None = None
     ) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 from numpyro_ensemble.calls.arguments import has_tracers
 from numpyro_ensemble.gp.inputs import per_dimension
 from numpyro_ensemble.gp.kernels.base import Kernel, Spectrum, as_active, check_columns
-from numpyro_ensemble.gp.kernels.stationary import Stationary, sum_over_columns
+from numpyro_ensemble.gp.kernels.stationary import Differences, sum_over_columns
 from numpyro_ensemble.gp.spectra import bessel_weights, gaussian_mixture, signed_harmonics
 from numpyro_ensemble.gp.waves import sine_cosine
 
@@ -22,7 +22,7 @@ def _squared_wave(difference: jax.Array, turn: jax.Array, by: jax.Array) -> jax.
     return (sine_cosine(difference * turn)[0] / by) ** 2
 
 
-class Periodic(Stationary):
+class Periodic(Differences):
     """The periodic kernel, `variance * prod_d exp(-2 sin^2(pi * d / period) / lengthscale^2)`.
 
     Args:
@@ -75,7 +75,7 @@ class Periodic(Stationary):
         return Spectrum(2.0 * math.pi * harmonics / self.period, weights)
 
 
-class Cosine(Stationary):
+class Cosine(Differences):
     """The kernel `variance * cos(2 * pi * d / period)`, of one dimension.
 
     Args:

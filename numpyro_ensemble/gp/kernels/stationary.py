@@ -12,13 +12,13 @@ import numpy as np
 
 from numpyro_ensemble.calls.arguments import has_tracers
 from numpyro_ensemble.gp.inputs import per_dimension
-from numpyro_ensemble.gp.kernels.base import Atom, Spectrum
+from numpyro_ensemble.gp.kernels.base import Atom, Spectrum, to_define
 from numpyro_ensemble.gp.spectra import gaussian, multivariate_t, scale_mixture, stable_mixture
 
 _FEW_COLUMNS = 8
 
 
-class Stationary(Atom):
+class Differences(Atom):
     """A kernel of the difference of inputs, with a variance."""
 
     is_spectral = True
@@ -50,9 +50,30 @@ def sum_over_columns(
     )
 
 
-class _Radial(Stationary):
-    """A function of the distance in lengthscales."""
+class Stationary(Differences):
+    """A function of the distance in lengthscales; derive from it for a kernel of your own.
 
+    Define `profile`, and for paths `waves`, which draws from the spectral density.
+
+    Args:
+        variance: one number.
+        lengthscale: one number, or one for each dimension, `(D,)`.
+        active_dims: columns of the inputs that the kernel works on (default: all).
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from jax.scipy.special import ndtri
+        >>> from numpyro_ensemble.gp import Stationary
+        >>> class Cauchy(Stationary):
+        ...     def profile(self, squared):
+        ...         return 1 / (1 + squared)
+        ...     def waves(self, uniforms):  # normal, of variances that are exponential
+        ...         return jnp.sqrt(-2 * jnp.log(uniforms[:, :1])) * ndtri(uniforms[:, 1:])
+        >>> Cauchy(2.0, 0.5)(jnp.linspace(0.0, 1.0, 3)).shape
+        (3, 3)
+    """
+
+    _parts: ClassVar[tuple[str, ...]] = ("profile",)
     _leaves: ClassVar[tuple[str, ...]] = ("variance", "lengthscale")
     _positive: ClassVar[tuple[str, ...]] = ("variance", "lengthscale")
 
@@ -66,19 +87,40 @@ class _Radial(Stationary):
         super().__init__(variance, active_dims)
         self.lengthscale = self._number("lengthscale", lengthscale, vector=True)
 
+    @property
+    def is_spectral(self) -> bool:  # type: ignore[override]
+        drawn = type(self).waves is not Stationary.waves
+        return drawn or type(self).spectrum is not Stationary.spectrum
+
     def correlation(self, X1: jax.Array, X2: jax.Array) -> jax.Array:
         X1, X2 = self._scaled("lengthscale", X1), self._scaled("lengthscale", X2)
         return self.profile(sum_over_columns(jnp.square, X1, X2))
 
+    @to_define
     def profile(self, squared: jax.Array) -> jax.Array:
         """Return the correlation at squared distances in lengthscales."""
         raise NotImplementedError
+
+    def waves(self, uniforms: jax.Array) -> jax.Array:
+        """Return frequencies `(M, D)` from the spectral density, of lengthscale 1.
+
+        Args:
+            uniforms: `(M, 1 + D)`, independent and uniform between 0 and 1.
+        """
+        raise NotImplementedError
+
+    def num_uniforms(self, dim: int) -> int:
+        return 1 + dim
+
+    def spectrum(self, uniforms: jax.Array, dim: int) -> Spectrum:
+        waves = self.waves(uniforms)
+        return Spectrum(self._unscaled(waves), jnp.ones_like(waves[:, 0]))
 
     def _unscaled(self, frequencies: jax.Array) -> jax.Array:
         return self._scaled("lengthscale", frequencies)
 
 
-class RBF(_Radial):
+class RBF(Stationary):
     """The squared exponential kernel, `variance * exp(-d^2 / 2)`, d in lengthscales.
 
     Args:
@@ -98,7 +140,7 @@ class RBF(_Radial):
         return Spectrum(self._unscaled(frequencies), weights)
 
 
-class _Matern(_Radial):
+class _Matern(Stationary):
     degrees: ClassVar[int]  # twice the smoothness
 
     def profile(self, squared: jax.Array) -> jax.Array:
@@ -151,7 +193,7 @@ class Matern52(_Matern):
     degrees = 5
 
 
-class RationalQuadratic(_Radial):
+class RationalQuadratic(Stationary):
     """The kernel `variance * (1 + d^2 / (2 * alpha))^-alpha`, a mixture of RBF lengthscales.
 
     Args:
@@ -187,7 +229,7 @@ class RationalQuadratic(_Radial):
         return Spectrum(self._unscaled(frequencies), weights)
 
 
-class PoweredExponential(_Radial):
+class PoweredExponential(Stationary):
     """The kernel `variance * exp(-d^power)`: `Matern12` for 1, and an RBF for 2.
 
     Args:
@@ -229,7 +271,7 @@ class PoweredExponential(_Radial):
         return Spectrum(self._unscaled(frequencies), weights)
 
 
-class PiecewisePolynomial(_Radial):
+class PiecewisePolynomial(Stationary):
     """A kernel that is 0 from a distance of one lengthscale on (Rasmussen and Williams, 4.21).
 
     It has no paths: its spectral density has no form that can be drawn from.
@@ -241,7 +283,7 @@ class PiecewisePolynomial(_Radial):
         active_dims: columns of the inputs that the kernel works on (default: all).
     """
 
-    is_spectral = False
+    _parts: ClassVar[tuple[str, ...]] = ()
     _fixed: ClassVar[tuple[str, ...]] = ("active_dims", "degree")
 
     def __init__(
