@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, ClassVar, NamedTuple
@@ -19,6 +18,7 @@ from numpyro_ensemble.gp.inputs import (
     hyperparameter,
     with_named_errors,
 )
+from numpyro_ensemble.gp.kernels.fields import declared, made_init, to_define
 
 
 class Spectrum(NamedTuple):
@@ -26,12 +26,6 @@ class Spectrum(NamedTuple):
 
     frequencies: jax.Array
     weights: jax.Array
-
-
-def to_define(method: Any) -> Any:
-    """Mark a method that a class further down has to define."""
-    method.is_missing = True
-    return method
 
 
 class Kernel:
@@ -58,10 +52,10 @@ class Kernel:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        own = _declared(cls)
+        own = declared(cls)
         cls._leaves = (*cls._leaves, *(name for name in own if name not in cls._leaves))
         if own and "__init__" not in vars(cls):
-            cls.__init__ = _made_init(cls, own)  # type: ignore[method-assign]
+            cls.__init__ = made_init(cls, own)  # type: ignore[method-assign]
         jax.tree_util.register_pytree_with_keys(
             cls, cls._flatten_with_keys, partial(_unflatten, cls)
         )
@@ -187,40 +181,6 @@ class Kernel:
             f"{type(self).__name__} has no spectral density that is known. Give it features: "
             f"kernel.with_features(fn), with fn(X) -> (N, F)."
         )
-
-
-def _declared(cls: type) -> dict[str, Any]:
-    """Return the hyperparameters that a class declares by annotations, with their defaults."""
-    names = inspect.get_annotations(cls)
-    own = [name for name, kind in names.items() if "ClassVar" not in str(kind)]
-    return {name: vars(cls).get(name, inspect.Parameter.empty) for name in own}
-
-
-def _made_init(cls: type, own: dict[str, Any]) -> Callable:
-    """Return an `__init__` that takes what the class above takes, and then its own parts."""
-    above: Callable = cls.__mro__[1].__init__  # type: ignore[misc]
-    found = [] if above is object.__init__ else list(inspect.signature(above).parameters.values())
-    given = [p for p in found[1:] if p.kind is p.POSITIONAL_OR_KEYWORD]
-    named = [p for p in found[1:] if p.kind is p.KEYWORD_ONLY]
-    kind: Any = inspect.Parameter.POSITIONAL_OR_KEYWORD
-    if any(p.default is not p.empty for p in given) and inspect.Parameter.empty in own.values():
-        kind = inspect.Parameter.KEYWORD_ONLY  # it cannot follow one that has a default
-    mine = [inspect.Parameter(name, kind, default=value) for name, value in own.items()]
-    first = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    order = sorted([*given, *mine, *named], key=lambda p: p.kind)
-    signature = inspect.Signature([first, *order])
-
-    def init(self: Any, *args: Any, **kwargs: Any) -> None:
-        bound = signature.bind(self, *args, **kwargs)
-        bound.apply_defaults()
-        values = dict(list(bound.arguments.items())[1:])
-        own_values = {name: values.pop(name) for name in own}
-        above(self, **values)
-        for name, value in own_values.items():
-            setattr(self, name, value)
-
-    init.__signature__ = signature  # type: ignore[attr-defined]
-    return init
 
 
 def _unflatten(cls: type, fixed: tuple, leaves: tuple) -> Any:

@@ -12,7 +12,8 @@ import numpy as np
 
 from numpyro_ensemble.calls.arguments import has_tracers
 from numpyro_ensemble.gp.inputs import per_dimension
-from numpyro_ensemble.gp.kernels.base import Atom, Spectrum, to_define
+from numpyro_ensemble.gp.kernels.base import Atom, Spectrum
+from numpyro_ensemble.gp.kernels.fields import to_define
 from numpyro_ensemble.gp.spectra import gaussian, multivariate_t, scale_mixture, stable_mixture
 
 _FEW_COLUMNS = 8

@@ -1,0 +1,47 @@
+"""What a class of kernels declares: its hyperparameters, and what it has to define."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+
+def to_define(method: Any) -> Any:
+    """Mark a method that a class further down has to define."""
+    method.is_missing = True
+    return method
+
+
+def declared(cls: type) -> dict[str, Any]:
+    """Return the hyperparameters that a class declares by annotations, with their defaults."""
+    names = inspect.get_annotations(cls)
+    own = [name for name, kind in names.items() if "ClassVar" not in str(kind)]
+    return {name: vars(cls).get(name, inspect.Parameter.empty) for name in own}
+
+
+def made_init(cls: type, own: dict[str, Any]) -> Callable:
+    """Return an `__init__` that takes what the class above takes, and then its own parts."""
+    above: Callable = cls.__mro__[1].__init__  # type: ignore[misc]
+    found = [] if above is object.__init__ else list(inspect.signature(above).parameters.values())
+    given = [p for p in found[1:] if p.kind is p.POSITIONAL_OR_KEYWORD]
+    named = [p for p in found[1:] if p.kind is p.KEYWORD_ONLY]
+    kind: Any = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    if any(p.default is not p.empty for p in given) and inspect.Parameter.empty in own.values():
+        kind = inspect.Parameter.KEYWORD_ONLY  # it cannot follow one that has a default
+    mine = [inspect.Parameter(name, kind, default=value) for name, value in own.items()]
+    first = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    order = sorted([*given, *mine, *named], key=lambda p: p.kind)
+    signature = inspect.Signature([first, *order])
+
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        bound = signature.bind(self, *args, **kwargs)
+        bound.apply_defaults()
+        values = dict(list(bound.arguments.items())[1:])
+        own_values = {name: values.pop(name) for name in own}
+        above(self, **values)
+        for name, value in own_values.items():
+            setattr(self, name, value)
+
+    init.__signature__ = signature  # type: ignore[attr-defined]
+    return init
