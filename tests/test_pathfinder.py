@@ -443,7 +443,7 @@ def test_arviz_data_have_weights_and_k(finder, result, tmp_path):
 @pytest.mark.long
 @pytest.mark.filterwarnings("ignore:Pathfinder's samples are not the posterior")
 def test_functions_take_the_samples(key):
-    def process(x, y):
+    def process(x, y=None):
         noise = numpyro.sample("noise", dist.LogNormal(-2.0, 0.5))
         length = numpyro.sample("length", dist.LogNormal(-1.0, 0.5))
         numpyro.sample("f", GaussianProcess(RBF(1.0, length), x, noise=noise**2), obs=y)
