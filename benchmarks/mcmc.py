@@ -3,7 +3,8 @@
 Run `python benchmarks/mcmc.py speed irt [repeats]` (or `radon`) for effective draws a second,
 compilation included, in turns with NUTS; `chains irt` for 16 to 1,024 chains; `moments [problem]`
 for means and standard deviations against theory or a long NUTS run; `sbc` for calibration;
-`traps [kernel] [seeds] [problem]` for runs some of whose starts are found where nothing is.
+`traps [kernel] [seeds] [problem]` for runs some of whose starts are found where nothing is;
+`starts [kernel] [seeds] [problem]` for the default start against Pathfinder's.
 """
 
 import statistics
@@ -186,6 +187,58 @@ def traps(kernel="ChEES", seeds="10", *problems):
         )
 
 
+START_PROBLEMS = ("irt", "radon", "correlated")
+
+
+def starts(kernel="ChEES", seeds="2", *problems):
+    """Compare starts over seeds: failures, seconds until chains start, and R-hat after."""
+    for problem in problems or START_PROBLEMS:
+        model, args = PROBLEMS[problem]
+        kernels = {start: KERNELS[kernel](model, start=start) for start in ("nuts", "pathfinder")}
+        rows = {start: [] for start in kernels}
+        for seed in range(-1, int(seeds)):  # the first compiles
+            for start, one in kernels.items():
+                rows[start].append(started(one, args, seed))
+        for start, (cold, *warm) in rows.items():
+            good = np.array([row for row in warm if row is not None]).reshape(-1, 3)
+            print(
+                f"{problem}, {kernel}, start={start!r}: {len(warm) - len(good)} of {len(warm)} "
+                f"failed; start cold {cold[0] if cold else np.nan:.1f} s, warm, median "
+                f"{np.median(good[:, 0]):.2f} s; R-hat median {np.median(good[:, 1]):.4f}, largest "
+                f"{np.max(good[:, 1], initial=0.0):.4f}; ESS median {np.median(good[:, 2]):.0f}",
+                flush=True,
+            )
+
+
+def started(kernel, args, seed, num_chains=64):
+    """Return seconds until chains start, largest R-hat and smallest ESS, None after a failure."""
+    keys = jax.random.split(jax.random.key(seed + 1), num_chains)
+    begin = time.perf_counter()
+    try:
+        jax.block_until_ready(kernel.init(keys, 500, None, args).z)
+        seconds = time.perf_counter() - begin
+        if seed < 0:
+            return seconds, np.nan, np.nan
+        mcmc = MCMC(
+            kernel,
+            num_warmup=500,
+            num_samples=500,
+            num_chains=num_chains,
+            chain_method="vectorized",
+            progress_bar=False,
+            jit_model_args=True,
+        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            mcmc.run(jax.random.key(seed + 1), *args)
+    except (RuntimeError, ValueError) as error:
+        print(f"seed {seed}: {error}", flush=True)
+        return None
+    draws = mcmc.get_samples(group_by_chain=True)
+    rhat, bulk, _ = figures({name: np.asarray(x) for name, x in draws.items()})
+    return seconds, rhat, bulk
+
+
 def small(y=None):
     """A mean and a scale, and five observations of them."""
     mu = numpyro.sample("mu", dist.Normal(0, 1))
@@ -231,4 +284,5 @@ def sbc(datasets="200", *names):
 if __name__ == "__main__":
     command, *rest = sys.argv[1:] or ["speed"]
     commands = {"speed": speed, "chains": chains, "moments": moments, "sbc": sbc, "traps": traps}
+    commands["starts"] = starts
     commands[command](*rest)

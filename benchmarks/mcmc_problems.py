@@ -102,6 +102,24 @@ def logistic_data(seed=0):
     return x, rng.binomial(1, 1 / (1 + np.exp(-x @ rng.normal(size=10))))
 
 
+def correlated(x, y):
+    """Regress on raw columns, of which two are nearly one, with an unknown noise."""
+    base = numpyro.sample("base", dist.Normal(0, 20))
+    slopes = numpyro.sample("slopes", dist.Normal(0, 5).expand([x.shape[1]]).to_event(1))
+    noise = numpyro.sample("noise", dist.HalfNormal(5))
+    with numpyro.plate("row", len(y)):
+        numpyro.sample("y", dist.Normal(base + x @ slopes, noise), obs=y)
+
+
+def correlated_data(seed=0):
+    """Simulate 200 rows of 6 columns around 3, the first two correlated by .999."""
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(200, 6))
+    x[:, 1] = 0.999 * x[:, 0] + np.sqrt(1 - 0.999**2) * x[:, 1]
+    x = 3 + x
+    return x, x @ rng.normal(size=6) + rng.normal(size=200)
+
+
 def constrained(y):
     """Latents on a simplex and in order."""
     p = numpyro.sample("p", dist.Dirichlet(jnp.full(4, 2.0)))
@@ -179,5 +197,6 @@ PROBLEMS = {
     "banana": (banana, ()),
     "gaussian": (gaussian, ()),
     "logistic": (logistic, logistic_data()),
+    "correlated": (correlated, correlated_data()),
     "simplex, ordered": (constrained, (np.array([0, 1, 1, 2, 3, 2, 0, 0, 1, 2]),)),
 }

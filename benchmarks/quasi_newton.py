@@ -1,11 +1,14 @@
 """Modes by L-BFGS and by Adam: seconds, cold and warm, and how far from the best loss they end.
 
 Run `JAX_ENABLE_X64=1 python benchmarks/quasi_newton.py` (several minutes, most of them for Adam on
-the GP). 16 members; beside them one cold `SVI` with Adam, and SciPy's L-BFGS-B for each member in
-turn, which shares one compiled function of value and gradient.
+the GP), or with `pathfinder` for the rows of Pathfinder alone. 16 members; beside them one cold
+`SVI` with Adam, and SciPy's L-BFGS-B for each member in turn, which shares one compiled function of
+value and gradient.
 """
 
 import sys
+import time
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -13,15 +16,15 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import optimistix
-from common import cold, timed
+from common import cold, peak, timed
 from jax.flatten_util import ravel_pytree
-from mcmc_problems import item_response, item_response_data
+from mcmc_problems import decentred_schools, item_response, item_response_data
 from numpyro.infer import SVI, Trace_ELBO
 from numpyro.infer.autoguide import AutoDelta
 from scipy.optimize import minimize
 
-from numpyro_ensemble import EnsembleMAP
-from numpyro_ensemble.gp import GaussianProcess, kernels
+from numpyro_ensemble import EnsembleMAP, Pathfinder
+from numpyro_ensemble.gp import RBF, GaussianProcess
 
 MEMBERS, STEPS = 16, 1500
 
@@ -48,7 +51,7 @@ def process(x, y):
     scale = numpyro.sample("scale", dist.LogNormal(0, 1))
     lengths = numpyro.sample("lengths", dist.LogNormal(0, 1).expand([3]).to_event(1))
     noise = numpyro.sample("noise", dist.LogNormal(-2, 1))
-    kernel = kernels.RBF(scale**2, lengths)
+    kernel = RBF(scale**2, lengths)
     numpyro.sample("y", GaussianProcess(kernel, x, noise=noise**2 + 1e-6), obs=y)
 
 
@@ -142,8 +145,41 @@ def measure(name, with_adam):
         print(f"  one SVI, Adam    cold {svi_cold(model, args):7.2f} s", flush=True)
 
 
+def pathfinder():
+    """Print cold and warm seconds of Pathfinder, Pareto k, and the memory so far."""
+    problems = {name: PROBLEMS[name] for name in list(PROBLEMS)[:2]}
+    problems["eight schools, decentred, 10-d"] = (decentred_schools, tuple)
+    for name, (model, data) in problems.items():
+        args, finder, ks = data(), Pathfinder(model), []
+
+        def run(key, finder=finder, args=args, ks=ks):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)  # k is printed
+                result = finder.run(key, *args)
+            weights = np.exp(result.pool_log_weights)
+            ks.append((result.pareto_k, 1 / (weights**2).sum()))
+            return result.samples
+
+        jax.clear_caches()
+        first = timed(run, jax.random.key(0))
+        begin = time.process_time()
+        warm = [timed(run, jax.random.key(seed)) for seed in range(1, 6)]
+        processor = (time.process_time() - begin) / 5
+        print(
+            f"Pathfinder, {name:30} cold {first:6.2f} s, warm {np.median(warm):6.3f} s "
+            f"(processor {processor:.3f}), k "
+            f"{min(k for k, _ in ks):.2f} to {max(k for k, _ in ks):.2f}, effective draws "
+            f"{np.median([n for _, n in ks]):.0f}; peak {peak():.2f} GiB",
+            flush=True,
+        )
+
+
 if __name__ == "__main__":
     chosen = [name for name in PROBLEMS if any(word in name for word in sys.argv[1:])]
     print(f"{MEMBERS} members, at most {STEPS} steps, {jnp.zeros(()).dtype}", flush=True)
+    if not chosen:
+        pathfinder()
+    if "pathfinder" in sys.argv:
+        sys.exit()
     for problem in chosen or PROBLEMS:
         measure(problem, "--no-adam" not in sys.argv)

@@ -5,6 +5,7 @@ from numpyro_ensemble.fit.stopping import EarlyStopping
 from numpyro_ensemble.handlers import reweight
 from numpyro_ensemble.laplace_modes import LaplaceMixture, Modes, laplace, modes
 from numpyro_ensemble.map import EnsembleMAP, ensemble_map
+from numpyro_ensemble.pathfinder import Pathfinder
 from numpyro_ensemble.predict.arviz import to_arviz
 from numpyro_ensemble.predict.predictive import EnsemblePredictive
 from numpyro_ensemble.primitives import (
@@ -14,7 +15,7 @@ from numpyro_ensemble.primitives import (
     ensemble_predict,
     ensemble_step,
 )
-from numpyro_ensemble.results import EnsembleResult
+from numpyro_ensemble.results import EnsembleResult, PathfinderResult
 from numpyro_ensemble.vi import EnsembleVI, ensemble_vi
 
 __version__ = "0.1.0"
@@ -28,6 +29,8 @@ __all__ = [
     "EnsembleVI",
     "LaplaceMixture",
     "Modes",
+    "Pathfinder",
+    "PathfinderResult",
     "ensemble_init",
     "ensemble_loss",
     "ensemble_map",

@@ -118,6 +118,36 @@ class EnsembleResult(_Fields):
         return SVIRunResult(params, state, self.losses[index])
 
 
+class PathfinderResult(NamedTuple):
+    """What `Pathfinder.run` has found.
+
+    Attributes:
+        samples: draws by site name, constrained, deterministic sites too; they lead with `(S,)`.
+        pareto_k: shape of the tail of the importance ratios of all draws. Above 0.7 the samples
+            are not the posterior.
+        elbo: `(P,)`, the evidence lower bound of the best approximation on each path, minus
+            infinity where there is none.
+        log_weights: `(S,)` of the samples, adding up to 1: equal where these were resampled,
+            otherwise importance weights smoothed by PSIS.
+        path: `(S,)`, the path that each sample is from, -1 for draws of refits.
+        num_points: `(P,)`, the number of points on each path.
+        converged: `(P,)`, whether a path has come to a mode.
+        pool: all N draws, that the samples were chosen from: unconstrained values by site name,
+            which lead with `(N,)`.
+        pool_log_weights: `(N,)`, their importance weights smoothed by PSIS, adding up to 1.
+    """
+
+    samples: dict[str, Any]
+    pareto_k: Any
+    elbo: Any
+    log_weights: Any
+    path: Any
+    num_points: Any
+    converged: Any
+    pool: dict[str, Any]
+    pool_log_weights: Any
+
+
 def _inexact(leaves: list[Any]) -> list[Any]:
     return [leaf for leaf in leaves if is_inexact(leaf)]
 

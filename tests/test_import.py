@@ -20,14 +20,14 @@ LAYERS = [
     {"calls.tracing"},
     {"density"},
     {"primitives"},
-    {"results", "calls.marks"},
+    {"results", "calls.marks", "fit.minimisers"},
     {"calls.opening"},
     {"calls.identity"},
     {"calls.arguments", "calls.keywords"},
     {"calls.executables"},
     {"calls.programs"},
     {"mapping"},
-    {"fit.minimisers"},
+    {"pathfinder"},
     {"fit.line_searches"},
     {"fit.batches", "fit.optimisers", "fit.starts", "fit.states", "fit.stopping"},
     {"fit.setup", "fit.loop"},
@@ -49,6 +49,7 @@ LAYERS = [
 ]
 WHOLE = {"gp", "mcmc", "scoring"}  # folders that have one place
 SIDES = {"mcmc", "gp"}
+ON_SIDES = {"pathfinder": {"mcmc"}}  # what stands on a folder besides
 
 HEAVY = {  # imported by these modules alone, and only when needed
     "blackjax": {"mcmc"},
@@ -83,7 +84,7 @@ def allowed(name: str) -> set[str]:
         below = next(i for i, layer in enumerate(LAYERS) if "mapping" in layer) + 1
     else:
         below = next(i for i, layer in enumerate(LAYERS) if name in layer)
-    return set().union({name}, *LAYERS[:below])
+    return set().union({name}, ON_SIDES.get(name, ()), *LAYERS[:below])
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))

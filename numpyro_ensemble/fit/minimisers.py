@@ -14,6 +14,7 @@ from numpyro_ensemble._compat import NumPyroOptimiser
 
 _ROUNDINGS = 10  # a criterion below so many units of rounding is never met
 _TOLERANCE = 1e-8
+_HISTORY = 10  # optimistix's own
 
 
 class MinimiserState(NamedTuple):
@@ -116,9 +117,18 @@ class Minimiser(LossComparing):
         # mutable state is that of the parameters, not of a point that was rejected
         other = fn(params)[1] if mutable[0].num_leaves else None
         new = MinimiserState(params, point, leaves, loss, converged & jnp.isfinite(loss))
-        return (loss, other), (count + 1, new)
+        return (loss, other), (count + 1, self.noted(new, after))
 
     eval_and_stable_update = eval_and_update  # a step to values that are not finite is rejected
+
+    def noted(self, new: MinimiserState, solver: Any) -> Any:
+        """Return the state after a step, to which a subclass adds what it reads off the solver's.
+
+        Args:
+            new: the state after the step.
+            solver: the solver's own state after the step.
+        """
+        return new
 
 
 def is_minimiser(optim: Any) -> bool:
@@ -138,11 +148,16 @@ def is_minimiser(optim: Any) -> bool:
     return True
 
 
-def default_minimiser() -> Any:
-    """Return the minimiser that is taken where no optimiser is given."""
+def default_minimiser(tolerance: float = _TOLERANCE, history: int = _HISTORY) -> Any:
+    """Return the minimiser that is taken where no optimiser is given.
+
+    Args:
+        tolerance: of its criterion, relative and absolute.
+        history: number of steps that it reads the curvature from.
+    """
     import optimistix
 
-    return optimistix.LBFGS(rtol=_TOLERANCE, atol=_TOLERANCE)
+    return optimistix.LBFGS(rtol=tolerance, atol=tolerance, history_length=history)
 
 
 def _innermost(solver: Any) -> Any:

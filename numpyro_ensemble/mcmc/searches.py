@@ -8,12 +8,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from blackjax.util import psis_weights
-from blackjax.vi.multipathfinder import multi_approximate
 from numpyro.infer.hmc import hmc
 
 from numpyro_ensemble.calls.arguments import has_tracers
 from numpyro_ensemble.mapping import platform_of
+from numpyro_ensemble.mcmc.pathfinding import Settings, choose, pathfind
 from numpyro_ensemble.mcmc.replacements import Found, replace_unfit, report
 from numpyro_ensemble.mcmc.target import Target
 
@@ -143,28 +142,18 @@ def _draw_pathfinder(
     *,
     target: Target,
     num_chains: int,
-    num_paths: int = 4,
-    max_iterations: int = 50,
+    num_paths: int = 8,
+    max_steps: int = 200,
 ) -> Any:
     start_key, path_key, pick_key = jax.random.split(key, 3)
     first, valid = target.initial(jax.random.split(start_key, num_paths), *call)
-    each = -(-_POOL * num_chains // num_paths)
-    with jax.numpy_rank_promotion("allow"):  # BlackJAX does, whatever the user's setting
-        state, _ = multi_approximate(
-            path_key,
-            target.log_density(*call),
-            first,
-            num_samples=each,
-            maxiter=max_iterations,
-            maxls=100,
-        )
-        log_weights, _ = psis_weights((state.logp - state.logq).ravel())
-    # without replacement (Gumbel's trick), for chains must differ
-    noise = jax.random.gumbel(pick_key, log_weights.shape, log_weights.dtype)
-    ranked = jnp.where(jnp.isfinite(log_weights), log_weights, -1e30) + noise
-    _, chosen = jax.lax.top_k(ranked, num_chains)
-    draws = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[chosen], state.samples)
-    return draws, jnp.broadcast_to(valid.all(), num_chains)
+    coordinates = target.coordinates(first, *call)
+    density, rows = target.log_density(*call, coordinates), coordinates.rows(first)
+    settings = Settings(max_steps=max_steps)
+    _, normals, pool = pathfind(density, path_key, rows, _POOL * num_chains, settings)
+    chosen = choose(pick_key, pool.log_weights, num_chains, replace=False)
+    found = valid.any() & jnp.isfinite(normals.elbo).any()
+    return coordinates.tree(pool.points[chosen]), jnp.broadcast_to(found, num_chains)
 
 
 def _draw_initial(

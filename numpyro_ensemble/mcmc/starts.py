@@ -17,11 +17,14 @@ from jax.flatten_util import ravel_pytree
 from numpyro.infer import init_to_uniform
 from numpyro.infer.util import unconstrain_fn
 
+from numpyro_ensemble.calls.arguments import has_tracers
 from numpyro_ensemble.calls.keywords import checked_keywords
 from numpyro_ensemble.handlers import check_count, one_key
 from numpyro_ensemble.mcmc.checks import check_scale
+from numpyro_ensemble.mcmc.pathfinding import choose
 from numpyro_ensemble.mcmc.searches import nuts, pathfinder
 from numpyro_ensemble.mcmc.target import Target
+from numpyro_ensemble.results import PathfinderResult
 
 _PROBES = 32  # random directions in which the curvature is measured
 _FLATTEST = 1e-4  # the least curvature of a mode that noise follows
@@ -71,29 +74,63 @@ def from_nuts(
 @checked_keywords
 def from_pathfinder(
     rng_key: jax.Array,
-    model: Callable,
+    model: Callable | PathfinderResult,
     num_chains: int,
     *args: Any,
-    num_paths: int = 4,
-    max_iterations: int = 50,
+    num_paths: int = 8,
+    max_steps: int = 200,
     init_strategy: Callable = init_to_uniform,
     **kwargs: Any,
 ) -> dict[str, jax.Array]:
-    """Start at draws of multi-path Pathfinder, resampled by their smoothed importance weights.
+    """Start at draws of Pathfinder, chosen from those of all paths by weight, none twice.
 
     Args:
         rng_key: one key.
-        model: a NumPyro model.
+        model: a NumPyro model, or the result of a `Pathfinder`, which needs nothing more.
         num_chains: number of chains C to come.
         *args: arguments of the model.
         num_paths: number of paths of L-BFGS.
-        max_iterations: the most steps of each.
+        max_steps: number of evaluations in each, at most.
         init_strategy: where the paths start.
         **kwargs: keyword arguments of the model.
+
+    Raises:
+        ValueError: if a result has fewer draws than there are chains.
+
+    Example:
+        >>> import jax, numpyro, numpyro.distributions as dist
+        >>> from numpyro.infer import MCMC, NUTS
+        >>> from numpyro_ensemble import Pathfinder
+        >>> from numpyro_ensemble.mcmc import starts
+        >>> def model():
+        ...     numpyro.sample("x", dist.LogNormal(3.0, 0.5))
+        >>> result = Pathfinder(model, num_paths=4).run(jax.random.key(0), num_samples=100)
+        >>> init_params = starts.from_pathfinder(jax.random.key(1), result, 4)
+        >>> init_params["x"].shape
+        (4,)
+        >>> mcmc = MCMC(NUTS(model), num_warmup=200, num_samples=100, num_chains=4,
+        ...             chain_method="vectorized", progress_bar=False)
+        >>> mcmc.run(jax.random.key(2), init_params=init_params)
     """
-    options = {"num_paths": num_paths, "max_iterations": max_iterations}
+    if isinstance(model, PathfinderResult):
+        return _from_result(one_key(rng_key), model, num_chains)
+    options = {"num_paths": num_paths, "max_steps": max_steps}
     target = _checked(model, init_strategy, args, kwargs, num_chains=num_chains, **options)
     return pathfinder(target, one_key(rng_key), num_chains, args, kwargs, **options)
+
+
+def _from_result(key: jax.Array, result: PathfinderResult, num_chains: int) -> dict[str, jax.Array]:
+    """Choose starts among the draws of a result."""
+    check_count("num_chains", num_chains)
+    log_weights = jnp.asarray(result.pool_log_weights)
+    there = None if has_tracers(log_weights) else int((log_weights > -jnp.inf).sum())
+    if there is not None and there < num_chains:
+        raise ValueError(
+            f"num_chains={num_chains}, and the result has {there} draws to start at: run "
+            f"Pathfinder with num_samples={num_chains} or more."
+        )
+    chosen = choose(key, log_weights, num_chains, replace=False)
+    return jax.tree.map(lambda x: x[chosen], result.pool)
 
 
 def _checked(

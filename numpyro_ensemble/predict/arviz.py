@@ -42,7 +42,7 @@ def to_arviz(
     `num_samples` where a MAP ensemble has few members.
 
     Args:
-        inference: an `EnsembleMAP`, an `EnsembleVI`, or a model.
+        inference: an `EnsembleMAP`, an `EnsembleVI`, a `Pathfinder`, or a model.
         result: what `run` returned; for a model, samples by site that lead with `(E, S)`.
         *args: arguments of the model, the observed ones too.
         rng_key: for draws and predictions (default: key 0).
@@ -56,6 +56,9 @@ def to_arviz(
         dims: dimensions by site; those of plates and `infer={"event_dims": ...}` are known.
         on_failed: "warn" leaves members that are not finite out with a warning, "raise" raises.
         **kwargs: keyword arguments of the model.
+
+    Pathfinder's samples are one chain, with `log_weight` among the sample stats, and `pareto_k` and
+    `elbo` in the attributes.
 
     Returns:
         `arviz.InferenceData` below ArviZ 1.0, from then on an `xarray.DataTree`; both have the
@@ -247,6 +250,7 @@ def _assemble(groups: dict[str, dict[str, Any]], draws: Draws, dims: dict, coord
     if draws.seconds is not None:
         attrs["sampling_time"] = draws.seconds
     attrs["ensemble_size"] = draws.ensemble_size
+    attrs.update(draws.attrs)
     # a slash in a name, as of scopes, is a path to trees and refused by files
     groups = {
         name: {site.replace("/", "."): np.asarray(value) for site, value in group.items()}

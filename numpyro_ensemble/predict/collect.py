@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -19,7 +20,7 @@ from numpyro_ensemble.fit.ensemble import Ensemble
 from numpyro_ensemble.fit.setup import setup_of
 from numpyro_ensemble.handlers import is_factor, unwrapped
 from numpyro_ensemble.mapping import check_failed, finite_members, map_member_draws, pick
-from numpyro_ensemble.results import EnsembleResult
+from numpyro_ensemble.results import EnsembleResult, PathfinderResult
 from numpyro_ensemble.vi import EnsembleVI
 
 _VI_DRAWS = 100
@@ -38,6 +39,7 @@ class Draws(NamedTuple):
     ensemble_size: int  # failed members included
     losses: Any = None
     seconds: float | None = None
+    attrs: Mapping[str, Any] = MappingProxyType({})
 
     def without_failed(self) -> Draws:
         """Return the draws of the finite members."""
@@ -60,7 +62,9 @@ def collect(
     on_failed: str,
 ) -> Draws:
     """Return the draws of what was fitted, a runner's or those given for a model."""
-    if not isinstance(inference, Ensemble):
+    if isinstance(result, PathfinderResult):
+        draws = _of_paths(inference, result, num_samples)
+    elif not isinstance(inference, Ensemble):
         draws = _given(inference, result, num_samples)
     elif not isinstance(result, EnsembleResult):
         raise TypeError(f"result takes what run returned, got {type(result).__name__}.")
@@ -116,6 +120,15 @@ def _given(inference: Any, result: Any, num_samples: int | None) -> Draws:
     samples = {name: jnp.asarray(value) for name, value in result.items()}
     finite = finite_members(samples, shape[0])
     return Draws(model, samples, {}, shape, {}, np.arange(shape[0]), finite, shape[0])
+
+
+def _of_paths(inference: Any, result: PathfinderResult, num_samples: int | None) -> Draws:
+    """Return Pathfinder's samples as one chain, with their weights."""
+    samples = {name: jnp.asarray(value)[None] for name, value in result.samples.items()}
+    weights = np.asarray(result.log_weights)[None]
+    draws = _given(inference, samples, num_samples)
+    attrs = {"pareto_k": float(result.pareto_k), "elbo": np.asarray(result.elbo)}
+    return draws._replace(stats={"log_weight": weights}, attrs=attrs)
 
 
 def _of_guides(

@@ -1,0 +1,228 @@
+"""Multi-path Pathfinder: draws of all paths, weighed as draws of their mixture, and refitted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from math import prod
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from blackjax.util import psis_weights
+from jax import lax
+from jax.scipy.special import gammaln
+
+from numpyro_ensemble.mapping import map_draws, platform_of
+from numpyro_ensemble.mcmc.paths import (
+    Normal,
+    Paths,
+    best_normal,
+    draw,
+    inverse_of,
+    log_density_of,
+    search,
+)
+
+_FREEDOM = 5  # of the refits: a tail that is heavier than most posteriors'
+_DRAWS_PER_DIMENSION = 10  # below so many a refit's covariance is noise
+_LEAST_PART = 0.1  # effective draws for each dimension, below which a refit is not worth its draws
+_ENOUGH = 0.5  # effective draws, of those of one round, that need no further round
+_FEWEST = 25  # draws, below which PSIS knows no tail
+
+
+class Settings(NamedTuple):
+    """How paths are searched and draws are made: all that a program depends on."""
+
+    history: int = 6
+    num_elbo_draws: int = 10
+    max_steps: int = 200
+    num_refits: int = 4
+
+
+class Pool(NamedTuple):
+    """Draws from the mixture of all approximations.
+
+    Attributes:
+        points: `(N, D)`.
+        log_weights: `(N,)`, importance weights smoothed by PSIS, which add up to 1.
+        pareto_k: shape of the tail of the importance ratios.
+        path: `(N,)`, the path that each draw is from, -1 for draws of refits.
+    """
+
+    points: jax.Array
+    log_weights: jax.Array
+    pareto_k: jax.Array
+    path: jax.Array
+
+
+class _Refit(NamedTuple):
+    """A multivariate t distribution: its location, and the root of its scale."""
+
+    mean: jax.Array
+    root: jax.Array
+
+
+def pathfind(
+    log_density: Callable, key: jax.Array, starts: jax.Array, num_draws: int, settings: Settings
+) -> tuple[Paths, Normal, Pool]:
+    """Return the paths from starts `(P, D)`, the best approximation on each, and draws.
+
+    Args:
+        log_density: of one point `(D,)`.
+        key: one key.
+        starts: where the searches begin.
+        num_draws: number of draws in each round, of which the refits make one each.
+        settings: how they are made.
+    """
+    paths = search(log_density, starts, settings.history, settings.max_steps)
+    normal_key, pool_key = jax.random.split(key)
+    best = partial(best_normal, log_density, history=settings.history)
+    along = (paths.points, paths.gradients, paths.length)
+    shape = (len(starts), settings.num_elbo_draws, starts.shape[1])
+    noise = normal_numbers(normal_key, shape, paths.points.dtype)
+    # one after the other on CPUs, where XLA can stop for good on many factorisations at once
+    over = lax.map if platform_of() == "cpu" else lambda fn, xs: jax.vmap(fn)(xs)
+    normals = over(lambda pair: best(*pair), (along, noise))
+    return paths, normals, _pool(log_density, pool_key, normals, num_draws, settings.num_refits)
+
+
+class _Rounds(NamedTuple):
+    """Draws of T rounds, of which those to come are empty; the first round is that of the paths."""
+
+    points: jax.Array  # (T + 1, N, D)
+    log_p: jax.Array  # (T, N)
+    log_q: jax.Array  # (T + 1, T, N), of the distribution of each round at the draws of each
+    refits: _Refit  # (T + 1, ...), of each round, the first of which is none
+    done: jax.Array  # number of rounds that there have been
+    effective: jax.Array  # number of draws of these, by their weights
+
+    def log_ratios(self) -> jax.Array:
+        """Return `(T, N)`, with the rounds so far weighed as draws of their equal mixture."""
+        rounds = jnp.arange(len(self.log_p))
+        there = jnp.append(rounds < self.done, False)[:, None, None]
+        log_q = jax.nn.logsumexp(jnp.where(there, self.log_q, -jnp.inf), axis=0)
+        ratios = self.log_p - log_q + jnp.log(self.done * 1.0)
+        ratios = jnp.where(jnp.isfinite(ratios), ratios, jnp.finfo(ratios.dtype).min / 4)
+        return jnp.where(rounds[:, None] < self.done, ratios, -jnp.inf)
+
+
+def _pool(
+    log_density: Callable, key: jax.Array, normals: Normal, num_draws: int, num_refits: int
+) -> Pool:
+    """Draw from the approximations, and in further rounds from what the weighted draws look like.
+
+    The draws of all rounds are weighed as draws of the equal mixture of all rounds (Cornuet et al.
+    2012, "Adaptive multiple importance sampling").
+    """
+    num_paths, size = normals.mean.shape
+    each = max(-(-num_draws // num_paths), -(-_FEWEST // num_paths))
+    total, dtype = each * num_paths, normals.mean.dtype
+    # the places of paths that have no approximation are shared out among the others
+    good = jnp.isfinite(normals.elbo)
+    owner = jnp.argsort(~good, stable=True)[jnp.arange(num_paths) % jnp.maximum(good.sum(), 1)]
+    taken = jax.tree.map(lambda leaf: leaf[owner], normals)
+    num_rounds = 1 + (num_refits if total >= _DRAWS_PER_DIMENSION * size else 0)
+    room = num_rounds + 1
+    noise = normal_numbers(key, (room, total, size + _FREEDOM), dtype)
+    pairs = (taken, noise[0, :, :size].reshape(num_paths, each, size))
+    first = lax.map(lambda pair: draw(*pair)[0], pairs).reshape(total, size)
+
+    def of_paths(points: jax.Array) -> jax.Array:
+        terms = lax.map(lambda normal: log_density_of(normal, points), taken)
+        return jax.nn.logsumexp(terms, axis=0) - jnp.log(float(num_paths))
+
+    def add_round(rounds: _Rounds) -> _Rounds:
+        i, points, log_p, log_q, refits = (
+            rounds.done, rounds.points, rounds.log_p, rounds.log_q, rounds.refits
+        )  # fmt: skip
+        log_p = log_p.at[i].set(map_draws(log_density, points[i]))
+        here = lax.map(lambda refit: _log_density_of_refit(refit, points[i]), refits)
+        log_q = log_q.at[:, i].set(here.at[0].set(of_paths(points[i])))
+        rounds = rounds._replace(log_p=log_p, log_q=log_q, done=i + 1)
+        refit, effective = _refitted(rounds)
+        there = _log_density_of_refit(refit, points[:-1].reshape(-1, size)).reshape(log_p.shape)
+        return rounds._replace(
+            points=points.at[i + 1].set(_draw_refit(refit, noise[i + 1])),
+            log_q=log_q.at[i + 1].set(there),
+            refits=jax.tree.map(lambda x, new: x.at[i + 1].set(new), refits, refit),
+            effective=effective,
+        )
+
+    def unfinished(rounds: _Rounds) -> jax.Array:
+        # too few draws that own the weight do not know the shape of D dimensions
+        useful = (rounds.effective >= _LEAST_PART * size) & (rounds.effective < _ENOUGH * total)
+        return (rounds.done < num_rounds) & ((rounds.done == 0) | useful)
+
+    identity = jnp.tile(jnp.eye(size, dtype=dtype), (room, 1, 1))
+    rounds = _Rounds(
+        jnp.zeros((room, total, size), dtype).at[0].set(first),
+        jnp.zeros((num_rounds, total), dtype),
+        jnp.zeros((room, num_rounds, total), dtype),
+        _Refit(jnp.zeros((room, size), dtype), identity),
+        jnp.asarray(0),
+        jnp.zeros((), dtype),
+    )
+    rounds = lax.while_loop(unfinished, add_round, rounds)
+    # draws of rounds that were left out weigh nothing; the tail is a tenth of the others at most
+    log_weights, k = psis_weights(rounds.log_ratios().reshape(-1))
+    k = jnp.where(jnp.isnan(k), jnp.inf, k)
+    path = jnp.full(num_rounds * total, -1).at[:total].set(jnp.repeat(owner, each))
+    return Pool(rounds.points[:-1].reshape(-1, size), log_weights, k, path)
+
+
+def _refitted(rounds: _Rounds) -> tuple[_Refit, jax.Array]:
+    """Return a t distribution of the mean and the covariance that the weighted draws have.
+
+    But for a part ESS / (ESS + D), these are those of the draws without weights. Weights are cut
+    at the root of the number of draws times their mean (Ionides 2008, "Truncated importance
+    sampling").
+
+    Returns:
+        The distribution, and the number of effective draws (ESS).
+    """
+    size = rounds.points.shape[2]
+    points, ratios = rounds.points[:-1].reshape(-1, size), rounds.log_ratios().reshape(-1)
+    there = ratios > -jnp.inf
+    weights = jnp.exp(ratios - ratios.max())
+    weights = jnp.minimum(weights, weights.sum() / jnp.sqrt(there.sum()))
+    weights = weights / weights.sum()
+    effective = 1.0 / (weights**2).sum()
+    part = effective / (effective + size)
+    weights = part * weights + (1.0 - part) * there / there.sum()
+    mean = weights @ points
+    centred = points - mean[None]
+    covariance = (weights[:, None] * centred).T @ centred
+    root = jnp.linalg.cholesky(covariance * ((_FREEDOM - 2) / _FREEDOM))
+    return _Refit(mean, root), effective
+
+
+def _draw_refit(refit: _Refit, noise: jax.Array) -> jax.Array:
+    """Turn standard normal numbers `(N, D + freedom)` into draws from a refit."""
+    noise, rest = noise[:, :-_FREEDOM], noise[:, -_FREEDOM:]
+    width = jnp.sqrt((rest**2).mean(axis=1, keepdims=True))
+    return refit.mean[None] + (noise / width) @ refit.root.T
+
+
+def _log_density_of_refit(refit: _Refit, points: jax.Array) -> jax.Array:
+    scaled = (points - refit.mean[None]) @ inverse_of(refit.root).T
+    size, half = len(refit.mean), 0.5 * (_FREEDOM + len(refit.mean))
+    front = gammaln(half) - gammaln(0.5 * _FREEDOM) - 0.5 * size * jnp.log(_FREEDOM * jnp.pi)
+    log_det = jnp.log(jnp.diag(refit.root)).sum()
+    return front - log_det - half * jnp.log1p((scaled**2).sum(axis=1) / _FREEDOM)
+
+
+def normal_numbers(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    """Return standard normal numbers, drawn in a row: of three axes XLA compiles 4 s, not 0.4."""
+    return jax.random.normal(key, (prod(shape),), dtype).reshape(shape)
+
+
+def choose(key: jax.Array, log_weights: jax.Array, number: int, *, replace: bool) -> jax.Array:
+    """Return the places of draws that are chosen by weight.
+
+    Without replacement no draw is chosen twice, as chains that start there must differ.
+    """
+    if replace:
+        return jax.random.choice(key, len(log_weights), (number,), p=jnp.exp(log_weights))
+    noise = jax.random.gumbel(key, log_weights.shape, log_weights.dtype)
+    return lax.top_k(jnp.maximum(log_weights, -1e30) + noise, number)[1]
