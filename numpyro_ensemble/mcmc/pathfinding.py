@@ -169,8 +169,10 @@ def _pool(
 
     rounds = _no_rounds(first, num_rounds)
     rounds = lax.while_loop(unfinished, add_round, rounds)
-    # draws of rounds that were left out weigh nothing; the tail is a tenth of the others at most
-    log_weights, k = psis_weights(rounds.log_ratios().reshape(-1))
+    # rounds that were left out weigh nothing: the tail is as long as that of one round's draws
+    tail = min(int(3.0 * total**0.5), total // 5) + 0.5
+    ratios = rounds.log_ratios().reshape(-1)
+    log_weights, k = psis_weights(ratios, r_eff=len(ratios) * (3.0 / tail) ** 2)
     k = jnp.where(jnp.isnan(k), jnp.inf, k)
     path = jnp.full(num_rounds * total, -1).at[:total].set(jnp.repeat(owner, each))
     return Pool(rounds.points[:-1].reshape(-1, size), log_weights, k, path)
