@@ -107,6 +107,20 @@ class _Rounds(NamedTuple):
         return jnp.where(rounds[:, None] < self.done, ratios, -jnp.inf)
 
 
+def _no_rounds(first: jax.Array, num_rounds: int) -> _Rounds:
+    """Return room for so many rounds, and draws `(N, D)` for the first one."""
+    (total, size), dtype, room = first.shape, first.dtype, num_rounds + 1
+    identity = jnp.tile(jnp.eye(size, dtype=dtype), (room, 1, 1))
+    return _Rounds(
+        jnp.zeros((room, total, size), dtype).at[0].set(first),
+        jnp.zeros((num_rounds, total), dtype),
+        jnp.zeros((room, num_rounds, total), dtype),
+        _Refit(jnp.zeros((room, size), dtype), identity),
+        jnp.asarray(0),
+        jnp.zeros((), dtype),
+    )
+
+
 def _pool(
     log_density: Callable, key: jax.Array, normals: Normal, num_draws: int, num_refits: int
 ) -> Pool:
@@ -123,8 +137,7 @@ def _pool(
     owner = jnp.argsort(~good, stable=True)[jnp.arange(num_paths) % jnp.maximum(good.sum(), 1)]
     taken = jax.tree.map(lambda leaf: leaf[owner], normals)
     num_rounds = 1 + (num_refits if total >= _DRAWS_PER_DIMENSION * size else 0)
-    room = num_rounds + 1
-    noise = normal_numbers(key, (room, total, size + _FREEDOM), dtype)
+    noise = normal_numbers(key, (num_rounds + 1, total, size + _FREEDOM), dtype)
     pairs = (taken, noise[0, :, :size].reshape(num_paths, each, size))
     first = lax.map(lambda pair: draw(*pair)[0], pairs).reshape(total, size)
 
@@ -154,18 +167,12 @@ def _pool(
         useful = (rounds.effective >= _LEAST_PART * size) & (rounds.effective < _ENOUGH * total)
         return (rounds.done < num_rounds) & ((rounds.done == 0) | useful)
 
-    identity = jnp.tile(jnp.eye(size, dtype=dtype), (room, 1, 1))
-    rounds = _Rounds(
-        jnp.zeros((room, total, size), dtype).at[0].set(first),
-        jnp.zeros((num_rounds, total), dtype),
-        jnp.zeros((room, num_rounds, total), dtype),
-        _Refit(jnp.zeros((room, size), dtype), identity),
-        jnp.asarray(0),
-        jnp.zeros((), dtype),
-    )
+    rounds = _no_rounds(first, num_rounds)
     rounds = lax.while_loop(unfinished, add_round, rounds)
-    # draws of rounds that were left out weigh nothing; the tail is a tenth of the others at most
-    log_weights, k = psis_weights(rounds.log_ratios().reshape(-1))
+    # rounds that were left out weigh nothing: the tail is as long as that of one round's draws
+    tail = min(int(3.0 * total**0.5), total // 5) + 0.5
+    ratios = rounds.log_ratios().reshape(-1)
+    log_weights, k = psis_weights(ratios, r_eff=len(ratios) * (3.0 / tail) ** 2)
     k = jnp.where(jnp.isnan(k), jnp.inf, k)
     path = jnp.full(num_rounds * total, -1).at[:total].set(jnp.repeat(owner, each))
     return Pool(rounds.points[:-1].reshape(-1, size), log_weights, k, path)
