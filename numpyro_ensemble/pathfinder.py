@@ -73,8 +73,8 @@ class Pathfinder:
         counts = {"num_paths": num_paths, "history": history, "num_elbo_draws": num_elbo_draws}
         for name, value in {**counts, "max_steps": max_steps}.items():
             check_count(name, value)
-        if num_refits is False or num_refits != 0:
-            check_count("num_refits", num_refits)
+        if isinstance(num_refits, bool) or not isinstance(num_refits, int) or num_refits < 0:
+            raise ValueError(f"num_refits takes a whole number, 0 or more; got {num_refits!r}.")
         self.model, self.num_paths = model, int(num_paths)
         self._target = Target(model, init_strategy=init_strategy)
         self._settings = Settings(

@@ -127,14 +127,14 @@ class PathfinderResult(NamedTuple):
             are not the posterior.
         elbo: `(P,)`, the evidence lower bound of the best approximation on each path, minus
             infinity where there is none.
-        log_weights: `(S,)` of the samples, adding up to 1: equal where these were resampled,
-            otherwise importance weights smoothed by PSIS.
+        log_weights: `(S,)`, logarithms of the samples' weights, which add up to 1: equal where
+            these were resampled, otherwise importance weights smoothed by PSIS.
         path: `(S,)`, the path that each sample is from, -1 for draws of refits.
         num_points: `(P,)`, the number of points on each path.
         converged: `(P,)`, whether a path has come to a mode.
         pool: all N draws, that the samples were chosen from: unconstrained values by site name,
             which lead with `(N,)`.
-        pool_log_weights: `(N,)`, their importance weights smoothed by PSIS, adding up to 1.
+        pool_log_weights: `(N,)`, logarithms of their weights, smoothed by PSIS.
     """
 
     samples: dict[str, Any]

@@ -10,6 +10,7 @@ import numpyro.distributions as dist
 import pytest
 from gp_truth import inputs, within
 from numpy.testing import assert_allclose
+from numpyro import handlers
 from scipy.optimize import brentq
 from scipy.stats import norm
 
@@ -176,3 +177,27 @@ def test_arviz_compares_processes_by_leaving_one_out():
         warnings.simplefilter("ignore")  # of pandas, about ArviZ
         table = az.compare({"right": right, "wrong": other})
     assert table.index[0] == "right"
+
+
+def test_masks_of_copies_and_of_values_leave_terms_out():
+    def plates(X, y, seen, mask):
+        width = numpyro.sample("width", dist.LogNormal(0.0, 0.5))
+        with handlers.mask(mask=mask), numpyro.plate("copy", 2):
+            numpyro.sample("f", GaussianProcess(RBF(1.0, width), X, 0.05, observed=seen), obs=y)
+
+    ys, seen = np.stack([Y, 2 * Y]), np.arange(9) != 4
+    samples = {"width": np.full((1, 4), 0.9)}
+    mask = np.array([True, False])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # four draws are few
+        data = to_arviz(plates, samples, X, ys, seen, mask, posterior_predictive=False)
+    terms, values = np.asarray(data.log_likelihood["f"]), np.asarray(data.observed_data["f"])
+    assert terms.shape == (1, 4, 2, 9)
+    left_out = (terms[0, 0] == 0.0, np.isnan(values))
+    for found in left_out:
+        assert (found == np.stack([~seen, np.ones(9, bool)])).all()
+
+
+def test_quantiles_too_near_an_end_for_the_precision_are_refused(pathwise):
+    with pytest.raises(ValueError, match="probabilities lie between 0 and 1"):
+        pathwise.quantiles(1 - 1e-17, X_NEW, 0.5)

@@ -12,6 +12,7 @@ from numpyro_ensemble.gp import (
     RBF,
     ArcCosine,
     Categorical,
+    Coregion,
     Envelope,
     GaussianProcess,
     Gibbs,
@@ -115,6 +116,29 @@ def test_categories_are_alike_or_not():
         GaussianProcess(kernel, np.array([[4.0]]), 0.1)
 
 
+def test_slopes_at_the_edge_are_finite():
+    """A correlation of 0 and a kappa of 0 are allowed, and what is beside them can be learnt."""
+    numbers = jnp.array([[0.0], [1.0], [1.0]])
+    slope = jax.grad(lambda v: Categorical(2, v)(numbers).sum())(1.3)
+    assert_allclose(slope, 5.0, rtol=1e-6)  # one and four equal pairs
+    slopes = jax.grad(lambda k: Coregion(np.ones((2, 1)), k)(numbers).sum())(jnp.zeros(2))
+    assert_allclose(slopes, [1.0, 4.0], rtol=1e-6)
+    y = np.array([0.3, -0.2, 0.1])
+
+    def density(power):
+        kernel = PoweredExponential(1.0, 1.0, power)
+        return GaussianProcess(kernel, X1[:3], 0.1).log_prob(y)
+
+    step = 1e-3
+    for power in (2.0, 0.1):
+        sign = -1.0 if power == 2.0 else 1.0
+        near = (density(power + sign * step) - density(power)) / (sign * step)
+        assert_allclose(jax.grad(density)(power), near, rtol=0.05, atol=1e-4)
+    for power in (2.0, 0.05):
+        drawn = draw_features(0, PoweredExponential(1.0, 1.0, power), 64, X1)(X1)
+        assert np.isfinite(drawn).all()
+
+
 def test_arc_cosine_is_the_mean_over_wide_layers():
     rng = np.random.default_rng(0)
     layer = rng.normal(size=(400_000, 3))
@@ -182,6 +206,10 @@ def test_bad_calls():
         (lambda: Envelope(lambda X: X)(X1), "Envelope: fn returned shape"),
         (lambda: Gibbs(lambda X: X.sum())(X1), "lengthscale returned shape"),
         (lambda: change_point(RBF(), RBF(), 0.0, -1.0), "steepness must be positive"),
+        (lambda: change_point(RBF(), RBF(), 0.0, active_dims=7)(X1), "change_point: active_dims"),
+        (lambda: change_point(RBF(), RBF(), None), "change_point: location takes a number"),
+        (lambda: change_point(RBF(), RBF(), np.ones(2)), "location is one place"),
+        (lambda: RBF() * Categorical(2), "a Categorical it is multiplied with reads numbers"),
     ):
         with pytest.raises(ValueError, match=message):
             build()
@@ -240,6 +268,27 @@ def test_kernels_of_ones_own_are_short(key):
 
     assert_allclose(Brownian(3.0)(X1, X2), 3 * np.minimum(X1[:, :1], X2[:, 0]), rtol=1e-6)
     assert np.isfinite(GaussianProcess(Brownian(3.0), X1, 0.1).log_prob(X1[:, 0]))
+
+
+class Smooth(Bump):
+    """Another default for a part of the class above, and a part that is fixed."""
+
+    height: float = 2.0
+    times: int = 2
+
+    def profile(self, squared):
+        return super().profile(squared) ** len(range(self.times))
+
+
+def test_parts_may_have_other_defaults_and_be_fixed():
+    kernel = Smooth(times=3)
+    assert jax.tree.leaves(kernel) == [1.0, 1.0, 2.0] and Smooth().times == 2
+    expected = np.exp(-6.0 * (APART**2).sum(-1))
+    assert_allclose(jax.jit(lambda kernel: kernel(X1, X2))(kernel), expected, rtol=1e-6)
+    with pytest.raises(ValueError, match="Bump: height takes a number, got None"):
+        Bump(height=None)
+    lists = SpectralMixture([0.7, 0.3], [0.2, 0.5], [0.1, 0.2])
+    assert len(jax.tree.leaves(lists)) == 3
 
 
 def test_what_a_kernel_leaves_out_is_said_when_it_is_made():

@@ -7,7 +7,15 @@ import pytest
 from gp_truth import within
 from numpy.testing import assert_allclose
 
-from numpyro_ensemble.gp import RBF, GaussianProcess, Matern32, draw_paths, maximise, minimise
+from numpyro_ensemble.gp import (
+    RBF,
+    Categorical,
+    GaussianProcess,
+    Matern32,
+    draw_paths,
+    maximise,
+    minimise,
+)
 
 X = np.random.default_rng(0).uniform(size=(14, 2)) * [2.0, 1.0]
 Y = np.sin(4.0 * X[:, 0]) * np.cos(3.0 * X[:, 1]) + X[:, 0]
@@ -83,3 +91,11 @@ def test_bad_calls(paths, key):
             minimise(key, paths, BOUNDS, **options)
     with pytest.raises(ValueError, match="num_starts=9 of num_points=8"):
         minimise(key, paths, BOUNDS, num_points=8, num_starts=9)
+
+
+def test_a_column_of_numbers_has_no_slope_to_follow(key):
+    inputs = np.concatenate([X[:, :1], (np.arange(14) % 2)[:, None]], axis=1)
+    kernel = RBF(active_dims=0) * Categorical(2)
+    mixed = draw_paths(key, kernel, inputs, Y, noise=1e-3, num_paths=2, num_features=128)
+    with pytest.raises(ValueError, match="Categorical: column -1 holds the categories' numbers"):
+        maximise(key, mixed, [(0.0, 2.0), (0.0, 1.0)])

@@ -1,5 +1,7 @@
 """Pathfinder against Gaussians, quadrature, dense algebra and BlackJAX."""
 
+import warnings
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -488,3 +490,66 @@ def test_a_kernel_starts_by_pathfinder(key):
                 chain_method="vectorized", progress_bar=False)  # fmt: skip
     nuts.run(key, X, Y, init_params=starts.from_pathfinder(key, model, 2, X, Y, num_paths=2))
     assert nuts.get_samples()["weights"].shape == (20, 2, 3)
+
+
+# What a review has found --------------------------------------------------------------------------
+
+
+@pytest.mark.core
+def test_a_posterior_that_is_met_exactly_is_trusted(key):
+    """All importance ratios are the same: their tail has no shape, and is no reason to warn."""
+
+    def conjugate():
+        numpyro.sample("x", dist.Normal(3.0, 0.5))
+
+    for seed, num_samples, num_refits in ((0, 1, 4), (1, 200, 0), (2, 200, 4)):
+        finder = Pathfinder(conjugate, num_paths=4, num_refits=num_refits)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            result = finder.run(seed, num_samples=num_samples)
+        assert result.pareto_k < 0.7
+    assert abs(result.samples["x"].mean() - 3.0) < 0.2
+
+
+@pytest.mark.core
+@pytest.mark.filterwarnings("ignore:Pathfinder's samples are not the posterior")
+def test_a_ridge_that_cannot_be_factored_gives_no_nan():
+    def ridge():
+        x = numpyro.sample("x", dist.StudentT(3.0, 0.0, 1.0))
+        numpyro.sample("y", dist.Normal(x, 1e-4))
+
+    finder = Pathfinder(ridge, num_paths=8)
+    for seed in (0, 1):
+        result = finder.run(seed, num_samples=200)
+        assert all(np.isfinite(value).all() for value in result.samples.values())
+        assert result.pareto_k != 0.0
+
+
+def test_weighted_draws_reach_arviz_by_their_weights(key):
+    """A Student t has heavier tails than the normal approximation of its mode."""
+
+    def heavy():
+        numpyro.sample("x", dist.StudentT(5.0, 0.0, 1.0))
+
+    finder = Pathfinder(heavy, num_paths=4, num_refits=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        drawn = finder.run(key, num_samples=4000, importance_resampling=False)
+    assert np.ptp(drawn.log_weights) > 0
+    plain = np.asarray(drawn.samples["x"])
+    weights = np.exp(drawn.log_weights)
+    weighted = np.sqrt((weights * plain**2).sum())
+    data = to_arviz(finder, drawn)
+    exported = np.asarray(data.posterior["x"])
+    near = 6 * weighted / np.sqrt(2 * 4000)
+    assert abs(exported.std() - weighted) < near
+    assert abs(plain.std() - weighted) > near  # what it would be without the weights
+
+
+def test_a_result_takes_no_options_of_a_search(result):
+    with pytest.raises(ValueError, match="a result of a Pathfinder needs no arguments"):
+        starts.from_pathfinder(0, result, 4, X, Y)
+    with pytest.raises(ValueError, match="no options of a search"):
+        starts.from_pathfinder(0, result, 4, max_steps=10)
+    with pytest.raises(ValueError, match="num_refits takes a whole number, 0 or more"):
+        Pathfinder(model, num_refits=-1)

@@ -16,7 +16,10 @@ from numpyro_ensemble.results import EnsembleResult
 
 _FAILURES = {  # flags of a draw, what is said of it, and what to do
     "finite": ("has values that are not finite", "Leave these draws out"),
-    "valid": ("has hyperparameters that are not positive", "Give them a positive support"),
+    "valid": (
+        "has hyperparameters out of their range, such as ones that are not positive",
+        "Give them a support within it",
+    ),
     "agrees": (
         "has different values at equal inputs without noise",
         "Give the process the noise's variance, or average them",

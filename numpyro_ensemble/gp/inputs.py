@@ -65,7 +65,7 @@ def hyperparameter(owner: str, name: str, value: Any, *, vector: bool = False) -
     Raises:
         ValueError: for another shape, or a value that is known not to be positive.
     """
-    _check_given(f"{owner}: {name}", value)
+    check_given(f"{owner}: {name}", value)
     shape = jnp.shape(value)
     if len(shape) > (1 if vector else 0) or 0 in shape:
         allowed = "a number, or one for each dimension, (D,)" if vector else "one number"
@@ -78,7 +78,8 @@ def hyperparameter(owner: str, name: str, value: Any, *, vector: bool = False) -
     return float(value) if isinstance(value, int) else value
 
 
-def _check_given(name: str, value: Any) -> None:
+def check_given(name: str, value: Any) -> None:
+    """Raise a ValueError for a value that is not there."""
     if value is None:
         raise ValueError(
             f"{name} takes a number, got None. A model that has it among its arguments needs it in "
@@ -230,7 +231,7 @@ def diagonal(name: str, value: Any, X: jax.Array) -> jax.Array:
     Raises:
         ValueError: for another shape, or values that are known to be negative or not finite.
     """
-    _check_given(name, value)
+    check_given(name, value)
     shape = jnp.shape(value)
     if shape not in ((), (len(X),)):
         raise ValueError(

@@ -93,6 +93,7 @@ def _found(
     low, high = _box(bounds, paths.points.shape[-1])
     unit = sobol(one_key(rng_key), points, len(low), paths.points.dtype)
     box = jnp.asarray([low, high], unit.dtype)
+    paths.kernel.check_inputs(box[:1] + (box[1:] - box[:1]) * unit)
     return _search(paths, unit, box, sign, starts, steps)
 
 
@@ -128,7 +129,7 @@ def _search(
 
     angles = jnp.arcsin(2.0 * unit - 1.0)
     values = sign * paths(jax.vmap(inside)(angles))
-    _, best = jax.lax.top_k(values, num_starts)
+    _, best = jax.lax.top_k(jnp.where(jnp.isnan(values), -jnp.inf, values), num_starts)
     tolerance = max(_TOLERANCE, 10.0 * float(jnp.finfo(values.dtype).eps))
     solver: Any = optimistix.BFGS(rtol=tolerance, atol=tolerance)
 

@@ -319,7 +319,7 @@ class Pathwise:
         Raises:
             ValueError: for a number that is no probability, and as `moments` does.
         """
-        asked = np.asarray(probabilities, float)
+        asked = np.asarray(probabilities, float).astype(jnp.result_type(float))
         if not ((asked > 0) & (asked < 1)).all():
             raise ValueError(f"probabilities lie between 0 and 1, got {probabilities!r}.")
         each = named(self._conditionals(False, args, kwargs))

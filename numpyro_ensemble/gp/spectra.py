@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.scipy.special import gammainc, gammaln, i0e, ndtri
 
+_WIDEST = 60.0  # log variance of a frequency, beyond which waves are noise in any precision
 _GRID = 1024  # of a distribution function that is inverted
 _HARMONICS = 512  # of a periodic kernel in more than one dimension
 
@@ -102,11 +103,12 @@ def stable_mixture(uniforms: jax.Array, alpha: Any) -> tuple[jax.Array, jax.Arra
     """
     alpha = jnp.asarray(alpha, uniforms.dtype)
     angle, exponential = jnp.pi * uniforms[:, 0], -jnp.log(uniforms[:, 1])
-    bent = jnp.sin((1.0 - alpha) * angle) / exponential
-    tau = jnp.sin(alpha * angle) / jnp.sin(angle) ** (1.0 / alpha)
-    tau = tau * bent ** ((1.0 - alpha) / alpha)
-    w = jnp.sqrt(2.0 * tau)[:, None] * ndtri(uniforms[:, 2:])
-    return w, jnp.ones_like(tau)
+    tiny = jnp.finfo(uniforms.dtype).tiny
+    bent = jnp.log(jnp.maximum(jnp.sin((1.0 - alpha) * angle), tiny)) - jnp.log(exponential)
+    log_tau = jnp.log(jnp.sin(alpha * angle)) - jnp.log(jnp.sin(angle)) / alpha
+    log_tau = log_tau + bent * (1.0 - alpha) / alpha
+    sd = jnp.exp(0.5 * jnp.minimum(jnp.log(2.0) + log_tau, _WIDEST))
+    return sd[:, None] * ndtri(uniforms[:, 2:]), jnp.ones_like(sd)
 
 
 def gaussian_mixture(

@@ -28,6 +28,7 @@ _FREEDOM = 5  # of the refits: a tail that is heavier than most posteriors'
 _DRAWS_PER_DIMENSION = 10  # below so many a refit's covariance is noise
 _LEAST_PART = 0.1  # effective draws for each dimension, below which a refit is not worth its draws
 _ENOUGH = 0.5  # effective draws, of those of one round, that need no further round
+_SAME = 1e-2  # log ratios that differ by less at the top are those of one distribution
 _FEWEST = 25  # draws, below which PSIS knows no tail
 
 
@@ -173,7 +174,11 @@ def _pool(
     tail = min(int(3.0 * total**0.5), total // 5) + 0.5
     ratios = rounds.log_ratios().reshape(-1)
     log_weights, k = psis_weights(ratios, r_eff=len(ratios) * (3.0 / tail) ** 2)
-    k = jnp.where(jnp.isnan(k), jnp.inf, k)
+    known = ratios > jnp.finfo(dtype).min / 8  # the others had no finite ratio
+    spread = ratios.max() - jnp.nanmedian(jnp.where(known, ratios, jnp.nan))
+    # ratios that are all the same have no tail: the approximation is the posterior
+    k = jnp.where(jnp.isnan(k), jnp.where(spread < _SAME, 0.0, jnp.inf), k)
+    k = jnp.where(known.any(), k, jnp.inf)
     path = jnp.full(num_rounds * total, -1).at[:total].set(jnp.repeat(owner, each))
     return Pool(rounds.points[:-1].reshape(-1, size), log_weights, k, path)
 
@@ -200,8 +205,13 @@ def _refitted(rounds: _Rounds) -> tuple[_Refit, jax.Array]:
     mean = weights @ points
     centred = points - mean[None]
     covariance = (weights[:, None] * centred).T @ centred
-    root = jnp.linalg.cholesky(covariance * ((_FREEDOM - 2) / _FREEDOM))
-    return _Refit(mean, root), effective
+    # factored in units of the standard deviations, a little apart from singular
+    sd = jnp.sqrt(jnp.diagonal(covariance))
+    near = 10 * size * jnp.finfo(points.dtype).eps
+    unit = covariance / (sd[:, None] * sd[None, :]) + near * jnp.eye(size, dtype=points.dtype)
+    root = jnp.linalg.cholesky(unit * ((_FREEDOM - 2) / _FREEDOM)) * sd[:, None]
+    usable = jnp.isfinite(root).all() & (sd > 0).all()
+    return _Refit(mean, root), jnp.where(usable, effective, 0.0)  # or it is the last round
 
 
 def _draw_refit(refit: _Refit, noise: jax.Array) -> jax.Array:

@@ -113,6 +113,12 @@ def from_pathfinder(
         >>> mcmc.run(jax.random.key(2), init_params=init_params)
     """
     if isinstance(model, PathfinderResult):
+        asked = (num_paths, max_steps, init_strategy) != (8, 200, init_to_uniform)
+        if args or kwargs or asked:
+            raise ValueError(
+                "a result of a Pathfinder needs no arguments of its model and no options of a "
+                "search: its paths have been found."
+            )
         return _from_result(one_key(rng_key), model, num_chains)
     options = {"num_paths": num_paths, "max_steps": max_steps}
     target = _checked(model, init_strategy, args, kwargs, num_chains=num_chains, **options)

@@ -63,7 +63,7 @@ def collect(
 ) -> Draws:
     """Return the draws of what was fitted, a runner's or those given for a model."""
     if isinstance(result, PathfinderResult):
-        draws = _of_paths(inference, result, num_samples)
+        draws = _of_paths(inference, result, num_samples, rng_key)
     elif not isinstance(inference, Ensemble):
         draws = _given(inference, result, num_samples)
     elif not isinstance(result, EnsembleResult):
@@ -122,12 +122,18 @@ def _given(inference: Any, result: Any, num_samples: int | None) -> Draws:
     return Draws(model, samples, {}, shape, {}, np.arange(shape[0]), finite, shape[0])
 
 
-def _of_paths(inference: Any, result: PathfinderResult, num_samples: int | None) -> Draws:
-    """Return Pathfinder's samples as one chain, with their weights."""
-    samples = {name: jnp.asarray(value)[None] for name, value in result.samples.items()}
-    weights = np.asarray(result.log_weights)[None]
+def _of_paths(
+    inference: Any, result: PathfinderResult, num_samples: int | None, key: jax.Array
+) -> Draws:
+    """Return Pathfinder's samples as one chain, chosen by their weights if these differ."""
+    log_weights = np.asarray(result.log_weights)
+    chosen: Any = np.arange(len(log_weights))
+    if np.ptp(log_weights) > 0:
+        chosen = jax.random.choice(key, len(chosen), chosen.shape, p=jnp.exp(result.log_weights))
+    samples = {name: jnp.asarray(value)[chosen][None] for name, value in result.samples.items()}
     draws = _given(inference, samples, num_samples)
     attrs = {"pareto_k": float(result.pareto_k), "elbo": np.asarray(result.elbo)}
+    weights = log_weights[np.asarray(chosen)][None]
     return draws._replace(stats={"log_weight": weights}, attrs=attrs)
 
 
@@ -241,18 +247,27 @@ def _dims(site: dict[str, Any]) -> list[str] | None:
 
 def _seen(site: dict[str, Any]) -> np.ndarray:
     """Return the data of a site, NaN where a mask leaves it out."""
-    value, fn = np.asarray(site["value"]), site["fn"]
+    value, process = np.asarray(site["value"]), unwrapped(site["fn"])
+    seen = getattr(process, "observed", None)
+    if seen is not None:  # a process has a mask of its own, of its values
+        value = np.where(np.broadcast_to(np.asarray(seen), value.shape), value, np.nan)
+    mask = _mask_of(site["fn"])
+    if mask is True or np.all(mask):
+        return value
+    batch = value.shape[: value.ndim - site["fn"].event_dim]
+    mask = np.broadcast_to(np.asarray(mask), batch)
+    mask = mask.reshape(*batch, *[1] * (value.ndim - len(batch)))
+    return np.where(mask, value, np.nan)
+
+
+def _mask_of(fn: Any) -> Any:
+    """Return what of a distribution's batch its masks leave, True of all."""
     mask: Any = True
     while isinstance(fn, dist.MaskedDistribution | dist.ExpandedDistribution | dist.Independent):
         if isinstance(fn, dist.MaskedDistribution):
-            mask = np.logical_and(mask, np.asarray(distribution_mask(fn)))
+            mask = jnp.logical_and(mask, distribution_mask(fn))
         fn = fn.base_dist
-    if np.all(mask):
-        return value
-    batch = value.shape[: value.ndim - site["fn"].event_dim]
-    mask = np.broadcast_to(mask, batch)
-    mask = mask.reshape(*batch, *[1] * (value.ndim - len(batch)))
-    return np.where(mask, value, np.nan)
+    return mask
 
 
 def check_sites(draws: Draws, sites: Sites) -> None:
@@ -324,4 +339,8 @@ def _each_value(site: dict[str, Any], joint: Any) -> Any:
         return joint
     value = jnp.asarray(site["value"])
     rows = value.reshape(-1, value.shape[-1])
-    return jax.vmap(process.pointwise_log_prob)(rows).reshape(value.shape)
+    terms = jax.vmap(process.pointwise_log_prob)(rows).reshape(value.shape)
+    mask = _mask_of(site["fn"])
+    if mask is True:
+        return terms
+    return jnp.where(jnp.broadcast_to(mask, value.shape[:-1])[..., None], terms, 0.0)

@@ -18,7 +18,7 @@ from numpyro_ensemble.gp.inputs import (
     hyperparameter,
     with_named_errors,
 )
-from numpyro_ensemble.gp.kernels.fields import declared, made_init, to_define
+from numpyro_ensemble.gp.kernels.fields import declared, is_fixed, made_init, to_define
 
 
 class Spectrum(NamedTuple):
@@ -33,7 +33,8 @@ class Kernel:
 
     Kernels add and multiply, with each other and with positive numbers, which may be NumPyro
     samples. A kernel of your own declares its hyperparameters by annotations, as a dataclass does,
-    and defines `matrix`; one of the distance derives from `Stationary`.
+    and defines `matrix`; one of the distance derives from `Stationary`. What is annotated as `int`,
+    `bool` or `str` is no hyperparameter but fixed.
 
     Example:
         >>> import jax.numpy as jnp
@@ -53,7 +54,10 @@ class Kernel:
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         own = declared(cls)
-        cls._leaves = (*cls._leaves, *(name for name in own if name not in cls._leaves))
+        known = (*cls._leaves, *cls._fixed)
+        new = [name for name in own if name not in known]
+        cls._fixed = (*cls._fixed, *(name for name in new if is_fixed(cls, name)))
+        cls._leaves = (*cls._leaves, *(name for name in new if not is_fixed(cls, name)))
         if own and "__init__" not in vars(cls):
             cls.__init__ = made_init(cls, own)  # type: ignore[method-assign]
         jax.tree_util.register_pytree_with_keys(
@@ -113,7 +117,7 @@ class Kernel:
                 factor.check_inputs(X)
 
     def is_valid(self) -> jax.Array:
-        """Say, traced values included, whether all hyperparameters are positive."""
+        """Say, traced values included, whether all hyperparameters are in their range."""
         positive = [(jnp.asarray(getattr(self, name)) > 0).all() for name in self._positive]
         return jnp.stack([jnp.asarray(True), *positive]).all()
 
@@ -233,10 +237,11 @@ class Product(_Pair):
         super().__init__(left, right)
         for one, other in ((left, right), (right, left)):
             wide = [type(f).__name__ for f in _atoms(other) if f.takes_all]
-            if wide and any(f.is_numbered for f in _atoms(one)):
+            numbered = [type(f).__name__ for f in _atoms(one) if f.is_numbered]
+            if wide and numbered:
                 raise ValueError(
-                    f"{wide[0]} works on all columns, and a Coregion it is multiplied with reads "
-                    f"the outputs' numbers from one of them: give {wide[0]} its active_dims."
+                    f"{wide[0]} works on all columns, and a {numbered[0]} it is multiplied with "
+                    f"reads numbers from one of them: give {wide[0]} its active_dims."
                 )
 
     def matrix(self, X1: jax.Array, X2: jax.Array) -> jax.Array:

@@ -6,6 +6,8 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+from numpyro_ensemble.gp.inputs import check_given
+
 
 def to_define(method: Any) -> Any:
     """Mark a method that a class further down has to define."""
@@ -20,12 +22,19 @@ def declared(cls: type) -> dict[str, Any]:
     return {name: vars(cls).get(name, inspect.Parameter.empty) for name in own}
 
 
+def is_fixed(cls: type, name: str) -> bool:
+    """Say whether a class declares a part that is a whole number, a flag or text."""
+    return inspect.get_annotations(cls)[name] in (int, bool, str, "int", "bool", "str")
+
+
 def made_init(cls: type, own: dict[str, Any]) -> Callable:
     """Return an `__init__` that takes what the class above takes, and then its own parts."""
     above: Callable = cls.__mro__[1].__init__  # type: ignore[misc]
     found = [] if above is object.__init__ else list(inspect.signature(above).parameters.values())
-    given = [p for p in found[1:] if p.kind is p.POSITIONAL_OR_KEYWORD]
-    named = [p for p in found[1:] if p.kind is p.KEYWORD_ONLY]
+    others = [p for p in found[1:] if p.name not in own]
+    given = [p for p in others if p.kind is p.POSITIONAL_OR_KEYWORD]
+    named = [p for p in others if p.kind is p.KEYWORD_ONLY]
+    redeclared = {p.name for p in found} & own.keys()
     kind: Any = inspect.Parameter.POSITIONAL_OR_KEYWORD
     if any(p.default is not p.empty for p in given) and inspect.Parameter.empty in own.values():
         kind = inspect.Parameter.KEYWORD_ONLY  # it cannot follow one that has a default
@@ -38,7 +47,9 @@ def made_init(cls: type, own: dict[str, Any]) -> Callable:
         bound = signature.bind(self, *args, **kwargs)
         bound.apply_defaults()
         values = dict(list(bound.arguments.items())[1:])
-        own_values = {name: values.pop(name) for name in own}
+        for name in own:
+            check_given(f"{cls.__name__}: {name}", values[name])
+        own_values = {name: values.pop(name) for name in own if name not in redeclared}
         above(self, **values)
         for name, value in own_values.items():
             setattr(self, name, value)

@@ -18,6 +18,7 @@ from numpyro_ensemble.gp.inputs import (
     EXACT,
     Function,
     check_dims,
+    check_given,
     hyperparameter,
     per_dimension,
 )
@@ -138,22 +139,38 @@ class Coregion(Kernel):
                 f"{numbers[wrong[0]]} in row {wrong[0]}."
             )
 
+    def _numbers(self, X: jax.Array) -> jax.Array:
+        return X[:, check_dims(type(self).__name__, (self.active_dims,), X)[0]]
+
+    def _rows(self, values: Any, X: jax.Array) -> jax.Array:
+        """Return the rows of outputs; one that does not exist is NaN, never its neighbour."""
+        numbers = self._numbers(X)
+        numbers = jnp.where(numbers == jnp.round(numbers), numbers, -1.0).astype(int)
+        values = jnp.asarray(values)
+        return values.at[numbers].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+
     def columns(self, X: jax.Array) -> jax.Array:
         parts = [jnp.asarray(self.W)]
         if self.kappa is not None:
-            parts.append(jnp.diag(jnp.sqrt(jnp.asarray(self.kappa))))
-        factor = jnp.concatenate(parts, axis=1)
-        column = check_dims(type(self).__name__, (self.active_dims,), X)
-        numbers = X[:, column[0]]
-        # an output that does not exist is NaN, never its neighbour
-        numbers = jnp.where(numbers == jnp.round(numbers), numbers, -1.0).astype(int)
-        return factor.at[numbers].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+            parts.append(jnp.diag(_root(jnp.asarray(self.kappa))))
+        return self._rows(jnp.concatenate(parts, axis=1), X)
 
     def matrix(self, X1: jax.Array, X2: jax.Array) -> jax.Array:
-        return jnp.matmul(self.columns(X1), self.columns(X2).T, precision=EXACT)
+        shared = jnp.matmul(self._rows(self.W, X1), self._rows(self.W, X2).T, precision=EXACT)
+        if self.kappa is None:
+            return shared
+        same = self._numbers(X1)[:, None] == self._numbers(X2)[None, :]
+        return shared + jnp.where(same, self._rows(self.kappa, X1)[:, None], 0.0)
 
     def diagonal(self, X: jax.Array) -> jax.Array:
-        return (self.columns(X) ** 2).sum(axis=1)
+        shared = (self._rows(self.W, X) ** 2).sum(axis=1)
+        return shared if self.kappa is None else shared + self._rows(self.kappa, X)
+
+
+def _root(x: jax.Array) -> jax.Array:
+    """Return the square root, whose slope at 0 is 0 and not infinite."""
+    positive = x > 0
+    return jnp.where(positive, jnp.sqrt(jnp.where(positive, x, 1.0)), 0.0)
 
 
 class Categorical(Coregion):
@@ -181,7 +198,7 @@ class Categorical(Coregion):
         if not has_tracers(correlation) and not 0 <= np.asarray(correlation) < 1:
             raise ValueError(f"Categorical: correlation lies in [0, 1), got {correlation}.")
         ones = jnp.ones(num_categories)
-        common = jnp.sqrt(variance * jnp.asarray(correlation)) * ones[:, None]
+        common = jnp.sqrt(variance) * _root(jnp.asarray(correlation)) * ones[:, None]
         super().__init__(common, variance * (1.0 - correlation) * ones, active_dims=active_dims)
 
 
@@ -223,6 +240,9 @@ def change_point(
         active_dims: the column.
     """
     steepness = hyperparameter("change_point", "steepness", steepness)
+    check_given("change_point: location", location)
+    if jnp.shape(location):
+        raise ValueError(f"change_point: location is one place, got shape {jnp.shape(location)}.")
 
     def share(sign: float) -> Envelope:
         return Envelope(partial(_sigmoid, sign * jnp.asarray(steepness), location, active_dims))
@@ -231,4 +251,5 @@ def change_point(
 
 
 def _sigmoid(steepness: jax.Array, location: Any, column: int, X: jax.Array) -> jax.Array:
+    column = check_dims("change_point", (column,), X)[0]
     return jax.nn.sigmoid(steepness * (X[:, column] - location))

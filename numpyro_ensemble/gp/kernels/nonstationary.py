@@ -17,7 +17,8 @@ class Gibbs(Atom):
     """The RBF kernel with a lengthscale that is a function of the inputs (Gibbs, 1997).
 
     Args:
-        lengthscale: a positive function `(N, D) -> (N,)`, or `(N, D)` for one in each dimension.
+        lengthscale: a positive function of the columns that the kernel works on,
+            `(N, D) -> (N,)`, or `(N, D)` for one in each dimension.
         variance: one number.
         active_dims: columns of the inputs that the kernel works on (default: all).
     """

@@ -147,6 +147,10 @@ class SpectralMixture(Kernel):
         *,
         active_dims: int | Sequence[int] | None = None,
     ) -> None:
+        given = (weights, frequencies, bandwidths)
+        weights, frequencies, bandwidths = (
+            np.asarray(x, float) if isinstance(x, list | tuple) else x for x in given
+        )
         shapes = [jnp.shape(x) for x in (weights, frequencies, bandwidths)]
         if len(shapes[0]) != 1 or shapes[1] != shapes[2] or shapes[1][:1] != shapes[0]:
             raise ValueError(
