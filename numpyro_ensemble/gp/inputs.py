@@ -73,9 +73,14 @@ def hyperparameter(owner: str, name: str, value: Any, *, vector: bool = False) -
             f"{owner}: {name} takes {allowed}, got shape {shape}. A kernel holds one draw of its "
             f"hyperparameters; use jax.vmap, or Pathwise, for many."
         )
+    check_positive(owner, name, value)
+    return float(value) if isinstance(value, int) else value
+
+
+def check_positive(owner: str, name: str, value: Any) -> None:
+    """Raise a ValueError for a hyperparameter that is known not to be positive."""
     if not has_tracers(value) and not (np.asarray(value) > 0).all():
         raise ValueError(f"{owner}: {name} must be positive, got {np.asarray(value)}.")
-    return float(value) if isinstance(value, int) else value
 
 
 def check_given(name: str, value: Any) -> None:

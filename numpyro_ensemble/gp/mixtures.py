@@ -85,29 +85,31 @@ def conditionals(
     return each, free, answer
 
 
-def named(each: dict[str, Conditional]) -> dict[str, tuple[jax.Array, jax.Array, bool]]:
+def named(each: dict[str, Conditional]) -> dict[str, tuple[jax.Array, jax.Array]]:
     """Return mean and spread by the names of a call: `{name}` with noise, `{name}_f` without.
 
-    All lead with the posterior draws. The last entry says whether the spread is a covariance.
+    All lead with the posterior draws.
     """
     found = {}
     for name, (mean, spread, noise) in each.items():
-        joint = spread.ndim > mean.ndim
         if noise is None:
-            found[name] = mean, spread, joint
+            found[name] = mean, spread
             continue
-        found[f"{name}_f"] = mean, spread, joint
+        found[f"{name}_f"] = mean, spread
         added = noise.reshape(len(noise), *[1] * (mean.ndim - 2), noise.shape[-1])
-        if joint:
+        if spread.ndim > mean.ndim:
             added = jax.vmap(jnp.diag)(added.reshape(-1, added.shape[-1]))
             added = added.reshape(len(noise), *[1] * (mean.ndim - 2), *added.shape[1:])
-        found[name] = mean, spread + added, joint
+        found[name] = mean, spread + added
     return found
 
 
-def mixed_moments(mean: jax.Array, spread: jax.Array, joint: bool) -> Moments | JointMoments:
-    """Return the moments of the equal mixture of normals, one for each posterior draw."""
-    if not joint:
+def mixed_moments(mean: jax.Array, spread: jax.Array) -> Moments | JointMoments:
+    """Return the moments of the equal mixture of normals, one for each posterior draw.
+
+    The spread of a normal is its variance, or its covariance.
+    """
+    if spread.ndim == mean.ndim:
         return Moments(mean.mean(axis=0), spread.mean(axis=0) + mean.var(axis=0))
     left = mean - mean.mean(axis=0, keepdims=True)
     between = jnp.einsum("s...i,s...j->...ij", left, left) / len(mean)

@@ -323,7 +323,7 @@ class Pathwise:
         if not ((asked > 0) & (asked < 1)).all():
             raise ValueError(f"probabilities lie between 0 and 1, got {probabilities!r}.")
         each = named(self._conditionals(False, args, kwargs))
-        return {n: mixed_quantiles(mean, spread, asked) for n, (mean, spread, _) in each.items()}
+        return {n: mixed_quantiles(mean, spread, asked) for n, (mean, spread) in each.items()}
 
     def _conditionals(self, joint: bool, args: tuple, kwargs: dict) -> dict[str, Conditional]:
         """Return the distribution of each process given each draw, at the inputs of a call."""

@@ -376,6 +376,11 @@ class Atom(Kernel):
     def matrix(self, X1: jax.Array, X2: jax.Array) -> jax.Array:
         return self.variance * self.correlation(self.inputs(X1), self.inputs(X2))
 
+    def variance_at(self, X: jax.Array) -> jax.Array:
+        """Return the diagonal of a kernel whose variance is the same everywhere."""
+        self.inputs(X)
+        return jnp.full(len(X), self.variance, jnp.result_type(X, self.variance))
+
     @to_define
     def correlation(self, X1: jax.Array, X2: jax.Array) -> jax.Array:
         """Return the kernel with variance 1 of the inputs that it works on."""
@@ -398,7 +403,7 @@ class Constant(Atom):
         return jnp.ones((len(X1), len(X2)), X1.dtype)
 
     def diagonal(self, X: jax.Array) -> jax.Array:
-        return jnp.full(len(X), self.variance, jnp.result_type(X, self.variance))
+        return self.variance_at(X)
 
     def columns(self, X: jax.Array) -> jax.Array:
         return jnp.sqrt(self.variance) * jnp.ones((len(X), 1), X.dtype)

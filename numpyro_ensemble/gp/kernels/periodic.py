@@ -10,8 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from numpyro_ensemble.calls.arguments import has_tracers
-from numpyro_ensemble.gp.inputs import per_dimension
+from numpyro_ensemble.gp.inputs import check_positive, per_dimension
 from numpyro_ensemble.gp.kernels.base import Kernel, Spectrum, as_active, check_columns
 from numpyro_ensemble.gp.kernels.stationary import Differences, sum_over_columns
 from numpyro_ensemble.gp.spectra import bessel_weights, gaussian_mixture, signed_harmonics
@@ -158,8 +157,7 @@ class SpectralMixture(Kernel):
                 f"(Q,); got shapes {shapes[0]}, {shapes[1]} and {shapes[2]}."
             )
         for name, value in {"weights": weights, "bandwidths": bandwidths}.items():
-            if not has_tracers(value) and not (np.asarray(value) > 0).all():
-                raise ValueError(f"SpectralMixture: {name} must be positive, got {value}.")
+            check_positive("SpectralMixture", name, value)
         self.weights, self.frequencies, self.bandwidths = weights, frequencies, bandwidths
         self.active_dims = as_active(active_dims)
 

@@ -25,8 +25,7 @@ class Differences(Atom):
     is_spectral = True
 
     def diagonal(self, X: jax.Array) -> jax.Array:
-        self.inputs(X)
-        return jnp.full(len(X), self.variance, jnp.result_type(X, self.variance))
+        return self.variance_at(X)
 
     def _scaled(self, name: str, X: jax.Array) -> jax.Array:
         by = per_dimension(type(self).__name__, name, getattr(self, name), X)
@@ -132,9 +131,6 @@ class RBF(Stationary):
 
     def profile(self, squared: jax.Array) -> jax.Array:
         return jnp.exp(-0.5 * squared)
-
-    def num_uniforms(self, dim: int) -> int:
-        return 1 + dim
 
     def spectrum(self, uniforms: jax.Array, dim: int) -> Spectrum:
         frequencies, weights = gaussian(uniforms, widening=min(2.0, 1.0 + 3.0 / dim))
