@@ -13,11 +13,9 @@ from numpyro.infer.autoguide import AutoLaplaceApproximation
 from numpyro_ensemble.fit.curvature import Curvature, curvatures, draws_at
 from numpyro_ensemble.fit.setup import setup_of
 from numpyro_ensemble.handlers import check_count, one_key
-from numpyro_ensemble.results import EnsembleResult, name_members
+from numpyro_ensemble.results import TRUSTED_K, EnsembleResult, name_members
 from numpyro_ensemble.scoring import psis
 from numpyro_ensemble.vi import EnsembleVI
-
-_TRUSTED = 0.7  # Pareto shapes above have weights that a few draws own (Vehtari et al. 2024)
 
 
 class Modes(NamedTuple):
@@ -159,10 +157,10 @@ def laplace(
     # a draw outside the support has no weight
     log_ratios = np.where(np.isfinite(log_ratios), log_ratios, -np.inf)
     log_weights, k = psis(np.maximum(log_ratios, log_ratios.max() - 700.0))
-    if not k <= _TRUSTED:
+    if not k <= TRUSTED_K:
         warnings.warn(
             f"The Laplace mixture is not the posterior: Pareto k is {float(k):.2f}, above "
-            f"{_TRUSTED}. Its draws and evidence are rough; take MCMC, or a guide that is richer.",
+            f"{TRUSTED_K}. Its draws and evidence are rough; take MCMC, or a guide that is richer.",
             stacklevel=2,
         )
     return LaplaceMixture(samples, found, part, log_ratios, log_weights, float(k))

@@ -17,9 +17,8 @@ from numpyro_ensemble.calls.keywords import checked_keywords
 from numpyro_ensemble.density import anatomy
 from numpyro_ensemble.handlers import check_count, one_key
 from numpyro_ensemble.mapping import map_draws, pick
-from numpyro_ensemble.results import PathfinderResult, name_members
+from numpyro_ensemble.results import TRUSTED_K, PathfinderResult, name_members
 
-_TRUSTED = 0.7  # Pareto shapes above have weights that a few draws own (Vehtari et al. 2024)
 _SPARE = 4  # draws that resampling chooses from, for each that is asked for
 
 
@@ -117,10 +116,10 @@ class Pathfinder:
         if not np.isfinite(elbo).any():
             raise self._no_path(found, np.asarray(log_density))
         k = float(found.pareto_k)
-        if not k <= _TRUSTED:
+        if not k <= TRUSTED_K:
             warnings.warn(
                 f"Pathfinder's samples are not the posterior: Pareto k is {k:.2f}, above "
-                f"{_TRUSTED}. They serve as starts of chains (mcmc.starts.from_pathfinder).",
+                f"{TRUSTED_K}. They serve as starts of chains (mcmc.starts.from_pathfinder).",
                 stacklevel=3,
             )
         numbers = {

@@ -12,6 +12,7 @@ from numpyro.infer.svi import SVIRunResult, SVIState
 from numpyro_ensemble.primitives import is_inexact
 
 _RANKED_LOSSES = 100
+TRUSTED_K = 0.7  # Pareto shapes above have weights that a few draws own (Vehtari et al. 2024)
 
 
 class _Fields(NamedTuple):

@@ -17,6 +17,7 @@ from numpyro_ensemble.mcmc.replacements import Found, replace_unfit, report
 from numpyro_ensemble.mcmc.target import Target
 
 _NUM_STARTS = 4  # of short NUTS chains
+NUM_PATHS, MAX_STEPS = 8, 200  # of Pathfinder, and of each search: evaluations at most
 _POOL = 10  # draws of Pathfinder for each chain, of which the weights choose one
 
 
@@ -142,8 +143,8 @@ def _draw_pathfinder(
     *,
     target: Target,
     num_chains: int,
-    num_paths: int = 8,
-    max_steps: int = 200,
+    num_paths: int = NUM_PATHS,
+    max_steps: int = MAX_STEPS,
 ) -> Any:
     start_key, path_key, pick_key = jax.random.split(key, 3)
     first, valid = target.initial(jax.random.split(start_key, num_paths), *call)

@@ -22,7 +22,7 @@ from numpyro_ensemble.calls.keywords import checked_keywords
 from numpyro_ensemble.handlers import check_count, one_key
 from numpyro_ensemble.mcmc.checks import check_scale
 from numpyro_ensemble.mcmc.pathfinding import choose
-from numpyro_ensemble.mcmc.searches import nuts, pathfinder
+from numpyro_ensemble.mcmc.searches import MAX_STEPS, NUM_PATHS, nuts, pathfinder
 from numpyro_ensemble.mcmc.target import Target
 from numpyro_ensemble.results import PathfinderResult
 
@@ -77,8 +77,8 @@ def from_pathfinder(
     model: Callable | PathfinderResult,
     num_chains: int,
     *args: Any,
-    num_paths: int = 8,
-    max_steps: int = 200,
+    num_paths: int = NUM_PATHS,
+    max_steps: int = MAX_STEPS,
     init_strategy: Callable = init_to_uniform,
     **kwargs: Any,
 ) -> dict[str, jax.Array]:
@@ -113,7 +113,7 @@ def from_pathfinder(
         >>> mcmc.run(jax.random.key(2), init_params=init_params)
     """
     if isinstance(model, PathfinderResult):
-        asked = (num_paths, max_steps, init_strategy) != (8, 200, init_to_uniform)
+        asked = (num_paths, max_steps, init_strategy) != (NUM_PATHS, MAX_STEPS, init_to_uniform)
         if args or kwargs or asked:
             raise ValueError(
                 "a result of a Pathfinder needs no arguments of its model and no options of a "
