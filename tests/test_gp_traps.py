@@ -25,7 +25,6 @@ from numpyro_ensemble.gp import (
     choose_inducing,
     draw_features,
     draw_paths,
-    sparse_gp,
 )
 
 X, X_NEW = inputs(12, 1, width=5.0), np.linspace(0.0, 6.0, 7)[:, None]
@@ -248,19 +247,13 @@ def test_a_process_on_a_fixed_grid_is_read_by_an_index():
     assert_allclose(variance, np.zeros(4), atol=1e-3)
 
 
-def test_latents_are_not_masked_or_copied(key):
+def test_latents_are_not_masked(key):
     def masked():
         with mask(mask=X[:, 0] > 1):
             numpyro.sample("f", GaussianProcess(RBF(), X))
 
-    def plated():
-        with numpyro.plate("data", 3):
-            sparse_gp("f", RBF(), X, Z, whiten=False)
-
     with pytest.raises(ValueError, match="mask its likelihood"):
         seed(reparam(masked, config={"f": WhitenReparam()}), key)()
-    with pytest.raises(ValueError, match="stands inside a plate"):
-        seed(plated, key)()
 
 
 @pytest.mark.long

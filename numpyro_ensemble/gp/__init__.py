@@ -3,6 +3,7 @@
 from numpyro_ensemble.gp.collapsed import CollapsedSparseGP
 from numpyro_ensemble.gp.distribution import GaussianProcess
 from numpyro_ensemble.gp.features import Features, draw_features
+from numpyro_ensemble.gp.inputs import numbered_inputs
 from numpyro_ensemble.gp.kernels import (
     RBF,
     ArcCosine,
@@ -10,6 +11,7 @@ from numpyro_ensemble.gp.kernels import (
     Constant,
     Coregion,
     Cosine,
+    Derivatives,
     Envelope,
     Gibbs,
     Kernel,
@@ -25,6 +27,7 @@ from numpyro_ensemble.gp.kernels import (
     SpectralMixture,
     Stationary,
     change_point,
+    multi_output,
 )
 from numpyro_ensemble.gp.likelihood import ExpectedLikelihood
 from numpyro_ensemble.gp.matheron import draw_paths
@@ -43,6 +46,7 @@ __all__ = [
     "Constant",
     "Coregion",
     "Cosine",
+    "Derivatives",
     "Envelope",
     "ExpectedLikelihood",
     "Features",
@@ -72,5 +76,7 @@ __all__ = [
     "draw_paths",
     "maximise",
     "minimise",
+    "multi_output",
+    "numbered_inputs",
     "sparse_gp",
 ]

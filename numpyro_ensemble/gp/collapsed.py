@@ -14,7 +14,7 @@ from jax.typing import ArrayLike
 
 from numpyro_ensemble.calls.arguments import has_tracers
 from numpyro_ensemble.gp.distribution import GaussianProcess, Process, check_factor
-from numpyro_ensemble.gp.inputs import EXACT, as_inputs, mean_at
+from numpyro_ensemble.gp.inputs import EXACT, as_inputs
 from numpyro_ensemble.gp.kernels import Kernel
 from numpyro_ensemble.gp.paths import Paths
 
@@ -135,7 +135,7 @@ class CollapsedSparseGP(Process):
         P = solve_triangular(L, self.kernel.matrix(self.Z, X_new), lower=True)
         Q = solve_triangular(LB, P, lower=True)
         c = solve_triangular(LB, jnp.matmul(A, scaled, precision=EXACT), lower=True)
-        mean = mean_at(self.mean_fn, X_new) + jnp.matmul(Q.T, c, precision=EXACT)
+        mean = self.kernel.mean_at(self.mean_fn, X_new) + jnp.matmul(Q.T, c, precision=EXACT)
         if full_cov:
             inner = jnp.matmul(P.T, P, precision=EXACT) - jnp.matmul(Q.T, Q, precision=EXACT)
             return mean, self.kernel.matrix(X_new, X_new) - inner

@@ -22,12 +22,21 @@ from numpyro_ensemble.gp.inputs import (
     as_mean,
     check_values,
     diagonal,
-    mean_at,
 )
 from numpyro_ensemble.gp.kernels import Kernel
 from numpyro_ensemble.gp.matheron import check_kernel, draw_paths
 from numpyro_ensemble.gp.paths import Paths
 from numpyro_ensemble.gp.solvers import covariance, default_jitter, why_unfactored
+
+
+def warn_of_copies(copies: tuple[int, ...], num_inputs: int) -> None:
+    """Warn where a process may stand in the plate of its own data, by mistake."""
+    if copies and copies[-1] == num_inputs > 1:
+        warnings.warn(
+            f"{copies[-1]} copies of a Gaussian process at as many inputs: if the plate is that of "
+            f"its data, sample the process outside of it.",
+            stacklevel=3,
+        )
 
 
 class Process(dist.Distribution):
@@ -61,16 +70,11 @@ class Process(dist.Distribution):
     @property
     def mean(self) -> jax.Array:
         """Mean `(N,)`."""
-        return mean_at(self.mean_fn, self.X)
+        return self.kernel.mean_at(self.mean_fn, self.X)
 
     def expand(self, batch_shape: tuple[int, ...]) -> dist.Distribution:
         """Return independent copies, as a plate makes them."""
-        if batch_shape and batch_shape[-1] == len(self.X) > 1:
-            warnings.warn(
-                f"{batch_shape[-1]} copies of a Gaussian process at as many inputs: if the plate "
-                f"is that of its data, sample the process outside of it.",
-                stacklevel=2,
-            )
+        warn_of_copies(batch_shape, len(self.X))
         return Copies(self, tuple(batch_shape)) if batch_shape else self
 
     def where(self, mask: Any) -> Process:
@@ -319,7 +323,7 @@ class GaussianProcess(Process):
             cross = jnp.where(self.observed[:, None], cross, 0.0)
         white = solve_triangular(L, cross, lower=True)
         left = solve_triangular(L, self._centred(values), lower=True)
-        mean = mean_at(self.mean_fn, X_new) + jnp.matmul(white.T, left, precision=EXACT)
+        mean = self.kernel.mean_at(self.mean_fn, X_new) + jnp.matmul(white.T, left, precision=EXACT)
         if full_cov:
             inner = jnp.matmul(white.T, white, precision=EXACT)
             return mean, self.kernel.matrix(X_new, X_new) - inner

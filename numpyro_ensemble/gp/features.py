@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -14,6 +15,7 @@ from jax.typing import ArrayLike
 
 from numpyro_ensemble.gp.inputs import EXACT, as_inputs
 from numpyro_ensemble.gp.kernels import Constant, Kernel
+from numpyro_ensemble.gp.kernels.base import values_of
 from numpyro_ensemble.gp.spectra import sobol
 from numpyro_ensemble.gp.waves import sine_cosine
 from numpyro_ensemble.handlers import check_count, one_key
@@ -73,25 +75,36 @@ class Block:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, eq=False)
 class Features:
-    """Features of a kernel: one block of columns for each of its terms."""
+    """Features of a kernel: one block of columns for each of its terms.
+
+    Attributes:
+        blocks: of columns, functions of rows.
+        observe: what the kernel sees of a function at inputs: its values, or its slopes.
+    """
 
     blocks: tuple[Block, ...]
+    observe: Callable = field(default=values_of, metadata={"static": True})
 
     def __call__(self, X: ArrayLike) -> jax.Array:
         """Return the columns `(N, F)` at inputs; `phi(X1) @ phi(X2).T` approximates the kernel."""
         X = as_inputs(X)
-        return jnp.concatenate([block(X) for block in self.blocks], axis=1)
+        return jnp.concatenate([self.observe(block, X) for block in self.blocks], axis=1)
 
     def weighted(self, X: jax.Array, weights: jax.Array) -> jax.Array:
         """Return functions with weights `(Q, F)` on the columns at a matrix of inputs, `(N, Q)`."""
         ends = np.cumsum(self.sizes(X.shape[1]))
-        each = zip(self.blocks, jnp.split(weights, ends[:-1], axis=1), strict=True)
-        return sum((block.weighted(X, part) for block, part in each), jnp.zeros((), X.dtype))
+        each = list(zip(self.blocks, jnp.split(weights, ends[:-1], axis=1), strict=True))
+
+        def whole(X: jax.Array) -> jax.Array:
+            return sum((block.weighted(X, part) for block, part in each), jnp.zeros((), X.dtype))
+
+        return self.observe(whole, X)
 
     def sizes(self, dim: int) -> list[int]:
         """Return the number of columns of each block."""
         x = jax.ShapeDtypeStruct((1, dim), jnp.result_type(float))
-        return [jax.eval_shape(block, x).shape[1] for block in self.blocks]
+        seen = [jax.eval_shape(partial(self.observe, block), x) for block in self.blocks]
+        return [columns.shape[1] for columns in seen]
 
 
 def check_num_features(num_features: int) -> int:
@@ -135,13 +148,14 @@ def draw_features(rng_key: jax.Array, kernel: Kernel, num_features: int, X: Arra
         True
     """
     check_num_features(num_features)
-    X = as_inputs(X)[:1]
-    plans = [_Plan(term, X) for term in kernel.terms()]
+    values, X = kernel.of_values(as_inputs(X)[:1])
+    plans = [_Plan(term, X) for term in values.terms()]
     fixed = sum(plan.fixed or 0 for plan in plans)
     sharing = sum(plan.fixed is None for plan in plans)
     share = max(2, (num_features - fixed) // max(sharing, 1))
     keys = jax.random.split(one_key(rng_key), len(plans))
-    return Features(tuple(plan.draw(key, share) for key, plan in zip(keys, plans, strict=True)))
+    blocks = tuple(plan.draw(key, share) for key, plan in zip(keys, plans, strict=True))
+    return Features(blocks, kernel.observe)
 
 
 class _Plan:

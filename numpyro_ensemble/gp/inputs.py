@@ -35,6 +35,32 @@ def as_inputs(X: ArrayLike, name: str = "X") -> jax.Array:
     return X[:, None] if X.ndim == 1 else X
 
 
+def numbered_inputs(*inputs: ArrayLike) -> jax.Array:
+    """Put several sets of inputs one after another, with the number of each in a last column.
+
+    Args:
+        *inputs: `(N_k, D)` or `(N_k,)`: those of output k for `multi_output`, those of values (0)
+            and of slopes along each column (1, 2, ...) for `Derivatives`.
+
+    Returns:
+        `(N_0 + N_1 + ..., D + 1)`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from numpyro_ensemble.gp import numbered_inputs
+        >>> numbered_inputs(jnp.array([0.5, 0.7]), jnp.array([0.1])).round(1).tolist()
+        [[0.5, 0.0], [0.7, 0.0], [0.1, 1.0]]
+    """
+    if not inputs:
+        raise ValueError("numbered_inputs takes inputs, one set for each output; got none.")
+    each = [as_inputs(X, f"the inputs of number {k}") for k, X in enumerate(inputs)]
+    widths = [X.shape[1] for X in each]
+    if len(set(widths)) > 1:
+        raise ValueError(f"numbered_inputs takes sets with equally many columns, got {widths}.")
+    rows = [jnp.pad(X, ((0, 0), (0, 1)), constant_values=k) for k, X in enumerate(each)]
+    return jnp.concatenate(rows)
+
+
 def check_finite(name: str, values: ArrayLike) -> None:
     """Raise a ValueError that counts and locates entries that are not finite, if they are known."""
     if has_tracers(values):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
+from itertools import product
 from typing import Any
 
 import jax
@@ -12,6 +14,10 @@ import numpyro.distributions as dist
 from jax.typing import ArrayLike
 from numpyro.distributions import constraints
 
+_MOST_PRODUCTS = 640  # points of Gauss and Hermite's in all dimensions together
+_NUM_SOBOL = 1024
+_MOST_NUMBERS = 2**20  # of latents at its points, at once
+
 
 class ExpectedLikelihood(dist.Distribution):
     """The likelihood of values whose mean log density is taken over normal latents.
@@ -20,14 +26,19 @@ class ExpectedLikelihood(dist.Distribution):
     around f itself, by quadrature else. Sampling draws f, then y.
 
     Args:
-        likelihood: a function of f that returns a distribution of the same batch shape.
-        m: mean `(N,)` of the latents.
-        v: variance `(N,)` of the latents.
+        likelihood: a function of f that returns a distribution of f's shape; with several latents
+            for each value, f is `(L, N)` and the distribution `(N,)`.
+        m: mean `(N,)` of the latents, or `(L, N)`.
+        v: their variance, of the same shape; the L latents of a value are independent.
 
     Example:
         >>> import jax.numpy as jnp, numpyro.distributions as dist
         >>> from numpyro_ensemble.gp import ExpectedLikelihood
         >>> expected = ExpectedLikelihood(lambda f: dist.Normal(f, 2.0), jnp.zeros(3), jnp.ones(3))
+        >>> expected.log_prob(jnp.zeros(3)).shape
+        (3,)
+        >>> m, v = jnp.zeros((2, 3)), jnp.ones((2, 3))  # a location and a log scale
+        >>> expected = ExpectedLikelihood(lambda f: dist.Normal(f[0], jnp.exp(f[1])), m, v)
         >>> expected.log_prob(jnp.zeros(3)).shape
         (3,)
     """
@@ -53,12 +64,15 @@ class ExpectedLikelihood(dist.Distribution):
             raise ValueError(f"m has shape {jnp.shape(m)}, and v has {jnp.shape(v)}.")
         self.likelihood, self.m, self.v = likelihood, jnp.asarray(m), jnp.asarray(v)
         given = likelihood(self.m)
-        if given.event_shape or given.batch_shape != self.m.shape:
+        several = self.m.ndim > 1 and given.batch_shape == self.m.shape[1:]
+        if not several and (given.event_shape or given.batch_shape != self.m.shape):
+            of_many = f", or {self.m.shape[1:]} with {len(self.m)} latents for each value"
             raise ValueError(
-                f"likelihood(f) must be one number for each f {self.m.shape}: its batch shape is "
-                f"{given.batch_shape}, its event shape {given.event_shape}."
+                f"likelihood(f) must have batch shape {self.m.shape}, one number for each f"
+                f"{of_many if self.m.ndim > 1 else ''}: its batch shape is {given.batch_shape}, "
+                f"its event shape {given.event_shape}."
             )
-        super().__init__(given.batch_shape, (), validate_args=validate_args)
+        super().__init__(given.batch_shape, given.event_shape, validate_args=validate_args)
 
     @property
     def support(self) -> constraints.Constraint:
@@ -72,10 +86,16 @@ class ExpectedLikelihood(dist.Distribution):
 
     def sample(self, key: jax.Array, sample_shape: tuple[int, ...] = ()) -> jax.Array:
         """Draw latents, then values."""
-        key_f, key_y = jax.random.split(key)
-        noise = jax.random.normal(key_f, (*sample_shape, *self.m.shape), self.m.dtype)
-        m, sd = (jnp.broadcast_to(a, noise.shape) for a in (self.m, jnp.sqrt(self.v)))
-        return self.likelihood(m + sd * noise).sample(key_y)
+
+        def one(key: jax.Array) -> jax.Array:
+            key_f, key_y = jax.random.split(key)
+            noise = jax.random.normal(key_f, self.m.shape, self.m.dtype)
+            return self.likelihood(self.m + jnp.sqrt(self.v) * noise).sample(key_y)
+
+        if not sample_shape:
+            return one(key)
+        draws = jax.vmap(one)(jax.random.split(key, int(np.prod(sample_shape))))
+        return draws.reshape(*sample_shape, *draws.shape[1:])
 
     def log_prob(self, value: ArrayLike, intermediates: Any = None) -> jax.Array:
         """Return the mean log density of values of the batch shape."""
@@ -85,14 +105,25 @@ class ExpectedLikelihood(dist.Distribution):
         return self._expect(lambda f: self.likelihood(f).log_prob(value))
 
     def _expect(self, fn: Callable[[jax.Array], jax.Array]) -> jax.Array:
-        """Take the mean over the latents by Gauss-Hermite quadrature of 20 points."""
-        points, weights = np.polynomial.hermite_e.hermegauss(20)
-        weights = weights / weights.sum()
+        """Take the mean over the latents of each value by quadrature."""
         tiny = jnp.finfo(self.v.dtype).tiny  # the root has a slope everywhere
         sd = jnp.sqrt(jnp.maximum(self.v, tiny))
-        pairs = zip(points.tolist(), weights.tolist(), strict=True)
-        terms = [w * fn(self.m + x * sd) for x, w in pairs]
-        return sum(terms[1:], terms[0])
+        if self.m.shape == self.batch_shape:
+            points, weights = quadrature(1)
+            pairs = zip(points[:, 0].tolist(), weights.tolist(), strict=True)
+            terms = [w * fn(self.m + x * sd) for x, w in pairs]
+            return sum(terms[1:], terms[0])
+        points, weights = quadrature(len(self.m))
+        rule = jnp.asarray(points, sd.dtype), jnp.asarray(weights, sd.dtype)
+
+        def term(pair: tuple[jax.Array, jax.Array]) -> jax.Array:
+            point, weight = pair
+            return weight * fn(self.m + point.reshape(-1, *[1] * (sd.ndim - 1)) * sd)
+
+        at_once = max(1, _MOST_NUMBERS // max(self.m.size, 1))
+        if at_once >= len(rule[1]):
+            return jax.vmap(term)(rule).sum(axis=0)
+        return jax.lax.map(jax.checkpoint(term), rule, batch_size=at_once).sum(axis=0)
 
     def _is_normal_around_f(self) -> bool:
         """Say whether the location is f itself, and the scale does not depend on it."""
@@ -108,3 +139,22 @@ class ExpectedLikelihood(dist.Distribution):
                 reached.update(eqn.outvars)
         loc, scale = jaxpr.outvars
         return loc is jaxpr.invars[0] and (hasattr(scale, "val") or scale not in reached)
+
+
+@lru_cache
+def quadrature(dim: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return points `(P, dim)` and weights `(P,)` for means over independent standard normals.
+
+    Gauss and Hermite's: 20 in one dimension, 12 in two, 8 in three, 5 in four. Beyond, a Sobol
+    sequence and its mirror image.
+    """
+    each = 20 if dim == 1 else min(12, int(_MOST_PRODUCTS ** (1.0 / dim) + 1e-9))
+    if each >= 5:
+        points, weights = np.polynomial.hermite_e.hermegauss(each)
+        grid = np.array(list(product(points, repeat=dim)))
+        return grid, np.prod(list(product(weights / weights.sum(), repeat=dim)), axis=1)
+    from scipy.stats import norm, qmc
+
+    half = norm.ppf(qmc.Sobol(dim, rng=0).random(_NUM_SOBOL // 2))
+    half = half / np.sqrt((half**2).mean(axis=0))[None, :]
+    return np.concatenate([half, -half]), np.full(_NUM_SOBOL, 1.0 / _NUM_SOBOL)

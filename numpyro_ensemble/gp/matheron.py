@@ -23,7 +23,6 @@ from numpyro_ensemble.gp.inputs import (
     check_values,
     contradictions,
     diagonal,
-    mean_at,
 )
 from numpyro_ensemble.gp.kernels import Kernel
 from numpyro_ensemble.gp.paths import Paths, check_solved
@@ -242,7 +241,7 @@ def _draw(
         tolerance=tolerance,
     )
     values = jnp.broadcast_to(values, normal.shape)
-    left = values - mean_at(mean_fn, points)[None, :] - paths._prior_at(points).T
+    left = values - kernel.mean_at(mean_fn, points)[None, :] - paths._prior_at(points).T
     right = left - jnp.sqrt(total)[None, :] * normal
     if observed is not None:
         right = jnp.where(observed[None, :], right, 0.0)

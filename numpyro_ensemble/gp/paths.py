@@ -19,7 +19,6 @@ from numpyro_ensemble.gp.inputs import (
     check_finite,
     contradictions,
     diagonal,
-    mean_at,
     repeated,
 )
 from numpyro_ensemble.gp.kernels import Kernel
@@ -143,7 +142,7 @@ class Paths:
             return self._prior(X) + jnp.matmul(cross, self.alpha.T, precision=EXACT)
 
         values = by_rows(rows, X, max(len(self.points), self._columns))
-        return values.T + mean_at(self.mean_fn, X)[None, :]
+        return values.T + self.kernel.mean_at(self.mean_fn, X)[None, :]
 
     @property
     def _columns(self) -> int:
@@ -244,7 +243,7 @@ class Paths:
                 self,
                 kernel=term,
                 mean_fn=None if i else self.mean_fn,
-                features=Features((self.features.blocks[i],)),
+                features=replace(self.features, blocks=(self.features.blocks[i],)),
                 weights=self.weights[..., ends[i] - sizes[i] : ends[i]],
                 part=True,
             )
@@ -368,7 +367,7 @@ class Paths:
         keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(self.number)
         normal = jax.vmap(lambda key: jax.random.normal(key, (len(X),), values.dtype))(keys)
         error = jnp.sqrt(added)[None, :] * normal
-        right = values - mean_at(self.mean_fn, X)[None, :] - self._prior_at(X).T - error
+        right = values - self.kernel.mean_at(self.mean_fn, X)[None, :] - self._prior_at(X).T - error
         observed = self.observed
         if observed is not None:
             observed = jnp.concatenate([observed, jnp.ones(len(X), bool)])

@@ -14,7 +14,7 @@ from numpyro.primitives import Messenger
 
 from numpyro_ensemble.density import filled
 from numpyro_ensemble.gp.distribution import Process
-from numpyro_ensemble.gp.inputs import check_values, mean_at
+from numpyro_ensemble.gp.inputs import check_values
 from numpyro_ensemble.gp.noise import normal_at
 from numpyro_ensemble.gp.weights import (
     mask_of,
@@ -232,7 +232,7 @@ class Answer(Messenger):
     def _value(self, name: str, process: Process, X: jax.Array, copies: tuple) -> jax.Array:
         """Return the function at the inputs, with noise if the process has any."""
         value = self._function(name, X, copies)
-        self.means[name] = mean_at(process.mean_fn, X)
+        self.means[name] = process.kernel.mean_at(process.mean_fn, X)
         value = value + jnp.broadcast_to(self.means[name], value.shape)
         if self.sites[name].noisy:
             self.values[f"{name}_f"] = value

@@ -12,11 +12,11 @@ import numpyro.distributions as dist
 from jax.typing import ArrayLike
 from numpyro.util import is_prng_key
 
-from numpyro_ensemble.gp.distribution import GaussianProcess
+from numpyro_ensemble.gp.distribution import GaussianProcess, warn_of_copies
 from numpyro_ensemble.gp.inputs import EXACT, as_inputs
 from numpyro_ensemble.gp.kernels import Kernel
 from numpyro_ensemble.gp.solvers import pivoted_cholesky
-from numpyro_ensemble.gp.whiten import announce
+from numpyro_ensemble.gp.whiten import announce, plates
 from numpyro_ensemble.handlers import check_count, key_of
 
 
@@ -34,7 +34,8 @@ def sparse_gp(
 
     Its only latent is `{name}_u_base`, independent standard normals (`{name}_u` if not whitened).
     Call it outside the plate of the data, and `ExpectedLikelihood` inside, so that ordinary guides
-    and batches optimise the bound of Hensman et al. (2013).
+    and batches optimise the bound of Hensman et al. (2013). Inside a plate of its own it samples as
+    many independent processes, which a model may mix.
 
     Args:
         name: of the process.
@@ -46,7 +47,7 @@ def sparse_gp(
         jitter: what is added to the inducing points' diagonal.
 
     Returns:
-        Mean and variance `(N,)`; functions and 0 where `Pathwise` predicts.
+        Mean and variance `(*copies, N)`; functions and 0 where `Pathwise` predicts.
 
     Example:
         >>> import jax.numpy as jnp, numpyro, numpyro.distributions as dist
@@ -66,17 +67,19 @@ def sparse_gp(
         normal = dist.Normal(jnp.zeros(len(process.X), L.dtype), 1.0).to_event(1)
         site, fn = (f"{name}_u_base", normal) if whiten else (f"{name}_u", process)
         z = numpyro.sample(site, fn)
-        if z.ndim > 1:
-            raise ValueError(
-                f"sparse_gp({name!r}) stands inside a plate, which would copy its inducing values: "
-                f"call it before the plate, with the inputs of the batch."
-            )
-        return process.mean + jnp.matmul(L, z, precision=EXACT) if whiten else z
+        warn_of_copies(z.shape[:-1], len(X))
+        values = jnp.einsum("ij,...j->...i", L, z, precision=EXACT) if whiten else z
+        return jnp.broadcast_to(process.mean, values.shape) + values if whiten else values
 
-    message = announce(name, process, X, draw)
+    message = announce(name, process, X, draw, plates())
+    values = message["value"]
     if message["answered"]:
-        return message["value"], jnp.zeros_like(message["value"])
-    return process.given(L, message["value"], X)
+        return values, jnp.zeros_like(values)
+    copies = values.shape[:-1]
+    mean, variance = jax.vmap(lambda u: process.given(L, u, X), out_axes=(0, None))(
+        values.reshape(-1, values.shape[-1])
+    )
+    return mean.reshape(*copies, len(X)), jnp.broadcast_to(variance, (*copies, len(X)))
 
 
 def choose_inducing(

@@ -12,10 +12,18 @@ import numpyro.distributions as dist
 from numpyro.infer.reparam import Reparam
 from numpyro.primitives import apply_stack
 
+from numpyro_ensemble._compat import HANDLERS
 from numpyro_ensemble.gp.distribution import GaussianProcess
 from numpyro_ensemble.gp.inputs import EXACT
 
 SUFFIX = "_gp"  # of the announcing message's name
+
+
+def plates() -> tuple[int, ...]:
+    """Return the batch shape that the plates around a call give to a sample site."""
+    around = [handler for handler in HANDLERS if isinstance(handler, numpyro.plate)]
+    sizes = {handler.dim: handler.subsample_size for handler in around}
+    return tuple(sizes.get(dim, 1) for dim in range(min(sizes, default=0), 0))
 
 
 def announce(

@@ -113,8 +113,9 @@ def complaints(row, refused=None):
         if column["ok"] == (name in refused):
             said = "runs, though it is said not to" if column["ok"] else column["reason"]
             wrong.append(f"{name}: {said}")
-        elif not column["ok"] and not re.search(refused[name], column["reason"]):
-            wrong.append(f"{name}: the reason is {column['reason']!r}")
+        elif not column["ok"]:
+            if not re.search(refused[name], column["reason"]):
+                wrong.append(f"{name}: the reason is {column['reason']!r}")
         elif name in SAMPLERS and column["rhat"] > UNMIXED and not says_unmixed(column["warnings"]):
             wrong.append(f"{name}: R-hat is {column['rhat']:.2f}, and the run does not warn")
         elif "gap" in column and max(column["rhat"], row["NUTS"]["rhat"]) < samplers.CONVERGED:

@@ -70,10 +70,18 @@ class Single(NamedTuple):
 
 
 def single_fit(case, guide, keys, steps=STEPS):
+    """Run NumPyro's SVI with member 0's key, which starts operation by operation."""
+    svi = SVI(case.model, guide, optimiser(case), loss_of(case))
+    result = svi.run(keys[0], steps, *case.args, progress_bar=False, **case.kwargs)
+    return Single(result.params, result.losses)
+
+
+def compiled_single_fit(case, guide, keys, steps=STEPS):
     """Start NumPyro's SVI with member 0's key and update it, in one program.
 
-    `SVI.run` starts operation by operation, which compiles for twice as long. The guide is of no
-    use afterwards: it holds tracers.
+    It compiles in half the time of `SVI.run`. Under `jit`, NumPyro lays latents side by side in
+    alphabetical order, so that guides of the whole vector differ from those of `SVI.run`. The guide
+    is of no use afterwards: it holds tracers.
     """
     svi = SVI(case.model, guide, optimiser(case), loss_of(case))
 
@@ -100,18 +108,22 @@ def variational(case: Case, build, key, steps=STEPS):
     try:
         vi, result = fit(case, build(guided(case)), keys, steps)
     except Exception:
-        require_single_fit(case, build(guided(case)), keys)
+        require_single_fit(compiled_single_fit, case, build(guided(case)), keys)
         raise
-    single = require_single_fit(case, build(guided(case)), keys, steps)
-    require_equal(result.member(0).params, single.params)
-    require_equal(result.losses[0], single.losses)
+    ours = {"params": result.member(0).params, "losses": result.losses[0]}
+    single = require_single_fit(compiled_single_fit, case, build(guided(case)), keys, steps)
+    try:
+        require_equal(ours, single._asdict())
+    except UnequalError:  # the order of latents, it may be
+        single = require_single_fit(single_fit, case, build(guided(case)), keys, steps)
+        require_equal(ours, single._asdict())
     return vi, result
 
 
-def require_single_fit(case, guide, keys, steps=STEPS):
+def require_single_fit(run, case, guide, keys, steps=STEPS):
     """Run NumPyro's SVI, and tell its failures from ours."""
     try:
-        return single_fit(case, guide, keys, steps)
+        return run(case, guide, keys, steps)
     except Exception as error:
         text = " ".join(str(error).split())
         raise UpstreamError(f"NumPyro's own SVI fails: {type(error).__name__}: {text}") from error
@@ -123,8 +135,7 @@ def point(case: Case, key, steps=STEPS):
     runner = EnsembleMAP(case.model, optimiser(case), ensemble_size=MEMBERS)
     result = runner.run(keys, steps, *case.args, progress_bar=False, **case.kwargs)
     guide = autoguide.AutoDelta(case.model, init_loc_fn=init_to_uniform)
-    # a point has no order of latents to keep, so its fit may be one program
-    single = jax.jit(lambda keys: single_fit(case, guide, keys, steps))(keys)
+    single = compiled_single_fit(case, guide, keys, steps)  # a point has no order of latents
     suffix = "_auto_loc"
     values = {k.removesuffix(suffix): v for k, v in single.params.items() if k.endswith(suffix)}
     require_equal({k: result.member(0).params[k] for k in values}, values)

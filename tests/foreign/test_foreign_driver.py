@@ -31,6 +31,19 @@ def test_no_run_ends_in_silence(meads, complaint):
     assert not wrong if complaint is None else complaint in wrong[0]
 
 
+@pytest.mark.parametrize(
+    ("column", "complaint"),
+    [
+        ({"ok": False, "reason": "ValueError: plate 'N' takes rows at random"}, None),
+        ({"ok": False, "reason": "KeyError: 0"}, "the reason is 'KeyError: 0'"),
+        ({"ok": True, "rhat": 1.0, "warnings": []}, "said not to"),
+    ],
+)
+def test_a_refusal_is_the_one_that_is_known(column, complaint):
+    wrong = driver.complaints({"model": "any", "MEADS": column}, {"MEADS": "at random"})
+    assert not wrong if complaint is None else complaint in wrong[0]
+
+
 @pytest.mark.parametrize("place", range(6))
 def test_three_turns_run_every_column(place, monkeypatch):
     seen = set()

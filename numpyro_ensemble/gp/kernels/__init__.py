@@ -1,6 +1,7 @@
 """Kernels: their algebra, and all of them by kind."""
 
 from numpyro_ensemble.gp.kernels.base import Constant, Kernel, Spectrum
+from numpyro_ensemble.gp.kernels.derivatives import Derivatives
 from numpyro_ensemble.gp.kernels.finite import (
     Categorical,
     Coregion,
@@ -8,6 +9,7 @@ from numpyro_ensemble.gp.kernels.finite import (
     Linear,
     Polynomial,
     change_point,
+    multi_output,
 )
 from numpyro_ensemble.gp.kernels.nonstationary import ArcCosine, Gibbs
 from numpyro_ensemble.gp.kernels.periodic import Cosine, Periodic, SpectralMixture
@@ -29,6 +31,7 @@ __all__ = [
     "Constant",
     "Coregion",
     "Cosine",
+    "Derivatives",
     "Envelope",
     "Gibbs",
     "Kernel",
@@ -45,4 +48,5 @@ __all__ = [
     "Stationary",
     "Spectrum",
     "change_point",
+    "multi_output",
 ]

@@ -16,6 +16,7 @@ from numpyro_ensemble.gp.inputs import (
     as_inputs,
     check_dims,
     hyperparameter,
+    mean_at,
     with_named_errors,
 )
 from numpyro_ensemble.gp.kernels.fields import declared, is_fixed, made_init, to_define
@@ -26,6 +27,11 @@ class Spectrum(NamedTuple):
 
     frequencies: jax.Array
     weights: jax.Array
+
+
+def values_of(fn: Callable[[jax.Array], jax.Array], X: jax.Array) -> jax.Array:
+    """Return what most kernels are covariances of: a function's values."""
+    return fn(X)
 
 
 class Kernel:
@@ -112,7 +118,7 @@ class Kernel:
 
     def check_inputs(self, X: jax.Array) -> None:
         """Raise a ValueError for inputs that are known, and that the kernel does not take."""
-        for factor in _atoms(self):
+        for factor in atoms(self):
             if factor is not self:
                 factor.check_inputs(X)
 
@@ -158,6 +164,17 @@ class Kernel:
     is_spectral: ClassVar[bool] = False
     is_numbered: ClassVar[bool] = False  # whether it reads the numbers of outputs
     takes_all: bool = False  # whether it works on all columns of the inputs, whatever they are
+    is_differentiable: bool = True  # whether second derivatives at equal inputs are those of JAX
+    is_whole: ClassVar[bool] = False  # whether it is no part of sums, products and the like
+    observe: ClassVar[Callable] = staticmethod(values_of)  # what of a function is seen at inputs
+
+    def of_values(self, X: jax.Array) -> tuple[Kernel, jax.Array]:
+        """Return the kernel of the function that is seen, and the inputs of that function."""
+        return self, X
+
+    def mean_at(self, mean_fn: Any, X: jax.Array) -> jax.Array:
+        """Evaluate what is seen of a mean at a matrix of inputs, `(N,)`."""
+        return self.observe(partial(mean_at, mean_fn), X)
 
     def inputs(self, X: jax.Array) -> jax.Array:
         """Return the inputs that the kernel's own frequencies belong to."""
@@ -203,10 +220,19 @@ def _as_kernel(value: Any) -> Kernel:
 # Composition ------------------------------------------------------------------------------------
 
 
+def _check_parts(*kernels: Kernel) -> None:
+    """Raise a TypeError for a kernel that wraps whole kernels, and is no part of another."""
+    for kernel in kernels:
+        if kernel.is_whole:
+            name = type(kernel).__name__
+            raise TypeError(f"{name} wraps whole kernels: {name}(a + b), {name}(a * b).")
+
+
 class _Pair(Kernel):
     _leaves: ClassVar[tuple[str, ...]] = ("left", "right")
 
     def __init__(self, left: Kernel, right: Kernel) -> None:
+        _check_parts(left, right)
         self.left, self.right = left, right
 
     def is_valid(self) -> jax.Array:
@@ -236,8 +262,8 @@ class Product(_Pair):
     def __init__(self, left: Kernel, right: Kernel) -> None:
         super().__init__(left, right)
         for one, other in ((left, right), (right, left)):
-            wide = [type(f).__name__ for f in _atoms(other) if f.takes_all]
-            numbered = [type(f).__name__ for f in _atoms(one) if f.is_numbered]
+            wide = [type(f).__name__ for f in atoms(other) if f.takes_all]
+            numbered = [type(f).__name__ for f in atoms(one) if f.is_numbered]
             if wide and numbered:
                 raise ValueError(
                     f"{wide[0]} works on all columns, and a {numbered[0]} it is multiplied with "
@@ -257,7 +283,8 @@ class Product(_Pair):
         return self.left.factors() + self.right.factors()
 
 
-def _atoms(kernel: Kernel) -> list[Kernel]:
+def atoms(kernel: Kernel) -> list[Kernel]:
+    """Return the kernels that one is made of by sums and products."""
     return [factor for term in kernel.terms() for factor in term.factors()]
 
 
@@ -265,7 +292,12 @@ class _Wrapped(Kernel):
     _leaves: ClassVar[tuple[str, ...]] = ("kernel", "fn")
 
     def __init__(self, kernel: Kernel, fn: Callable) -> None:
+        _check_parts(kernel)
         self.kernel, self.fn = kernel, Function(fn)
+
+    @property
+    def is_differentiable(self) -> bool:  # type: ignore[override]
+        return all(atom.is_differentiable for atom in atoms(self.kernel))
 
     def check_inputs(self, X: jax.Array) -> None:
         """Check nothing: the kernel sees what the function makes of the inputs."""

@@ -99,7 +99,7 @@ class Polynomial(Atom):
 class Coregion(Kernel):
     """Covariances `W W' + diag(kappa)` of outputs, whose numbers are a column of the inputs.
 
-    Times a kernel over the other columns it makes the intrinsic coregionalisation model.
+    `multi_output` multiplies it with a kernel over the other columns.
 
     Args:
         W: `(num_outputs, rank)`.
@@ -131,7 +131,7 @@ class Coregion(Kernel):
             return
         name, number = type(self).__name__, jnp.shape(self.W)[-2]
         column = check_dims(name, (self.active_dims,), X)[0]
-        numbers = np.asarray(X[:, column])
+        numbers = np.asarray(X)[:, column]  # inside a trace, a slice of X would not be known
         wrong = np.flatnonzero((numbers != np.round(numbers)) | (numbers < 0) | (numbers >= number))
         if len(wrong):
             raise ValueError(
@@ -165,6 +165,31 @@ class Coregion(Kernel):
     def diagonal(self, X: jax.Array) -> jax.Array:
         shared = (self._rows(self.W, X) ** 2).sum(axis=1)
         return shared if self.kappa is None else shared + self._rows(self.kappa, X)
+
+
+def multi_output(kernel: Kernel, W: Any, kappa: Any = None) -> Kernel:
+    """Return the kernel of several outputs that share functions, weighted by `W`.
+
+    The last column of the inputs is the output's number, as `numbered_inputs` writes it. Sums of
+    such kernels, with a `W` for each, are the linear model of coregionalisation.
+
+    Args:
+        kernel: a kernel of the other columns.
+        W: `(num_outputs, rank)`.
+        kappa: variances `(num_outputs,)` that each output has beside (default: none).
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from numpyro_ensemble.gp import RBF, multi_output, numbered_inputs
+        >>> X = numbered_inputs(jnp.linspace(0.0, 1.0, 4), jnp.linspace(0.0, 1.0, 3))
+        >>> multi_output(RBF(), jnp.array([[1.0], [-0.5]]))(X).shape
+        (7, 7)
+    """
+    return kernel.warp(_without_last) * Coregion(W, kappa)
+
+
+def _without_last(X: jax.Array) -> jax.Array:
+    return X[:, :-1]
 
 
 def _root(x: jax.Array) -> jax.Array:

@@ -70,6 +70,7 @@ class ArcCosine(Atom):
         active_dims: columns of the inputs that the kernel works on (default: all).
     """
 
+    is_differentiable = False  # it is written in the angle, which has no slope at 0
     _fixed: ClassVar[tuple[str, ...]] = ("active_dims", "order")
 
     def __init__(

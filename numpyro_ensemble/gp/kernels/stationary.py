@@ -176,6 +176,7 @@ class Matern12(_Matern):
     """The exponential kernel, `variance * exp(-d)`; arguments as `RBF`."""
 
     degrees = 1
+    is_differentiable = False
 
 
 class Matern32(_Matern):
@@ -236,6 +237,7 @@ class PoweredExponential(Stationary):
         active_dims: columns of the inputs that the kernel works on (default: all).
     """
 
+    is_differentiable = False  # only for a power of 2, where it is RBF
     _leaves: ClassVar[tuple[str, ...]] = ("variance", "lengthscale", "power")
     _positive: ClassVar[tuple[str, ...]] = ("variance", "lengthscale", "power")
 
@@ -280,6 +282,7 @@ class PiecewisePolynomial(Stationary):
         active_dims: columns of the inputs that the kernel works on (default: all).
     """
 
+    is_differentiable = False  # it is written in the distance, which has no slope at 0
     _parts: ClassVar[tuple[str, ...]] = ()
     _fixed: ClassVar[tuple[str, ...]] = ("active_dims", "degree")
 

@@ -1,0 +1,112 @@
+"""Slopes of processes, observed and predicted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from numpyro_ensemble.calls.arguments import has_tracers
+from numpyro_ensemble.gp.kernels.base import Kernel, atoms
+
+
+def slopes_of(fn: Callable[[jax.Array], jax.Array], X: jax.Array) -> jax.Array:
+    """Return a function's values or slopes at inputs, row by row.
+
+    Args:
+        fn: a function of rows, `(N, D) -> (N, ...)`.
+        X: `(N, D + 1)`; the last column is 0 for the value, d for the slope along column d - 1.
+            Other numbers give NaN.
+    """
+    places, numbers = X[:, :-1], X[:, -1]
+    columns = jnp.arange(1, X.shape[1])
+    along = (numbers[:, None] == columns[None, :]).astype(X.dtype)
+    values, slopes = jax.jvp(fn, (places,), (along,))
+    shape = (len(X), *[1] * (values.ndim - 1))
+    is_slope = along.any(axis=1).reshape(shape)
+    known = is_slope | (numbers == 0).reshape(shape)
+    return jnp.where(known, jnp.where(is_slope, slopes, values), jnp.nan)
+
+
+class Derivatives(Kernel):
+    """The kernel of a process and of its slopes, which a last column of the inputs tells apart.
+
+    That column is 0 for a value, and d for the slope along column d - 1 of the others:
+    `numbered_inputs(X, X_slopes)` makes such inputs. The mean, too, is a function of the other
+    columns. Wrap whole kernels: sums and products go inside.
+
+    Args:
+        kernel: a kernel of functions that are differentiable, such as RBF and Matern52.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from numpyro_ensemble.gp import RBF, Derivatives, GaussianProcess, numbered_inputs
+        >>> places, slopes_at = jnp.array([0.0, 2.0]), jnp.array([0.0])
+        >>> X = numbered_inputs(places, slopes_at)
+        >>> gp = GaussianProcess(Derivatives(RBF()), X, noise=1e-4)
+        >>> mean, variance = gp.predict(jnp.array([0.0, 1.0, 0.0]), numbered_inputs(places))
+        >>> mean.round(2).tolist()
+        [0.0, 1.0]
+    """
+
+    observe = staticmethod(slopes_of)
+    is_whole: ClassVar[bool] = True
+    _leaves: ClassVar[tuple[str, ...]] = ("kernel",)
+
+    def __init__(self, kernel: Kernel) -> None:
+        if not isinstance(kernel, Kernel) or kernel.is_whole:
+            raise TypeError(f"Derivatives: kernel takes a kernel of values, got {kernel!r}.")
+        rough = [type(atom).__name__ for atom in atoms(kernel) if not atom.is_differentiable]
+        if rough:
+            raise ValueError(
+                f"Derivatives: {rough[0]} has no slopes that are known here. Take RBF, Matern52, "
+                f"or another kernel of functions that are differentiable."
+            )
+        self.kernel = kernel
+
+    def matrix(self, X1: jax.Array, X2: jax.Array) -> jax.Array:
+        def over_rows(places: jax.Array) -> jax.Array:
+            return slopes_of(lambda others: self.kernel.matrix(places, others).T, X2).T
+
+        return slopes_of(over_rows, X1)
+
+    def of_values(self, X: jax.Array) -> tuple[Kernel, jax.Array]:
+        return self.kernel, X[:, :-1]
+
+    def check_inputs(self, X: jax.Array) -> None:
+        if has_tracers(X):
+            return
+        known = np.asarray(X)  # inside a trace, a slice of a known array would not be known
+        numbers, columns = known[:, -1], X.shape[1] - 1
+        wrong = np.flatnonzero(
+            (numbers != np.round(numbers)) | (numbers < 0) | (numbers > columns) | (columns < 1)
+        )
+        if len(wrong):
+            raise ValueError(
+                f"Derivatives: the last column of the inputs is 0 for a value, and 1 to {columns} "
+                f"for a slope; got {numbers[wrong[0]]} in row {wrong[0]}. "
+                f"numbered_inputs(X, X_slopes) makes such inputs."
+            )
+        self.kernel.check_inputs(known[:, :-1])  # type: ignore[arg-type]
+
+    def is_valid(self) -> jax.Array:
+        return self.kernel.is_valid()
+
+    def terms(self) -> list[Kernel]:
+        return [Derivatives(term) for term in self.kernel.terms()]
+
+    def __add__(self, other: Any) -> Kernel:
+        if isinstance(other, Derivatives):
+            return Derivatives(self.kernel + other.kernel)
+        return super().__add__(other)
+
+    def __mul__(self, other: Any) -> Kernel:
+        if isinstance(other, Kernel):
+            return super().__mul__(other)
+        return Derivatives(self.kernel * other)
+
+    def __rmul__(self, other: Any) -> Kernel:
+        return self * other
