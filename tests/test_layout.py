@@ -29,3 +29,15 @@ def test_the_layout_changes_no_number(chains, monkeypatch):
     expected, gradients = jax.vmap(jax.value_and_grad(density), (0, None))(z, data)
     np.testing.assert_allclose(values, expected, rtol=1e-5)
     np.testing.assert_allclose(slopes, gradients, rtol=1e-5)
+
+
+def test_forward_mode_is_intact():
+    z, along, data = jnp.array([0.3, -1.0, 2.0]), jnp.array([1.0, 0.5, -2.0]), jnp.arange(5.0)
+    laid = layout.laid_out(density)
+    expected = jax.jvp(lambda z: density(z, data), (z,), (along,))
+    np.testing.assert_allclose(
+        jax.jvp(lambda z: laid(z, data), (z,), (along,)), expected, rtol=1e-5
+    )
+    np.testing.assert_allclose(jax.jacfwd(laid)(z, data), jax.grad(density)(z, data), rtol=1e-5)
+    hessian = jax.jacfwd(jax.grad(lambda z: laid(z, data)))(z)
+    np.testing.assert_allclose(hessian, jax.hessian(density)(z, data), rtol=1e-5)

@@ -2,6 +2,7 @@
 
 from numpyro_ensemble.gp.collapsed import CollapsedSparseGP
 from numpyro_ensemble.gp.distribution import GaussianProcess
+from numpyro_ensemble.gp.draw_paths import draw_paths
 from numpyro_ensemble.gp.features import Features, draw_features
 from numpyro_ensemble.gp.inputs import numbered_inputs
 from numpyro_ensemble.gp.kernels import (
@@ -30,7 +31,6 @@ from numpyro_ensemble.gp.kernels import (
     multi_output,
 )
 from numpyro_ensemble.gp.likelihood import ExpectedLikelihood
-from numpyro_ensemble.gp.matheron import draw_paths
 from numpyro_ensemble.gp.mixtures import JointMoments, Moments
 from numpyro_ensemble.gp.optima import Optimum, maximise, minimise
 from numpyro_ensemble.gp.paths import Paths

@@ -16,15 +16,15 @@ from numpyro.distributions import constraints
 from numpyro.util import is_prng_key
 
 from numpyro_ensemble.calls.arguments import has_tracers
+from numpyro_ensemble.gp.draw_paths import check_kernel, draw_paths
 from numpyro_ensemble.gp.inputs import (
     EXACT,
     as_inputs,
-    as_mean,
     check_values,
     diagonal,
 )
 from numpyro_ensemble.gp.kernels import Kernel
-from numpyro_ensemble.gp.matheron import check_kernel, draw_paths
+from numpyro_ensemble.gp.means import as_mean
 from numpyro_ensemble.gp.paths import Paths
 from numpyro_ensemble.gp.solvers import covariance, default_jitter, why_unfactored
 

@@ -1,4 +1,4 @@
-"""Inputs of kernels, hyperparameters, and functions as pytrees of arrays."""
+"""Inputs of kernels, and hyperparameters."""
 
 from __future__ import annotations
 
@@ -166,94 +166,6 @@ def _as_array(value: Any, X: jax.Array) -> jax.Array:
     """Return an array; a Python number, which has no dtype of its own, takes that of the inputs."""
     plain = isinstance(value, bool | int | float)
     return jnp.asarray(value, X.dtype) if plain else jnp.asarray(value)
-
-
-@jax.tree_util.register_pytree_node_class
-class Function:
-    """A callable whose arrays are leaves and whose other parts are fixed.
-
-    Modules are pytrees already, but may hold activation functions and the like; the arrays of a
-    `functools.partial` are taken out too. A plain function has no leaves.
-    """
-
-    def __init__(self, fn: Callable) -> None:
-        leaves, treedef = jax.tree.flatten(_opened(fn))
-        is_array = [isinstance(leaf, jax.Array | np.ndarray) for leaf in leaves]
-        self.arrays = [leaf for leaf, array in zip(leaves, is_array, strict=True) if array]
-        self.rest = tuple(
-            None if array else leaf for leaf, array in zip(leaves, is_array, strict=True)
-        )
-        self.is_array, self.treedef = tuple(is_array), treedef
-
-    def __call__(self, *args: Any) -> Any:
-        """Call the function."""
-        arrays = iter(self.arrays)
-        leaves = [
-            next(arrays) if array else rest
-            for rest, array in zip(self.rest, self.is_array, strict=True)
-        ]
-        return jax.tree.unflatten(self.treedef, leaves)(*args)
-
-    def tree_flatten(self) -> tuple[list, tuple]:
-        """Return the arrays, and what is fixed."""
-        return self.arrays, (self.rest, self.is_array, self.treedef)
-
-    @classmethod
-    def tree_unflatten(cls, fixed: tuple, arrays: list) -> Function:
-        """Put the parts together again."""
-        self = object.__new__(cls)
-        self.arrays = list(arrays)
-        self.rest, self.is_array, self.treedef = fixed
-        return self
-
-    def closes_over_tracers(self) -> bool:
-        """Say whether a fixed part holds values that are only known inside a transformation."""
-        return any(
-            has_tracers([cell.cell_contents for cell in getattr(part, "__closure__", None) or ()])
-            for part in self.rest
-            if part is not None
-        )
-
-
-def _opened(fn: Callable) -> Callable:
-    if isinstance(fn, functools.partial) and not isinstance(fn, jax.tree_util.Partial):
-        return jax.tree_util.Partial(_opened(fn.func), *fn.args, **fn.keywords)
-    return fn
-
-
-def as_mean(mean_fn: Any) -> Any:
-    """Return what a mean is given as: None, one number, or a function of the inputs.
-
-    Raises:
-        TypeError: if it is neither.
-    """
-    if mean_fn is None or isinstance(mean_fn, Function):
-        return mean_fn
-    if callable(mean_fn):
-        return Function(mean_fn)
-    if jnp.shape(mean_fn) != ():
-        raise TypeError(
-            f"mean_fn takes one number or a function of the inputs, got shape {jnp.shape(mean_fn)}."
-        )
-    return mean_fn
-
-
-def mean_at(mean_fn: Any, X: jax.Array) -> jax.Array:
-    """Evaluate a mean at inputs `(N, D)`.
-
-    Raises:
-        ValueError: if it does not return one number for each input.
-    """
-    if mean_fn is None:
-        return jnp.zeros(len(X), X.dtype)
-    if not callable(mean_fn):
-        return jnp.broadcast_to(jnp.asarray(mean_fn), (len(X),))
-    mean = jnp.asarray(mean_fn(X))
-    if mean.shape != (len(X),):
-        raise ValueError(
-            f"mean_fn must return shape ({len(X)},) for {len(X)} inputs, got {mean.shape}."
-        )
-    return mean
 
 
 def diagonal(name: str, value: Any, X: jax.Array) -> jax.Array:

@@ -16,7 +16,7 @@ from numpyro import handlers
 from numpyro_ensemble.calls.keywords import checked_keywords
 from numpyro_ensemble.calls.programs import Programs
 from numpyro_ensemble.density import fill_model, filled
-from numpyro_ensemble.gp.findings import (
+from numpyro_ensemble.gp.checks import (
     arrays_of,
     check_flags,
     check_inputs,
@@ -25,8 +25,8 @@ from numpyro_ensemble.gp.findings import (
     flat_samples,
     holds,
 )
-from numpyro_ensemble.gp.inputs import Function
-from numpyro_ensemble.gp.matheron import check_options
+from numpyro_ensemble.gp.draw_paths import check_options
+from numpyro_ensemble.gp.means import Function
 from numpyro_ensemble.gp.mixtures import (
     Conditional,
     JointMoments,

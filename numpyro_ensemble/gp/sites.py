@@ -15,6 +15,7 @@ from numpyro.primitives import Messenger
 from numpyro_ensemble.density import filled
 from numpyro_ensemble.gp.distribution import Process
 from numpyro_ensemble.gp.inputs import check_values
+from numpyro_ensemble.gp.messages import SUFFIX
 from numpyro_ensemble.gp.noise import normal_at
 from numpyro_ensemble.gp.weights import (
     mask_of,
@@ -22,7 +23,6 @@ from numpyro_ensemble.gp.weights import (
     weighted_likelihood,
     weighted_prior,
 )
-from numpyro_ensemble.gp.whiten import SUFFIX
 from numpyro_ensemble.handlers import is_zero, unwrapped
 
 

@@ -15,8 +15,8 @@ from numpyro.util import is_prng_key
 from numpyro_ensemble.gp.distribution import GaussianProcess, warn_of_copies
 from numpyro_ensemble.gp.inputs import EXACT, as_inputs
 from numpyro_ensemble.gp.kernels import Kernel
+from numpyro_ensemble.gp.messages import announce, plates
 from numpyro_ensemble.gp.solvers import pivoted_cholesky
-from numpyro_ensemble.gp.whiten import announce, plates
 from numpyro_ensemble.handlers import check_count, key_of
 
 

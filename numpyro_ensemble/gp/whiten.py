@@ -1,8 +1,7 @@
-"""Latent processes written by independent normals, and how sites without a distribution tell."""
+"""Latent processes written by independent normals."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,53 +9,10 @@ import jax.numpy as jnp
 import numpyro
 import numpyro.distributions as dist
 from numpyro.infer.reparam import Reparam
-from numpyro.primitives import apply_stack
 
-from numpyro_ensemble._compat import HANDLERS
 from numpyro_ensemble.gp.distribution import GaussianProcess
 from numpyro_ensemble.gp.inputs import EXACT
-
-SUFFIX = "_gp"  # of the announcing message's name
-
-
-def plates() -> tuple[int, ...]:
-    """Return the batch shape that the plates around a call give to a sample site."""
-    around = [handler for handler in HANDLERS if isinstance(handler, numpyro.plate)]
-    sizes = {handler.dim: handler.subsample_size for handler in around}
-    return tuple(sizes.get(dim, 1) for dim in range(min(sizes, default=0), 0))
-
-
-def announce(
-    name: str,
-    gp: Any,
-    at: jax.Array,
-    draw: Callable[[], jax.Array],
-    copies: tuple[int, ...] = (),
-    whitened: bool = False,
-) -> dict[str, Any]:
-    """Tell handlers of a process whose sample site they cannot see.
-
-    Where it is `whitened`, its own sample site is written in other terms, and `at` are its inputs;
-    else its values are those at inducing points.
-
-    A handler that has functions for it sets the message's "value" to theirs at the inputs `at`, and
-    "answered"; otherwise the value is drawn, at the process's own inputs.
-    """
-    message = {
-        "type": "gp",
-        "name": f"{name}{SUFFIX}",  # a trace takes each name once; scopes put theirs in front
-        "gp": gp,
-        "at": at,
-        "copies": copies,
-        "whitened": whitened,
-        "fn": draw,
-        "args": (),
-        "kwargs": {},
-        "value": None,
-        "answered": False,
-        "cond_indep_stack": [],
-    }
-    return apply_stack(message)
+from numpyro_ensemble.gp.messages import announce
 
 
 class WhitenReparam(Reparam):

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.extend.core import jaxprs_in_params
 
 from numpyro_ensemble.mapping import platform_of
@@ -18,7 +19,7 @@ def laid_out(log_density: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
 
     XLA's CPU code for the gradient of an index, `a[group]`, takes two to three times as long for
     all chains at once as for a few at a time. Everything else it does best for all at once.
-    The function may close over nothing that is traced.
+    The function may close over nothing that is traced, and has slopes in z alone.
     """
     if platform_of() != "cpu":
         return log_density
@@ -39,14 +40,22 @@ def laid_out(log_density: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
             out = jax.vmap(both, in_axes=tuple(axes), axis_size=axis_size)(z, data)
         return out, jax.tree.map(lambda _: True, out)
 
-    @jax.custom_vjp
+    laid = jax.custom_jvp(lambda z, data: of_one(z, data))
+
+    @laid.defjvp
+    def curvature(primals: tuple, tangents: tuple) -> tuple[Any, Any]:
+        return jax.jvp(both, primals, tangents)  # whatever is mapped over
+
+    @jax.custom_jvp
     def density(z: Any, data: Any) -> jax.Array:
         return log_density(z, data)
 
-    def backward(grad: Any, seed: jax.Array) -> tuple[Any, None]:
-        return jax.tree.map(lambda g: g * seed, grad), None
+    @density.defjvp
+    def slope(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
+        value, grad = laid(*primals)
+        along = jax.tree.map(lambda g, t: (g * t).sum(), grad, tangents[0])
+        return value, sum(jax.tree.leaves(along), jnp.zeros_like(value))
 
-    density.defvjp(of_one, backward)
     return density
 
 

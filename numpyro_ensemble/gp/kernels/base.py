@@ -12,14 +12,13 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from numpyro_ensemble.gp.inputs import (
-    Function,
     as_inputs,
     check_dims,
     hyperparameter,
-    mean_at,
     with_named_errors,
 )
 from numpyro_ensemble.gp.kernels.fields import declared, is_fixed, made_init, to_define
+from numpyro_ensemble.gp.means import Function, mean_at
 
 
 class Spectrum(NamedTuple):

@@ -16,13 +16,13 @@ import numpy as np
 from numpyro_ensemble.calls.arguments import has_tracers
 from numpyro_ensemble.gp.inputs import (
     EXACT,
-    Function,
     check_dims,
     check_given,
     hyperparameter,
     per_dimension,
 )
 from numpyro_ensemble.gp.kernels.base import Atom, Kernel, as_active
+from numpyro_ensemble.gp.means import Function
 from numpyro_ensemble.handlers import check_count
 
 

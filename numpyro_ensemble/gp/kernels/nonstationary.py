@@ -9,8 +9,9 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from numpyro_ensemble.gp.inputs import EXACT, Function
+from numpyro_ensemble.gp.inputs import EXACT
 from numpyro_ensemble.gp.kernels.base import Atom
+from numpyro_ensemble.gp.means import Function
 
 
 class Gibbs(Atom):

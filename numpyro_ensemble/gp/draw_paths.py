@@ -18,13 +18,13 @@ from numpyro_ensemble.gp.inputs import (
     CONTRADICTION,
     EXACT,
     as_inputs,
-    as_mean,
     check_finite,
     check_values,
     contradictions,
     diagonal,
 )
 from numpyro_ensemble.gp.kernels import Kernel
+from numpyro_ensemble.gp.means import as_mean
 from numpyro_ensemble.gp.paths import Paths, check_solved
 from numpyro_ensemble.gp.solvers import SOLVERS, default_jitter
 from numpyro_ensemble.gp.solvers import covariance as covariance_of
