@@ -139,6 +139,47 @@ def _from_result(key: jax.Array, result: PathfinderResult, num_chains: int) -> d
     return jax.tree.map(lambda x: x[chosen], result.pool)
 
 
+def metric_from_pathfinder(result: PathfinderResult) -> dict[tuple[str, ...], jax.Array]:
+    """Return the covariance of Pathfinder's draws, as the metric of NumPyro's HMC and NUTS.
+
+    Draws count by their weights where these leave four effective draws for each dimension, else
+    equally.
+
+    Args:
+        result: what `Pathfinder.run` returned.
+
+    Returns:
+        One block of all latents, `{names: (D, D)}`, in unconstrained space.
+
+    Example:
+        >>> import jax, numpyro, numpyro.distributions as dist
+        >>> from numpyro.infer import MCMC, NUTS
+        >>> from numpyro_ensemble import Pathfinder
+        >>> from numpyro_ensemble.mcmc import starts
+        >>> def model():
+        ...     x = numpyro.sample("x", dist.Normal(0.0, 1.0))
+        ...     numpyro.sample("y", dist.Normal(x, 0.01))
+        >>> result = Pathfinder(model, num_paths=4).run(jax.random.key(0))
+        >>> metric = starts.metric_from_pathfinder(result)
+        >>> kernel = NUTS(model, inverse_mass_matrix=metric, dense_mass=True)
+        >>> mcmc = MCMC(kernel, num_warmup=100, num_samples=100, progress_bar=False)
+        >>> mcmc.run(jax.random.key(1))
+    """
+    if not isinstance(result, PathfinderResult):
+        raise TypeError(f"result takes what Pathfinder.run returned, got {type(result).__name__}.")
+    names = tuple(result.pool)
+    rows = [result.pool[name].reshape(len(result.pool[name]), -1) for name in names]
+    draws = jnp.concatenate(rows, axis=1)
+    log_weights = jnp.asarray(result.pool_log_weights)
+    there = jnp.isfinite(log_weights) & jnp.isfinite(draws).all(axis=1)
+    weights = jax.nn.softmax(jnp.where(there, log_weights, -jnp.inf))
+    enough = (weights**2).sum() * 4.0 * draws.shape[1] < 1.0
+    weights = jnp.where(enough, weights, there / there.sum())[:, None]
+    left = jnp.where(there[:, None], draws, 0.0)
+    left = left - (weights * left).sum(axis=0)[None, :]
+    return {names: jnp.matmul((weights * left).T, left, precision="highest")}
+
+
 def _checked(
     model: Callable, init_strategy: Callable, args: tuple, kwargs: dict, **counts: Any
 ) -> Target:
