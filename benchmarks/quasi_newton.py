@@ -62,10 +62,43 @@ def process_data(seed=0):
     return x, np.sin(6 * x[:, 0]) + x[:, 1] + 0.1 * rng.normal(size=150)
 
 
+def network(x, y):
+    """A hidden layer of eight units, whose order and signs mean nothing: many optima."""
+    inner = numpyro.sample("inner", dist.Normal(0, 1).expand([1, 8]).to_event(2))
+    shift = numpyro.sample("shift", dist.Normal(0, 1).expand([8]).to_event(1))
+    outer = numpyro.sample("outer", dist.Normal(0, 1).expand([8]).to_event(1))
+    with numpyro.plate("row", len(y)):
+        numpyro.sample("y", dist.Normal(jnp.tanh(x @ inner + shift) @ outer, 0.1), obs=y)
+
+
+def network_data(seed=0):
+    """Simulate 100 points of a wave."""
+    rng = np.random.default_rng(seed)
+    x = rng.uniform(-2, 2, size=(100, 1))
+    return x, np.sin(3 * x[:, 0]) + 0.1 * rng.normal(size=100)
+
+
+def groups(group, y):
+    """Twenty group means whose scale is near zero."""
+    scale = numpyro.sample("scale", dist.LogNormal(-4, 0.5))
+    centre = numpyro.sample("centre", dist.Normal(0, 2))
+    with numpyro.plate("groups", 20):
+        mean = numpyro.sample("mean", dist.Normal(centre, scale))
+    with numpyro.plate("row", len(y)):
+        numpyro.sample("y", dist.Normal(mean[group], 1), obs=y)
+
+
+def groups_data(seed=0):
+    """Simulate 200 rows whose groups do not differ."""
+    return np.repeat(np.arange(20), 10), 1 + np.random.default_rng(seed).normal(size=200)
+
+
 PROBLEMS = {
     "item response, 160-d": (item_response, item_response_data),
     "logistic, correlated, 21-d": (logistic, logistic_data),
     "GP hyperparameters, 5-d": (process, process_data),
+    "network, 24-d": (network, network_data),
+    "scale near zero, 22-d": (groups, groups_data),
 }
 
 
@@ -136,9 +169,9 @@ def measure(name, with_adam):
     for label, (first, warm, steps) in rows.items():
         apart = np.sort(losses[label] - best)
         print(
-            f"  {label:16} cold {first:7.2f} s, warm {warm:7.3f} s, steps {np.median(steps):6.0f} "
-            f"(most {steps.max():5d}), above the best: least {apart[0]:.0e}, median "
-            f"{np.median(apart):.0e}, most {apart[-1]:.0e}",
+            f"  {label:16} cold {first:7.2f} s, warm {warm:7.3f} s, evaluations "
+            f"{np.median(steps):5.0f} (most {steps.max():5d}), above the best: least "
+            f"{apart[0]:.0e}, median {np.median(apart):.0e}, most {apart[-1]:.0e}",
             flush=True,
         )
     if with_adam:
