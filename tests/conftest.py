@@ -50,10 +50,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def _turn_of(item: pytest.Item) -> int | None:
-    """Return which of two runs takes a long test: all cases of a test go together."""
+    """Return which of four runs takes a long test: all cases of a test go together."""
     if item.get_closest_marker("long") is None:
         return None
-    return zlib.crc32(getattr(item, "originalname", item.name).encode()) % 2
+    return zlib.crc32(getattr(item, "originalname", item.name).encode()) % 4
 
 
 def pytest_collection_finish() -> None:
