@@ -39,6 +39,7 @@ class Case(NamedTuple):
         enumerated: the model sums out discrete latents, so its loss is `TraceEnum_ELBO`.
         single: the model itself runs in single precision alone.
         size: the most chains and iterations, where more of them take minutes.
+        reverse_only: its gradient cannot be differentiated forward, as the draws of a Laplace guide do.
         refused: by column, the part of a message that must tell the user why it does not run.
     """
 
@@ -50,4 +51,5 @@ class Case(NamedTuple):
     enumerated: bool = False
     single: bool = False
     size: Size | None = None
+    reverse_only: bool = False
     refused: dict[str, str] = {}

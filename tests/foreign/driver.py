@@ -30,7 +30,10 @@ def in_turn(place: int, case: Case) -> tuple[str, ...]:
     """
     turn = place + int(os.environ.get("FOREIGN_TURN", "0"))
     guides = tuple(GUIDES)
-    columns = ["MAP", guides[turn % len(guides)], "Predictive", "ArviZ"]
+    guide = guides[turn % len(guides)]
+    columns = ["MAP", guide, "Predictive", "ArviZ"]
+    if case.reverse_only and guide == "AutoLaplaceApproximation":
+        columns = ["MAP", guide]
     kernel = SAMPLERS[turn % len(SAMPLERS)]
     columns += [kernel] if kernel in case.refused else ["NUTS", kernel]
     return tuple(columns)
@@ -55,7 +58,8 @@ def run_fits(case: Case, key, columns=ALL, steps=fits.STEPS):
     for name, build in builders.items():
         if name in columns or name == "own guide":
             column, outcome = attempt(fits.variational, case, build, key, steps)
-            fitted = fitted or outcome
+            if not (case.reverse_only and name == "AutoLaplaceApproximation"):
+                fitted = fitted or outcome
             yield name, column
     for name, use in (
         ("Predictive", lambda vi, result: fits.predict(case, vi, result, key)),

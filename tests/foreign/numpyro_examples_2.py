@@ -63,7 +63,7 @@ def mortality():
 def ode():
     t = np.arange(10)
     y = np.stack([30 + 20 * np.sin(0.6 * t), 20 + 12 * np.cos(0.6 * t)], axis=-1)
-    return Case(example("ode").model, (10, y), size=SMALL)
+    return Case(example("ode").model, (10, y), size=SMALL, reverse_only=True)
 
 
 @add("hmcecs")

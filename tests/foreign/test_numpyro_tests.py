@@ -25,8 +25,8 @@ def test_they_pass_with_one_member(name):
     paths = os.pathsep.join(map(str, (HERE, HERE.parents[1])))
     environment = {k: v for k, v in os.environ.items() if k != "JAX_ENABLE_X64"}
     run = subprocess.run(
-        [*command, f"test/infer/{name}.py", *OTHERWISE],
-        cwd=root,
+        [*command, f"infer/{name}.py", *OTHERWISE],
+        cwd=root / "test",  # whence the installed NumPyro is imported, not the checkout's
         env={**environment, "PYTHONPATH": paths},
         capture_output=True,
         text=True,
