@@ -26,7 +26,10 @@ from numpyro_ensemble.gp import (
     RationalQuadratic,
     draw_features,
     draw_paths,
+    minimise,
+    multi_output,
     numbered_inputs,
+    sparse_gp,
 )
 
 WIDTHS = np.array([0.8, 1.4])
@@ -189,30 +192,35 @@ def test_inducing_slopes():
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda: Derivatives(Matern12()), ValueError, "Matern12 has no slopes"),
-        (lambda: Derivatives(RBF() * Matern12()), ValueError, "Matern12 has no slopes"),
-        (lambda: Derivatives(Matern12().warp(jnp.sin)), ValueError, "no slopes"),
-        (lambda: Derivatives(ArcCosine()), ValueError, "ArcCosine has no slopes"),
-        (lambda: Derivatives(PiecewisePolynomial()), ValueError, "has no slopes"),
-        (lambda: Derivatives(PoweredExponential()), ValueError, "has no slopes"),
+        (lambda: Derivatives(Matern12()), ValueError, "takes no Matern12"),
+        (lambda: Derivatives(RBF() * Matern12()), ValueError, "takes no Matern12"),
+        (lambda: Derivatives(Matern12().warp(jnp.sin)), ValueError, "takes no"),
+        (lambda: Derivatives(ArcCosine()), ValueError, "takes no ArcCosine"),
+        (lambda: Derivatives(PiecewisePolynomial()), ValueError, "takes no P"),
+        (lambda: Derivatives(PoweredExponential()), ValueError, "takes no P"),
         (lambda: Derivatives(Derivatives(RBF())), TypeError, "takes a kernel of values"),
         (lambda: Derivatives(2.0), TypeError, "takes a kernel of values"),
-        (lambda: Derivatives(RBF()) + RBF(), TypeError, "wraps whole kernels"),
-        (lambda: RBF() * Derivatives(RBF()), TypeError, "wraps whole kernels"),
-        (lambda: Derivatives(RBF()).warp(jnp.sin), TypeError, "wraps whole kernels"),
+        (lambda: Derivatives(RBF()) + RBF(), TypeError, "comes last, around a whole kernel"),
+        (lambda: RBF() * Derivatives(RBF()), TypeError, "comes last, around a whole kernel"),
+        (lambda: Derivatives(RBF()).warp(jnp.sin), TypeError, "comes last, around a whole kernel"),
         (
             lambda: GaussianProcess(Derivatives(RBF()), np.array([[0.0, 0.0], [1.0, 2.0]])),
             ValueError,
             r"0 for a value, and 1 to 1 for a slope; got 2.0 in row 1",
         ),
-        (lambda: GaussianProcess(Derivatives(RBF()), np.ones(3)), ValueError, "last column"),
+        (lambda: GaussianProcess(Derivatives(RBF()), np.ones(3)), ValueError, "one column alone"),
         (lambda: numbered_inputs(), ValueError, "takes inputs, one set for each output"),
         (lambda: numbered_inputs(np.ones(2), np.ones((2, 2))), ValueError, "equally many columns"),
+        (lambda: multi_output(2.0, np.ones((2, 1))), TypeError, "kernel takes a kernel, got 2.0"),
     ],
 )  # fmt: skip
 def test_bad_calls(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+def test_sets_of_inputs_may_be_empty():
+    assert numbered_inputs(np.zeros((3, 2)), [], np.ones((1, 2)))[:, 2].tolist() == [0, 0, 0, 2]
 
 
 def test_algebra_goes_inside(key):
@@ -221,3 +229,66 @@ def test_algebra_goes_inside(key):
     unknown = X.at[0, 2].set(3.0)
     assert np.isnan(jax.jit(both)(unknown)[0]).all()
     assert draw_paths(key, both, X, VALUES, NOISE, num_paths=2)(X_NEW).shape == (2, 7)
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("length", [0.01, 1.0, 100.0])
+def test_units_of_values_and_slopes_do_not_mix(length):
+    """A jitter of the mean variance would hide the values, or the slopes, in single precision."""
+    points = numbered_inputs(length * np.array([0.0, 1.0, 2.0]), length * np.array([0.5, 1.5]))
+    values = np.r_[0.1, 0.741, 1.009, np.cos([0.5, 1.5]) / length]
+    noise = np.r_[np.full(3, 1e-3), np.full(2, 1e-3 / length**2)]
+    new = numbered_inputs(length * np.array([0.3, 0.9]), length * np.array([0.3]))
+    unit = np.r_[1.0, 1.0, 1.0 / length]
+
+    def cov(a, b):
+        a, b = np.asarray(a, float), np.asarray(b, float)
+        apart, (m, n) = (a[:, :1] - b[:, 0]) / length, (a[:, 1:], b[:, 1])
+        k = np.exp(-0.5 * apart**2)
+        steep = [k, -apart * k / length, apart * k / length, (1 - apart**2) * k / length**2]
+        return np.select(
+            [(m == 0) & (n == 0), (m == 1) & (n == 0), (m == 0) & (n == 1)], steep[:3], steep[3]
+        )
+
+    expected = cov(new, points) @ np.linalg.solve(cov(points, points) + np.diag(noise), values)
+    process = GaussianProcess(Derivatives(RBF(1.0, length)), points, noise)
+    found = np.asarray(process.predict(values, new)[0])
+    assert_allclose(found / unit, expected / unit, atol=within(1e-8, 2e-3))
+    mixed = 4 * 5 * 1.2e-7 * np.diag(cov(points, points)).mean()
+    wrong = cov(new, points) @ np.linalg.solve(cov(points, points) + np.diag(noise + mixed), values)
+    assert length == 1.0 or abs(wrong / unit - expected / unit).max() > 1e-3
+
+
+def test_means_of_whole_numbers_have_slopes():
+    at = numbered_inputs([0.0, 1.0], [1.0])
+    for mean in (1, lambda X: jnp.ones(len(X), int)):
+        assert_allclose(GaussianProcess(Derivatives(RBF()), at, 0.1, mean).mean, [1.0, 1.0, 0.0])
+
+
+def test_where_functions_with_known_slopes_are_lowest(key):
+    """The slopes at both ends say that there is a valley between."""
+    known = numbered_inputs([0.0], [0.0, 2.0])
+    paths = draw_paths(
+        key, Derivatives(RBF()), known, np.array([0.0, -2.0, 2.0]), 1e-4, num_paths=3
+    )
+    for bounds in ((0.0, 2.0), [(0.0, 2.0), (0.0, 0.0)]):
+        lowest = minimise(key, paths, bounds, num_points=64)
+        assert_allclose(lowest.place[:, 1], np.zeros(3))
+        assert (abs(lowest.place[:, 0] - 1.0) < 0.6).all()
+        assert (lowest.value < -0.3).all()
+    with pytest.raises(ValueError, match=r"each of 2 columns of the inputs, shape \(2, 2\)"):
+        minimise(key, paths, [(0.0, 1.0)] * 3)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda gp: gp.predict(np.zeros(2), np.array([[0.0, 2.0]])),
+        lambda gp: gp.kernel(np.array([[0.0, 2.0]])),
+        lambda gp: draw_features(jax.random.key(0), gp.kernel, 16, np.zeros(3)),
+        lambda gp: sparse_gp("f", gp.kernel, np.array([[0.0, 3.0]]), gp.X),
+    ],
+)
+def test_numbers_of_calls_are_checked(call):
+    with pytest.raises(ValueError, match="the last column of the inputs is 0 for a value"):
+        call(GaussianProcess(Derivatives(RBF()), numbered_inputs([0.0], [1.0]), 0.1))

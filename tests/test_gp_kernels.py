@@ -114,7 +114,9 @@ def test_outputs_of_a_coregionalisation():
     kernel = RBF(active_dims=0) * Coregion(W, kappa, active_dims=1)
     number = X[:, 1].astype(int)
     assert_allclose(kernel(X), RBF()(X[:, 0]) * B[np.ix_(number, number)], rtol=1e-6)
-    assert np.isnan(kernel(np.array([[0.0, 3.0]]))).all()
+    with pytest.raises(ValueError, match="numbers, 0 to 2; got 3.0 in row 0"):
+        kernel(np.array([[0.0, 3.0]]))
+    assert np.isnan(jax.jit(kernel)(np.array([[0.0, 3.0]]))).all()  # where nothing is known
 
 
 @pytest.mark.parametrize(

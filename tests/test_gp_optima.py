@@ -81,7 +81,7 @@ def test_many_draws_one_dimension_and_jit(key, compile_count):
 
 
 def test_bad_calls(paths, key):
-    for bounds in ([(0.0, 1.0)], (0.0, 1.0), [(0.0, 1.0), (1.0, 1.0)], [(0.0, np.inf), (0.0, 1.0)]):
+    for bounds in ([(0.0, 1.0)], (0.0, 1.0), [(0.0, 1.0), (1.0, 0.5)], [(0.0, np.inf), (0.0, 1.0)]):
         with pytest.raises(ValueError, match="bounds"):
             maximise(key, paths, bounds)
     with pytest.raises(TypeError, match="paths takes functions"):

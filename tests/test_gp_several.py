@@ -21,6 +21,7 @@ from numpyro_ensemble.gp import (
     ExpectedLikelihood,
     GaussianProcess,
     Pathwise,
+    WhitenReparam,
     multi_output,
     numbered_inputs,
     sparse_gp,
@@ -163,12 +164,45 @@ def test_likelihoods_of_other_shapes_are_refused(likelihood, shape):
 
 @pytest.mark.promotes_ranks
 def test_a_plate_of_the_data_is_told(key):
-    def plated():
-        with numpyro.plate("data", 9):
-            sparse_gp("f", KERNEL, X, Z)
+    def plated(size):
+        with numpyro.plate("data", 9, subsample_size=size) as rows:
+            sparse_gp("f", KERNEL, X[rows], Z)
 
     with pytest.warns(UserWarning, match="9 copies of a Gaussian process at as many inputs"):
-        handlers.seed(plated, key)()
+        handlers.seed(plated, key)(9)
+    with pytest.raises(ValueError, match=r"sparse_gp\('f'\) stands inside the plate of its data"):
+        handlers.seed(plated, key)(3)
+
+
+def test_as_many_processes_as_inducing_points_are_no_mistake(key):
+    def four():
+        with numpyro.plate("latent", 4):
+            return sparse_gp("f", KERNEL, X, Z, whiten=False)[0]
+
+    assert handlers.seed(four, key)().shape == (4, 9)
+
+
+def test_whitening_inside_a_plate(key):
+    def model(X, y=None):
+        with numpyro.plate("p", 2), handlers.reparam(config={"f": WhitenReparam()}):
+            f = numpyro.sample("f", GaussianProcess(KERNEL, X))
+        numpyro.sample("y", dist.Normal(f, 0.1).to_event(2), obs=y)
+
+    z = np.random.default_rng(0).normal(size=(3, 2, 4))
+    pathwise = Pathwise(model, {"f_base": z}, Z, np.zeros((2, 4)))
+    factor = np.asarray(GaussianProcess(KERNEL, Z).scale_tril())
+    assert_allclose(
+        pathwise.moments(Z[1:])["f"].mean, (z @ factor.T)[..., 1:].mean(axis=0), atol=1e-3
+    )
+
+
+def test_as_many_latents_as_values_are_told_apart():
+    m, v = np.zeros((3, 3)), np.ones((3, 3))
+    ExpectedLikelihood(lambda f: dist.Categorical(logits=f.T), m, v)
+    with pytest.raises(ValueError, match=r"first axis of f, so that a softmax has logits=f\.T"):
+        ExpectedLikelihood(lambda f: dist.Categorical(logits=f), m, v)
+    offset = np.arange(3.0)  # which knows how many values there are
+    ExpectedLikelihood(lambda f: dist.Normal(f[0] + offset, jnp.exp(f[1])), m, v)
 
 
 # Outputs observed at different places ---------------------------------------------------------

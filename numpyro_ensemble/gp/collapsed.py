@@ -128,7 +128,7 @@ class CollapsedSparseGP(Process):
         self, values: ArrayLike, X_new: ArrayLike, full_cov: bool = False
     ) -> tuple[jax.Array, jax.Array]:
         """Return moments of the function, without noise, under the best inducing values."""
-        X_new = as_inputs(X_new, "X_new")
+        X_new = self._new_inputs(X_new)
         L, A, LB = self._factors()
         check_factor(LB)
         scaled = (self._checked(values) - self.mean) / jnp.sqrt(self.variances)

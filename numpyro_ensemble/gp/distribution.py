@@ -108,6 +108,13 @@ class Process(dist.Distribution):
             check_values("the value of a Gaussian process", value)
         return jnp.asarray(value)
 
+    def _new_inputs(self, X_new: ArrayLike) -> jax.Array:
+        X_new = as_inputs(X_new, "X_new")
+        self.kernel.check_inputs(X_new)
+        if X_new.shape[1] != self.X.shape[1]:
+            raise ValueError(f"X_new has {X_new.shape[1]} columns, and X has {self.X.shape[1]}.")
+        return X_new
+
     def leave_one_out(self, values: ArrayLike) -> tuple[jax.Array, jax.Array]:
         """Return mean and variance of each value given all others, each `(N,)`, noise included."""
         raise NotImplementedError(f"{type(self).__name__} has no leave-one-out moments.")
@@ -290,7 +297,7 @@ class GaussianProcess(Process):
             X_new: inputs `(M, D)` or `(M,)`.
             full_cov: return the covariance `(M, M)`, not the variance `(M,)`.
         """
-        values, X_new = self._checked(values), as_inputs(X_new, "X_new")
+        values, X_new = self._checked(values), self._new_inputs(X_new)
         return self.given(check_factor(self.scale_tril()), values, X_new, full_cov)
 
     def leave_one_out(self, values: ArrayLike) -> tuple[jax.Array, jax.Array]:

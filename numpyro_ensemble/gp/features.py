@@ -148,7 +148,9 @@ def draw_features(rng_key: jax.Array, kernel: Kernel, num_features: int, X: Arra
         True
     """
     check_num_features(num_features)
-    values, X = kernel.of_values(as_inputs(X)[:1])
+    X = as_inputs(X)
+    kernel.check_inputs(X)
+    values, X = kernel.of_values(X[:1])
     plans = [_Plan(term, X) for term in values.terms()]
     fixed = sum(plan.fixed or 0 for plan in plans)
     sharing = sum(plan.fixed is None for plan in plans)

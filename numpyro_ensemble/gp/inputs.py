@@ -40,7 +40,7 @@ def numbered_inputs(*inputs: ArrayLike) -> jax.Array:
 
     Args:
         *inputs: `(N_k, D)` or `(N_k,)`: those of output k for `multi_output`, those of values (0)
-            and of slopes along each column (1, 2, ...) for `Derivatives`.
+            and of slopes along each column (1, 2, ...) for `Derivatives`. A set may be empty, `[]`.
 
     Returns:
         `(N_0 + N_1 + ..., D + 1)`.
@@ -54,9 +54,11 @@ def numbered_inputs(*inputs: ArrayLike) -> jax.Array:
     if not inputs:
         raise ValueError("numbered_inputs takes inputs, one set for each output; got none.")
     each = [as_inputs(X, f"the inputs of number {k}") for k, X in enumerate(inputs)]
-    widths = [X.shape[1] for X in each]
+    widths = [X.shape[1] for X in each if len(X)] or [each[0].shape[1]]
     if len(set(widths)) > 1:
         raise ValueError(f"numbered_inputs takes sets with equally many columns, got {widths}.")
+    width = widths[0]
+    each = [X if len(X) else jnp.zeros((0, width), X.dtype) for X in each]
     rows = [jnp.pad(X, ((0, 0), (0, 1)), constant_values=k) for k, X in enumerate(each)]
     return jnp.concatenate(rows)
 
@@ -192,8 +194,10 @@ def contradictions(points: jax.Array, values: jax.Array, noise: jax.Array, jitte
     """Say whether values at equal inputs differ although there is no noise."""
     order = jnp.lexsort(points.T)
     points, values, noise = points[order], values[..., order], noise[order]
+    jitter = jnp.broadcast_to(jnp.asarray(jitter), noise.shape)[order][1:]
+    limit = 20.0 * jnp.sqrt(jitter).reshape(*[1] * (values.ndim - 1), -1)
     equal = (points[1:] == points[:-1]).all(axis=1) & (noise[1:] + noise[:-1] == 0)
-    apart = jnp.abs(jnp.diff(values, axis=-1)) > 20.0 * jnp.sqrt(jitter)
+    apart = jnp.abs(jnp.diff(values, axis=-1)) > limit
     return (equal & apart.any(axis=tuple(range(apart.ndim - 1)))).any()
 
 

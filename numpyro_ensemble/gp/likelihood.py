@@ -31,6 +31,9 @@ class ExpectedLikelihood(dist.Distribution):
         m: mean `(N,)` of the latents, or `(L, N)`.
         v: their variance, of the same shape; the L latents of a value are independent.
 
+    Quadrature of up to four latents errs by 1e-4 or less for softmax and the like. Beyond, 1,024
+    points of a Sobol sequence err by 1e-3, and by some percent for `exp` of their sum.
+
     Example:
         >>> import jax.numpy as jnp, numpyro.distributions as dist
         >>> from numpyro_ensemble.gp import ExpectedLikelihood
@@ -65,14 +68,35 @@ class ExpectedLikelihood(dist.Distribution):
         self.likelihood, self.m, self.v = likelihood, jnp.asarray(m), jnp.asarray(v)
         given = likelihood(self.m)
         several = self.m.ndim > 1 and given.batch_shape == self.m.shape[1:]
+        several = several and not self._takes_rows()
         if not several and (given.event_shape or given.batch_shape != self.m.shape):
             of_many = f", or {self.m.shape[1:]} with {len(self.m)} latents for each value"
             raise ValueError(
                 f"likelihood(f) must have batch shape {self.m.shape}, one number for each f"
                 f"{of_many if self.m.ndim > 1 else ''}: its batch shape is {given.batch_shape}, "
-                f"its event shape {given.event_shape}."
+                f"its event shape {given.event_shape}. The latents of a value stand on the first "
+                f"axis of f, so that a softmax has logits=f.T."
             )
         super().__init__(given.batch_shape, given.event_shape, validate_args=validate_args)
+
+    def _takes_rows(self) -> bool:
+        """Say whether as many latents as values have hidden that the likelihood confuses the two.
+
+        One more value tells, where the likelihood does not depend on how many there are.
+        """
+        if self.m.shape[0] != self.m.shape[-1]:
+            return False
+        wider = (*self.m.shape[:-1], self.m.shape[-1] + 1)
+        shapes: list[tuple[int, ...]] = []
+
+        def look(f: jax.Array) -> None:
+            shapes.append(self.likelihood(f).batch_shape)
+
+        try:
+            jax.eval_shape(look, jax.ShapeDtypeStruct(wider, self.m.dtype))
+        except (TypeError, ValueError):
+            return False
+        return shapes != [wider[1:]]
 
     @property
     def support(self) -> constraints.Constraint:

@@ -91,9 +91,11 @@ def mean_at(mean_fn: Any, X: jax.Array) -> jax.Array:
     """
     if mean_fn is None:
         return jnp.zeros(len(X), X.dtype)
+    mean = jnp.asarray(mean_fn(X) if callable(mean_fn) else mean_fn)
+    if not jnp.issubdtype(mean.dtype, jnp.floating):
+        mean = mean.astype(X.dtype)
     if not callable(mean_fn):
-        return jnp.broadcast_to(jnp.asarray(mean_fn), (len(X),))
-    mean = jnp.asarray(mean_fn(X))
+        return jnp.broadcast_to(mean, (len(X),))
     if mean.shape != (len(X),):
         raise ValueError(
             f"mean_fn must return shape ({len(X)},) for {len(X)} inputs, got {mean.shape}."

@@ -1,4 +1,4 @@
-"""Messages by which processes without a sample site of their own tell handlers of themselves."""
+"""The message that `sparse_gp` and `WhitenReparam` send to handlers."""
 
 from __future__ import annotations
 
@@ -21,6 +21,13 @@ def plates() -> tuple[int, ...]:
     return tuple(sizes.get(dim, 1) for dim in range(min(sizes, default=0), 0))
 
 
+def is_subsampled() -> bool:
+    """Say whether the innermost plate around a call takes some of its rows."""
+    around = [handler for handler in HANDLERS if isinstance(handler, numpyro.plate)]
+    last = max(around, key=lambda plate: plate.dim)
+    return bool(last.size != last.subsample_size)
+
+
 def announce(
     name: str,
     gp: Any,
@@ -29,7 +36,7 @@ def announce(
     copies: tuple[int, ...] = (),
     whitened: bool = False,
 ) -> dict[str, Any]:
-    """Tell handlers of a process whose sample site they cannot see.
+    """Send a process, which has no sample site of its own, to the handlers around.
 
     Where it is `whitened`, its own sample site is written in other terms, and `at` are its inputs;
     else its values are those at inducing points.

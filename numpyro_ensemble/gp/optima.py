@@ -46,7 +46,9 @@ def maximise(
     Args:
         rng_key: one key, of the points.
         paths: functions, from `draw_paths` or `Pathwise.draw`.
-        bounds: `(low, high)` for each column of the inputs, `(D, 2)`, or of the only one.
+        bounds: `(low, high)` for each column of the inputs, `(D, 2)`, or of the only one. Equal
+            ones hold a column fixed, the number of an output say. With `Derivatives` they may
+            leave the last column out: values are sought.
         num_points: how many points each path is evaluated at.
         num_starts: how many of these it is followed from.
         max_steps: steps of each search.
@@ -90,22 +92,25 @@ def _found(
         check_count(name, value)
     if starts > points:
         raise ValueError(f"num_starts={starts} of num_points={points} are too many.")
-    low, high = _box(bounds, paths.points.shape[-1])
+    low, high = _box(bounds, paths.points.shape[-1], paths.kernel.is_whole)
     unit = sobol(one_key(rng_key), points, len(low), paths.points.dtype)
     box = jnp.asarray([low, high], unit.dtype)
     paths.kernel.check_inputs(box[:1] + (box[1:] - box[:1]) * unit)
     return _search(paths, unit, box, sign, starts, steps)
 
 
-def _box(bounds: Any, dims: int) -> tuple[np.ndarray, np.ndarray]:
+def _box(bounds: Any, dims: int, of_values: bool) -> tuple[np.ndarray, np.ndarray]:
     box = np.asarray(bounds, float)
-    box = box[None] if dims == 1 and box.shape == (2,) else box
+    box = box[None] if box.shape == (2,) else box
+    if of_values and box.shape == (dims - 1, 2):
+        box = np.concatenate([box, np.zeros((1, 2))])
     if box.shape != (dims, 2):
         raise ValueError(
             f"bounds takes (low, high) for each of {dims} columns of the inputs, shape "
-            f"({dims}, 2); got shape {box.shape}."
+            f"({dims}, 2); got shape {np.shape(bounds)}."
         )
-    if not (np.isfinite(box).all() and (box[:, 0] < box[:, 1]).all()):
+    ordered = (box[:, 0] <= box[:, 1]).all() and (box[:, 0] < box[:, 1]).any()
+    if not (np.isfinite(box).all() and ordered):
         raise ValueError(f"bounds takes finite numbers, low below high; got {box.tolist()}.")
     return box[:, 0], box[:, 1]
 

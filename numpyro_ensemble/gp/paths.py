@@ -53,7 +53,7 @@ class Paths:
         right: what the prior functions and noise leave of the values, `(P, N)`.
         diagonal: noise and jitter at the points, `(N,)`.
         noise: of observations, a number or `(N,)`; 0 for latent processes.
-        jitter: what the diagonal has beside the noise.
+        jitter: what the diagonal has beside the noise, a number or `(N,)`.
         observed: which values count, `(N,)`, or None.
         residuals: relative residuals of the solves, `(P,)`; NaN for a factor in double precision,
             where they are not measured.
@@ -356,10 +356,15 @@ class Paths:
     def _more(self, X: jax.Array, values: jax.Array, noise: Any, key: jax.Array | None) -> Paths:
         points = jnp.concatenate([self.points, X])
         variances = diagonal("noise", self.noise if noise is None else noise, X)
-        jitter = self.jitter
+        jitter = own = self.jitter
         if not self.keeps_jitter:
-            jitter = jnp.maximum(jitter, default_jitter(self.kernel, points))
-        added = variances + jitter
+            default = default_jitter(self.kernel, points)
+            if default.ndim:  # each point keeps its own
+                own = default[len(self.points) :]
+                jitter = jnp.concatenate([self.jitter, own])
+            else:
+                jitter = own = jnp.maximum(jitter, default)
+        added = variances + own
         if key is None:
             seed = jax.random.wrap_key_data(self.seed, impl="threefry2x32")
             key = jax.random.fold_in(seed, len(self.points))

@@ -49,11 +49,12 @@ def why_unfactored(dtype: Any) -> str:
 def default_jitter(kernel: Kernel, X: jax.Array) -> jax.Array:
     """Return what is added to a kernel matrix's diagonal so that it can be factored.
 
-    The rounding of a matrix of N rows is of this size.
+    The rounding of a matrix of N rows is of this size. It is one number, or one for each row where
+    the kernel says that rows have units of their own.
     """
-    diag = kernel.diagonal(X)
-    eps = max(float(jnp.finfo(dtype).eps) for dtype in (diag.dtype, X.dtype))
-    return 4 * len(X) * eps * diag.mean()
+    variance = kernel.typical_variance(X)
+    eps = max(float(jnp.finfo(dtype).eps) for dtype in (variance.dtype, X.dtype))
+    return 4 * len(X) * eps * variance
 
 
 def covariance(

@@ -12,12 +12,19 @@ import numpyro.distributions as dist
 from jax.typing import ArrayLike
 from numpyro.util import is_prng_key
 
-from numpyro_ensemble.gp.distribution import GaussianProcess, warn_of_copies
+from numpyro_ensemble.gp.distribution import Copies, GaussianProcess, warn_of_copies
 from numpyro_ensemble.gp.inputs import EXACT, as_inputs
 from numpyro_ensemble.gp.kernels import Kernel
-from numpyro_ensemble.gp.messages import announce, plates
+from numpyro_ensemble.gp.messages import announce, is_subsampled, plates
 from numpyro_ensemble.gp.solvers import pivoted_cholesky
 from numpyro_ensemble.handlers import check_count, key_of
+
+
+class _Inducing(GaussianProcess):
+    """A process at inducing points, of which a plate may have as many copies as it likes."""
+
+    def expand(self, batch_shape: tuple[int, ...]) -> dist.Distribution:
+        return Copies(self, tuple(batch_shape)) if batch_shape else self
 
 
 def sparse_gp(
@@ -58,10 +65,18 @@ def sparse_gp(
         ...         likelihood = ExpectedLikelihood(lambda f: dist.Bernoulli(logits=f), m, v)
         ...         numpyro.sample("y", likelihood, obs=y)
     """
-    X, process = as_inputs(X), GaussianProcess(kernel, Z, 0.0, mean_fn, jitter)
+    X, process = as_inputs(X), _Inducing(kernel, Z, 0.0, mean_fn, jitter)
     if X.shape[1] != process.X.shape[1]:
         raise ValueError(f"X has {X.shape[1]} columns, and Z has {process.X.shape[1]}.")
+    kernel.check_inputs(X)
     L = process.scale_tril()
+
+    around = plates()
+    if around and around[-1] == len(X) > 1 and is_subsampled():
+        raise ValueError(
+            f"sparse_gp({name!r}) stands inside the plate of its data, which would copy its "
+            f"inducing values for each row: call it before the plate, with the inputs of the batch."
+        )
 
     def draw() -> jax.Array:
         normal = dist.Normal(jnp.zeros(len(process.X), L.dtype), 1.0).to_event(1)
@@ -71,7 +86,7 @@ def sparse_gp(
         values = jnp.einsum("ij,...j->...i", L, z, precision=EXACT) if whiten else z
         return jnp.broadcast_to(process.mean, values.shape) + values if whiten else values
 
-    message = announce(name, process, X, draw, plates())
+    message = announce(name, process, X, draw, around)
     values = message["value"]
     if message["answered"]:
         return values, jnp.zeros_like(values)

@@ -6,13 +6,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import numpyro
 import numpyro.distributions as dist
 from numpyro.infer.reparam import Reparam
 
 from numpyro_ensemble.gp.distribution import GaussianProcess
 from numpyro_ensemble.gp.inputs import EXACT
-from numpyro_ensemble.gp.messages import announce
+from numpyro_ensemble.gp.messages import announce, plates
 
 
 class WhitenReparam(Reparam):
@@ -50,5 +51,6 @@ class WhitenReparam(Reparam):
             values = jnp.einsum("ij,...j->...i", process.scale_tril(), z, precision=EXACT)
             return jnp.broadcast_to(process.mean, values.shape) + values
 
-        message = announce(name, process, process.X, draw, expand_shape, whitened=True)
+        copies = np.broadcast_shapes(expand_shape, plates())
+        message = announce(name, process, process.X, draw, copies, whitened=True)
         return None, message["value"]

@@ -19,7 +19,7 @@ def laid_out(log_density: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
 
     XLA's CPU code for the gradient of an index, `a[group]`, takes two to three times as long for
     all chains at once as for a few at a time. Everything else it does best for all at once.
-    The function may close over nothing that is traced, and has slopes in z alone.
+    The function may close over nothing that is traced. Its derivative by `data` is 0.
     """
     if platform_of() != "cpu":
         return log_density

@@ -143,13 +143,18 @@ def metric_from_pathfinder(result: PathfinderResult) -> dict[tuple[str, ...], ja
     """Return the covariance of Pathfinder's draws, as the metric of NumPyro's HMC and NUTS.
 
     Draws count by their weights where these leave four effective draws for each dimension, else
-    equally.
+    equally. NUTS adapts it further in its warm-up; with `adapt_mass_matrix=False` it stays, which
+    serves short warm-ups where Pareto k is below 0.7.
 
     Args:
         result: what `Pathfinder.run` returned.
 
     Returns:
         One block of all latents, `{names: (D, D)}`, in unconstrained space.
+
+    Raises:
+        TypeError: for something else than a result.
+        ValueError: if none of its draws is finite.
 
     Example:
         >>> import jax, numpyro, numpyro.distributions as dist
@@ -172,6 +177,8 @@ def metric_from_pathfinder(result: PathfinderResult) -> dict[tuple[str, ...], ja
     draws = jnp.concatenate(rows, axis=1)
     log_weights = jnp.asarray(result.pool_log_weights)
     there = jnp.isfinite(log_weights) & jnp.isfinite(draws).all(axis=1)
+    if not has_tracers(there) and not there.any():
+        raise ValueError("no draw of the result is finite: there is no metric in it.")
     weights = jax.nn.softmax(jnp.where(there, log_weights, -jnp.inf))
     enough = (weights**2).sum() * 4.0 * draws.shape[1] < 1.0
     weights = jnp.where(enough, weights, there / there.sum())[:, None]

@@ -39,7 +39,7 @@ class Case(NamedTuple):
         enumerated: the model sums out discrete latents, so its loss is `TraceEnum_ELBO`.
         single: the model itself runs in single precision alone.
         size: the most chains and iterations, where more of them take minutes.
-        reverse_only: its gradient cannot be differentiated forward, as the draws of a Laplace guide do.
+        reverse_only: its gradient has no forward derivative, which draws of a Laplace guide take.
         refused: by column, the part of a message that must tell the user why it does not run.
     """
 

@@ -29,7 +29,7 @@ class Spectrum(NamedTuple):
 
 
 def values_of(fn: Callable[[jax.Array], jax.Array], X: jax.Array) -> jax.Array:
-    """Return what most kernels are covariances of: a function's values."""
+    """Return a function's values at inputs; `Derivatives` has its slopes too."""
     return fn(X)
 
 
@@ -100,6 +100,8 @@ class Kernel:
         X2 = X1 if X2 is None else as_inputs(X2, "X2")
         if X1.shape[1] != X2.shape[1]:
             raise ValueError(f"X1 has {X1.shape[1]} columns, and X2 has {X2.shape[1]}.")
+        for X in (X1, X2):
+            self.check_inputs(X)
         return self.matrix(X1, X2)
 
     def diag(self, X: ArrayLike) -> jax.Array:
@@ -163,16 +165,20 @@ class Kernel:
     is_spectral: ClassVar[bool] = False
     is_numbered: ClassVar[bool] = False  # whether it reads the numbers of outputs
     takes_all: bool = False  # whether it works on all columns of the inputs, whatever they are
-    is_differentiable: bool = True  # whether second derivatives at equal inputs are those of JAX
-    is_whole: ClassVar[bool] = False  # whether it is no part of sums, products and the like
-    observe: ClassVar[Callable] = staticmethod(values_of)  # what of a function is seen at inputs
+    is_differentiable: bool = True  # False for a kernel whose functions have no slopes
+    is_whole: ClassVar[bool] = False  # True for Derivatives, which is no part of another kernel
+    observe: ClassVar[Callable] = staticmethod(values_of)  # values of a function, or slopes too
 
     def of_values(self, X: jax.Array) -> tuple[Kernel, jax.Array]:
-        """Return the kernel of the function that is seen, and the inputs of that function."""
+        """Return the kernel of values, and the inputs without the column that tells slopes."""
         return self, X
 
+    def typical_variance(self, X: jax.Array) -> jax.Array:
+        """Return the variance of rows: a number, or `(N,)` where their units differ."""
+        return self.diagonal(X).mean()
+
     def mean_at(self, mean_fn: Any, X: jax.Array) -> jax.Array:
-        """Evaluate what is seen of a mean at a matrix of inputs, `(N,)`."""
+        """Evaluate a mean, or its slopes, at a matrix of inputs, `(N,)`."""
         return self.observe(partial(mean_at, mean_fn), X)
 
     def inputs(self, X: jax.Array) -> jax.Array:
@@ -224,7 +230,10 @@ def _check_parts(*kernels: Kernel) -> None:
     for kernel in kernels:
         if kernel.is_whole:
             name = type(kernel).__name__
-            raise TypeError(f"{name} wraps whole kernels: {name}(a + b), {name}(a * b).")
+            raise TypeError(
+                f"{name} comes last, around a whole kernel: {name}(a + b), {name}(a * b), "
+                f"{name}(kernel.warp(fn)), {name}(multi_output(kernel, W))."
+            )
 
 
 class _Pair(Kernel):

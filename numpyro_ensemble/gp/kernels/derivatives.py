@@ -35,11 +35,12 @@ class Derivatives(Kernel):
     """The kernel of a process and of its slopes, which a last column of the inputs tells apart.
 
     That column is 0 for a value, and d for the slope along column d - 1 of the others:
-    `numbered_inputs(X, X_slopes)` makes such inputs. The mean, too, is a function of the other
-    columns. Wrap whole kernels: sums and products go inside.
+    `numbered_inputs(X, X_slopes)` makes such inputs. `mean_fn` gets the other columns, and JAX
+    takes its slopes. Sums, products and warps of kernels go inside.
 
     Args:
-        kernel: a kernel of functions that are differentiable, such as RBF and Matern52.
+        kernel: a kernel of functions that are differentiable, such as RBF and Matern52. One of your
+            own must be twice differentiable by JAX at equal inputs: write it in squared distances.
 
     Example:
         >>> import jax.numpy as jnp
@@ -62,8 +63,8 @@ class Derivatives(Kernel):
         rough = [type(atom).__name__ for atom in atoms(kernel) if not atom.is_differentiable]
         if rough:
             raise ValueError(
-                f"Derivatives: {rough[0]} has no slopes that are known here. Take RBF, Matern52, "
-                f"or another kernel of functions that are differentiable."
+                f"Derivatives takes no {rough[0]}: its functions have no slopes, or this package "
+                f"does not know them. Take RBF, Matern52, or another smooth kernel."
             )
         self.kernel = kernel
 
@@ -81,16 +82,19 @@ class Derivatives(Kernel):
             return
         known = np.asarray(X)  # inside a trace, a slice of a known array would not be known
         numbers, columns = known[:, -1], X.shape[1] - 1
-        wrong = np.flatnonzero(
-            (numbers != np.round(numbers)) | (numbers < 0) | (numbers > columns) | (columns < 1)
-        )
-        if len(wrong):
+        wrong = np.flatnonzero((numbers != np.round(numbers)) | (numbers < 0) | (numbers > columns))
+        if columns < 1 or len(wrong):
+            got = f"{numbers[wrong[0]]} in row {wrong[0]}" if columns else "one column alone"
             raise ValueError(
-                f"Derivatives: the last column of the inputs is 0 for a value, and 1 to {columns} "
-                f"for a slope; got {numbers[wrong[0]]} in row {wrong[0]}. "
-                f"numbered_inputs(X, X_slopes) makes such inputs."
+                f"Derivatives: the last column of the inputs is 0 for a value, and 1 to "
+                f"{max(columns, 1)} for a slope; got {got}. Write numbered_inputs(X) for values, "
+                f"numbered_inputs(X, X_slopes) for slopes too."
             )
         self.kernel.check_inputs(known[:, :-1])  # type: ignore[arg-type]
+
+    def typical_variance(self, X: jax.Array) -> jax.Array:
+        """Return one for each row: slopes have another unit than values."""
+        return self.diagonal(X)
 
     def is_valid(self) -> jax.Array:
         return self.kernel.is_valid()

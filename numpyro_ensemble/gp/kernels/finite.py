@@ -176,7 +176,7 @@ def multi_output(kernel: Kernel, W: Any, kappa: Any = None) -> Kernel:
     Args:
         kernel: a kernel of the other columns.
         W: `(num_outputs, rank)`.
-        kappa: variances `(num_outputs,)` that each output has beside (default: none).
+        kappa: variance of a part of each output's own, `(num_outputs,)` (default: none).
 
     Example:
         >>> import jax.numpy as jnp
@@ -185,6 +185,8 @@ def multi_output(kernel: Kernel, W: Any, kappa: Any = None) -> Kernel:
         >>> multi_output(RBF(), jnp.array([[1.0], [-0.5]]))(X).shape
         (7, 7)
     """
+    if not isinstance(kernel, Kernel):
+        raise TypeError(f"multi_output: kernel takes a kernel, got {kernel!r}.")
     return kernel.warp(_without_last) * Coregion(W, kappa)
 
 
