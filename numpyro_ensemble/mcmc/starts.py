@@ -150,7 +150,7 @@ def metric_from_pathfinder(result: PathfinderResult) -> dict[tuple[str, ...], ja
         result: what `Pathfinder.run` returned.
 
     Returns:
-        One block of all latents, `{names: (D, D)}`, in unconstrained space.
+        A dict of one block `(D, D)` for the names of all latents, in unconstrained space.
 
     Raises:
         TypeError: for something else than a result.

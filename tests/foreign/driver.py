@@ -18,6 +18,7 @@ from numpyro.infer import autoguide
 
 FULL = Size()
 SHORT = Size(32, 300, 200)
+NO_FIT = "there is no fit"
 UNMIXED = 1.2  # R-hat above which a run must end with a warning
 GUIDES = {name: getattr(autoguide, name) for name in FITS if name.startswith("Auto")}
 
@@ -66,7 +67,7 @@ def run_fits(case: Case, key, columns=ALL, steps=fits.STEPS):
         ("ArviZ", partial(fits.arviz, case)),
     ):
         if name in columns:
-            absent = {"ok": False, "reason": "there is no fit"}
+            absent = {"ok": False, "reason": NO_FIT}
             yield name, attempt(use, *fitted)[0] if fitted else absent
 
 
@@ -109,10 +110,11 @@ def run_model(name, case: Case, *, columns=ALL, size=FULL, report=None):
 def complaints(row, refused=None):
     """Return what is wrong with a row: columns that fail otherwise than they are known to."""
     wrong, refused = [], refused or {}
-    for name, column in row.items():
-        if name in ("model", "double", "size", "NUTS"):
-            continue
-        if column.get("reason", "").startswith("UpstreamError"):
+    columns = {k: v for k, v in row.items() if k not in ("model", "double", "size", "NUTS")}
+    reasons = {k: column.get("reason", "") for k, column in columns.items()}
+    upstream = {k for k, reason in reasons.items() if reason.startswith("UpstreamError")}
+    for name, column in columns.items():
+        if name in upstream or (upstream and reasons[name] == NO_FIT):
             continue
         if column["ok"] == (name in refused):
             said = "runs, though it is said not to" if column["ok"] else column["reason"]

@@ -44,6 +44,13 @@ def test_a_refusal_is_the_one_that_is_known(column, complaint):
     assert not wrong if complaint is None else complaint in wrong[0]
 
 
+@pytest.mark.parametrize(("reason", "count"), [("UpstreamError: no start", 0), ("KeyError: 0", 2)])
+def test_no_fit_is_numpyros_failure_where_its_own_fails(reason, count):
+    row = {"AutoNormal": {"ok": False, "reason": reason}}
+    row["ArviZ"] = {"ok": False, "reason": driver.NO_FIT}
+    assert len(driver.complaints({"model": "any"} | row)) == count
+
+
 @pytest.mark.parametrize("place", range(6))
 def test_three_turns_run_every_column(place, monkeypatch):
     seen = set()
