@@ -48,8 +48,8 @@ def numbered_inputs(*inputs: ArrayLike) -> jax.Array:
     Example:
         >>> import jax.numpy as jnp
         >>> from numpyro_ensemble.gp import numbered_inputs
-        >>> numbered_inputs(jnp.array([0.5, 0.7]), jnp.array([0.1])).round(1).tolist()
-        [[0.5, 0.0], [0.7, 0.0], [0.1, 1.0]]
+        >>> numbered_inputs(jnp.array([0.5, 0.75]), jnp.array([0.25])).tolist()
+        [[0.5, 0.0], [0.75, 0.0], [0.25, 1.0]]
     """
     if not inputs:
         raise ValueError("numbered_inputs takes inputs, one set for each output; got none.")
