@@ -63,6 +63,13 @@ def numbered_inputs(*inputs: ArrayLike) -> jax.Array:
     return jnp.concatenate(rows)
 
 
+def misnumbered(X: ArrayLike, column: int, count: int) -> str | None:
+    """Return the first entry of a column that is no number below a count, and its row, if any."""
+    numbers = np.asarray(X)[:, column]  # inside a trace, a slice of X would not be known
+    wrong = np.flatnonzero((numbers != np.round(numbers)) | (numbers < 0) | (numbers >= count))
+    return f"{numbers[wrong[0]]} in row {wrong[0]}" if len(wrong) else None
+
+
 def check_finite(name: str, values: ArrayLike) -> None:
     """Raise a ValueError that counts and locates entries that are not finite, if they are known."""
     if has_tracers(values):

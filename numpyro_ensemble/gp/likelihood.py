@@ -31,7 +31,7 @@ class ExpectedLikelihood(dist.Distribution):
         m: mean `(N,)` of the latents, or `(L, N)`.
         v: their variance, of the same shape; the L latents of a value are independent.
 
-    Quadrature of up to four latents errs by 1e-4 or less for softmax and the like. Beyond, 1,024
+    Quadrature of up to four latents errs by 3e-4 or less for softmax and the like. Beyond, 1,024
     points of a Sobol sequence err by 1e-3, and by some percent for `exp` of their sum.
 
     Example:

@@ -14,17 +14,20 @@ from numpyro_ensemble._compat import HANDLERS
 SUFFIX = "_gp"  # of the announcing message's name
 
 
+def _around() -> list[numpyro.plate]:
+    """Return the plates that a call stands in."""
+    return [handler for handler in HANDLERS if isinstance(handler, numpyro.plate)]
+
+
 def plates() -> tuple[int, ...]:
     """Return the batch shape that the plates around a call give to a sample site."""
-    around = [handler for handler in HANDLERS if isinstance(handler, numpyro.plate)]
-    sizes = {handler.dim: handler.subsample_size for handler in around}
+    sizes = {plate.dim: plate.subsample_size for plate in _around()}
     return tuple(sizes.get(dim, 1) for dim in range(min(sizes, default=0), 0))
 
 
 def is_subsampled() -> bool:
     """Say whether the innermost plate around a call takes some of its rows."""
-    around = [handler for handler in HANDLERS if isinstance(handler, numpyro.plate)]
-    last = max(around, key=lambda plate: plate.dim)
+    last = max(_around(), key=lambda plate: plate.dim)
     return bool(last.size != last.subsample_size)
 
 

@@ -172,9 +172,8 @@ def metric_from_pathfinder(result: PathfinderResult) -> dict[tuple[str, ...], ja
     """
     if not isinstance(result, PathfinderResult):
         raise TypeError(f"result takes what Pathfinder.run returned, got {type(result).__name__}.")
-    names = tuple(result.pool)
-    rows = [result.pool[name].reshape(len(result.pool[name]), -1) for name in names]
-    draws = jnp.concatenate(rows, axis=1)
+    names = tuple(sorted(result.pool))
+    draws = jax.vmap(lambda z: ravel_pytree(z)[0])(result.pool)  # in this order
     log_weights = jnp.asarray(result.pool_log_weights)
     there = jnp.isfinite(log_weights) & jnp.isfinite(draws).all(axis=1)
     if not has_tracers(there) and not there.any():

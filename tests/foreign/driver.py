@@ -23,6 +23,11 @@ UNMIXED = 1.2  # R-hat above which a run must end with a warning
 GUIDES = {name: getattr(autoguide, name) for name in FITS if name.startswith("Auto")}
 
 
+def has_draws(case: Case, guide: str) -> bool:
+    """Say whether a fitted guide can be drawn from: that of Laplace takes forward derivatives."""
+    return not (case.reverse_only and guide == "AutoLaplaceApproximation")
+
+
 def in_turn(place: int, case: Case) -> tuple[str, ...]:
     """Return the columns that `make foreign` runs for the model at a place of a list.
 
@@ -33,7 +38,7 @@ def in_turn(place: int, case: Case) -> tuple[str, ...]:
     guides = tuple(GUIDES)
     guide = guides[turn % len(guides)]
     columns = ["MAP", guide, "Predictive", "ArviZ"]
-    if case.reverse_only and guide == "AutoLaplaceApproximation":
+    if not has_draws(case, guide):
         columns = ["MAP", guide]
     kernel = SAMPLERS[turn % len(SAMPLERS)]
     columns += [kernel] if kernel in case.refused else ["NUTS", kernel]
@@ -59,7 +64,7 @@ def run_fits(case: Case, key, columns=ALL, steps=fits.STEPS):
     for name, build in builders.items():
         if name in columns or name == "own guide":
             column, outcome = attempt(fits.variational, case, build, key, steps)
-            if not (case.reverse_only and name == "AutoLaplaceApproximation"):
+            if has_draws(case, name):
                 fitted = fitted or outcome
             yield name, column
     for name, use in (

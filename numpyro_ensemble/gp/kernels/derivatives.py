@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from numpyro_ensemble.calls.arguments import has_tracers
+from numpyro_ensemble.gp.inputs import misnumbered
 from numpyro_ensemble.gp.kernels.base import Kernel, atoms
 
 
@@ -80,17 +81,15 @@ class Derivatives(Kernel):
     def check_inputs(self, X: jax.Array) -> None:
         if has_tracers(X):
             return
-        known = np.asarray(X)  # inside a trace, a slice of a known array would not be known
-        numbers, columns = known[:, -1], X.shape[1] - 1
-        wrong = np.flatnonzero((numbers != np.round(numbers)) | (numbers < 0) | (numbers > columns))
-        if columns < 1 or len(wrong):
-            got = f"{numbers[wrong[0]]} in row {wrong[0]}" if columns else "one column alone"
+        columns = X.shape[1] - 1
+        wrong = misnumbered(X, -1, columns + 1) if columns else "one column alone"
+        if wrong:
             raise ValueError(
                 f"Derivatives: the last column of the inputs is 0 for a value, and 1 to "
-                f"{max(columns, 1)} for a slope; got {got}. Write numbered_inputs(X) for values, "
+                f"{max(columns, 1)} for a slope; got {wrong}. Write numbered_inputs(X) for values, "
                 f"numbered_inputs(X, X_slopes) for slopes too."
             )
-        self.kernel.check_inputs(known[:, :-1])  # type: ignore[arg-type]
+        self.kernel.check_inputs(np.asarray(X)[:, :-1])  # type: ignore[arg-type]
 
     def typical_variance(self, X: jax.Array) -> jax.Array:
         """Return one for each row: slopes have another unit than values."""

@@ -19,6 +19,7 @@ from numpyro_ensemble.gp.inputs import (
     check_dims,
     check_given,
     hyperparameter,
+    misnumbered,
     per_dimension,
 )
 from numpyro_ensemble.gp.kernels.base import Atom, Kernel, as_active
@@ -131,12 +132,11 @@ class Coregion(Kernel):
             return
         name, number = type(self).__name__, jnp.shape(self.W)[-2]
         column = check_dims(name, (self.active_dims,), X)[0]
-        numbers = np.asarray(X)[:, column]  # inside a trace, a slice of X would not be known
-        wrong = np.flatnonzero((numbers != np.round(numbers)) | (numbers < 0) | (numbers >= number))
-        if len(wrong):
+        wrong = misnumbered(X, column, number)
+        if wrong:
             raise ValueError(
                 f"{name}: column {column} holds {self._numbered}' numbers, 0 to {number - 1}; got "
-                f"{numbers[wrong[0]]} in row {wrong[0]}."
+                f"{wrong}."
             )
 
     def _numbers(self, X: jax.Array) -> jax.Array:
