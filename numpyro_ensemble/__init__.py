@@ -1,5 +1,6 @@
 """Ensembles of MAP fits, variational fits, chains and functions for NumPyro."""
 
+from numpyro_ensemble.checkpoint import Checkpoint
 from numpyro_ensemble.density import log_joint
 from numpyro_ensemble.fit.stopping import EarlyStopping
 from numpyro_ensemble.handlers import reweight
@@ -21,6 +22,7 @@ from numpyro_ensemble.vi import EnsembleVI, ensemble_vi
 __version__ = "0.1.0"
 
 __all__ = [
+    "Checkpoint",
     "EarlyStopping",
     "EnsembleMAP",
     "EnsemblePredictive",

@@ -11,7 +11,7 @@ import numpy as np
 from numpyro.infer.autoguide import AutoLaplaceApproximation
 
 from numpyro_ensemble.fit.curvature import Curvature, curvatures, draws_at
-from numpyro_ensemble.fit.setup import setup_of
+from numpyro_ensemble.fit.state import setup_of
 from numpyro_ensemble.handlers import check_count, one_key
 from numpyro_ensemble.results import TRUSTED_K, EnsembleResult, name_members
 from numpyro_ensemble.scoring import psis

@@ -19,7 +19,7 @@ from numpyro_ensemble.fit.minimisers import default_minimiser
 from numpyro_ensemble.fit.optimisers import choose_optimizer
 from numpyro_ensemble.fit.point_guide import PointGuide
 from numpyro_ensemble.fit.problem import Problem
-from numpyro_ensemble.fit.setup import GuideValues
+from numpyro_ensemble.fit.state import GuideValues
 from numpyro_ensemble.handlers import check_weight
 from numpyro_ensemble.primitives import combine, partition, stack_members
 from numpyro_ensemble.results import EnsembleResult
@@ -99,6 +99,10 @@ class EnsembleMAP(Ensemble):
         optim: a `numpyro.optim` or optax optimiser, or a minimiser of optimistix; L-BFGS,
             `optimistix.LBFGS(rtol=1e-8, atol=1e-8)`, where none is given.
         ensemble_size: number of members E.
+        member_batch_size: how many members are computed at once, on each device, to bound memory;
+            all of them by default.
+        mesh: devices that members are spread over, a `jax.sharding.Mesh` with an axis "member", or
+            "all"; with an axis "data" too, rows of the data are spread over that one.
         prior_weight: weight of the prior; 1 is MAP, a Python 0 is maximum likelihood.
         init_loc_fn: a NumPyro initialisation strategy, `init_to_uniform(radius=0.5)` say.
         jacobian: find modes of the density over unconstrained latents instead.
@@ -135,6 +139,8 @@ class EnsembleMAP(Ensemble):
         optim: Any = None,
         *,
         ensemble_size: int = 16,
+        member_batch_size: int | None = None,
+        mesh: Any = None,
         prior_weight: ArrayLike = 1.0,
         init_loc_fn: Callable = init_to_uniform,
         jacobian: bool = False,
@@ -149,6 +155,8 @@ class EnsembleMAP(Ensemble):
             default_minimiser() if optim is None else optim,
             Trace_ELBO(),
             ensemble_size=ensemble_size,
+            member_batch_size=member_batch_size,
+            mesh=mesh,
             prior_sites=prior_sites,
             likelihood_sites=likelihood_sites,
         )

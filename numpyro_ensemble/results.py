@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import warnings
 from typing import Any, NamedTuple
 
 import jax
@@ -9,9 +11,17 @@ import jax.numpy as jnp
 import numpy as np
 from numpyro.infer.svi import SVIRunResult, SVIState
 
+from numpyro_ensemble import storage
+from numpyro_ensemble.fit.state import FitState, GuideValues, Setup, SetupValues, setup_of
 from numpyro_ensemble.primitives import is_inexact
 
 _RANKED_LOSSES = 100
+_REPORTED = (
+    "stopped",
+    "completed_steps",
+    "seconds",
+    "gradient_norm",
+)  # of a result, besides its fields
 TRUSTED_K = 0.7  # Pareto shapes above have weights that a few draws own (Vehtari et al. 2024)
 
 
@@ -40,10 +50,12 @@ class EnsembleResult(_Fields):
         stopped: which members `(E,)` stopped early, None where that is not known any more.
         gradient_norm: length `(E,)` of each member's gradient of the loss, in unconstrained space
             and over all the data, of `EnsembleMAP`; None of other runners, and under `jit`.
+        completed_steps: how many of the steps were taken before the run ended; None under `jit`.
         seconds: how long the run took, compilation included, None where that is not known.
     """
 
     stopped: np.ndarray | None = None
+    completed_steps: int | None = None
     seconds: float | None = None
     gradient_norm: np.ndarray | None = None
 
@@ -118,6 +130,58 @@ class EnsembleResult(_Fields):
         state = jax.tree.map(lambda leaf: leaf[index], SVIState(*self.state))
         return SVIRunResult(params, state, self.losses[index])
 
+    def save(self, path: str | os.PathLike) -> None:
+        """Write the result into a file of plain arrays and JSON, which `load` reads.
+
+        NumPy reads it too: `numpy.load(path)["params/w"]`. It holds neither model nor guide.
+
+        Raises:
+            TypeError: if the parameters are no arrays in dicts, lists and tuples.
+        """
+        setup, (step, optimiser) = setup_of(self.state), self.state.optim_state
+        saved = isinstance(optimiser, storage.Leaves)
+        tree = {
+            "params": self.params,
+            "losses": self.losses,
+            "step": step,
+            "optimiser": optimiser if saved else storage.Leaves.of(optimiser),
+            "mutable_state": self.state.mutable_state,
+            "rng_key": self.state.rng_key,
+            "constraints": None if setup is None else list(setup.values.constraints),
+            "guide": None if setup is None else list(setup.values.guide),
+            **{name: getattr(self, name) for name in _REPORTED},
+        }
+        storage.write(path, "EnsembleResult", tree)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> EnsembleResult:
+        """Return the result that `save` wrote; nothing in the file is run as code.
+
+        It serves predictions, exports and starts, and a runner of the same model goes on from its
+        state: `init_state=result.state`.
+
+        Raises:
+            ValueError: if the file is damaged, or holds something else.
+        """
+        tree = storage.read(path, "EnsembleResult")
+        wide = [leaf for leaf in jax.tree.leaves(tree) if _is_wide(leaf)]
+        if wide and not jax.config.jax_enable_x64:  # type: ignore[attr-defined]
+            warnings.warn(
+                f"{path} holds numbers in double precision, which jax_enable_x64 is off for: they "
+                f"are rounded.",
+                stacklevel=2,
+            )
+        reported = {name: tree.pop(name) for name in _REPORTED}
+        tree = jax.tree.map(lambda x: x if isinstance(x, str) else jax.device_put(x), tree)
+        setup = None
+        if tree["guide"] is not None:
+            setup = Setup(SetupValues(tree["constraints"], GuideValues(*tree["guide"]), {}), None)
+        optim_state = (tree["step"], tree["optimiser"])
+        state = FitState(optim_state, tree["mutable_state"], tree["rng_key"], setup)
+        result = cls(tree["params"], state, tree["losses"])
+        vars(result).update(reported)
+        return result
+
 
 class PathfinderResult(NamedTuple):
     """What `Pathfinder.run` has found.
@@ -147,6 +211,10 @@ class PathfinderResult(NamedTuple):
     converged: Any
     pool: dict[str, Any]
     pool_log_weights: Any
+
+
+def _is_wide(leaf: Any) -> bool:
+    return getattr(leaf, "dtype", None) in ("float64", "int64", "complex128")
 
 
 def _inexact(leaves: list[Any]) -> list[Any]:

@@ -22,8 +22,8 @@ from numpyro_ensemble.fit.guides import is_set_up
 from numpyro_ensemble.fit.member_guides import MemberGuides
 from numpyro_ensemble.fit.optimisers import choose_optimizer
 from numpyro_ensemble.fit.problem import Problem
-from numpyro_ensemble.fit.setup import GuideValues, SetupTemplate, setup_of
-from numpyro_ensemble.fit.states import check_size
+from numpyro_ensemble.fit.setup import SetupTemplate
+from numpyro_ensemble.fit.state import GuideValues, check_size, setup_of
 from numpyro_ensemble.handlers import check_count, check_weight, one_key, reweight
 from numpyro_ensemble.results import EnsembleResult
 
@@ -101,6 +101,10 @@ class EnsembleVI(Ensemble):
         optim: a `numpyro.optim`, `jax.example_libraries` or optax optimiser, line searches apart.
         loss: any ELBO of NumPyro.
         ensemble_size: number of members E.
+        member_batch_size: how many members are computed at once, on each device, to bound memory;
+            all of them by default.
+        mesh: devices that members are spread over, a `jax.sharding.Mesh` with an axis "member", or
+            "all"; with an axis "data" too, rows of the data are spread over that one.
         kl_weight: weight of the divergence from the prior, a number or a schedule of the step; 1
             is the plain ELBO. It weighs the prior in the model and everything in the guide.
         prior_sites: names of `numpyro.factor` sites that belong to the prior.
@@ -138,6 +142,8 @@ class EnsembleVI(Ensemble):
         loss: Any,
         *,
         ensemble_size: int = 16,
+        member_batch_size: int | None = None,
+        mesh: Any = None,
         kl_weight: ArrayLike | Callable = 1.0,
         prior_sites: Collection[str] = (),
         likelihood_sites: Collection[str] = (),
@@ -150,6 +156,8 @@ class EnsembleVI(Ensemble):
             optim,
             loss,
             ensemble_size=ensemble_size,
+            member_batch_size=member_batch_size,
+            mesh=mesh,
             prior_sites=prior_sites,
             likelihood_sites=likelihood_sites,
             **static_kwargs,
@@ -233,7 +241,7 @@ class EnsembleVI(Ensemble):
         rng_key = one_key(rng_key)
         check_count("num_samples", num_samples)
         check_size(result.state, self.ensemble_size)
-        template, values = self._setup_of(result)
+        template, values = self._setup_of(result, args, kwargs)
         kwargs = {**kwargs, **self.static_kwargs}
         moving = isinstance(self.guide, AutoGuide) and template.guide_forms.supports
         size, with_density = self.ensemble_size, with_density and not moving
@@ -251,7 +259,9 @@ class EnsembleVI(Ensemble):
             del densities["log_q_mixture"]
         return samples, densities
 
-    def _setup_of(self, result: EnsembleResult) -> tuple[SetupTemplate, GuideValues]:
+    def _setup_of(
+        self, result: EnsembleResult, args: tuple, kwargs: dict
+    ) -> tuple[SetupTemplate, GuideValues]:
         """Return the set-up of the guides of a result; it must be of this runner's model."""
         setup = setup_of(result.state)
         if setup is not None and setup.template is not None:
@@ -263,15 +273,12 @@ class EnsembleVI(Ensemble):
             return setup.template, setup.values.guide
         if setup is not None and setup.values.guide.supports:
             raise ValueError(
-                "the result was pickled, and its constraints depend on where each member started: "
+                "the result was on disk, and its constraints depend on where each member started: "
                 "go on from it for a step, run(rng_key, 1, ..., init_state=result.state), and pass "
                 "that result."
             )
         if not is_set_up(self.guide):
-            raise ValueError(
-                "the result was pickled, and the guide of this runner was never called: call "
-                "runner.init with the arguments of the fit first."
-            )
+            self.init(jax.random.key(0), *args, **kwargs)
         nothing = GuideValues([], [], [])
         return SetupTemplate(
             object(), self.model, self.guide, nothing, None, (), {}, {}, ()

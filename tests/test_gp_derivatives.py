@@ -209,6 +209,11 @@ def test_inducing_slopes():
             r"0 for a value, and 1 to 1 for a slope; got 2.0 in row 1",
         ),
         (lambda: GaussianProcess(Derivatives(RBF()), np.ones(3)), ValueError, "one column alone"),
+        (
+            lambda: Derivatives(multi_output(RBF(), np.ones((2, 1))))(np.array([[0.5, 1, 2.0]])),
+            ValueError,
+            "column 1 holds the numbers that Coregion reads, and nothing has a slope",
+        ),
         (lambda: numbered_inputs(), ValueError, "takes inputs, one set for each output"),
         (lambda: numbered_inputs(np.ones(2), np.ones((2, 2))), ValueError, "equally many columns"),
         (lambda: multi_output(2.0, np.ones((2, 1))), TypeError, "kernel takes a kernel, got 2.0"),

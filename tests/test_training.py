@@ -447,7 +447,7 @@ def test_a_callback_sees_each_chunk_and_may_end_the_run(key):
     assert_array_equal((~np.isnan(result.losses)).sum(1), [6, 6])
     assert_array_equal(seen[-1][2], result.params["w"])
     assert result.finite.all()
-    with pytest.raises(ValueError, match="callback cannot be called from inside jit"):
+    with pytest.raises(ValueError, match="callback needs the host, which jit"):
         jax.jit(lambda k: runner.run(k, 2, X, Y, callback=callback))(key)
     with pytest.raises(TypeError, match="callback takes a callable, got 3"):
         quiet(runner, key, 2, X, Y, callback=3)

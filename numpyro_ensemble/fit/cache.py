@@ -24,7 +24,7 @@ from numpyro_ensemble.fit.guides import latent_order
 from numpyro_ensemble.fit.options import RunOptions
 from numpyro_ensemble.fit.problem import Problem
 from numpyro_ensemble.fit.programs import FitPrograms, constrain
-from numpyro_ensemble.fit.setup import plain, setup_of
+from numpyro_ensemble.fit.state import plain, setup_of
 
 Answer = TypeVar("Answer")
 Key = tuple[CallForm, Any, Hashed]
@@ -158,7 +158,10 @@ class ProgramCache:
                 program = self._executables.wrap(program, statics=1)
         if can_return(marks):
             keep(self._kept, key, program, _KEPT)
-        return program(call, plain(state), setup.values)
+        placement = problem.placement
+        values = setup.mapped(placement.fill).values
+        params = program(call, placement.fill(plain(state), 0), values)
+        return placement.cut(params, 0, problem.ensemble_size)
 
 
 def _could_be_concrete(arguments: Arguments) -> bool:
@@ -198,4 +201,5 @@ def _arranged(
     )
     # options warn, once
     batches = options.batches(arguments, problem.ensemble_size) if like is None else like[1]
-    return arguments, _key(problem, CallForm(arguments), batches)
+    key = _key(problem, CallForm(arguments), batches)
+    return problem.placement.place(arguments), key

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -23,20 +24,22 @@ from numpyro_ensemble.fit.guides import is_set_up, set_up
 from numpyro_ensemble.fit.loop import make_chunk
 from numpyro_ensemble.fit.options import RunOptions
 from numpyro_ensemble.fit.programs import FitPrograms, StartForms
-from numpyro_ensemble.fit.setup import (
+from numpyro_ensemble.fit.setup import SetupTemplate
+from numpyro_ensemble.fit.slots import fill
+from numpyro_ensemble.fit.starts import check_kept, check_starts
+from numpyro_ensemble.fit.state import (
     FitState,
     GuideValues,
     Setup,
-    SetupTemplate,
     SetupValues,
     agree,
+    mapped_state,
     plain,
     setup_of,
     with_setup,
 )
-from numpyro_ensemble.fit.slots import fill
-from numpyro_ensemble.fit.starts import check_kept, check_starts
 from numpyro_ensemble.primitives import is_inexact
+from numpyro_ensemble.storage import Leaves, restored
 
 
 class FitCall:
@@ -78,8 +81,9 @@ class FitCall:
     # Starts -------------------------------------------------------------------------------------
 
     def start(self, keys: jax.Array, init_params: Any) -> FitState:
-        """Return the members' initial state."""
-        programs = self.programs
+        """Return the initial state of all members that are computed."""
+        programs, placement = self.programs, self.problem.placement
+        keys = placement.fill(keys, 0)
         axes = maker = None
         if programs.undeclared and init_params is None:
             raise without_value(programs.undeclared)
@@ -90,6 +94,7 @@ class FitCall:
         elif init_params is not None:
             size = self.problem.ensemble_size
             init_params, axes = check_starts(init_params, self.parameter_forms, size)
+            init_params = placement.fill(init_params, axes)
         once = not traces((keys, init_params, self.arguments.leaves))
         start = programs.start_program(maker, axes, once)
         with jax.disable_jit(False):  # what is traced in a set-up is not the same without jit
@@ -129,7 +134,7 @@ class FitCall:
         setup = setup_of(state)
         if setup is not None:
             values = setup.values.without_arguments()
-            if setup.template not in (None, self.template):
+            if setup.template != self.template:
                 self._check_form(values)
             return values
         wanted = self.forms.values.without_arguments()
@@ -139,7 +144,7 @@ class FitCall:
         bare = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), undeclared) or None
         axes = jax.tree.map(lambda _: None, bare)
         start = self.programs.start_program(None, axes, False)
-        other = jax.random.split(jax.random.key(1), self.problem.ensemble_size)
+        other = jax.random.split(jax.random.key(1), self.problem.places)
         found = [start(self.form, keys, bare, self.dynamic)[1] for keys in (state.rng_key, other)]
         if not has_tracers(found) and not agree(*found):
             raise ValueError(
@@ -159,11 +164,36 @@ class FitCall:
                 "of another form: begin anew, with init_params= from the earlier result."
             )
 
+    # Members that are added -----------------------------------------------------------------------
+
+    def filled(self, state: SVIState) -> SVIState:
+        """Return the state of all members that are computed, where they are."""
+        step, optimiser = state.optim_state
+        if isinstance(optimiser, Leaves):
+            try:
+                optimiser = restored(optimiser, self.forms.state.optim_state[1])
+            except ValueError as error:
+                raise ValueError(
+                    f"the state is of another model, guide or optimiser: {error}"
+                ) from error
+            state = state._replace(optim_state=(step, optimiser))
+        return mapped_state(state, self.problem.placement.fill)
+
+    def cut_state(self, state: SVIState) -> SVIState:
+        """Return the state of the members that were asked for."""
+        size = self.problem.ensemble_size
+        return mapped_state(state, partial(self.problem.placement.cut, total=size))
+
+    def cut(self, arrays: Any) -> Any:
+        """Return the arrays of the members that were asked for."""
+        return self.problem.placement.cut(arrays, 0, self.problem.ensemble_size)
+
     # Steps --------------------------------------------------------------------------------------
 
     def step(self, state: SVIState, stable: bool, forward: bool) -> tuple[SVIState, jax.Array]:
         """Take one step with every member."""
         programs = self.programs  # a kept program must not hold this call, which holds data
+        state = self.filled(state)
 
         def build() -> Callable:
             return lambda call, *inputs: programs.updates(call, stable, forward)(*inputs, None)
@@ -172,13 +202,14 @@ class FitCall:
         values = self.values_of(state)
         new, losses = program(self.form, plain(state), values, self.dynamic)
         setup = setup_of(state)
-        return with_setup(new, self.setup_with(values) if setup is None else setup), losses
+        new = with_setup(new, self.setup_with(values) if setup is None else setup)
+        return self.cut_state(new), self.cut(losses)
 
     def chunk(self, capacity: int, options: RunOptions, *, consume: bool = True) -> Callable:
         """Return the compiled loop of `training.make_chunk`, which may consume its carry."""
         stable, forward = options.stable_update, options.forward_mode_differentiation
         rule, programs = options.early_stopping, self.programs
-        size = self.problem.ensemble_size
+        size = self.problem.places
 
         def build() -> Callable:
             def chunk(call: CallForm, *inputs: Any) -> Any:
@@ -198,8 +229,8 @@ class FitCall:
         def build() -> Callable:
             return lambda call, *inputs: programs.over_members(call, "loss")(*inputs)
 
-        program = programs.program("evaluate", build)
-        return program(self.form, plain(state), self.values_of(state), self.dynamic)
+        program, state = programs.program("evaluate", build), self.filled(state)
+        return self.cut(program(self.form, plain(state), self.values_of(state), self.dynamic))
 
     def outcome(
         self, state: SVIState, values: SetupValues, forward: bool
@@ -208,7 +239,7 @@ class FitCall:
 
         The slopes are the lengths of the gradients of fits that look for modes.
         """
-        programs, size = self.programs, self.problem.ensemble_size
+        programs, size = self.programs, self.problem.places
 
         def build() -> Callable:
             def final(call: CallForm, state: SVIState, *inputs: Any) -> tuple:
@@ -227,4 +258,4 @@ class FitCall:
 
         once = not traces((state, values, self.arguments.leaves))
         program = programs.program(("outcome", once, forward), build, once=once)
-        return program(self.form, state, values, self.dynamic)
+        return self.cut(program(self.form, state, values, self.dynamic))

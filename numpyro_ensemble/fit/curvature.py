@@ -11,11 +11,11 @@ from jax.flatten_util import ravel_pytree
 from numpyro.infer.svi import SVIState
 
 from numpyro_ensemble._compat import hessian_of
-from numpyro_ensemble.calls.arguments import MEMBER_AXES, CallForm
+from numpyro_ensemble.calls.arguments import CallForm
 from numpyro_ensemble.density import fill_model
 from numpyro_ensemble.fit.call import FitCall
 from numpyro_ensemble.fit.member import Member
-from numpyro_ensemble.fit.setup import VALUE_AXES, SetupValues, plain
+from numpyro_ensemble.fit.state import STATE_AXES, SetupValues, plain
 from numpyro_ensemble.mapping import map_draws
 
 
@@ -48,7 +48,7 @@ def curvatures(call: FitCall, state: SVIState) -> Curvature:
         value, gradient = jax.value_and_grad(loss)(point)
         return Curvature(point, -value, -gradient, hessian_of(member.problem.guide)(loss, point))
 
-    return _over_members(call, "curvature", one)(plain(state), call.values_of(state))
+    return _over_members(call, "curvature", one)(state)
 
 
 def draws_at(call: FitCall, state: SVIState, points: jax.Array, key: jax.Array) -> tuple[dict, Any]:
@@ -101,6 +101,7 @@ def with_first_member(call: FitCall, key: Any, one: Callable) -> Callable:
     program = programs.program(key, build)
 
     def run(state: SVIState, *more: Any) -> Any:
+        state = call.filled(state)
         return program(call.form, plain(state), call.values_of(state), call.dynamic, *more)
 
     return run
@@ -113,9 +114,15 @@ def _over_members(call: FitCall, key: Any, one: Callable) -> Callable:
     def build() -> Callable:
         def every(form: CallForm, *inputs: Any) -> Any:
             member = partial(one, programs.member(form))
-            return jax.vmap(member, in_axes=(0, VALUE_AXES, MEMBER_AXES))(*inputs)
+            return programs.problem.placement.map(member, STATE_AXES)(*inputs)
 
         return every
 
     program = programs.program(key, build)
-    return lambda state, values: program(call.form, state, values, call.dynamic)
+
+    def run(state: SVIState) -> Any:
+        state = call.filled(state)
+        found = program(call.form, plain(state), call.values_of(state), call.dynamic)
+        return call.cut(found)
+
+    return run

@@ -13,6 +13,7 @@ from numpyro.infer.svi import SVIState
 
 from numpyro_ensemble.calls.arguments import has_tracers
 from numpyro_ensemble.calls.keywords import checked_keywords
+from numpyro_ensemble.checkpoint import Checkpoint
 from numpyro_ensemble.fit.cache import ProgramCache
 from numpyro_ensemble.fit.call import FitCall
 from numpyro_ensemble.fit.optimisers import adapted, loopable
@@ -20,11 +21,12 @@ from numpyro_ensemble.fit.options import RunOptions
 from numpyro_ensemble.fit.problem import Problem
 from numpyro_ensemble.fit.run import fit
 from numpyro_ensemble.fit.starts import start_forms
-from numpyro_ensemble.fit.states import check_size
+from numpyro_ensemble.fit.state import check_size
 from numpyro_ensemble.fit.stopping import EarlyStopping
 from numpyro_ensemble.handlers import check_count, check_names, key_of
 from numpyro_ensemble.primitives import member_keys
 from numpyro_ensemble.results import EnsembleResult
+from numpyro_ensemble.sharding import as_mesh
 
 
 class Ensemble:
@@ -48,6 +50,8 @@ class Ensemble:
         loss: Any,
         *,
         ensemble_size: int = 16,
+        member_batch_size: int | None = None,
+        mesh: Any = None,
         prior_sites: Collection[str] = (),
         likelihood_sites: Collection[str] = (),
         **static_kwargs: Any,
@@ -58,7 +62,8 @@ class Ensemble:
                 f"static keywords {taken} are options of run; bind them to the model and the guide "
                 f"with functools.partial instead."
             )
-        self.ensemble_size = ensemble_size
+        self.ensemble_size, self.member_batch_size = ensemble_size, member_batch_size
+        self.mesh = mesh
         self.model, self.guide, self.loss = model, guide, loss
         self.optim, self.static_kwargs = optim, static_kwargs
         self.prior_sites = prior_sites  # type: ignore[assignment]
@@ -70,7 +75,9 @@ class Ensemble:
 
     def problem(self) -> Problem:
         """Describe what is fitted, with the settings of this moment."""
-        return self.kind(**{field.name: getattr(self, field.name) for field in fields(self.kind)})
+        problem = self.kind(**{f.name: getattr(self, f.name) for f in fields(self.kind)})
+        problem.placement.check(self.ensemble_size)
+        return problem
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Check a setting; it holds from the next call on."""
@@ -83,9 +90,11 @@ class Ensemble:
             TypeError: for a value of the wrong kind.
             ValueError: for a number out of range.
         """
-        if name == "ensemble_size":
+        if name == "ensemble_size" or (name == "member_batch_size" and value is not None):
             check_count(name, value)
             return int(value)
+        if name == "mesh":
+            return as_mesh(value)
         if name in ("prior_sites", "likelihood_sites"):
             return check_names(name, value)
         if name == "guide" and isinstance(value, type):
@@ -136,7 +145,11 @@ class Ensemble:
         """
         keys = member_keys(rng_key, self.ensemble_size)
         starts = start_forms(init_params, keys)
-        return self.use(lambda call: call.start(keys, init_params), args, kwargs, starts=starts)
+
+        def use(call: FitCall) -> SVIState:
+            return call.cut_state(call.start(keys, init_params))
+
+        return self.use(use, args, kwargs, starts=starts)
 
     def get_params(self, state: SVIState) -> dict[str, Any]:
         """Return the constrained parameters of a state, each leaf with a leading `(E,)`.
@@ -201,6 +214,7 @@ class Ensemble:
         jit_model_args: bool | None = None,
         member_args: Iterable[str | int] | None = None,
         chunk_size: int | None = None,
+        checkpoint: Checkpoint | None = None,
         **kwargs: Any,
     ) -> EnsembleResult:
         """Fit all members and return their parameters, state and losses.
@@ -228,6 +242,9 @@ class Ensemble:
             member_args: names or positions of arguments with a leading `(E,)`, one per member.
             chunk_size: steps between two looks at the losses (default: a twentieth of a run that
                 has a progress bar, a callback or early stopping).
+            checkpoint: a `Checkpoint`, from whose newest the same call made again goes on. Ctrl-C
+                ends a run after the chunk under way, with what there is; SIGTERM writes a
+                checkpoint first.
             **kwargs: keyword arguments of the model (and guide).
 
         Returns:
@@ -252,6 +269,7 @@ class Ensemble:
             jit_model_args=jit_model_args,
             member_args=member_args,
             chunk_size=chunk_size,
+            checkpoint=checkpoint,
         )
         options.check(num_steps)
         rng_key = key_of(rng_key)

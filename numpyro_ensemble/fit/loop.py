@@ -14,6 +14,7 @@ import tqdm
 from jax import lax
 
 from numpyro_ensemble.fit.batches import Batches, Order, draw
+from numpyro_ensemble.fit.interrupts import Interrupts
 from numpyro_ensemble.fit.stopping import (
     EarlyStopping,
     Stop,
@@ -60,7 +61,7 @@ def make_chunk(
 
     Args:
         update: `(state, values, dynamic, rows) -> (state, losses)`, for all members at once.
-        ensemble_size: number of members E.
+        ensemble_size: number of members that are computed.
         capacity: number of losses a chunk has room for.
         batches: how the data is cut, or None.
         rule: when members stop, or None.
@@ -113,70 +114,115 @@ def capacity_for(num_steps: int, chunk_size: int | None, watched: bool) -> tuple
     return size, max(_CAPACITY, 1 << (size - 1).bit_length())
 
 
+def chunk_ends(first: int, num_steps: int, size: int, every: int | None) -> list[int]:
+    """Return the steps after which chunks end: so many apart, and where a checkpoint is due."""
+    ends: list[int] = []
+    done = first
+    while done < num_steps:
+        done = min(done + size, num_steps, (done // every + 1) * every if every else num_steps)
+        ends.append(done)
+    return ends
+
+
+class Looks(NamedTuple):
+    """What happens between chunks.
+
+    Attributes:
+        progress_bar: show mean, best and worst loss.
+        callback: `callback(step, state, losses)`; a true value returned ends the run.
+        keep: `keep(step, carry, losses)` writes a checkpoint.
+        every: steps between two checkpoints.
+        stable: failed steps are left out by design, so that a first bad one is no failed start.
+        holding_nan: names the arguments that hold a NaN, where members cannot start.
+    """
+
+    progress_bar: bool
+    callback: Callable | None
+    keep: Callable | None
+    every: int | None
+    stable: bool
+    holding_nan: Callable[[], list[str]]
+
+    def waits(self, done: int) -> bool:
+        """Say whether somebody wants the state after this step, before the next is taken."""
+        return self.callback is not None or (self.every is not None and done % self.every == 0)
+
+
 def train(
     chunk: Callable,
     carry: Carry,
+    ends: list[int],
     num_steps: int,
-    chunk_size: int,
-    *,
-    progress_bar: bool,
-    callback: Callable | None,
-    stable: bool,
-    holding_nan: Callable[[], list[str]],
+    looks: Looks,
+    before: np.ndarray,
+    interrupts: Interrupts,
 ) -> tuple[Carry, np.ndarray, np.ndarray]:
-    """Run chunks until the steps are done, all members have stopped, or the callback says stop.
+    """Run chunks until the steps are done, all have stopped, or the callback or the user says stop.
 
     Args:
         chunk: `(carry, number, done) -> (carry, (losses, stopped))`, compiled; it consumes the
             carry.
         carry: where to begin.
+        ends: the steps after which chunks end.
         num_steps: number of steps.
-        chunk_size: number of steps between two looks at the losses.
-        progress_bar: show mean, best and worst loss.
-        callback: `callback(step, state, losses)`; a true value returned ends the run.
-        stable: failed steps are left out by design, so that a first bad one is no failed start.
-        holding_nan: names the arguments that hold a NaN, where members cannot start.
+        looks: what happens between chunks.
+        before: losses `(steps, E)` of the steps that were taken before, in a run that was stopped.
+        interrupts: whether the user wants the run to end.
 
     Returns:
-        The last carry, the losses `(E, num_steps)`, and which members have stopped early.
+        The last carry, the losses `(steps, E)` of the steps taken, and which members have stopped
+        early.
     """
-    parts: list[np.ndarray] = []
-    done = 0
-    with tqdm.tqdm(total=num_steps, disable=not progress_bar) as bar:
-        chunks = _dispatched(chunk, carry, num_steps, chunk_size, callback)
-        for carry, number, (buffer, flags) in chunks:  # noqa: B020 (a chunk hands on the carry)
-            part = without_stopped(np.asarray(buffer)[:number], done, flags)
-            stopped = np.zeros(part.shape[1], bool) if flags is None else np.asarray(flags[0])
-            if not parts:
-                _check_start(part, flags, stable, holding_nan)
+    size = before.shape[1]
+    parts, done = [before], len(before)
+    stopped = np.zeros(size, bool)
+    if carry.stop is not None:
+        stopped = np.array(carry.stop.stopped)[:size]
+    with tqdm.tqdm(total=num_steps, initial=done, disable=not looks.progress_bar) as bar:
+        for latest, end, (buffer, flags) in _dispatched(
+            chunk, carry, done, ends, looks, interrupts
+        ):
+            carry, number = latest, end - done
+            flags = jax.tree.map(lambda flag: np.asarray(flag)[:size], flags)
+            part = without_stopped(np.asarray(buffer)[:number, :size], done, flags)
+            if flags is not None:
+                stopped = flags[0]
+            if not done:
+                _check_start(part, flags, looks.stable, looks.holding_nan)
             parts.append(part)
-            done += number
-            if progress_bar:
+            done = end
+            if looks.progress_bar:
                 bar.update(number)
                 bar.set_postfix_str(_summary(part), refresh=False)
-            if stopped.all() or (callback and callback(done, copy_buffers(carry.state), part.T)):
+            if looks.keep is not None and looks.waits(done):
+                looks.keep(done, carry, np.concatenate(parts))
+            if stopped.all():
                 break
-    losses = np.concatenate(parts)
-    missing = np.full((num_steps - len(losses), losses.shape[1]), np.nan, losses.dtype)
-    # a run that was ended leaves all members where they are: what is missing is no failure
-    ended = stopped | (np.isfinite(losses[-1]) & bool(len(missing)))
-    return carry, np.ascontiguousarray(np.concatenate([losses, missing]).T), ended
+            if looks.callback and looks.callback(done, copy_buffers(carry.state), part.T):
+                break
+    return carry, np.concatenate(parts), stopped
 
 
 def _dispatched(
-    chunk: Callable, carry: Carry, num_steps: int, chunk_size: int, callback: Callable | None
+    chunk: Callable,
+    carry: Carry,
+    done: int,
+    ends: list[int],
+    looks: Looks,
+    interrupts: Interrupts,
 ) -> Iterator[tuple[Carry, int, Any]]:
-    """Yield each chunk's outcome, with the next chunk under way where nobody can object to it."""
-    ahead = None
-    for done in range(0, num_steps, chunk_size):
-        number = min(chunk_size, num_steps - done)
-        carry, outcome = chunk(carry, number, done)
-        if callback is not None:
-            yield carry, number, outcome
-            continue
+    """Yield each chunk's outcome, with the next one under way where nobody waits for the state."""
+    ahead: tuple[int, Any] | None = None
+    for end in ends:
+        if interrupts.came:
+            break
+        carry, outcome = chunk(carry, end - done, done)
         if ahead is not None:
             yield carry, *ahead
-        ahead = (number, outcome)
+        ahead, done = (end, outcome), end
+        if looks.waits(end):
+            yield carry, *ahead
+            ahead = None
     if ahead is not None:
         yield carry, *ahead
 

@@ -20,9 +20,10 @@ from numpyro_ensemble.calls.arguments import ROW_AXES, CallForm
 from numpyro_ensemble.fit.batches import Batches
 from numpyro_ensemble.fit.loop import keep_good
 from numpyro_ensemble.fit.problem import Problem
-from numpyro_ensemble.fit.setup import SetupTemplate, SetupValues
+from numpyro_ensemble.fit.setup import SetupTemplate
 from numpyro_ensemble.fit.slots import filled_guide
 from numpyro_ensemble.fit.starts import arrays_alone
+from numpyro_ensemble.fit.state import SetupValues
 from numpyro_ensemble.results import converged
 
 

@@ -11,8 +11,9 @@ import numpy as np
 
 from numpyro_ensemble.density import fill_model
 from numpyro_ensemble.fit.draws import Density, density_at, draw_latents, draw_with_density
-from numpyro_ensemble.fit.setup import VALUE_AXES, GuideValues, SetupTemplate
+from numpyro_ensemble.fit.setup import SetupTemplate
 from numpyro_ensemble.fit.slots import filled_guide
+from numpyro_ensemble.fit.state import VALUE_AXES, GuideValues
 from numpyro_ensemble.mapping import map_draws, map_member_draws, pick
 
 

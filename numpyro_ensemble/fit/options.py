@@ -10,6 +10,7 @@ import numpy as np
 from numpyro.infer.svi import SVIState
 
 from numpyro_ensemble.calls.arguments import MEMBER, MEMBER_BATCH, ROW_AXES, Arguments
+from numpyro_ensemble.checkpoint import Checkpoint
 from numpyro_ensemble.fit.batches import Batches
 from numpyro_ensemble.fit.stopping import EarlyStopping
 from numpyro_ensemble.handlers import check_count
@@ -31,6 +32,7 @@ class RunOptions(NamedTuple):
     jit_model_args: bool | None = None
     member_args: Iterable[str | int] | None = None
     chunk_size: int | None = None
+    checkpoint: Checkpoint | None = None
 
     def check(self, num_steps: int) -> None:
         """Raise where an option is out of range."""
@@ -46,6 +48,8 @@ class RunOptions(NamedTuple):
             self.early_stopping.check()
         if self.callback is not None and not callable(self.callback):
             raise TypeError(f"callback takes a callable, got {self.callback!r}.")
+        if self.checkpoint is not None and not isinstance(self.checkpoint, Checkpoint):
+            raise TypeError(f"checkpoint takes a Checkpoint, got {self.checkpoint!r}.")
         if self.batch_args is not None and self.batch_size is None:
             raise ValueError("batch_args was given without batch_size.")
         if self.init_state is not None and self.init_params is not None:

@@ -13,9 +13,10 @@ from numpyro_ensemble.calls.identity import captured
 from numpyro_ensemble.calls.marks import Same
 from numpyro_ensemble.density import Site
 from numpyro_ensemble.fit.guides import fresh
-from numpyro_ensemble.fit.setup import GuideValues
 from numpyro_ensemble.fit.slots import take_out
+from numpyro_ensemble.fit.state import GuideValues
 from numpyro_ensemble.handlers import reweight
+from numpyro_ensemble.sharding import Placement
 
 _APART = ("model", "guide", "static_kwargs", "hint")  # not settings, or without consequence
 
@@ -32,6 +33,8 @@ class Problem:
     Attributes:
         model, guide, optim, loss, static_kwargs: as in `numpyro.infer.SVI`.
         ensemble_size: number of members E.
+        member_batch_size: how many members go at once, on each device; None for all.
+        mesh: devices that members are spread over.
         prior_weight: weight of the prior.
         prior_sites: factors that belong to the prior.
         likelihood_sites: factors that may be rescaled with the batches.
@@ -44,6 +47,8 @@ class Problem:
     optim: Any = field(metadata={"by": "identity"})
     loss: Any = field(metadata={"by": "identity"})
     ensemble_size: int
+    member_batch_size: int | None = None
+    mesh: Any = field(default=None, metadata={"by": "identity"})
     prior_weight: Any = 1.0
     prior_sites: tuple[str, ...] = ()
     likelihood_sites: tuple[str, ...] = ()
@@ -66,6 +71,16 @@ class Problem:
     def finds_modes(self) -> bool:
         """Whether a fit ends where a gradient is zero."""
         return False
+
+    @property
+    def placement(self) -> Placement:
+        """Where members are computed."""
+        return Placement(self.member_batch_size, self.mesh)
+
+    @property
+    def places(self) -> int:
+        """How many members are computed: devices have equally many."""
+        return self.placement.number(self.ensemble_size)
 
     # One member ---------------------------------------------------------------------------------
 

@@ -31,15 +31,10 @@ from numpyro_ensemble.fit.guides import latent_order, note_alike
 from numpyro_ensemble.fit.member import Member, Noting
 from numpyro_ensemble.fit.noise import check_exact
 from numpyro_ensemble.fit.problem import Problem
-from numpyro_ensemble.fit.setup import (
-    VALUE_AXES,
-    GuideValues,
-    SetupTemplate,
-    SetupValues,
-    Static,
-)
+from numpyro_ensemble.fit.setup import SetupTemplate, Static
 from numpyro_ensemble.fit.slots import drop_unread
 from numpyro_ensemble.fit.starts import all_alike, check_starts, kept
+from numpyro_ensemble.fit.state import STATE_AXES, VALUE_AXES, GuideValues, SetupValues
 from numpyro_ensemble.mapping import platform_of
 
 _PROGRAMS = 32  # of one form of arguments that are kept
@@ -109,7 +104,7 @@ class FitPrograms:
         """Trace the start of a fit abstractly: the template, and the forms of what it returns."""
         if self.forms is not None:
             return
-        size = self.problem.ensemble_size
+        size = self.problem.places
         keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), size))
         axes = jax.tree.map(lambda _: None, self.undeclared)
         start = self.start_program(None, axes or None, True)
@@ -188,7 +183,7 @@ class FitPrograms:
         def start(call: CallForm, keys: jax.Array, init_params: Any, dynamic: dict) -> tuple:
             member = partial(one, call)
             out_axes = (0, VALUE_AXES, VALUE_AXES.guide, None, 0)
-            members = jax.vmap(member, in_axes=(0, axes, MEMBER_AXES), out_axes=out_axes)
+            members = problem.placement.map(member, (0, axes, MEMBER_AXES), out_axes)
             state, values, every, structure, inside = members(keys, init_params, self.cut(dynamic))
             supports, own = ([leaf[0] for leaf in kind] for kind in every[:2])
             first = GuideValues(supports, own, every.shared)
@@ -215,12 +210,12 @@ class FitPrograms:
         def one(state: SVIState, values: SetupValues, dynamic: dict, rows: Any) -> tuple:
             return self.member(call).update(state, values, dynamic, rows, stable, forward)
 
-        return jax.vmap(one, in_axes=(0, VALUE_AXES, MEMBER_AXES, None if shared else 0))
+        return self.problem.placement.map(one, (*STATE_AXES, None if shared else 0))
 
     def over_members(self, call: CallForm, name: str, **options: Any) -> Callable:
         """Return one of a member's functions, for all members."""
         one = partial(getattr(self.member(call), name), **options)
-        return jax.vmap(one, in_axes=(0, VALUE_AXES, MEMBER_AXES))
+        return self.problem.placement.map(one, STATE_AXES)
 
     def program(
         self, key: Any, build: Callable, *, donate: tuple[int, ...] = (), once: bool = False
@@ -249,7 +244,7 @@ def constrain(
 ) -> dict[str, Any]:
     """Return the parameters of a state, with the constraints of its own start."""
     member = Member(problem, call, None, template)
-    over = jax.vmap(member.params, in_axes=(0, VALUE_AXES, MEMBER_AXES))
+    over = problem.placement.map(member.params, STATE_AXES)
     arguments = values.arguments or {kind: [] for kind in MEMBER_AXES}
     return over(state, values.without_arguments(), arguments)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,14 +12,32 @@ from numpyro.infer.svi import SVIState
 from numpyro.util import is_prng_key
 
 from numpyro_ensemble.calls.arguments import has_tracers, traces
+from numpyro_ensemble.checkpoint import Keeper
 from numpyro_ensemble.fit.batches import batch_keys, first_order
 from numpyro_ensemble.fit.call import FitCall
-from numpyro_ensemble.fit.loop import Carry, capacity_for, copy_buffers, train
+from numpyro_ensemble.fit.interrupts import Interrupts
+from numpyro_ensemble.fit.loop import (
+    Carry,
+    Looks,
+    capacity_for,
+    chunk_ends,
+    copy_buffers,
+    train,
+)
 from numpyro_ensemble.fit.options import RunOptions
-from numpyro_ensemble.fit.setup import SetupValues, plain, with_setup
-from numpyro_ensemble.fit.states import check_state
+from numpyro_ensemble.fit.resuming import keeping, kept, resume
+from numpyro_ensemble.fit.state import SetupValues, check_size, check_state, plain, with_setup
 from numpyro_ensemble.fit.stopping import first_stop, without_stopped
 from numpyro_ensemble.results import EnsembleResult, name_members
+
+
+class Start(NamedTuple):
+    """Where a run begins, and what stays the same throughout."""
+
+    carry: Carry
+    step: Any  # of the optimiser
+    values: SetupValues
+    shuffles: Any  # keys of the batches' order
 
 
 def fit(
@@ -29,34 +47,29 @@ def fit(
     num_steps: int,
     options: RunOptions,
 ) -> EnsembleResult:
-    """Start, or go on from a state, and take the steps of `run`."""
-    if options.init_state is None:
-        state: SVIState = call.start(keys, options.init_params)
-        step: Any = 0
-    else:
-        state = options.init_state
-        check_state(state, call.forms.state, call.problem.ensemble_size)
-        step = jnp.max(state.optim_state[0])
-    values = call.values_of(state)
-    setup = call.setup_with(values)
-    batches, stable = call.batches, options.stable_update
-    single = rng_key if is_prng_key(rng_key) else keys[0]
-    shuffles = None if batches is None else batch_keys(keys, single, batches.shared)
-    carry = Carry(
-        plain(state),
-        first_stop(state, options.early_stopping),
-        None if batches is None else first_order(batches, call.problem.ensemble_size),
-    )
-    callback = options.callback
+    """Start, or go on from a state or a checkpoint, and take the steps of `run`."""
+    start = _started(call, rng_key, keys, options)
+    setup = call.setup_with(start.values)
+    callback, stable = options.callback, options.stable_update
     if callback is not None:
 
         def report(step: int, state: SVIState, losses: Any) -> Any:
-            return callback(step, with_setup(state, setup), losses)
+            return callback(step, call.cut_state(with_setup(state, setup)), losses)
 
         options = options._replace(callback=report)
-    carry, losses, stopped = _loop(call, carry, num_steps, options, step, values, shuffles)
-    params, finite, slope = call.outcome(carry.state, values, options.forward_mode_differentiation)
-    result = EnsembleResult(params, with_setup(carry.state, setup), jax.device_put(losses))
+    losses: Any
+    if traces((start, call.arguments.leaves)):
+        carry, losses = _traced(call, start, num_steps, options)
+        stopped = taken = None
+    else:
+        with keeping(call, keys, options) as keeper:
+            carry, losses, stopped, taken = _loop(call, start, num_steps, options, keeper)
+    params, finite, slope = call.outcome(
+        carry.state, start.values, options.forward_mode_differentiation
+    )
+    state = call.cut_state(with_setup(carry.state, setup))
+    result = EnsembleResult(params, state, jax.device_put(losses))
+    result.completed_steps = taken
     if slope is not None and not has_tracers(slope):
         result.gradient_norm = np.asarray(slope)
     if stopped is not None:  # steps that were left out on purpose are no failures either
@@ -69,44 +82,95 @@ def fit(
     return result
 
 
+def _started(call: FitCall, rng_key: jax.Array, keys: jax.Array, options: RunOptions) -> Start:
+    """Start all members, or take the state that is gone on from."""
+    if options.init_state is None:
+        state: SVIState = call.start(keys, options.init_params)
+        step: Any = 0
+    else:
+        check_size(options.init_state, call.problem.ensemble_size)
+        state = call.filled(options.init_state)
+        check_state(state, call.forms.state, call.problem.places)
+        step = jnp.max(state.optim_state[0])
+    batches = call.batches
+    single = rng_key if is_prng_key(rng_key) else keys[0]
+    keys = call.problem.placement.fill(keys, 0)
+    carry = Carry(
+        plain(state),
+        first_stop(state, options.early_stopping),
+        None if batches is None else first_order(batches, call.problem.places),
+    )
+    shuffles = None if batches is None else batch_keys(keys, single, batches.shared)
+    return Start(carry, step, call.values_of(state), shuffles)
+
+
+def _traced(
+    call: FitCall, start: Start, num_steps: int, options: RunOptions
+) -> tuple[Carry, jax.Array]:
+    """Take all steps under an outer transformation, as one chunk without a host."""
+    for name in ("callback", "checkpoint"):
+        if getattr(options, name) is not None:
+            raise ValueError(f"{name} needs the host, which jit, vmap and grad do not have.")
+    whole = call.chunk(num_steps, options, consume=False)
+    carry, step, values, shuffles = start
+    carry, (losses, flags) = whole(carry, num_steps, 0, step, values, call.dynamic, shuffles)
+    return carry, call.cut(without_stopped(losses, 0, flags).T)
+
+
 def _loop(
-    call: FitCall,
-    carry: Carry,
-    num_steps: int,
-    options: RunOptions,
-    step: Any,
-    values: SetupValues,
-    shuffles: Any,
-) -> tuple[Carry, Any, Any]:
-    """Run the compiled loop; under an outer transformation as one chunk without a host."""
-    dynamic = call.dynamic
-    if traces((carry, step, values, shuffles, call.arguments.leaves)):
-        if options.callback is not None:
-            raise ValueError("callback cannot be called from inside jit, vmap or grad.")
-        whole = call.chunk(num_steps, options, consume=False)
-        carry, (losses, flags) = whole(carry, num_steps, 0, step, values, dynamic, shuffles)
-        return carry, without_stopped(losses, 0, flags).T, None
-    step = int(step)
+    call: FitCall, start: Start, num_steps: int, options: RunOptions, keeper: Keeper | None
+) -> tuple[Carry, np.ndarray, np.ndarray, int]:
+    """Run the compiled loop, and return the last carry, losses, who has stopped, and the steps."""
+    carry, step, values, shuffles = start
+    step, dynamic = int(step), call.dynamic
     call.problem.check_run(step, num_steps)
-    looks = (options.progress_bar, options.callback, options.early_stopping)
-    size, capacity = capacity_for(num_steps, options.chunk_size, any(looks))
+    watched = any((options.progress_bar, options.callback, options.early_stopping))
+    size, capacity = capacity_for(num_steps, options.chunk_size, watched)
     compiled = call.chunk(capacity, options)
-    if options.init_state is not None or options.init_params is not None:
-        carry = copy_buffers(carry)  # its arrays may be the user's own
+    before = None
+    if keeper is not None:
+        carry, before = resume(call, carry, keeper)
+    if before is None:
+        before = np.zeros((0, call.problem.ensemble_size))
+        if options.init_state is not None or options.init_params is not None:
+            carry = copy_buffers(carry)  # its arrays may be the user's own
+    if len(before) > num_steps:
+        raise ValueError(
+            f"the checkpoints are of a run that has taken {len(before)} steps already: num_steps "
+            f"takes that many or more, got {num_steps}."
+        )
 
     def chunk(carry: Carry, number: int, done: int) -> tuple[Carry, Any]:
         return compiled(carry, number, done, step + done, values, dynamic, shuffles)
 
-    return train(
-        chunk,
-        carry,
-        num_steps,
-        size,
+    def keep(done: int, carry: Carry, losses: np.ndarray) -> None:
+        if keeper is not None:
+            keeper.save(done, kept(call, carry, losses))
+
+    every = None if keeper is None else keeper.checkpoint.every
+    looks = Looks(
         progress_bar=options.progress_bar,
         callback=options.callback,
+        keep=None if keeper is None else keep,
+        every=every,
         stable=options.stable_update,
         holding_nan=call.arguments.holding_nan,
     )
+    ends = chunk_ends(len(before), num_steps, size, every)
+    with Interrupts(saves=keeper is not None) as interrupts:
+        carry, losses, stopped = train(chunk, carry, ends, num_steps, looks, before, interrupts)
+    taken = len(losses)
+    if keeper is not None and taken > len(before) and not looks.waits(taken):
+        keep(taken, carry, losses)
+    if interrupts.came:
+        if keeper is not None:
+            keeper.close()
+        interrupts.end_process()
+        warnings.warn(f"interrupted: {taken} of {num_steps} steps were taken.", stacklevel=6)
+    missing = np.full((num_steps - taken, losses.shape[1]), np.nan, losses.dtype)
+    # a run that was ended leaves all members where they are: what is missing is no failure
+    ended = stopped | (np.isfinite(losses[-1]) & bool(len(missing)))
+    return carry, np.ascontiguousarray(np.concatenate([losses, missing]).T), ended, taken
 
 
 def _warn_unconverged(open_ones: np.ndarray, optim: Any, losses: np.ndarray) -> None:

@@ -19,7 +19,8 @@ from numpyro_ensemble.calls.arguments import has_tracers
 from numpyro_ensemble.calls.opening import learnt_by, note_learnt
 from numpyro_ensemble.calls.tracing import NUMPY_WANTED
 from numpyro_ensemble.fit.guides import KeepsOrder, finish, parts_of
-from numpyro_ensemble.fit.setup import GuideValues, SetupTemplate
+from numpyro_ensemble.fit.setup import SetupTemplate
+from numpyro_ensemble.fit.state import GuideValues
 
 
 class Slot(NamedTuple):

@@ -17,7 +17,7 @@ from numpyro_ensemble._compat import distribution_mask
 from numpyro_ensemble.calls.tracing import tracing_alone
 from numpyro_ensemble.density import anatomy, fill_model, is_subsampled, unchecked_trace
 from numpyro_ensemble.fit.ensemble import Ensemble
-from numpyro_ensemble.fit.setup import setup_of
+from numpyro_ensemble.fit.state import setup_of
 from numpyro_ensemble.handlers import is_factor, unwrapped
 from numpyro_ensemble.mapping import check_failed, finite_members, map_member_draws, pick
 from numpyro_ensemble.results import EnsembleResult, PathfinderResult

@@ -11,7 +11,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from numpyro_ensemble.calls.arguments import has_tracers
-from numpyro_ensemble.fit.setup import Setup, setup_of
+from numpyro_ensemble.fit.state import Setup, setup_of
 from numpyro_ensemble.mapping import check_failed, check_mixture, finite_members, pick
 from numpyro_ensemble.results import EnsembleResult
 

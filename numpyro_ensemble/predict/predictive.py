@@ -17,8 +17,8 @@ from numpyro_ensemble.calls.identity import captured
 from numpyro_ensemble.calls.programs import Programs
 from numpyro_ensemble.density import anatomy
 from numpyro_ensemble.fit.draws import check_guide, draw_latents
-from numpyro_ensemble.fit.setup import VALUE_AXES, GuideValues, Setup
 from numpyro_ensemble.fit.slots import filled_guide
+from numpyro_ensemble.fit.state import VALUE_AXES, GuideValues, Setup
 from numpyro_ensemble.handlers import check_count, one_key
 from numpyro_ensemble.mapping import map_draws, pick
 from numpyro_ensemble.predict.given import read_given

@@ -11,7 +11,7 @@ import numpyro.infer.svi
 from numpyro.infer.svi import SVIRunResult, SVIState
 
 from numpyro_ensemble import EnsembleVI
-from numpyro_ensemble.fit.setup import plain, setup_of, with_setup
+from numpyro_ensemble.fit.state import plain, setup_of, with_setup
 
 
 def _fields(state, change):

@@ -89,7 +89,18 @@ class Derivatives(Kernel):
                 f"{max(columns, 1)} for a slope; got {wrong}. Write numbered_inputs(X) for values, "
                 f"numbered_inputs(X, X_slopes) for slopes too."
             )
-        self.kernel.check_inputs(np.asarray(X)[:, :-1])  # type: ignore[arg-type]
+        places, numbers = np.asarray(X)[:, :-1], np.asarray(X)[:, -1]
+        self.kernel.check_inputs(places)  # type: ignore[arg-type]
+        for atom in atoms(self.kernel):
+            if not atom.is_numbered:
+                continue
+            column = atom.active_dims % places.shape[1]  # type: ignore[attr-defined]
+            along = np.flatnonzero(numbers == column + 1)
+            if len(along):
+                raise ValueError(
+                    f"Derivatives: column {column} holds the numbers that {type(atom).__name__} "
+                    f"reads, and nothing has a slope along them; row {along[0]} asks for it."
+                )
 
     def typical_variance(self, X: jax.Array) -> jax.Array:
         """Return one for each row: slopes have another unit than values."""

@@ -1,0 +1,104 @@
+"""Where posterior functions are lowest: `minimise` beside BoTorch's `optimize_posterior_samples`.
+
+Run `python benchmarks/optima.py [num_paths]` where BoTorch is installed (`pip install botorch`).
+Both have the same hyperparameters and data, as many functions, and 1,024 points to begin with. The
+functions are not the same, so that each is also held against a far denser search of its own.
+"""
+
+import sys
+import time
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import torch
+from botorch.models import SingleTaskGP
+from botorch.sampling.pathwise import draw_matheron_paths
+from botorch.test_functions import Branin, Hartmann
+from botorch.utils.sampling import optimize_posterior_samples
+from common import in_turns, report
+from gpytorch.kernels import RBFKernel, ScaleKernel
+from gpytorch.means import ZeroMean
+
+from numpyro_ensemble.gp import RBF, draw_paths, minimise
+
+NOISE = 1e-4
+# name: the function on its box, number of data, lengthscales on the unit box, variance
+PROBLEMS = {
+    "Branin": (Branin(), 30, [0.25, 0.6], 2.0),
+    "Hartmann-6": (Hartmann(dim=6), 100, [0.5, 0.7, 1.5, 0.4, 0.4, 0.5], 2.0),
+}
+
+
+def data(fn, number):
+    """Return points of the unit box, and standardised values there."""
+    X = torch.quasirandom.SobolEngine(fn.dim, scramble=True, seed=0).draw(number).double()
+    low, high = fn.bounds.double()
+    y = fn(low + (high - low) * X)
+    return X.numpy(), ((y - y.mean()) / y.std()).numpy()
+
+
+def ours(X, y, lengths, variance, num_paths):
+    """Return how to draw functions with this package, and how to search them."""
+    kernel, box = RBF(variance, jnp.asarray(lengths)), [(0.0, 1.0)] * X.shape[1]
+
+    def draw(seed):
+        return draw_paths(jax.random.key(seed), kernel, X, y, noise=NOISE, num_paths=num_paths)
+
+    def search(paths, **options):
+        return np.asarray(minimise(jax.random.key(1), paths, box, **options).value)
+
+    return draw, search
+
+
+def theirs(X, y, lengths, variance, num_paths):
+    """Return the same with BoTorch."""
+    inputs, values = torch.tensor(X), torch.tensor(y)[:, None]
+    kernel = ScaleKernel(RBFKernel(ard_num_dims=X.shape[1]))
+    options = {"covar_module": kernel, "mean_module": ZeroMean(), "outcome_transform": None}
+    model = SingleTaskGP(inputs, values, torch.full_like(values, NOISE), **options).double().eval()
+    kernel.outputscale, kernel.base_kernel.lengthscale = variance, torch.tensor([lengths])
+    bounds = torch.tensor([[0.0] * X.shape[1], [1.0] * X.shape[1]], dtype=torch.double)
+
+    def draw(seed):
+        torch.manual_seed(seed)
+        return draw_matheron_paths(model, torch.Size([num_paths]))
+
+    def search(paths, **options):
+        found = optimize_posterior_samples(paths, bounds, sample_transform=torch.neg, **options)[1]
+        return found.detach().numpy().reshape(num_paths)
+
+    return draw, search
+
+
+def main(num_paths=16):
+    """Print the lowest values, how often they miss those of a dense search, and seconds."""
+    numpyro.enable_x64()
+    for name, (fn, number, lengths, variance) in PROBLEMS.items():
+        given = (*data(fn, number), lengths, variance, int(num_paths))
+        searches = {"minimise": (*ours(*given), {"num_points": 2**15, "num_starts": 64})}
+        searches["BoTorch"] = (*theirs(*given), {"raw_samples": 2**13, "num_restarts": 100})
+        print(f"{name}, {num_paths} functions")
+        calls = []
+        for label, (draw, search, dense) in searches.items():
+            each = [draw(seed) for seed in range(5)]
+            begin = time.perf_counter()
+            values = [search(paths) for paths in each]
+            first = time.perf_counter() - begin
+            lowest = [
+                np.minimum(search(paths, **dense), v) for paths, v in zip(each, values, strict=True)
+            ]
+            missed = np.array(values) - lowest
+            print(
+                f"  {label}: mean lowest value {np.mean(values):.3f}, missed by 1e-3 or more "
+                f"{(missed > 1e-3).mean():.1%}, on average {missed.mean():.1e}; "
+                f"the first five calls took {first:.1f} s"
+            )
+            calls.append(partial(lambda search, paths, _: search(paths), search, each[0]))
+        report("  minimise / BoTorch", in_turns(*calls, 7))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

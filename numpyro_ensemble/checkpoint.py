@@ -1,0 +1,247 @@
+"""Runs that survive being stopped: Orbax keeps their states, and the same call goes on."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from numpyro_ensemble.handlers import check_count
+from numpyro_ensemble.storage import Leaves, restored
+
+_FORMAT = 1
+_LOCK = "in_use"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Where and how often a run is saved, so that the same call made again goes on from there.
+
+    A run that goes on ends with the numbers of one that was never stopped, bit for bit on the same
+    machine. It refuses the checkpoints of another model, other data or other settings.
+
+    Args:
+        directory: where checkpoints are kept, one run's alone.
+        every: steps between two of them.
+        keep: how many of the newest are kept.
+        on_error: "warn" and go on, or "raise", where a checkpoint cannot be written.
+
+    Example:
+        >>> from numpyro_ensemble import Checkpoint
+        >>> Checkpoint("fits/radon", every=5000).keep
+        2
+    """
+
+    directory: str | os.PathLike
+    every: int = 1000
+    keep: int = 2
+    on_error: str = "warn"
+
+    def __post_init__(self) -> None:
+        for name in ("every", "keep"):
+            check_count(name, getattr(self, name))
+        if self.on_error not in ("warn", "raise"):
+            raise ValueError(f'on_error takes "warn" or "raise", got {self.on_error!r}.')
+
+
+class Keeper:
+    """The checkpoints of one run: what they hold is read once, and written every so often.
+
+    Args:
+        checkpoint: where they are.
+        fingerprint: what the run is of, as texts by name in named groups.
+
+    Raises:
+        ValueError: if another run uses the directory.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, fingerprint: Mapping[str, Mapping[str, str]]):
+        from orbax.checkpoint.experimental import v1 as ocp
+
+        self.checkpoint = checkpoint
+        self.fingerprint = json.loads(json.dumps(fingerprint))
+        self.path = Path(checkpoint.directory).absolute()
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock, self._closed = _locked(self.path), False
+        training = ocp.training
+        self._orbax = training.Checkpointer(
+            self.path,
+            save_decision_policy=training.save_decision_policies.FixedIntervalPolicy(1),
+            preservation_policy=training.preservation_policies.LatestN(checkpoint.keep),
+            cleanup_tmp_directories=True,
+        )
+
+    def due(self, step: int) -> bool:
+        """Say whether a checkpoint belongs after this step."""
+        return step % self.checkpoint.every == 0
+
+    def newest(self, like: Callable[[int], Any]) -> tuple[int, Any] | None:
+        """Return the last step that was kept whole and its tree, in the structure of `like(step)`.
+
+        Raises:
+            ValueError: if it is of another run, or a later format.
+        """
+        for step in sorted((found.step for found in self._orbax.checkpoints), reverse=True):
+            try:
+                leaves = self._read(step)
+            except _OfAnotherRunError:
+                raise
+            except Exception as error:  # whatever a damaged file makes Orbax raise
+                warnings.warn(
+                    f"the checkpoint of step {step} in {self.path} is damaged, and the one before "
+                    f"it is used, if there is one. {type(error).__name__}: {str(error)[:200]}",
+                    stacklevel=5,
+                )
+                self._remove(step)
+                continue
+            return step, restored(leaves, like(step))
+        return None
+
+    def _read(self, step: int) -> Leaves:
+        told = self._orbax.metadata(step).custom_metadata
+        if not isinstance(told, dict) or told.get("digest") != _digest(_text(told)):
+            raise ValueError("its description is not whole")
+        if told["format"] != _FORMAT:
+            raise _OfAnotherRunError(
+                f"the checkpoints in {self.path} are of format {told['format']}, and this version "
+                f"reads format {_FORMAT}."
+            )
+        self._compare(told["fingerprint"])
+        arrays = self._orbax.load(step)
+        leaves = [np.asarray(arrays[f"leaf_{i}"]) for i in range(len(told["paths"]))]
+        for path, leaf, digest in zip(told["paths"], leaves, told["digests"], strict=True):
+            if _digest(leaf) != digest:
+                raise ValueError(f"{path} is not what was written")
+        keys = (told["keys"].get(path) for path in told["paths"])
+        return Leaves(told["paths"], map(_as_key, leaves, keys))
+
+    def _compare(self, other: dict[str, dict[str, str]]) -> None:
+        """Raise a ValueError that names what differs from another fingerprint."""
+        for group, mine in self.fingerprint.items():
+            theirs = other.get(group, {})
+            for name in sorted(mine.keys() | theirs.keys()):
+                if mine.get(name) != theirs.get(name):
+                    raise _OfAnotherRunError(
+                        f"the checkpoints in {self.path} are of another run: {group} {name!r} was "
+                        f"{theirs.get(name, 'not there')}, and is {mine.get(name, 'not there')}. "
+                        f"Give this run another directory, or remove that one."
+                    )
+
+    def save(self, step: int, tree: Any) -> None:
+        """Write a checkpoint in the background, once the one before it is written."""
+        leaves = Leaves.of(tree)
+        keys = {p: str(jax.random.key_impl(x)) for p, x in _pairs(leaves) if _is_key(x)}
+        arrays = [np.array(jax.random.key_data(x) if _is_key(x) else x) for x in leaves.leaves]
+        told = {
+            "format": _FORMAT,
+            "fingerprint": self.fingerprint,
+            "paths": list(leaves.paths),
+            "digests": [_digest(array) for array in arrays],
+            "keys": keys,
+        }
+        told["digest"] = _digest(_text(told))
+        try:
+            named = {f"leaf_{i}": array for i, array in enumerate(arrays)}
+            self._orbax.save_async(step, named, force=True, custom_metadata=told)
+        except Exception as error:  # of this one, or of the one before it
+            self._failed(f"that of step {step}", error)
+
+    def _failed(self, which: str, error: Exception) -> None:
+        message = (
+            f"of the checkpoints in {self.path}, {which} could not be written: "
+            f"{type(error).__name__}: {str(error)[:200]}"
+        )
+        if self.checkpoint.on_error == "raise":
+            raise OSError(message) from error
+        warnings.warn(f"{message}. The run goes on without it.", stacklevel=6)
+
+    def _remove(self, step: int) -> None:
+        with contextlib.suppress(Exception):  # the run writes it anew
+            self._orbax.delete(step)
+        shutil.rmtree(self.path / str(step), ignore_errors=True)
+        self._orbax.reload()
+
+    def close(self) -> None:
+        """Wait for what is being written, and give the directory free."""
+        if self._closed:
+            return
+        self._closed = True
+        try:
+            self._orbax.close()
+        except Exception as error:
+            self._failed("the last one", error)
+        finally:
+            if self._lock is not None:
+                os.close(self._lock)
+
+
+class _OfAnotherRunError(ValueError):
+    """A checkpoint that is whole, and of something else."""
+
+
+def _locked(path: Path) -> int | None:
+    """Lock a directory for this process, where the system can; the lock ends with the process."""
+    try:
+        import fcntl
+    except ImportError:
+        return None
+    handle = os.open(path / _LOCK, os.O_RDWR | os.O_CREAT)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise ValueError(
+            f"another run uses {path} for its checkpoints: give this one a directory of its own."
+        ) from None
+    except OSError:  # a file system without locks
+        os.close(handle)
+        return None
+    return handle
+
+
+def _pairs(leaves: Leaves) -> zip:
+    return zip(leaves.paths, leaves.leaves, strict=True)
+
+
+def _is_key(leaf: Any) -> bool:
+    return jnp.issubdtype(getattr(leaf, "dtype", bool), jax.dtypes.prng_key)
+
+
+def _as_key(leaf: np.ndarray, impl: str | None) -> Any:
+    return jax.random.wrap_key_data(jnp.asarray(leaf), impl=impl) if impl else jnp.asarray(leaf)
+
+
+def _text(told: dict[str, Any]) -> str:
+    return json.dumps({k: v for k, v in told.items() if k != "digest"}, sort_keys=True)
+
+
+def _digest(value: str | np.ndarray) -> str:
+    """Return a digest of a text, or of an array's dtype, shape and bytes."""
+    if isinstance(value, str):
+        return hashlib.blake2b(value.encode(), digest_size=16).hexdigest()
+    found = hashlib.blake2b(f"{value.dtype} {value.shape} ".encode(), digest_size=16)
+    found.update(np.ascontiguousarray(value).tobytes())
+    return found.hexdigest()
+
+
+def describe(value: Any) -> str:
+    """Return a text that tells an array, or a plain value, from others."""
+    if _is_key(value):
+        value = jax.random.key_data(value)
+    if isinstance(value, np.ndarray | np.generic | jax.Array):
+        array = np.asarray(value)
+        return f"{array.dtype}{list(array.shape)} {_digest(array)}"
+    if isinstance(value, bool | int | float | str | None):
+        return repr(value)
+    return type(value).__name__

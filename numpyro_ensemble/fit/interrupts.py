@@ -1,0 +1,47 @@
+"""Ctrl-C and SIGTERM between the chunks of a run, where nothing is lost."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from types import FrameType
+from typing import Any
+
+
+class Interrupts:
+    """Note the first Ctrl-C, and SIGTERM where a checkpoint can be written; a second one ends all.
+
+    Handlers that a program has set itself stay, and threads have none.
+    """
+
+    def __init__(self, saves: bool) -> None:
+        self.came: int | None = None
+        self._saves = saves
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Interrupts:
+        if threading.current_thread() is threading.main_thread():
+            usual: dict[int, Any] = {signal.SIGINT: signal.default_int_handler}
+            if self._saves:
+                usual[signal.SIGTERM] = signal.SIG_DFL
+            for number, handler in usual.items():
+                if signal.getsignal(number) is handler:
+                    self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before.clear()
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.came is not None:
+            self.__exit__()
+            os.kill(os.getpid(), number)
+        self.came = number
+
+    def end_process(self) -> None:
+        """Let a SIGTERM that was noted do what it usually does."""
+        if self.came == signal.SIGTERM:
+            os.kill(os.getpid(), signal.SIGTERM)

@@ -1,0 +1,93 @@
+"""What a run keeps in its checkpoints, and how it goes on from one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+
+from numpyro_ensemble.calls.arguments import FIXED, MEMBER_AXES
+from numpyro_ensemble.checkpoint import Keeper, describe
+from numpyro_ensemble.fit.call import FitCall
+from numpyro_ensemble.fit.loop import Carry
+from numpyro_ensemble.fit.options import RunOptions
+from numpyro_ensemble.storage import Leaves
+
+_SETTINGS = (
+    "batch_size",
+    "batch_args",
+    "shared_batches",
+    "member_args",
+    "stable_update",
+    "forward_mode_differentiation",
+    "early_stopping",
+)
+
+
+@contextmanager
+def keeping(call: FitCall, keys: jax.Array, options: RunOptions) -> Iterator[Keeper | None]:
+    """Open the checkpoints of a run, if it has some."""
+    if options.checkpoint is None:
+        yield None
+        return
+    keeper = Keeper(options.checkpoint, _fingerprint(call, keys, options))
+    try:
+        yield keeper
+    finally:
+        keeper.close()
+
+
+def kept(call: FitCall, carry: Carry, losses: np.ndarray) -> dict[str, Any]:
+    """Return what a checkpoint holds: the members that were asked for, and all losses so far.
+
+    The order of the batches is not kept: it follows from the keys and the step.
+    """
+    cut = partial(call.problem.placement.cut, axes=0, total=call.problem.ensemble_size)
+    return {"state": cut(carry.state), "stop": cut(carry.stop), "losses": losses}
+
+
+def resume(call: FitCall, carry: Carry, keeper: Keeper) -> tuple[Carry, np.ndarray | None]:
+    """Return where the newest checkpoint goes on, and the losses before it, None without one."""
+    found = keeper.newest(lambda step: kept(call, carry, np.zeros(())))
+    if found is None:
+        return carry, None
+    tree = found[1]
+    fill = partial(call.problem.placement.fill, axes=0)
+    carry = carry._replace(state=fill(tree["state"]), stop=fill(tree["stop"]))
+    return carry, np.asarray(tree["losses"])
+
+
+def _fingerprint(call: FitCall, keys: jax.Array, options: RunOptions) -> dict[str, dict[str, str]]:
+    """Return what the checkpoints of a run are told from others by."""
+    problem, arguments = call.problem, call.arguments
+    sites = {
+        name: f"{site.kind} of shape {tuple(site.shape)}, {site.distribution}"
+        for name, site in call.programs.sites.items()
+    }
+    kinds = (FIXED, *MEMBER_AXES)
+    data = {label: describe(leaf) for label, leaf in arguments.labelled(*kinds)}
+    forms = Leaves.of(call.forms.state)
+    state = {
+        path: f"{form.dtype} of shape {form.shape[1:]}"
+        for path, form in zip(forms.paths, forms.leaves, strict=True)
+    }
+    settings = {name: repr(getattr(options, name)) for name in _SETTINGS}
+    settings |= {
+        "ensemble_size": str(problem.ensemble_size),
+        "guide": type(problem.guide).__name__,
+        "loss": type(problem.loss).__name__,
+        "prior_weight": describe(problem.prior_weight),
+        "kl_weight": describe(getattr(problem, "kl_weight", None)),
+        "rng_key": describe(keys),
+        "init_state": _all(options.init_state),
+        "init_params": _all(options.init_params),
+    }
+    return {"site": sites, "argument": data, "part of the state": state, "setting": settings}
+
+
+def _all(tree: Any) -> str:
+    return " ".join(describe(leaf) for leaf in jax.tree.leaves(tree)) or "none"

@@ -1,0 +1,162 @@
+"""Runs on four forced devices beside those on one, compared for `test_sharding`, as JSON."""
+
+import json
+import sys
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import optimistix
+from numpyro.infer import Trace_ELBO
+from numpyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
+
+from numpyro_ensemble import EarlyStopping, EnsembleMAP, EnsembleVI
+
+jax.config.update("jax_enable_x64", True)
+warnings.simplefilter("ignore")
+
+RNG = np.random.default_rng(0)
+X = RNG.normal(size=(48, 3))
+Y = X @ np.array([1.0, -2.0, 0.5]) + 0.3 * RNG.normal(size=48)
+OWN = Y + RNG.normal(size=(5, 48))
+KEY = jax.random.key(0)
+MESHES = {
+    "members": jax.make_mesh((4,), ("member",)),
+    "members and rows": jax.make_mesh((2, 2), ("member", "data")),
+}
+found: dict[str, object] = {}
+
+
+def model(x, y, failing=0.0):
+    """Regress, with sites in no order, a matrix beside a scalar, and members that may fail."""
+    w = numpyro.sample("w", dist.Normal(0, 1).expand([3, 1]).to_event(2))
+    a = numpyro.sample("a", dist.HalfNormal(1))
+    base = numpyro.sample("base", dist.StudentT(4, 0, 1))
+    with numpyro.plate("rows", len(y)):
+        numpyro.sample("y", dist.Normal((x @ w)[:, 0] + base + jnp.log1p(-failing), a), obs=y)
+
+
+def vi(guide=AutoNormal, **options):
+    optim = numpyro.optim.Adam(0.05)
+    return EnsembleVI(model, guide(model), optim, Trace_ELBO(), ensemble_size=5, **options)
+
+
+def modes(**options):
+    solver = optimistix.LBFGS(rtol=1e-8, atol=1e-8)
+    return EnsembleMAP(model, solver, ensemble_size=5, **options)
+
+
+def apart(one, other):
+    """Return how far two trees are apart, relative to the largest entry of each leaf."""
+    pairs = zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
+    arrays = [tuple(np.nan_to_num(np.asarray(leaf, float)) for leaf in pair) for pair in pairs]
+    return max(float(abs(a - b).max() / max(abs(b).max(), 1e-300)) for a, b in arrays)
+
+
+def outcome(result):
+    """Return what a run is compared by."""
+    return result.params, result.losses, result.state.optim_state[0]
+
+
+def quiet(runner, *args, steps=100, key=KEY, **options):
+    return runner.run(key, steps, *args, progress_bar=False, **options)
+
+
+RUNS = {
+    "plain": (vi, (X, Y), {}),
+    "batches": (vi, (X, Y), {"batch_size": 20}),
+    "batches of its own": (vi, (X, Y), {"batch_size": 20, "shared_batches": False}),
+    "data of its own": (vi, (X, OWN), {"member_args": [1]}),
+    "batches of its own data": (vi, (X, OWN), {"member_args": [1], "batch_size": 16}),
+    "stopping": (vi, (X, Y), {"early_stopping": EarlyStopping(2, window=10), "steps": 300}),
+    "starts": (vi, (X, Y), {"init_params": {"base_auto_loc": np.arange(5.0)}}),
+}
+
+
+QUICK = {"batches of its own data"}
+
+
+def compare_modes():
+    """Compare where a minimiser ends: rounding may cost it a step."""
+    one = quiet(modes(), X, Y)
+    for name, mesh in MESHES.items():
+        found[f"minimiser, {name}"] = apart(quiet(modes(mesh=mesh), X, Y).params, one.params)
+
+
+def compare_runs(kinds):
+    """Compare runs on one device with those on meshes."""
+    for label in kinds:
+        make, args, options = RUNS[label]
+        one = quiet(make(), *args, **options)
+        for name, mesh in MESHES.items():
+            found[f"{label}, {name}"] = apart(
+                outcome(quiet(make(mesh=mesh), *args, **options)), outcome(one)
+            )
+
+
+def compare_states():
+    one, many = vi(AutoMultivariateNormal), vi(AutoMultivariateNormal, mesh="all")
+    states = [runner.init(KEY, X, Y) for runner in (one, many)]
+    found["states, start"] = apart(*(s.optim_state for s in states[::-1]))
+    stepped = [r.update(s, X, Y) for r, s in zip((one, many), states, strict=True)]
+    found["states, update"] = apart(*((s.optim_state, loss) for s, loss in stepped[::-1]))
+    found["states, evaluate"] = apart(many.evaluate(states[1], X, Y), one.evaluate(states[0], X, Y))
+    found["states, get_params"] = apart(many.get_params(states[1]), one.get_params(states[0]))
+    found["states, leading"] = sorted({leaf.shape[0] for leaf in jax.tree.leaves(states[1][:3])})
+    half = quiet(many, X, Y, steps=50)
+    whole = quiet(one, X, Y)
+    more = quiet(many, X, Y, steps=50, init_state=half.state)
+    found["states, gone on from"] = apart(more.params, whole.params)
+    draws = [r.sample_posterior(KEY, result, X, Y) for r, result in ((many, more), (one, whole))]
+    found["states, draws"] = apart(*draws)
+    plain = quiet(one, X, Y, steps=50, init_state=jax.device_get(half.state))
+    found["states, taken home"] = apart(plain.params, whole.params)
+
+
+def watch_failures():
+    """Run with one member of five that fails, over four devices."""
+    failing = np.array([0.0, 0.0, 0.0, 0.0, 2.0])
+    seen = []
+    runner = vi(mesh=MESHES["members"])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        result = quiet(
+            runner, X, Y, failing, steps=40, member_args=[2], callback=lambda *a: seen.append(a)
+        )
+    found["failures, finite"] = np.asarray(result.finite).tolist()
+    found["failures, said"] = [str(w.message) for w in caught if "members" in str(w.message)]
+    _, state, losses = seen[0]
+    found["failures, callback"] = [losses.shape[0], jax.tree.leaves(state)[0].shape[0]]
+    spread = quiet(EnsembleVI(model, AutoNormal(model), numpyro.optim.Adam(0.05), Trace_ELBO(),
+                              ensemble_size=8, mesh="all"), X, Y, steps=10)  # fmt: skip
+    found["devices"] = len(spread.params["w_auto_loc"].sharding.device_set)
+
+
+def say_errors():
+    bad = {
+        "axes": lambda: vi(mesh=jax.make_mesh((4,), ("chain",))),
+        "kind": lambda: vi(mesh=4),
+        "few": lambda: EnsembleMAP(model, ensemble_size=3, mesh="all").init(KEY, X, Y),
+        "rows": lambda: vi(mesh=MESHES["members and rows"]).init(KEY, X[:47], Y[:47]),
+    }
+    for label, call in bad.items():
+        try:
+            call()
+        except (TypeError, ValueError) as error:
+            found[f"error, {label}"] = f"{type(error).__name__}: {error}"
+
+
+assert len(jax.devices()) == 4
+if "long" in sys.argv:
+    compare_runs(RUNS.keys() - QUICK)
+    compare_modes()
+else:
+    compare_runs(QUICK)
+    other = quiet(vi(), X, Y, key=jax.random.key(1))
+    found["another key"] = apart(outcome(other), outcome(quiet(vi(), X, Y)))
+    for part in (compare_states, watch_failures, say_errors):
+        part()
+json.dump(found, sys.stdout)

@@ -1,0 +1,138 @@
+"""Members in groups and on meshes: the same numbers as all at once on one device."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import pytest
+from numpyro.infer import Trace_ELBO
+from numpyro.infer.autoguide import AutoNormal
+
+from numpyro_ensemble import EnsembleMAP, EnsembleVI
+
+KEY = jax.random.key(0)
+Y = np.random.default_rng(0).normal(size=(5, 12))
+
+
+def model(y):
+    w = numpyro.sample("w", dist.Normal(0, 1).expand([2, 2]).to_event(2))
+    b = numpyro.sample("b", dist.HalfNormal(1))
+    with numpyro.plate("rows", len(y)):
+        numpyro.sample("y", dist.Normal(w.sum(), b), obs=y)
+
+
+@pytest.mark.parametrize("size", [1, 2, 5, 9])
+def test_groups_of_members_are_the_members(size):
+    """Five members are groups of 1; 2, 2 and 1; 5; 5."""
+
+    def run(**options):
+        runner = EnsembleVI(
+            model, AutoNormal(model), numpyro.optim.Adam(0.1), Trace_ELBO(), ensemble_size=5,
+            **options,
+        )  # fmt: skip
+        return runner.run(KEY, 20, Y, member_args=[0], progress_bar=False)
+
+    plain, grouped = run(), run(member_batch_size=size)
+    assert set(grouped.params) == set(plain.params)
+    for name, leaf in plain.params.items():
+        np.testing.assert_allclose(grouped.params[name], leaf, rtol=1e-10)
+    np.testing.assert_allclose(grouped.losses, plain.losses, rtol=1e-10)
+    assert np.ptp(np.asarray(plain.losses)[:, -1]) > 0.1  # members differ
+
+
+def test_groups_of_one_program():
+    """Modes, states and steps of a runner whose groups are of two, in an unusual order."""
+    plain, grouped = (EnsembleMAP(model, ensemble_size=5, **o) for o in ({}, GROUPS))
+    state = plain.init(KEY, Y[0])
+    np.testing.assert_allclose(grouped.evaluate(state, Y[1]), plain.evaluate(state, Y[1]))
+    stepped, same = grouped.update(state, Y[1]), plain.update(state, Y[1])
+    np.testing.assert_allclose(stepped[1], same[1])
+    for name, leaf in plain.get_params(same[0]).items():
+        np.testing.assert_allclose(grouped.get_params(stepped[0])[name], leaf, rtol=1e-10)
+    grouped.member_batch_size = None  # a setting holds from the next call on
+    np.testing.assert_allclose(grouped.evaluate(state, Y[1]), plain.evaluate(state, Y[1]))
+    with pytest.raises(ValueError, match="member_batch_size"):
+        grouped.member_batch_size = 0
+
+
+GROUPS = {"member_batch_size": 2}
+
+
+@pytest.fixture(scope="module")
+def found():
+    """Return what `mesh_runs` has found on four devices."""
+    return run_on_a_mesh()
+
+
+@pytest.fixture(scope="module")
+def found_long():
+    """Return what it finds where it has more time."""
+    return run_on_a_mesh("long")
+
+
+def run_on_a_mesh(*words):
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4"
+    environment = {**os.environ, "XLA_FLAGS": flags, "JAX_ENABLE_X64": "1"}
+    environment["PYTHONPATH"] = str(Path(__file__).parents[1])
+    script = Path(__file__).with_name("mesh_runs.py")
+    run = subprocess.run(
+        [sys.executable, str(script), *words], env=environment, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout)
+
+
+MESHES = ["members", "members and rows"]
+KINDS = ["plain", "batches", "batches of its own", "data of its own", "stopping", "starts"]
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_a_mesh_changes_no_number(found, mesh):
+    assert found[f"batches of its own data, {mesh}"] < 1e-8
+    assert found["another key"] > 1e-5
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("kind", [*KINDS, "minimiser"])
+def test_no_kind_of_run_differs_on_a_mesh(found_long, kind, mesh):
+    assert found_long[f"{kind}, {mesh}"] < 1e-8
+
+
+def test_states_of_a_mesh_are_those_of_one_device(found):
+    distances = {k: v for k, v in found.items() if k.startswith("states") and "leading" not in k}
+    assert len(distances) == 7
+    assert max(distances.values()) < 1e-8, distances
+    assert found["states, leading"] == [5]
+
+
+def test_members_that_are_added_are_not_seen(found):
+    assert found["failures, finite"] == [True] * 4 + [False]
+    assert found["failures, said"] == [
+        "1 of 5 members start where the loss is not finite: 4. Give other starts by init_params= "
+        "or the guide's init_loc_fn=, or check the data."
+    ]
+    assert found["failures, callback"] == [5, 5]
+    assert found["devices"] == 4
+
+
+@pytest.mark.parametrize(
+    ("label", "said"),
+    [
+        ("axes", "ValueError: mesh has axes ['chain'], and takes one named 'member'"),
+        ("kind", 'TypeError: mesh takes a jax.sharding.Mesh or "all", got 4.'),
+        ("few", "ValueError: mesh spreads members over 4 devices, and there are 3: take a smaller"),
+        (
+            "rows",
+            "ValueError: mesh spreads rows over 2 devices, and there are 47, which 2 does not",
+        ),
+    ],
+)
+def test_errors(found, label, said):
+    assert found[f"error, {label}"].startswith(said)
