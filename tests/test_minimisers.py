@@ -91,6 +91,14 @@ def test_every_solver_finds_scipys_optimum(name, key):
     assert (result.losses[:, 0] > ours + 0.1).all()
 
 
+def test_members_that_stopped_on_a_slope_are_named(key):
+    coarse = optimistix.BFGS(rtol=1e3, atol=1e3)
+    with pytest.warns(UserWarning, match="3 of 3 members .* where the gradient is up to .* long"):
+        result = quiet(EnsembleMAP(zoned, coarse, ensemble_size=3), key, 100, W, Z)
+    assert result.converged.all()
+    assert (result.gradient_norm > 1.0).all()
+
+
 def test_a_member_is_optimistixs_own_run(key):
     runner = EnsembleMAP(zoned, LBFGS, ensemble_size=3)
     start = runner.init(key, W, Z)

@@ -31,6 +31,9 @@ from numpyro_ensemble.fit.stopping import first_stop, without_stopped
 from numpyro_ensemble.results import EnsembleResult, name_members
 
 
+_STEEP = 0.01  # length of the gradient, relative to the loss, that no mode has
+
+
 class Start(NamedTuple):
     """Where a run begins, and what stays the same throughout."""
 
@@ -79,6 +82,7 @@ def fit(
         _warn_failed(finite, losses, stable)
         if result.converged is not None and callback is None:
             _warn_unconverged(finite & ~result.converged, call.problem.optim, losses)
+            _warn_steep(finite & result.converged, call.problem.optim, result)
     return result
 
 
@@ -185,6 +189,22 @@ def _warn_unconverged(open_ones: np.ndarray, optim: Any, losses: np.ndarray) -> 
         f"init_state=result.state.{narrow if single else ''}",
         stacklevel=4,
     )
+
+
+def _warn_steep(ended: np.ndarray, optim: Any, result: EnsembleResult) -> None:
+    """Name the members whose minimiser has stopped, by steps that were too short, on a slope."""
+    slope, loss = result.gradient_norm, getattr(result.state.optim_state[1], "loss", None)
+    if slope is None or loss is None:
+        return
+    steep = ended & (slope > _STEEP * (1.0 + np.abs(np.asarray(loss))))
+    if steep.any():
+        warnings.warn(
+            f"{steep.sum()} of {steep.size} members have met the criterion of {optim!r} where the "
+            f"gradient is up to {slope[steep].max():.0e} long: {name_members(steep)}. Its steps "
+            f"have become too short there, and these are no modes. See result.gradient_norm; try "
+            f"optimistix.LBFGS or other starts.",
+            stacklevel=4,
+        )
 
 
 def _warn_failed(finite: np.ndarray, losses: np.ndarray, stable: bool) -> None:

@@ -14,6 +14,8 @@ from numpyro_ensemble.gp.spectra import sobol
 from numpyro_ensemble.handlers import check_count, one_key
 
 _TOLERANCE = 1e-9
+_FIRST_STEPS = 10  # of all searches; the best go on
+_FINALISTS = 2
 
 
 class Optimum(NamedTuple):
@@ -34,7 +36,7 @@ def maximise(
     bounds: Any,
     *,
     num_points: int = 1024,
-    num_starts: int = 4,
+    num_starts: int = 16,
     max_steps: int = 100,
 ) -> Optimum:
     """Find where each path is highest within bounds, all of them in one program.
@@ -50,8 +52,8 @@ def maximise(
             ones hold a column fixed, the number of an output say. With `Derivatives` they may
             leave the last column out: values are sought.
         num_points: how many points each path is evaluated at.
-        num_starts: how many of these it is followed from.
-        max_steps: steps of each search.
+        num_starts: how many of these it is followed from, the best two to the end.
+        max_steps: steps of each search to the end.
 
     Raises:
         TypeError: if `paths` are no paths.
@@ -74,7 +76,7 @@ def minimise(
     bounds: Any,
     *,
     num_points: int = 1024,
-    num_starts: int = 4,
+    num_starts: int = 16,
     max_steps: int = 100,
 ) -> Optimum:
     """Find where each path is lowest within bounds; as `maximise`."""
@@ -138,22 +140,25 @@ def _search(
     tolerance = max(_TOLERANCE, 10.0 * float(jnp.finfo(values.dtype).eps))
     solver: Any = optimistix.BFGS(rtol=tolerance, atol=tolerance)
 
-    def refined(i: jax.Array, start: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def followed(i: jax.Array, steps: int, start: jax.Array) -> tuple[jax.Array, jax.Array]:
         path = paths[i]
 
         def loss(angle: jax.Array, _: Any) -> jax.Array:
             return -sign * path(inside(angle)[None])[0, 0]
 
-        found = optimistix.minimise(loss, solver, start, max_steps=max_steps, throw=False).value
-        end = loss(found, None)
+        found = optimistix.minimise(loss, solver, start, max_steps=steps, throw=False).value
+        end, before = loss(found, None), loss(start, None)
         # a search may end in nothing
-        better = jnp.isfinite(end) & (end <= loss(start, None))
-        angle = jnp.where(better, found, start)
-        return inside(angle), -loss(angle, None)
+        better = jnp.isfinite(end) & (end <= before)
+        return jnp.where(better, found, start), -jnp.where(better, end, before)
 
     def of_path(i: jax.Array, starts: jax.Array) -> Optimum:
-        places, heights = jax.vmap(partial(refined, i))(starts)
+        """Follow all starts a little, and those that are best then to the end."""
+        if len(starts) > _FINALISTS:
+            starts, heights = jax.vmap(partial(followed, i, min(_FIRST_STEPS, max_steps)))(starts)
+            starts = starts[jax.lax.top_k(heights, _FINALISTS)[1]]
+        ends, heights = jax.vmap(partial(followed, i, max_steps))(starts)
         top = jnp.argmax(heights)
-        return Optimum(places[top], sign * heights[top])
+        return Optimum(inside(ends[top]), sign * heights[top])
 
     return jax.vmap(of_path)(jnp.arange(paths.num_paths), angles[best])
