@@ -7,7 +7,6 @@ import hashlib
 import json
 import os
 import shutil
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from numpyro_ensemble.handlers import check_count
+from numpyro_ensemble.handlers import check_count, warn
 from numpyro_ensemble.storage import Leaves, restored
 
 _FORMAT = 1
@@ -82,10 +81,6 @@ class Keeper:
             cleanup_tmp_directories=True,
         )
 
-    def due(self, step: int) -> bool:
-        """Say whether a checkpoint belongs after this step."""
-        return step % self.checkpoint.every == 0
-
     def newest(self, like: Callable[[int], Any]) -> tuple[int, Any] | None:
         """Return the last step that was kept whole and its tree, in the structure of `like(step)`.
 
@@ -98,10 +93,9 @@ class Keeper:
             except _OfAnotherRunError:
                 raise
             except Exception as error:  # whatever a damaged file makes Orbax raise
-                warnings.warn(
+                warn(
                     f"the checkpoint of step {step} in {self.path} is damaged, and the one before "
-                    f"it is used, if there is one. {type(error).__name__}: {str(error)[:200]}",
-                    stacklevel=5,
+                    f"it is used, if there is one. {type(error).__name__}: {str(error)[:200]}"
                 )
                 self._remove(step)
                 continue
@@ -164,7 +158,7 @@ class Keeper:
         )
         if self.checkpoint.on_error == "raise":
             raise OSError(message) from error
-        warnings.warn(f"{message}. The run goes on without it.", stacklevel=6)
+        warn(f"{message}. The run goes on without it.")
 
     def _remove(self, step: int) -> None:
         with contextlib.suppress(Exception):  # the run writes it anew

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 import math
+import warnings
 from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 import jax
 import numpy as np
+import numpyro
 import numpyro.distributions as dist
 from jax.typing import ArrayLike
 from numpyro import handlers
@@ -15,6 +19,7 @@ from numpyro.primitives import Messenger
 from numpyro.util import is_prng_key
 
 Role = Literal["prior", "likelihood", "jacobian"]
+_INSIDE = tuple(str(Path(path).parent) for path in (__file__, numpyro.__file__, jax.__file__))
 
 
 def is_factor(site: Mapping[str, Any]) -> bool:
@@ -131,6 +136,14 @@ def check_names(option: str, names: Collection[str]) -> tuple[str, ...]:
     if isinstance(names, str):
         raise TypeError(f"{option} takes a collection of names, got the string {names!r}.")
     return tuple(names)
+
+
+def warn(message: str) -> None:
+    """Warn the user, with the line of their own that led here, through NumPyro and JAX too."""
+    frame, level = inspect.currentframe(), 0
+    while frame is not None and frame.f_code.co_filename.startswith(_INSIDE):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level + 1)
 
 
 def check_count(name: str, value: Any) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any, NamedTuple
 
 import jax
@@ -12,7 +11,7 @@ from numpyro.infer.autoguide import AutoLaplaceApproximation
 
 from numpyro_ensemble.fit.curvature import Curvature, curvatures, draws_at
 from numpyro_ensemble.fit.state import setup_of
-from numpyro_ensemble.handlers import check_count, one_key
+from numpyro_ensemble.handlers import check_count, one_key, warn
 from numpyro_ensemble.results import TRUSTED_K, EnsembleResult, name_members
 from numpyro_ensemble.scoring import psis
 from numpyro_ensemble.vi import EnsembleVI
@@ -158,10 +157,9 @@ def laplace(
     log_ratios = np.where(np.isfinite(log_ratios), log_ratios, -np.inf)
     log_weights, k = psis(np.maximum(log_ratios, log_ratios.max() - 700.0))
     if not k <= TRUSTED_K:
-        warnings.warn(
+        warn(
             f"The Laplace mixture is not the posterior: Pareto k is {float(k):.2f}, above "
-            f"{TRUSTED_K}. Its draws and evidence are rough; take MCMC, or a guide that is richer.",
-            stacklevel=2,
+            f"{TRUSTED_K}. Its draws and evidence are rough; take MCMC, or a guide that is richer."
         )
     return LaplaceMixture(samples, found, part, log_ratios, log_weights, float(k))
 
@@ -203,10 +201,9 @@ def group_modes(found: Curvature, tolerance: float) -> Modes:
     counts = np.bincount(members[members >= 0], minlength=len(best))
     lone = members < 0
     if lone.any():
-        warnings.warn(
+        warn(
             f"{lone.sum()} of {size} members have not come to a mode: {name_members(lone)}. They "
-            f"are left out.",
-            stacklevel=3,
+            f"are left out."
         )
     chosen = chosen[order]
     return Modes(

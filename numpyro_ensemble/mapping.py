@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +11,7 @@ import numpy as np
 from jax.extend.core import jaxprs_in_params
 
 from numpyro_ensemble.calls.arguments import has_tracers
+from numpyro_ensemble.handlers import warn
 from numpyro_ensemble.primitives import is_inexact
 from numpyro_ensemble.results import name_members
 
@@ -123,7 +123,7 @@ def finite_members(trees: Any, ensemble_size: int) -> np.ndarray:
     return finite
 
 
-def check_failed(finite: np.ndarray, on_failed: str, stacklevel: int = 4) -> None:
+def check_failed(finite: np.ndarray, on_failed: str) -> None:
     """Warn of members that are not finite, or raise a ValueError.
 
     Raises:
@@ -136,4 +136,4 @@ def check_failed(finite: np.ndarray, on_failed: str, stacklevel: int = 4) -> Non
         raise ValueError(f'{message} Leave them out yourself, or pass on_failed="warn".')
     if not finite.any():
         raise ValueError(f"{message} No member is left.")
-    warnings.warn(f"{message} They are left out.", stacklevel=stacklevel)
+    warn(f"{message} They are left out.")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -15,7 +14,7 @@ from numpyro.infer import init_to_uniform
 from numpyro_ensemble.calls.arguments import has_tracers
 from numpyro_ensemble.calls.keywords import checked_keywords
 from numpyro_ensemble.density import anatomy
-from numpyro_ensemble.handlers import check_count, one_key
+from numpyro_ensemble.handlers import check_count, one_key, warn
 from numpyro_ensemble.mapping import map_draws, pick
 from numpyro_ensemble.results import TRUSTED_K, PathfinderResult, name_members
 
@@ -117,10 +116,9 @@ class Pathfinder:
             raise self._no_path(found, np.asarray(log_density))
         k = float(found.pareto_k)
         if not k <= TRUSTED_K:
-            warnings.warn(
+            warn(
                 f"Pathfinder's samples are not the posterior: Pareto k is {k:.2f}, above "
-                f"{TRUSTED_K}. They serve as starts of chains (mcmc.starts.from_pathfinder).",
-                stacklevel=3,
+                f"{TRUSTED_K}. They serve as starts of chains (mcmc.starts.from_pathfinder)."
             )
         numbers = {
             name: np.asarray(getattr(found, name))

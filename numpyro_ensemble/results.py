@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from typing import Any, NamedTuple
 
 import jax
@@ -13,6 +12,7 @@ from numpyro.infer.svi import SVIRunResult, SVIState
 
 from numpyro_ensemble import storage
 from numpyro_ensemble.fit.state import FitState, GuideValues, Setup, SetupValues, setup_of
+from numpyro_ensemble.handlers import warn
 from numpyro_ensemble.primitives import is_inexact
 
 _RANKED_LOSSES = 100
@@ -166,10 +166,9 @@ class EnsembleResult(_Fields):
         tree = storage.read(path, "EnsembleResult")
         wide = [leaf for leaf in jax.tree.leaves(tree) if _is_wide(leaf)]
         if wide and not jax.config.jax_enable_x64:  # type: ignore[attr-defined]
-            warnings.warn(
+            warn(
                 f"{path} holds numbers in double precision, which jax_enable_x64 is off for: they "
-                f"are rounded.",
-                stacklevel=2,
+                f"are rounded."
             )
         reported = {name: tree.pop(name) for name in _REPORTED}
         tree = jax.tree.map(lambda x: x if isinstance(x, str) else jax.device_put(x), tree)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -38,6 +37,7 @@ from numpyro_ensemble.fit.state import (
     setup_of,
     with_setup,
 )
+from numpyro_ensemble.handlers import warn
 from numpyro_ensemble.primitives import is_inexact
 from numpyro_ensemble.storage import Leaves, restored
 
@@ -104,11 +104,10 @@ class FitCall:
             check_kept(inside)
             self._set_up_guide(first)
             if self.problem.ensemble_size > 1 and bool(alike):
-                warnings.warn(
+                warn(
                     f"All {self.problem.ensemble_size} members start at the same values: pass "
                     f"init_params= with a leading axis of {self.problem.ensemble_size}, or a "
-                    f"callable of a member's key.",
-                    stacklevel=4,
+                    f"callable of a member's key."
                 )
         return with_setup(state, self.setup_with(values))
 
@@ -202,7 +201,9 @@ class FitCall:
         values = self.values_of(state)
         new, losses = program(self.form, plain(state), values, self.dynamic)
         setup = setup_of(state)
-        new = with_setup(new, self.setup_with(values) if setup is None else setup)
+        if setup is None or setup.template is None:
+            setup = self.setup_with(values)
+        new = with_setup(new, setup)
         return self.cut_state(new), self.cut(losses)
 
     def chunk(self, capacity: int, options: RunOptions, *, consume: bool = True) -> Callable:

@@ -21,6 +21,7 @@ from numpyro_ensemble.fit.stopping import (
     end_step,
     without_stopped,
 )
+from numpyro_ensemble.handlers import warn
 from numpyro_ensemble.primitives import is_inexact
 from numpyro_ensemble.results import name_members
 
@@ -143,9 +144,13 @@ class Looks(NamedTuple):
     stable: bool
     holding_nan: Callable[[], list[str]]
 
+    def keeps(self, done: int) -> bool:
+        """Say whether a checkpoint is due after this step."""
+        return self.every is not None and done % self.every == 0
+
     def waits(self, done: int) -> bool:
         """Say whether somebody wants the state after this step, before the next is taken."""
-        return self.callback is not None or (self.every is not None and done % self.every == 0)
+        return self.callback is not None or self.keeps(done)
 
 
 def train(
@@ -194,7 +199,7 @@ def train(
             if looks.progress_bar:
                 bar.update(number)
                 bar.set_postfix_str(_summary(part), refresh=False)
-            if looks.keep is not None and looks.waits(done):
+            if looks.keep is not None and looks.keeps(done):
                 looks.keep(done, carry, np.concatenate(parts))
             if stopped.all():
                 break
@@ -241,10 +246,9 @@ def _check_start(
     if failed.all():
         raise ValueError(f"All {size} members start where the loss is not finite. {remedy}")
     if failed.any() and not stable:
-        warnings.warn(
+        warn(
             f"{failed.sum()} of {size} members start where the loss is not finite: "
-            f"{name_members(failed)}. {remedy}",
-            stacklevel=4,
+            f"{name_members(failed)}. {remedy}"
         )
 
 

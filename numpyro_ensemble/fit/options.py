@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -13,7 +12,7 @@ from numpyro_ensemble.calls.arguments import MEMBER, MEMBER_BATCH, ROW_AXES, Arg
 from numpyro_ensemble.checkpoint import Checkpoint
 from numpyro_ensemble.fit.batches import Batches
 from numpyro_ensemble.fit.stopping import EarlyStopping
-from numpyro_ensemble.handlers import check_count
+from numpyro_ensemble.handlers import check_count, warn
 
 
 class RunOptions(NamedTuple):
@@ -91,9 +90,8 @@ class RunOptions(NamedTuple):
             )
         (total,) = set(lengths.values())
         if self.batch_size > total:
-            warnings.warn(
+            warn(
                 f"batch_size={self.batch_size} is more than the {total} rows there are; every "
-                f"step takes all of them.",
-                stacklevel=6,
+                f"step takes all of them."
             )
         return Batches(min(self.batch_size, total), total, self.shared_batches)

@@ -65,7 +65,7 @@ def _fingerprint(call: FitCall, keys: jax.Array, options: RunOptions) -> dict[st
     """Return what the checkpoints of a run are told from others by."""
     problem, arguments = call.problem, call.arguments
     sites = {
-        name: f"{site.kind} of shape {tuple(site.shape)}, {site.distribution}"
+        name: f"{site.kind} {site.distribution}".rstrip() + f" of shape {tuple(site.shape)}"
         for name, site in call.programs.sites.items()
     }
     kinds = (FIXED, *MEMBER_AXES)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any, NamedTuple
 
 import jax
@@ -28,8 +27,8 @@ from numpyro_ensemble.fit.options import RunOptions
 from numpyro_ensemble.fit.resuming import keeping, kept, resume
 from numpyro_ensemble.fit.state import SetupValues, check_size, check_state, plain, with_setup
 from numpyro_ensemble.fit.stopping import first_stop, without_stopped
+from numpyro_ensemble.handlers import warn
 from numpyro_ensemble.results import EnsembleResult, name_members
-
 
 _STEEP = 0.01  # length of the gradient, relative to the loss, that no mode has
 
@@ -164,13 +163,13 @@ def _loop(
     with Interrupts(saves=keeper is not None) as interrupts:
         carry, losses, stopped = train(chunk, carry, ends, num_steps, looks, before, interrupts)
     taken = len(losses)
-    if keeper is not None and taken > len(before) and not looks.waits(taken):
+    if keeper is not None and taken > len(before) and not looks.keeps(taken):
         keep(taken, carry, losses)
     if interrupts.came:
         if keeper is not None:
             keeper.close()
         interrupts.end_process()
-        warnings.warn(f"interrupted: {taken} of {num_steps} steps were taken.", stacklevel=6)
+        warn(f"interrupted: {taken} of {num_steps} steps were taken.")
     missing = np.full((num_steps - taken, losses.shape[1]), np.nan, losses.dtype)
     # a run that was ended leaves all members where they are: what is missing is no failure
     ended = stopped | (np.isfinite(losses[-1]) & bool(len(missing)))
@@ -183,11 +182,10 @@ def _warn_unconverged(open_ones: np.ndarray, optim: Any, losses: np.ndarray) -> 
         return
     single = losses.dtype == np.float32
     narrow = " float32 may be too coarse for it: see result.gradient_norm, and jax_enable_x64."
-    warnings.warn(
+    warn(
         f"{open_ones.sum()} of {open_ones.size} members have not met the criterion of {optim!r} "
         f"in {losses.shape[1]} steps: {name_members(open_ones)}. See result.converged; go on with "
-        f"init_state=result.state.{narrow if single else ''}",
-        stacklevel=4,
+        f"init_state=result.state.{narrow if single else ''}"
     )
 
 
@@ -198,12 +196,11 @@ def _warn_steep(ended: np.ndarray, optim: Any, result: EnsembleResult) -> None:
         return
     steep = ended & (slope > _STEEP * (1.0 + np.abs(np.asarray(loss))))
     if steep.any():
-        warnings.warn(
+        warn(
             f"{steep.sum()} of {steep.size} members have met the criterion of {optim!r} where the "
             f"gradient is up to {slope[steep].max():.0e} long: {name_members(steep)}. Its steps "
             f"have become too short there, and these are no modes. See result.gradient_norm; try "
-            f"optimistix.LBFGS or other starts.",
-            stacklevel=4,
+            f"optimistix.LBFGS or other starts."
         )
 
 
@@ -213,9 +210,8 @@ def _warn_failed(finite: np.ndarray, losses: np.ndarray, stable: bool) -> None:
     if not stable:
         failed &= np.isfinite(losses).any(axis=1)  # the others were named at their start
     if failed.any():
-        warnings.warn(
+        warn(
             f"{failed.sum()} of {finite.size} members ended with values that are not finite: "
             f"{name_members(failed)}. See result.finite; stable_update=True keeps a member's last "
-            f"good state.",
-            stacklevel=4,
+            f"good state."
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from typing import Any
 
 import jax
@@ -27,15 +26,15 @@ from numpyro_ensemble.gp.kernels import Kernel
 from numpyro_ensemble.gp.means import as_mean
 from numpyro_ensemble.gp.paths import Paths
 from numpyro_ensemble.gp.solvers import covariance, default_jitter, why_unfactored
+from numpyro_ensemble.handlers import warn
 
 
 def warn_of_copies(copies: tuple[int, ...], num_inputs: int) -> None:
     """Warn where a process may stand in the plate of its own data, by mistake."""
     if copies and copies[-1] == num_inputs > 1:
-        warnings.warn(
+        warn(
             f"{copies[-1]} copies of a Gaussian process at as many inputs: if the plate is that of "
-            f"its data, sample the process outside of it.",
-            stacklevel=3,
+            f"its data, sample the process outside of it."
         )
 
 

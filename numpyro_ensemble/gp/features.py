@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,7 +17,7 @@ from numpyro_ensemble.gp.kernels import Constant, Kernel
 from numpyro_ensemble.gp.kernels.base import values_of
 from numpyro_ensemble.gp.spectra import sobol
 from numpyro_ensemble.gp.waves import sine_cosine
-from numpyro_ensemble.handlers import check_count, one_key
+from numpyro_ensemble.handlers import check_count, one_key, warn
 
 _FEWEST = 16  # frequencies of a product with other columns, below which a warning is given
 
@@ -196,10 +195,9 @@ class _Plan:
             return Block((), (), None, self.finite)
         number = max(1, columns // self.tensor // 2)
         if number < _FEWEST and self.tensor > 1:
-            warnings.warn(
+            warn(
                 f"a product with {self.tensor} columns beside its frequencies has only {number} of "
-                f"these: {2 * _FEWEST * self.tensor} columns or more are needed (num_features).",
-                stacklevel=2,
+                f"these: {2 * _FEWEST * self.tensor} columns or more are needed (num_features)."
             )
         series = self._series(number)
         if series is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Collection
 from dataclasses import replace
 from functools import partial
@@ -38,7 +37,7 @@ from numpyro_ensemble.gp.mixtures import (
 )
 from numpyro_ensemble.gp.paths import PER_PATH, Paths
 from numpyro_ensemble.gp.sites import Answer, Site, gather_sites
-from numpyro_ensemble.handlers import check_count, one_key
+from numpyro_ensemble.handlers import check_count, one_key, warn
 from numpyro_ensemble.mapping import map_draws, pick, platform_of
 
 
@@ -181,10 +180,9 @@ class Pathwise:
                 f"those that sample_posterior returns), and the data of the fit after them."
             )
         if found[0].unfitted:
-            warnings.warn(
+            warn(
                 f"the model's parameters {found[0].unfitted} are not in params: they have their "
-                f"initial values.",
-                stacklevel=3,
+                f"initial values."
             )
         if not found[0].sites:
             raise ValueError(

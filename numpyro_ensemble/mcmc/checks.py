@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
@@ -12,8 +11,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import numpyro
 
+from numpyro_ensemble.handlers import warn
 from numpyro_ensemble.mcmc.counted import counted, in_folds, largest_eigenvalue
 from numpyro_ensemble.mcmc.positions import Coordinates
 
@@ -27,15 +26,6 @@ _FAR = 5.0  # times the virial of the typical set
 
 
 _JAX = str(Path(jax.__file__).parent)
-_INSIDE = (_JAX, *map(str, (Path(numpyro.__file__).parent, Path(__file__).parents[1])))
-
-
-def callers_level() -> int:
-    """Return the `stacklevel` of a warning that speaks to the caller of NumPyro's `MCMC`."""
-    frame, level = inspect.currentframe(), 0
-    while frame is not None and frame.f_code.co_filename.startswith(_INSIDE):
-        frame, level = frame.f_back, level + 1
-    return level
 
 
 def frames_outside_jax() -> Iterator[FrameType]:
@@ -112,11 +102,10 @@ def check_start(name: str, coordinates: Coordinates, found: Survey, remedy: str)
         )
     largest, virial = float(np.max(np.asarray(found.eigenvalue))), float(found.virial)
     if largest > _FREEZING and virial > _FAR:
-        warnings.warn(
+        warn(
             f"{name} starts far from the typical set, where its chains may freeze: the largest "
             f"eigenvalue of the scaled gradients is {largest:.1e} (1 to 100 is usual), so that "
-            f"steps are {0.5 / largest**0.5:.1e} of the scale. {remedy}",
-            stacklevel=callers_level(),
+            f"steps are {0.5 / largest**0.5:.1e} of the scale. {remedy}"
         )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 
 import jax
@@ -10,8 +9,8 @@ import jax.numpy as jnp
 from blackjax.mcmc.ghmc import GHMCState
 from numpyro.infer import init_to_uniform
 
-from numpyro_ensemble.handlers import check_count
-from numpyro_ensemble.mcmc.checks import Survey, callers_level, check_part, check_positive
+from numpyro_ensemble.handlers import check_count, warn
+from numpyro_ensemble.mcmc.checks import Survey, check_part, check_positive
 from numpyro_ensemble.mcmc.ghmc import first_momentum
 from numpyro_ensemble.mcmc.kernel import ManyChainKernel
 from numpyro_ensemble.mcmc.meads_scheme import Scheme, meads_start, meads_step
@@ -111,11 +110,10 @@ class MEADS(ManyChainKernel):
                 f"{_FEWEST * num_folds} chains or more, or fewer folds."
             )
         if num_chains < _FEW * num_folds:
-            warnings.warn(
+            warn(
                 f"MEADS adapts from {num_chains // num_folds} chains in each of {num_folds} folds, "
                 f"and its chains may freeze: run {_FEW * num_folds} or more, or ChEES, which needs "
-                f"fewer.",
-                stacklevel=callers_level(),
+                f"fewer."
             )
 
     def _first_adaptation(

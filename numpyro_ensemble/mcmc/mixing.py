@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -10,7 +9,8 @@ import jax
 import numpy as np
 from numpyro.infer import MCMC
 
-from numpyro_ensemble.mcmc.checks import callers_level, frames_outside_jax, listed
+from numpyro_ensemble.handlers import warn
+from numpyro_ensemble.mcmc.checks import frames_outside_jax, listed
 
 _FEWEST_DRAWS = 10  # a chain that accepts 0.8 of its proposals rejects 9 in a row once in 2 million
 _MIXED = 1.05  # R-hat of 20 effective draws a chain, 1,280 of 64 chains
@@ -120,7 +120,7 @@ def check_mixing(draws: dict[str, Any], advice: Advice) -> None:
         )
     else:
         return
-    warnings.warn(f"{message}Try, in this order: {remedy}.", stacklevel=callers_level())
+    warn(f"{message}Try, in this order: {remedy}.")
 
 
 def _blocks(draws: dict[str, Any]) -> Iterator[tuple[Any, np.ndarray]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -12,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from numpyro_ensemble.calls.arguments import has_tracers
-from numpyro_ensemble.mcmc.checks import callers_level, listed
+from numpyro_ensemble.handlers import warn
+from numpyro_ensemble.mcmc.checks import listed
 from numpyro_ensemble.mcmc.counted import hopelessly_behind
 from numpyro_ensemble.mcmc.target import Target
 
@@ -185,4 +185,4 @@ def report(found: Found, cause: Callable[[], str], num_searches: int = 0) -> Non
         )
     if messages:
         messages.append("They start beside the other chains instead.")
-        warnings.warn(" ".join(messages), stacklevel=callers_level())
+        warn(" ".join(messages))

@@ -12,7 +12,7 @@ import numpyro
 from numpyro import handlers
 
 from numpyro_ensemble.calls.keywords import check_call
-from numpyro_ensemble.handlers import check_count, one_key
+from numpyro_ensemble.handlers import check_count, one_key, warn
 from numpyro_ensemble.predict.collect import Computed, Draws, Sites, check_sites, collect, compute
 from numpyro_ensemble.predict.predictive import EnsemblePredictive
 from numpyro_ensemble.results import name_members
@@ -148,30 +148,26 @@ def _check_dims(dims: Mapping[str, list[str]], sites: Sites, more: Mapping[str, 
 def _tell(draws: Draws, sites: Sites, with_likelihood: bool) -> None:
     """Warn of what the groups leave out, or what they are not enough for."""
     if sites.subsampled:
-        warnings.warn(
+        warn(
             f"the model subsamples {sorted(sites.subsampled)}: all groups are of one batch of "
-            f"rows. Use a model without subsampling in the runner's place for the whole data.",
-            stacklevel=3,
+            f"rows. Use a model without subsampling in the runner's place for the whole data."
         )
     if sites.discrete:
-        warnings.warn(
+        warn(
             f"the latents {sorted(sites.discrete)} are discrete and were summed out: they, lp, "
             f"log_likelihood and deterministic sites are left out. Sum them out in the model "
-            f"(MixtureSameFamily) to have these.",
-            stacklevel=3,
+            f"(MixtureSameFamily) to have these."
         )
     if sites.factors and with_likelihood:
-        warnings.warn(
+        warn(
             f"log_likelihood leaves out the factors {sorted(sites.factors)}: they belong to no "
-            f"observation. Their terms are part of lp.",
-            stacklevel=3,
+            f"observation. Their terms are part of lp."
         )
     if with_likelihood and (draws.shape[1] < 4 or np.prod(draws.shape) < 25):
-        warnings.warn(
+        warn(
             f"{draws.shape[0]} members of {draws.shape[1]} draws each are too few for az.loo: pass "
             f"num_samples=100 (draws of a MAP estimate are all the same, so that only many members "
-            f"make LOO mean something), or log_likelihood=False where you do not need it.",
-            stacklevel=3,
+            f"make LOO mean something), or log_likelihood=False where you do not need it."
         )
 
 
@@ -181,10 +177,9 @@ def _stats(draws: Draws, values: Computed) -> dict[str, Any]:
         return {}
     bad = ~np.isfinite(np.asarray(values.density))
     if bad.any():
-        warnings.warn(
+        warn(
             f"{bad.sum()} of {bad.size} draws have no finite log density (lp), of members "
-            f"{name_members(bad.any(axis=1))}: do not trust scores of them.",
-            stacklevel=3,
+            f"{name_members(bad.any(axis=1))}: do not trust scores of them."
         )
     target = {"log_p": values.density} if "log_q" in draws.stats else {}
     return {"lp": values.density, **target, **draws.stats}
@@ -201,9 +196,7 @@ def _prior(
 ) -> dict[str, dict[str, Any]]:
     """Draw from the prior, where it can be drawn from."""
     if sites.improper:
-        warnings.warn(
-            f"prior draws are left out: the prior of {sites.improper} is improper.", stacklevel=3
-        )
+        warn(f"prior draws are left out: the prior of {sites.improper} is improper.")
         return {}
     size = draws.shape[0]
     names = [*sites.latent, *sites.deterministic, *sites.observed]

@@ -94,7 +94,7 @@ def read_given(
     finite = np.ones(size or 1, bool)
     if size is not None and not has_tracers((samples, params, ended_well)):
         finite = finite_members((samples, params), size) & np.asarray(ended_well)
-        check_failed(finite, on_failed, stacklevel=5)
+        check_failed(finite, on_failed)
         if not finite.all():
             left = np.flatnonzero(finite)
             samples, params = pick((samples, params), left)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -19,7 +18,7 @@ from numpyro_ensemble.density import anatomy
 from numpyro_ensemble.fit.draws import check_guide, draw_latents
 from numpyro_ensemble.fit.slots import filled_guide
 from numpyro_ensemble.fit.state import VALUE_AXES, GuideValues, Setup
-from numpyro_ensemble.handlers import check_count, one_key
+from numpyro_ensemble.handlers import check_count, one_key, warn
 from numpyro_ensemble.mapping import map_draws, pick
 from numpyro_ensemble.predict.given import read_given
 
@@ -199,10 +198,7 @@ class EnsemblePredictive:
         if known is not None:
             new = [n for n, s in sites.items() if s.kind in _DRAWN and n not in known]
             if new:
-                warnings.warn(
-                    f"{new} were no sites of the fitted model and are drawn from their prior.",
-                    stacklevel=6,
-                )
+                warn(f"{new} were no sites of the fitted model and are drawn from their prior.")
         if self.guide is not None:
             guide = self.guide
             if self._setup is not None:
@@ -214,10 +210,9 @@ class EnsemblePredictive:
             if site.kind == "observed" and (self.return_sites is None or name in self.return_sites)
         ]
         if observed and not self.infer_discrete:
-            warnings.warn(
+            warn(
                 f"{observed} are observed in this call, so that what is returned for them is the "
-                f"data. Leave the observed arguments out, y=None say.",
-                stacklevel=6,
+                f"data. Leave the observed arguments out, y=None say."
             )
 
     def _settings(self) -> tuple:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import jax
@@ -11,6 +10,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from numpyro_ensemble.calls.arguments import has_tracers
+from numpyro_ensemble.handlers import warn
 from numpyro_ensemble.mapping import check_mixture
 
 
@@ -119,9 +119,7 @@ def without_failed(
         return rows, p
     if not kept.any():
         raise ValueError(f"none of the {kept.size} draws is finite.")
-    warnings.warn(
-        f"{(~kept).sum()} of {kept.size} draws are not finite and are left out.", stacklevel=4
-    )
+    warn(f"{(~kept).sum()} of {kept.size} draws are not finite and are left out.")
     return rows[kept], None if p is None else p[kept]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import warnings
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -11,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from numpyro_ensemble.handlers import check_count, one_key
+from numpyro_ensemble.handlers import check_count, one_key, warn
 from numpyro_ensemble.predict.arviz import makes_inference_data
 from numpyro_ensemble.results import last_losses
 from numpyro_ensemble.scoring.reading import group_of, name_of
@@ -122,10 +121,9 @@ def importance_resample(
         check_count("num_samples", num_samples)
     log_weights, shape = psis(ratios.reshape(-1))
     if shape > 0.7:
-        warnings.warn(
+        warn(
             f"k-hat is {float(shape):.2f}, above 0.7: a few draws carry the weight of all. Fit "
-            f"longer, or with a richer guide.",
-            stacklevel=2,
+            f"longer, or with a richer guide."
         )
     number = ratios.size if num_samples is None else num_samples
     chosen = jax.random.categorical(one_key(rng_key), jnp.asarray(log_weights), shape=(number,))
