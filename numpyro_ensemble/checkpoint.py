@@ -66,8 +66,12 @@ class Keeper:
     """
 
     def __init__(self, checkpoint: Checkpoint, fingerprint: Mapping[str, Mapping[str, str]]):
-        from orbax.checkpoint.experimental import v1 as ocp
-
+        try:
+            from orbax.checkpoint.experimental import v1 as ocp
+        except ImportError as error:
+            raise ImportError(
+                "checkpoint= needs Orbax: pip install 'numpyro_ensemble[checkpoint]'."
+            ) from error
         self.checkpoint = checkpoint
         self.fingerprint = json.loads(json.dumps(fingerprint))
         self.path = Path(checkpoint.directory).absolute()

@@ -37,15 +37,23 @@ def whole():
     return fit(steps=SHORT)
 
 
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory):
+    """Checkpoints of the same run, stopped half way."""
+    path = tmp_path_factory.mktemp("stopped") / "kept"
+    fit(Checkpoint(path, every=20), steps=SHORT, callback=lambda step, *_: step >= 60)
+    return path
+
+
 @pytest.fixture
-def half(tmp_path, whole):
-    """A checkpoint of the same run, stopped half way."""
-    checkpoint = Checkpoint(tmp_path / "kept", every=20)
-    fit(checkpoint, steps=SHORT, callback=lambda step, *_: step >= 60)
-    return checkpoint
+def half(tmp_path, stopped):
+    """A copy of these checkpoints."""
+    shutil.copytree(stopped, tmp_path / "kept")
+    return Checkpoint(tmp_path / "kept", every=20)
 
 
 def kept(checkpoint):
+    """Return the steps of the checkpoints that are there."""
     return sorted(int(p.name) for p in Path(checkpoint.directory).iterdir() if p.name.isdigit())
 
 
@@ -183,23 +191,24 @@ def test_kill_9_at_any_moment(tmp_path):
     """Kill a run again and again: it ends with the same bits, and loses an interval at most."""
     rng, every, kills = random.Random(0), 40, int(os.environ.get("KILLS", "8"))
     finish(started("", every, tmp_path / "whole"))
-    pace = None
-    for _ in range(kills):
-        before = max(kept(Checkpoint(tmp_path / "kept")), default=0) if pace else 0
-        process = started(tmp_path / "kept", every, tmp_path / "result")
-        reached = int(process.stdout.readline() or STEPS)
-        begin = time.monotonic()
+    kept_in, pace = Checkpoint(tmp_path / "kept"), None
+    while kills:
+        before = max(kept(kept_in), default=0) if pace else 0
+        process = started(kept_in.directory, every, tmp_path / "result")
+        begin, line = time.monotonic(), process.stdout.readline()
         if pace is None:
-            reached = int(process.stdout.readline())
+            begin, line = time.monotonic(), process.stdout.readline()
             pace = time.monotonic() - begin
         time.sleep(rng.uniform(0, 2 * pace))
         process.kill()
         process.communicate()
-        assert reached > before
-        left = kept(Checkpoint(tmp_path / "kept"))
-        assert max(left, default=0) >= reached - 2 * every
-        if reached > 0.8 * STEPS:
-            shutil.rmtree(tmp_path / "kept")
+        if not line:  # the run had ended: all its members had stopped
+            shutil.rmtree(kept_in.directory)
+            pace = None
+            continue
+        kills -= 1
+        assert int(line) > before
+        assert max(kept(kept_in), default=0) >= int(line) - 2 * every
     finish(started(tmp_path / "kept", every, tmp_path / "result"))
     same(*(EnsembleResult.load(tmp_path / name) for name in ("result", "whole")))
 

@@ -121,6 +121,7 @@ def test_slopes_of_kernels(name):
     assert_allclose(slopes, by_steps, rtol=within(1e-5, 2e-2), atol=within(1e-7, 2e-3))
 
 
+@pytest.mark.long
 def test_features_have_the_slopes_of_the_waves(key):
     kernel = Derivatives(RBF(1.3, WIDTHS) + 0.5 * Linear() * Matern52(1.0, 2.0))
     features = draw_features(key, kernel, 256, X)
@@ -178,6 +179,7 @@ def test_a_model_with_slopes(key):
     assert_allclose(again(numbered_inputs([1.0])), np.ones((2, 1)), atol=0.01)
 
 
+@pytest.mark.long
 def test_inducing_slopes():
     data = numbered_inputs(inputs(30, 1)[:, 0])
     y = np.sin(2.0 * np.asarray(data[:, 0]))
@@ -228,6 +230,7 @@ def test_sets_of_inputs_may_be_empty():
     assert numbered_inputs(np.zeros((3, 2)), [], np.ones((1, 2)))[:, 2].tolist() == [0, 0, 0, 2]
 
 
+@pytest.mark.long
 def test_algebra_goes_inside(key):
     both = 2.0 * Derivatives(RBF()) + Derivatives(Linear())
     assert_allclose(both(X), Derivatives(2.0 * RBF() + Linear())(X))

@@ -65,7 +65,7 @@ def test_processes_in_a_plate_are_those_of_separate_calls(whiten, key):
     assert_allclose(trace["y"]["fn"].log_prob(ROWS), expected, **NEAR)
 
 
-@pytest.mark.parametrize("whiten", [True, False])
+@pytest.mark.parametrize("whiten", [True, pytest.param(False, marks=pytest.mark.long)])
 def test_functions_of_processes_in_a_plate(whiten, key):
     samples = {"g_u_base" if whiten else "g_u": np.stack([U, -U])}
     pathwise = Pathwise(shared_by_three, samples, X, MIXING, ROWS, whiten)
@@ -113,7 +113,7 @@ def test_a_noise_that_is_a_process_too():
     assert_allclose(slope[0], -0.5 * np.exp(-2.0 * M[1] + 2.0 * V[1]), rtol=within(1e-5, 1e-3))
 
 
-@pytest.mark.parametrize("classes", [3, 4, 6])
+@pytest.mark.parametrize("classes", [3, *(pytest.param(n, marks=pytest.mark.long) for n in (4, 6))])
 def test_softmax_of_several_processes(classes, key):
     """Beside a million draws; at the mean it is off by many of their errors."""
     rng = np.random.default_rng(classes)
@@ -182,6 +182,7 @@ def test_as_many_processes_as_inducing_points_are_no_mistake(key):
     assert handlers.seed(four, key)().shape == (4, 9)
 
 
+@pytest.mark.long
 def test_whitening_inside_a_plate(key):
     def model(X, y=None):
         with numpyro.plate("p", 2), handlers.reparam(config={"f": WhitenReparam()}):

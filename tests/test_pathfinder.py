@@ -555,6 +555,7 @@ def test_a_result_takes_no_options_of_a_search(result):
         Pathfinder(model, num_refits=-1)
 
 
+@pytest.mark.long
 def test_a_metric_is_the_posterior_covariance(key):
     """NUTS takes it, and needs fewer steps for a draw than in the plain metric."""
     result = Pathfinder(model, num_paths=4).run(key, X, Y)
