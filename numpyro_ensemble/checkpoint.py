@@ -28,7 +28,8 @@ class Checkpoint:
     """Where and how often a run is saved, so that the same call made again goes on from there.
 
     A run that goes on ends with the numbers of one that was never stopped, bit for bit on the same
-    machine. It refuses the checkpoints of another model, other data or other settings.
+    machine and with the same `PYTHONHASHSEED`: without it NumPyro's ELBO adds its terms in another
+    order in each process. It refuses checkpoints of another model, other data or other settings.
 
     Args:
         directory: where checkpoints are kept, one run's alone.

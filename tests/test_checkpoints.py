@@ -165,7 +165,8 @@ def test_ctrl_c_returns_what_there_is(whole):
 
 
 def started(*arguments):
-    environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parents[1])}
+    # NumPyro's ELBO adds its terms in the order of a set of names
+    environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parents[1]), "PYTHONHASHSEED": "0"}
     command = [sys.executable, "-W", "ignore", str(SCRIPT), *map(str, arguments)]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
 
