@@ -13,27 +13,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro
-import torch
-from botorch.models import SingleTaskGP
-from botorch.sampling.pathwise import draw_matheron_paths
-from botorch.test_functions import Branin, Hartmann
-from botorch.utils.sampling import optimize_posterior_samples
 from common import in_turns, report
-from gpytorch.kernels import RBFKernel, ScaleKernel
-from gpytorch.means import ZeroMean
 
 from numpyro_ensemble.gp import RBF, draw_paths, minimise
 
 NOISE = 1e-4
-# name: the function on its box, number of data, lengthscales on the unit box, variance
+# name: its class in BoTorch, options, number of data, lengthscales on the unit box, variance
 PROBLEMS = {
-    "Branin": (Branin(), 30, [0.25, 0.6], 2.0),
-    "Hartmann-6": (Hartmann(dim=6), 100, [0.5, 0.7, 1.5, 0.4, 0.4, 0.5], 2.0),
+    "Branin": ("Branin", {}, 30, [0.25, 0.6], 2.0),
+    "Hartmann-6": ("Hartmann", {"dim": 6}, 100, [0.5, 0.7, 1.5, 0.4, 0.4, 0.5], 2.0),
 }
 
 
 def data(fn, number):
     """Return points of the unit box, and standardised values there."""
+    import torch
+
     X = torch.quasirandom.SobolEngine(fn.dim, scramble=True, seed=0).draw(number).double()
     low, high = fn.bounds.double()
     y = fn(low + (high - low) * X)
@@ -55,6 +50,13 @@ def ours(X, y, lengths, variance, num_paths):
 
 def theirs(X, y, lengths, variance, num_paths):
     """Return the same with BoTorch."""
+    import torch
+    from botorch.models import SingleTaskGP
+    from botorch.sampling.pathwise import draw_matheron_paths
+    from botorch.utils.sampling import optimize_posterior_samples
+    from gpytorch.kernels import RBFKernel, ScaleKernel
+    from gpytorch.means import ZeroMean
+
     inputs, values = torch.tensor(X), torch.tensor(y)[:, None]
     kernel = ScaleKernel(RBFKernel(ard_num_dims=X.shape[1]))
     options = {"covar_module": kernel, "mean_module": ZeroMean(), "outcome_transform": None}
@@ -75,8 +77,11 @@ def theirs(X, y, lengths, variance, num_paths):
 
 def main(num_paths=16):
     """Print the lowest values, how often they miss those of a dense search, and seconds."""
+    from botorch import test_functions
+
     numpyro.enable_x64()
-    for name, (fn, number, lengths, variance) in PROBLEMS.items():
+    for name, (kind, options, number, lengths, variance) in PROBLEMS.items():
+        fn = getattr(test_functions, kind)(**options)
         given = (*data(fn, number), lengths, variance, int(num_paths))
         searches = {"minimise": (*ours(*given), {"num_points": 2**15, "num_starts": 64})}
         searches["BoTorch"] = (*theirs(*given), {"raw_samples": 2**13, "num_restarts": 100})

@@ -51,6 +51,11 @@ class RunOptions(NamedTuple):
             raise TypeError(f"checkpoint takes a Checkpoint, got {self.checkpoint!r}.")
         if self.batch_args is not None and self.batch_size is None:
             raise ValueError("batch_args was given without batch_size.")
+        if not isinstance(self.init_state, SVIState | None):
+            raise TypeError(
+                f"init_state takes the state of an earlier run, result.state; got "
+                f"{type(self.init_state).__name__}."
+            )
         if self.init_state is not None and self.init_params is not None:
             raise ValueError(
                 "give either init_state, to go on, or init_params, to begin; not both."

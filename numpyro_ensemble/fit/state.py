@@ -166,11 +166,6 @@ def agree(first: SetupValues, second: SetupValues) -> bool:
 
 def check_state(state: Any, wanted: SVIState, ensemble_size: int) -> None:
     """Raise where a state to go on from is of another ensemble size or another model."""
-    if not isinstance(state, SVIState):
-        raise TypeError(
-            f"init_state takes the state of an earlier run, result.state; got "
-            f"{type(state).__name__}."
-        )
     expected, given = ((s.optim_state, s.mutable_state) for s in (wanted, state))
     if jax.tree.structure(expected) != jax.tree.structure(given):
         raise _other_state(wanted, state)
