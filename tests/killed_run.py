@@ -11,7 +11,6 @@ from numpyro.infer.autoguide import AutoNormal
 
 from numpyro_ensemble import Checkpoint, EarlyStopping, EnsembleVI
 
-jax.config.update("jax_enable_x64", True)
 Y = np.random.default_rng(0).normal(size=40)
 STEPS = 2000
 
@@ -37,6 +36,7 @@ def fit(checkpoint=None, callback=None, data=Y, steps=STEPS, **options):
 
 
 if __name__ == "__main__":
+    jax.config.update("jax_enable_x64", True)
     directory, every, result = sys.argv[1:]
     fit(
         Checkpoint(directory, every=int(every)) if directory else None,
