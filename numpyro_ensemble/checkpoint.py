@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from numpyro_ensemble.calls.identity import contents
 from numpyro_ensemble.handlers import check_count, warn
-from numpyro_ensemble.storage import Leaves, restored
+from numpyro_ensemble.storage import Leaves, restored, with_key, without_key
 
 _FORMAT = 1
 _LOCK = "in_use"
@@ -73,11 +72,10 @@ class Keeper:
             raise ImportError(
                 "checkpoint= needs Orbax: pip install 'numpyro_ensemble[checkpoint]'."
             ) from error
-        self.checkpoint = checkpoint
-        self.fingerprint = json.loads(json.dumps(fingerprint))
+        self.checkpoint, self.fingerprint = checkpoint, fingerprint
         self.path = Path(checkpoint.directory).absolute()
         self.path.mkdir(parents=True, exist_ok=True)
-        self._lock, self._closed = _locked(self.path), False
+        self._lock = _locked(self.path)
         training = ocp.training
         self._orbax = training.Checkpointer(
             self.path,
@@ -86,8 +84,8 @@ class Keeper:
             cleanup_tmp_directories=True,
         )
 
-    def newest(self, like: Callable[[int], Any]) -> tuple[int, Any] | None:
-        """Return the last step that was kept whole and its tree, in the structure of `like(step)`.
+    def newest(self, like: Any) -> Any:
+        """Return the last tree that was kept whole, in the structure of another, None without one.
 
         Raises:
             ValueError: if it is of another run, or a later format.
@@ -99,17 +97,18 @@ class Keeper:
                 raise
             except Exception as error:  # whatever a damaged file makes Orbax raise
                 warn(
-                    f"the checkpoint of step {step} in {self.path} is damaged, and the one before "
-                    f"it is used, if there is one. {type(error).__name__}: {str(error)[:200]}"
+                    f"the checkpoint of step {step} in {self.path} is damaged and set aside, and "
+                    f"the one before it is used, if there is one. {type(error).__name__}: "
+                    f"{str(error)[:200]}"
                 )
-                self._remove(step)
+                self._set_aside(step)
                 continue
-            return step, restored(leaves, like(step))
+            return restored(leaves, like)
         return None
 
     def _read(self, step: int) -> Leaves:
         told = self._orbax.metadata(step).custom_metadata
-        if not isinstance(told, dict) or told.get("digest") != _digest(_text(told)):
+        if not isinstance(told, dict) or told.get("digest") != _digest_of(told):
             raise ValueError("its description is not whole")
         if told["format"] != _FORMAT:
             raise _OfAnotherRunError(
@@ -119,13 +118,12 @@ class Keeper:
         self._compare(told["fingerprint"])
         arrays = self._orbax.load(step)
         leaves = [np.asarray(arrays[f"leaf_{i}"]) for i in range(len(told["paths"]))]
-        for path, leaf, digest in zip(told["paths"], leaves, told["digests"], strict=True):
-            if _digest(leaf) != digest:
+        for path, leaf, form in zip(told["paths"], leaves, told["forms"], strict=True):
+            if describe(leaf) != form:
                 raise ValueError(f"{path} is not what was written")
-        keys = (told["keys"].get(path) for path in told["paths"])
-        return Leaves(told["paths"], map(_as_key, leaves, keys))
+        return Leaves(told["paths"], map(jnp.asarray, map(with_key, leaves, told["keys"])))
 
-    def _compare(self, other: dict[str, dict[str, str]]) -> None:
+    def _compare(self, other: Mapping[str, Mapping[str, str]]) -> None:
         """Raise a ValueError that names what differs from another fingerprint."""
         for group, mine in self.fingerprint.items():
             theirs = other.get(group, {})
@@ -140,16 +138,16 @@ class Keeper:
     def save(self, step: int, tree: Any) -> None:
         """Write a checkpoint in the background, once the one before it is written."""
         leaves = Leaves.of(tree)
-        keys = {p: str(jax.random.key_impl(x)) for p, x in _pairs(leaves) if _is_key(x)}
-        arrays = [np.array(jax.random.key_data(x) if _is_key(x) else x) for x in leaves.leaves]
+        plain = [without_key(leaf) for leaf in leaves.leaves]
+        arrays = [np.array(array) for array, _ in plain]  # the next steps take the buffers over
         told = {
             "format": _FORMAT,
             "fingerprint": self.fingerprint,
             "paths": list(leaves.paths),
-            "digests": [_digest(array) for array in arrays],
-            "keys": keys,
+            "forms": [describe(array) for array in arrays],
+            "keys": [kind for _, kind in plain],
         }
-        told["digest"] = _digest(_text(told))
+        told["digest"] = _digest_of(told)
         try:
             named = {f"leaf_{i}": array for i, array in enumerate(arrays)}
             self._orbax.save_async(step, named, force=True, custom_metadata=told)
@@ -165,17 +163,15 @@ class Keeper:
             raise OSError(message) from error
         warn(f"{message}. The run goes on without it.")
 
-    def _remove(self, step: int) -> None:
-        with contextlib.suppress(Exception):  # the run writes it anew
-            self._orbax.delete(step)
-        shutil.rmtree(self.path / str(step), ignore_errors=True)
+    def _set_aside(self, step: int) -> None:
+        """Keep a damaged checkpoint where it is not one any more: the run writes this step anew."""
+        aside = self.path / f"damaged_{step}"
+        shutil.rmtree(aside, ignore_errors=True)
+        (self.path / str(step)).rename(aside)
         self._orbax.reload()
 
     def close(self) -> None:
         """Wait for what is being written, and give the directory free."""
-        if self._closed:
-            return
-        self._closed = True
         try:
             self._orbax.close()
         except Exception as error:
@@ -209,38 +205,17 @@ def _locked(path: Path) -> int | None:
     return handle
 
 
-def _pairs(leaves: Leaves) -> zip:
-    return zip(leaves.paths, leaves.leaves, strict=True)
-
-
-def _is_key(leaf: Any) -> bool:
-    return jnp.issubdtype(getattr(leaf, "dtype", bool), jax.dtypes.prng_key)
-
-
-def _as_key(leaf: np.ndarray, impl: str | None) -> Any:
-    return jax.random.wrap_key_data(jnp.asarray(leaf), impl=impl) if impl else jnp.asarray(leaf)
-
-
-def _text(told: dict[str, Any]) -> str:
-    return json.dumps({k: v for k, v in told.items() if k != "digest"}, sort_keys=True)
-
-
-def _digest(value: str | np.ndarray) -> str:
-    """Return a digest of a text, or of an array's dtype, shape and bytes."""
-    if isinstance(value, str):
-        return hashlib.blake2b(value.encode(), digest_size=16).hexdigest()
-    found = hashlib.blake2b(f"{value.dtype} {value.shape} ".encode(), digest_size=16)
-    found.update(np.ascontiguousarray(value).tobytes())
-    return found.hexdigest()
+def _digest_of(told: dict[str, Any]) -> str:
+    """Return a digest of a checkpoint's description."""
+    text = json.dumps({k: v for k, v in told.items() if k != "digest"}, sort_keys=True)
+    return contents(np.frombuffer(text.encode(), np.uint8))
 
 
 def describe(value: Any) -> str:
     """Return a text that tells an array, or a plain value, from others."""
-    if _is_key(value):
-        value = jax.random.key_data(value)
     if isinstance(value, np.ndarray | np.generic | jax.Array):
-        array = np.asarray(value)
-        return f"{array.dtype}{list(array.shape)} {_digest(array)}"
+        array, _ = without_key(value)
+        return f"{array.dtype}{list(array.shape)} {contents(array)}"
     if isinstance(value, bool | int | float | str | None):
         return repr(value)
     return type(value).__name__

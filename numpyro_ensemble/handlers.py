@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import os
 import warnings
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
@@ -19,7 +20,9 @@ from numpyro.primitives import Messenger
 from numpyro.util import is_prng_key
 
 Role = Literal["prior", "likelihood", "jacobian"]
-_INSIDE = tuple(str(Path(path).parent) for path in (__file__, numpyro.__file__, jax.__file__))
+# with a separator: numpyro_forecast is a user of NumPyro
+_PACKAGES = (__file__, numpyro.__file__, jax.__file__)
+_INSIDE = tuple(f"{Path(path).parent}{os.sep}" for path in _PACKAGES)
 
 
 def is_factor(site: Mapping[str, Any]) -> bool:

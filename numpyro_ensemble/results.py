@@ -16,12 +16,8 @@ from numpyro_ensemble.handlers import warn
 from numpyro_ensemble.primitives import is_inexact
 
 _RANKED_LOSSES = 100
-_REPORTED = (
-    "stopped",
-    "completed_steps",
-    "seconds",
-    "gradient_norm",
-)  # of a result, besides its fields
+# what a result tells besides its fields
+_REPORTED = ("stopped", "completed_steps", "seconds", "gradient_norm")
 TRUSTED_K = 0.7  # Pareto shapes above have weights that a few draws own (Vehtari et al. 2024)
 
 
@@ -139,12 +135,11 @@ class EnsembleResult(_Fields):
             TypeError: if the parameters are no arrays in dicts, lists and tuples.
         """
         setup, (step, optimiser) = setup_of(self.state), self.state.optim_state
-        saved = isinstance(optimiser, storage.Leaves)
         tree = {
             "params": self.params,
             "losses": self.losses,
             "step": step,
-            "optimiser": optimiser if saved else storage.Leaves.of(optimiser),
+            "optimiser": storage.Leaves.of(optimiser),
             "mutable_state": self.state.mutable_state,
             "rng_key": self.state.rng_key,
             "constraints": None if setup is None else list(setup.values.constraints),

@@ -87,16 +87,12 @@ class Placement:
         def put(axis: int | None, part: Any) -> Any:
             if axis is None:
                 return self._put(part)
-            return jax.tree.map(self._put_members, part)
+            return jax.tree.map(lambda leaf: self._put(self._padded(leaf), MEMBER), part)
 
         return map_axes(put, axes, tree)
 
-    def _put_members(self, leaf: Any) -> Any:
-        missing = self.number(len(leaf)) - len(leaf)
-        if missing:
-            leaf = jnp.asarray(leaf)
-            leaf = jnp.concatenate([leaf, _last(leaf, missing)])
-        return self._put(leaf, MEMBER)
+    def _padded(self, leaf: Any) -> Any:
+        return _with_last(leaf, self.number(len(leaf)) - len(leaf))
 
     def _put(self, tree: Any, *axes: str) -> Any:
         assert self.mesh is not None
@@ -120,10 +116,13 @@ class Placement:
         leaves = []
         for leaf, kind in zip(arguments.leaves, arguments.kinds, strict=True):
             if kind != FIXED:
-                leaf = self.fill(leaf, MEMBER_AXES[kind])
+                axes = [] if MEMBER_AXES[kind] is None else [MEMBER]
+                if axes:
+                    leaf = self._padded(leaf)
                 axis = _ROW_AXES[kind]
                 if rows and axis is not None and jnp.shape(leaf)[axis : axis + 1] == (rows,):
-                    leaf = self._put(leaf, *[MEMBER] * axis, DATA)
+                    axes.append(DATA)  # after the members, if they have rows of their own
+                leaf = self._put(leaf, *axes)
             leaves.append(leaf)
         return arguments._replace(leaves=tuple(leaves))
 
@@ -161,8 +160,12 @@ def _spec(axis: int | None) -> PartitionSpec:
     return PartitionSpec() if axis is None else PartitionSpec(MEMBER)
 
 
-def _last(leaf: jax.Array, number: int) -> jax.Array:
-    return jnp.broadcast_to(leaf[-1:], (number, *leaf.shape[1:]))
+def _with_last(leaf: Any, number: int) -> Any:
+    """Append so many copies of the last entry."""
+    if not number:
+        return leaf
+    leaf = jnp.asarray(leaf)
+    return jnp.concatenate([leaf, jnp.broadcast_to(leaf[-1:], (number, *leaf.shape[1:]))])
 
 
 def _in_groups(every: Callable, in_axes: Any, out_axes: Any, most: int) -> Callable:
@@ -182,8 +185,7 @@ def _in_groups(every: Callable, in_axes: Any, out_axes: Any, most: int) -> Calla
             return every(*args)
 
         def group(leaf: jax.Array) -> jax.Array:
-            leaf = jnp.asarray(leaf)
-            leaf = jnp.concatenate([leaf, _last(leaf, number * size - total)])
+            leaf = _with_last(jnp.asarray(leaf), number * size - total)
             return leaf.reshape(number, size, *leaf.shape[1:])
 
         def one(groups: list[jax.Array]) -> Any:

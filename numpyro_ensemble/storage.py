@@ -33,7 +33,9 @@ class Leaves:
 
     @classmethod
     def of(cls, tree: Any) -> Leaves:
-        """Return the leaves of a tree."""
+        """Return the leaves of a tree, which may have been saved without structure itself."""
+        if isinstance(tree, cls):
+            return tree
         pairs = jax.tree_util.tree_leaves_with_path(tree)
         return cls((jax.tree_util.keystr(path) for path, _ in pairs), (leaf for _, leaf in pairs))
 
@@ -61,6 +63,18 @@ def restored(saved: Leaves, like: Any) -> Any:
         lacks, more = sorted(set(wanted) - set(given)), sorted(set(given) - set(wanted))
         raise ValueError(f"what was saved lacks {lacks[:5]}, and has {more[:5]} instead.")
     return jax.tree.unflatten(jax.tree.structure(like), saved.leaves)
+
+
+def without_key(array: Any) -> tuple[np.ndarray, str | None]:
+    """Return an array as NumPy's, and which kind of random keys it holds, None for numbers."""
+    if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
+        return np.asarray(jax.random.key_data(array)), str(jax.random.key_impl(array))
+    return np.asarray(array), None
+
+
+def with_key(array: np.ndarray, kind: str | None) -> Any:
+    """Return the array that `without_key` has taken apart."""
+    return array if kind is None else jax.random.wrap_key_data(jnp.asarray(array), impl=kind)
 
 
 class _Writer(NamedTuple):
@@ -91,10 +105,9 @@ class _Writer(NamedTuple):
 
     def _array(self, array: Any, path: str) -> dict[str, Any]:
         described: dict[str, Any] = {"array": path}
-        if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
-            described["key"] = str(jax.random.key_impl(array))
-            array = jax.random.key_data(array)
-        array = np.asarray(array)
+        array, kind = without_key(array)
+        if kind is not None:
+            described["key"] = kind
         if array.dtype.kind == "V":  # bfloat16 and the like, which NumPy's files do not know
             described["dtype"] = array.dtype.name
             array = array.view(f"u{array.dtype.itemsize}")
@@ -161,9 +174,7 @@ def _built(described: Any, arrays: Any) -> Any:
     array = arrays[content]
     if "dtype" in described:
         array = array.view(jnp.dtype(described["dtype"]))
-    if "key" in described:
-        return jax.random.wrap_key_data(jnp.asarray(array), impl=described["key"])
-    return array
+    return with_key(array, described.get("key"))
 
 
 def _umask() -> int:

@@ -91,6 +91,12 @@ def test_every_solver_finds_scipys_optimum(name, key):
     assert (result.losses[:, 0] > ours + 0.1).all()
 
 
+def test_single_precision_is_named_as_a_reason(key):
+    with jax.enable_x64(False), pytest.warns(UserWarning, match="float32 may be too coarse for it"):
+        result = quiet(EnsembleMAP(zoned, LBFGS, ensemble_size=3), key, 2, W, Z)
+    assert result.losses.dtype == "float32"
+
+
 def test_members_that_stopped_on_a_slope_are_named(key):
     coarse = optimistix.BFGS(rtol=1e3, atol=1e3)
     with pytest.warns(UserWarning, match="3 of 3 members .* where the gradient is up to .* long"):

@@ -51,14 +51,15 @@ def _digest(array: jax.Array) -> str:
     number = id(array)
     with jax.ensure_compile_time_eval():  # inside a transformation as well
         is_key = jnp.issubdtype(array.dtype, jax.dtypes.prng_key)
-        digest = _contents(np.asarray(jax.random.key_data(array) if is_key else array))
+        digest = contents(np.asarray(jax.random.key_data(array) if is_key else array))
     _digests[number] = weakref.ref(array, lambda _: _digests.pop(number, None)), digest
     return digest
 
 
-def _contents(array: np.ndarray) -> str:
+def contents(array: np.ndarray) -> str:
+    """Return a digest of an array's bytes."""
     flat = np.ascontiguousarray(array).reshape(-1)
-    return hashlib.blake2b(flat.view(np.uint8).data).hexdigest()
+    return hashlib.blake2b(flat.view(np.uint8).data, digest_size=16).hexdigest()
 
 
 def fingerprint(leaf: Any) -> Any:
@@ -81,7 +82,7 @@ def _mark(value: Any) -> Any:
     if isinstance(value, jax.Array):
         return _Constant(value)
     if (kind is np.ndarray or isinstance(value, np.generic)) and not value.dtype.hasobject:
-        return ("numpy", str(value.dtype), value.shape, _contents(np.asarray(value)))
+        return ("numpy", str(value.dtype), value.shape, contents(np.asarray(value)))
     return None
 
 

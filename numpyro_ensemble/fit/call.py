@@ -176,11 +176,14 @@ class FitCall:
                     f"the state is of another model, guide or optimiser: {error}"
                 ) from error
             state = state._replace(optim_state=(step, optimiser))
-        return mapped_state(state, self.problem.placement.fill)
+        placement = self.problem.placement
+        return state if placement.mesh is None else mapped_state(state, placement.fill)
 
     def cut_state(self, state: SVIState) -> SVIState:
         """Return the state of the members that were asked for."""
         size = self.problem.ensemble_size
+        if self.problem.places == size:
+            return state
         return mapped_state(state, partial(self.problem.placement.cut, total=size))
 
     def cut(self, arrays: Any) -> Any:

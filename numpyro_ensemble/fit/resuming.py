@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import jax
@@ -46,19 +45,16 @@ def kept(call: FitCall, carry: Carry, losses: np.ndarray) -> dict[str, Any]:
 
     The order of the batches is not kept: it follows from the keys and the step.
     """
-    cut = partial(call.problem.placement.cut, axes=0, total=call.problem.ensemble_size)
-    return {"state": cut(carry.state), "stop": cut(carry.stop), "losses": losses}
+    return {"state": call.cut(carry.state), "stop": call.cut(carry.stop), "losses": losses}
 
 
 def resume(call: FitCall, carry: Carry, keeper: Keeper) -> tuple[Carry, np.ndarray | None]:
     """Return where the newest checkpoint goes on, and the losses before it, None without one."""
-    found = keeper.newest(lambda step: kept(call, carry, np.zeros(())))
-    if found is None:
+    tree = keeper.newest(kept(call, carry, np.zeros(())))
+    if tree is None:
         return carry, None
-    tree = found[1]
-    fill = partial(call.problem.placement.fill, axes=0)
-    carry = carry._replace(state=fill(tree["state"]), stop=fill(tree["stop"]))
-    return carry, np.asarray(tree["losses"])
+    state, stop = call.problem.placement.fill((tree["state"], tree["stop"]), 0)
+    return carry._replace(state=state, stop=stop), np.asarray(tree["losses"])
 
 
 def _fingerprint(call: FitCall, keys: jax.Array, options: RunOptions) -> dict[str, dict[str, str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -64,8 +65,14 @@ def fit(
         carry, losses = _traced(call, start, num_steps, options)
         stopped = taken = None
     else:
+        interrupts = Interrupts(saves=options.checkpoint is not None)
         with keeping(call, keys, options) as keeper:
-            carry, losses, stopped, taken = _loop(call, start, num_steps, options, keeper)
+            carry, losses, stopped, taken = _loop(
+                call, start, num_steps, options, keeper, interrupts
+            )
+        interrupts.end_process()
+        if interrupts.came:
+            warn(f"interrupted: {taken} of {num_steps} steps were taken.")
     params, finite, slope = call.outcome(
         carry.state, start.values, options.forward_mode_differentiation
     )
@@ -121,7 +128,12 @@ def _traced(
 
 
 def _loop(
-    call: FitCall, start: Start, num_steps: int, options: RunOptions, keeper: Keeper | None
+    call: FitCall,
+    start: Start,
+    num_steps: int,
+    options: RunOptions,
+    keeper: Keeper | None,
+    interrupts: Interrupts,
 ) -> tuple[Carry, np.ndarray, np.ndarray, int]:
     """Run the compiled loop, and return the last carry, losses, who has stopped, and the steps."""
     carry, step, values, shuffles = start
@@ -134,7 +146,7 @@ def _loop(
     if keeper is not None:
         carry, before = resume(call, carry, keeper)
     if before is None:
-        before = np.zeros((0, call.problem.ensemble_size))
+        before = np.zeros((0, call.problem.ensemble_size), jnp.result_type(float))
         if options.init_state is not None or options.init_params is not None:
             carry = copy_buffers(carry)  # its arrays may be the user's own
     if len(before) > num_steps:
@@ -146,34 +158,30 @@ def _loop(
     def chunk(carry: Carry, number: int, done: int) -> tuple[Carry, Any]:
         return compiled(carry, number, done, step + done, values, dynamic, shuffles)
 
-    def keep(done: int, carry: Carry, losses: np.ndarray) -> None:
-        if keeper is not None:
-            keeper.save(done, kept(call, carry, losses))
-
+    keep = None if keeper is None else partial(_keep, call, keeper)
     every = None if keeper is None else keeper.checkpoint.every
     looks = Looks(
         progress_bar=options.progress_bar,
         callback=options.callback,
-        keep=None if keeper is None else keep,
+        keep=keep,
         every=every,
         stable=options.stable_update,
         holding_nan=call.arguments.holding_nan,
     )
     ends = chunk_ends(len(before), num_steps, size, every)
-    with Interrupts(saves=keeper is not None) as interrupts:
+    with interrupts:
         carry, losses, stopped = train(chunk, carry, ends, num_steps, looks, before, interrupts)
     taken = len(losses)
-    if keeper is not None and taken > len(before) and not looks.keeps(taken):
+    if keep is not None and taken > len(before) and not looks.keeps(taken):
         keep(taken, carry, losses)
-    if interrupts.came:
-        if keeper is not None:
-            keeper.close()
-        interrupts.end_process()
-        warn(f"interrupted: {taken} of {num_steps} steps were taken.")
     missing = np.full((num_steps - taken, losses.shape[1]), np.nan, losses.dtype)
     # a run that was ended leaves all members where they are: what is missing is no failure
     ended = stopped | (np.isfinite(losses[-1]) & bool(len(missing)))
     return carry, np.ascontiguousarray(np.concatenate([losses, missing]).T), ended, taken
+
+
+def _keep(call: FitCall, keeper: Keeper, step: int, carry: Carry, losses: np.ndarray) -> None:
+    keeper.save(step, kept(call, carry, losses))
 
 
 def _warn_unconverged(open_ones: np.ndarray, optim: Any, losses: np.ndarray) -> None:
