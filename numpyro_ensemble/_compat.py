@@ -7,9 +7,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import copy
 from typing import Any
 
 import jax
+from numpyro.infer import HMC, MCMC
 from numpyro.infer.autoguide import AutoGuide
 from numpyro.optim import _NumPyroOptim
 from numpyro.primitives import _PYRO_STACK
@@ -38,3 +40,26 @@ def hessian_of(guide: Any) -> Callable:
 def distribution_mask(fn: Any) -> Any:
     """Return the mask of a masked distribution: log likelihoods leave out what it hides."""
     return fn._mask
+
+
+def collect_from_the_start(mcmc: MCMC, number: int) -> None:
+    """Let the next `mcmc.run` start its chains, and collect that many iterations of warm-up.
+
+    None are made for 0, and one place of each array is filled with zeros.
+    """
+    kernel = mcmc.sampler
+    if isinstance(kernel, HMC) and kernel._sample_fn is not None:
+        # started twice, it would map its step over vectorized chains twice
+        mcmc.sampler, mcmc._cache = copy(kernel), {}
+    mcmc._set_collection_params(0, number, max(number, mcmc.thinning), "warmup")
+
+
+def collected_by(mcmc: MCMC) -> Any:
+    """Return what a run has collected, by field, each array `(C, N, ...)`."""
+    return mcmc._states
+
+
+def set_outcome(mcmc: MCMC, collected: Any, state: Any) -> None:
+    """Let `mcmc` speak of these draws, and of a state, as those of its last run."""
+    mcmc._states, mcmc._states_flat, mcmc._last_state = collected, None, state
+    mcmc._set_collection_params()

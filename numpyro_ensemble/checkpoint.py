@@ -14,9 +14,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from numpyro_ensemble.calls.arguments import FIXED, MEMBER_AXES, Arguments
 from numpyro_ensemble.calls.identity import contents
+from numpyro_ensemble.density import Site
 from numpyro_ensemble.handlers import check_count, warn
-from numpyro_ensemble.storage import Leaves, restored, with_key, without_key
+from numpyro_ensemble.storage import Leaves, with_key, without_key
 
 _FORMAT = 1
 _LOCK = "in_use"
@@ -84,15 +86,15 @@ class Keeper:
             cleanup_tmp_directories=True,
         )
 
-    def newest(self, like: Any) -> Any:
-        """Return the last tree that was kept whole, in the structure of another, None without one.
+    def newest(self) -> Leaves | None:
+        """Return the leaves of the last tree that was kept whole, None without one.
 
         Raises:
             ValueError: if it is of another run, or a later format.
         """
         for step in sorted((found.step for found in self._orbax.checkpoints), reverse=True):
             try:
-                leaves = self._read(step)
+                return self._read(step)
             except _OfAnotherRunError:
                 raise
             except Exception as error:  # whatever a damaged file makes Orbax raise
@@ -102,8 +104,6 @@ class Keeper:
                     f"{str(error)[:200]}"
                 )
                 self._set_aside(step)
-                continue
-            return restored(leaves, like)
         return None
 
     def _read(self, step: int) -> Leaves:
@@ -209,6 +209,19 @@ def _digest_of(told: dict[str, Any]) -> str:
     """Return a digest of a checkpoint's description."""
     text = json.dumps({k: v for k, v in told.items() if k != "digest"}, sort_keys=True)
     return contents(np.frombuffer(text.encode(), np.uint8))
+
+
+def describe_sites(sites: Mapping[str, Site]) -> dict[str, str]:
+    """Return a text for each site of a model."""
+    return {
+        name: f"{site.kind} {site.distribution}".rstrip() + f" of shape {tuple(site.shape)}"
+        for name, site in sites.items()
+    }
+
+
+def describe_arguments(arguments: Arguments) -> dict[str, str]:
+    """Return a text for each argument of a model, and for each array in it."""
+    return {label: describe(leaf) for label, leaf in arguments.labelled(FIXED, *MEMBER_AXES)}
 
 
 def describe(value: Any) -> str:

@@ -14,7 +14,6 @@ import tqdm
 from jax import lax
 
 from numpyro_ensemble.fit.batches import Batches, Order, draw
-from numpyro_ensemble.fit.interrupts import Interrupts
 from numpyro_ensemble.fit.stopping import (
     EarlyStopping,
     Stop,
@@ -22,6 +21,7 @@ from numpyro_ensemble.fit.stopping import (
     without_stopped,
 )
 from numpyro_ensemble.handlers import warn
+from numpyro_ensemble.interrupts import Interrupts
 from numpyro_ensemble.primitives import is_inexact
 from numpyro_ensemble.results import name_members
 

@@ -9,12 +9,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from numpyro_ensemble.calls.arguments import FIXED, MEMBER_AXES
-from numpyro_ensemble.checkpoint import Keeper, describe
+from numpyro_ensemble.checkpoint import Keeper, describe, describe_arguments, describe_sites
 from numpyro_ensemble.fit.call import FitCall
 from numpyro_ensemble.fit.loop import Carry
 from numpyro_ensemble.fit.options import RunOptions
-from numpyro_ensemble.storage import Leaves
+from numpyro_ensemble.storage import Leaves, restored
 
 _SETTINGS = (
     "batch_size",
@@ -50,22 +49,17 @@ def kept(call: FitCall, carry: Carry, losses: np.ndarray) -> dict[str, Any]:
 
 def resume(call: FitCall, carry: Carry, keeper: Keeper) -> tuple[Carry, np.ndarray | None]:
     """Return where the newest checkpoint goes on, and the losses before it, None without one."""
-    tree = keeper.newest(kept(call, carry, np.zeros(())))
-    if tree is None:
+    leaves = keeper.newest()
+    if leaves is None:
         return carry, None
+    tree = restored(leaves, kept(call, carry, np.zeros(())))
     state, stop = call.problem.placement.fill((tree["state"], tree["stop"]), 0)
     return carry._replace(state=state, stop=stop), np.asarray(tree["losses"])
 
 
 def _fingerprint(call: FitCall, keys: jax.Array, options: RunOptions) -> dict[str, dict[str, str]]:
     """Return what the checkpoints of a run are told from others by."""
-    problem, arguments = call.problem, call.arguments
-    sites = {
-        name: f"{site.kind} {site.distribution}".rstrip() + f" of shape {tuple(site.shape)}"
-        for name, site in call.programs.sites.items()
-    }
-    kinds = (FIXED, *MEMBER_AXES)
-    data = {label: describe(leaf) for label, leaf in arguments.labelled(*kinds)}
+    problem = call.problem
     forms = Leaves.of(call.forms.state)
     state = {
         path: f"{form.dtype} of shape {form.shape[1:]}"
@@ -82,7 +76,12 @@ def _fingerprint(call: FitCall, keys: jax.Array, options: RunOptions) -> dict[st
         "init_state": _all(options.init_state),
         "init_params": _all(options.init_params),
     }
-    return {"site": sites, "argument": data, "part of the state": state, "setting": settings}
+    return {
+        "site": describe_sites(call.programs.sites),
+        "argument": describe_arguments(call.arguments),
+        "part of the state": state,
+        "setting": settings,
+    }
 
 
 def _all(tree: Any) -> str:

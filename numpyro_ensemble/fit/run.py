@@ -15,7 +15,6 @@ from numpyro_ensemble.calls.arguments import has_tracers, traces
 from numpyro_ensemble.checkpoint import Keeper
 from numpyro_ensemble.fit.batches import batch_keys, first_order
 from numpyro_ensemble.fit.call import FitCall
-from numpyro_ensemble.fit.interrupts import Interrupts
 from numpyro_ensemble.fit.loop import (
     Carry,
     Looks,
@@ -29,6 +28,7 @@ from numpyro_ensemble.fit.resuming import keeping, kept, resume
 from numpyro_ensemble.fit.state import SetupValues, check_size, check_state, plain, with_setup
 from numpyro_ensemble.fit.stopping import first_stop, without_stopped
 from numpyro_ensemble.handlers import warn
+from numpyro_ensemble.interrupts import Interrupts
 from numpyro_ensemble.results import EnsembleResult, name_members
 
 _STEEP = 0.01  # length of the gradient, relative to the loss, that no mode has

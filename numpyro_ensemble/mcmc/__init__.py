@@ -1,8 +1,9 @@
 """Many-chain MCMC: kernels for `numpyro.infer.MCMC` that adapt over all chains at once."""
 
 from numpyro_ensemble.mcmc import starts
+from numpyro_ensemble.mcmc.checkpointed import run_checkpointed
 from numpyro_ensemble.mcmc.chees import ChEES
 from numpyro_ensemble.mcmc.diagnostics import rhat_nested
 from numpyro_ensemble.mcmc.meads import MEADS
 
-__all__ = ["MEADS", "ChEES", "rhat_nested", "starts"]
+__all__ = ["MEADS", "ChEES", "rhat_nested", "run_checkpointed", "starts"]

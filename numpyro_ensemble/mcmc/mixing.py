@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import jax
@@ -18,6 +19,8 @@ _SHORTNESS = 1.5  # over the draws in half a chain: what short chains of good dr
 _HARDLY = 0.01  # of the width of all draws
 _FOR_MEDIANS = 50  # draws of a chain
 _BLOCK = 4_000_000  # numbers that are taken to double precision at once
+
+_parted = ContextVar("_parted", default=False)  # whether `MCMC.run` makes a part of a run
 
 
 class Advice(NamedTuple):
@@ -68,6 +71,8 @@ def _unflatten(kind: type[CollectedDraws], structure: tuple, values: Any) -> Any
     if not codes or codes[0] is not MCMC.run.__code__:
         return kind(draws, advice)
     traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(draws))
+    if _parted.get():
+        return kind(draws, advice)
     if not traced and MCMC.warmup.__code__ not in codes:
         check_mixing(draws, advice)
     return draws[""] if kind is _Whole else draws
@@ -77,6 +82,27 @@ for _kind in (CollectedDraws, _Whole):
     jax.tree_util.register_pytree_node(
         _kind, _flatten, lambda structure, values, kind=_kind: _unflatten(kind, structure, values)
     )
+
+
+def run_unchecked(mcmc: MCMC, *args: Any, **kwargs: Any) -> None:
+    """Call `mcmc.run` for a part of a run, whose draws are checked with the others: `finished`."""
+    token = _parted.set(True)
+    try:
+        mcmc.run(*args, **kwargs)
+    finally:
+        _parted.reset(token)
+
+
+def finished(collected: dict[str, Any]) -> dict[str, Any]:
+    """Check draws that are put together from parts of a run, and make them plain."""
+
+    def plain(draws: Any) -> Any:
+        if not isinstance(draws, CollectedDraws):
+            return draws
+        check_mixing(draws, draws.advice)
+        return draws[""] if isinstance(draws, _Whole) else dict(draws)
+
+    return {field: plain(draws) for field, draws in collected.items()}
 
 
 def check_mixing(draws: dict[str, Any], advice: Advice) -> None:

@@ -72,6 +72,16 @@ class ChainsState(_Fields):
         return super()._replace(**changes)
 
 
+class Resumed(ChainsState):
+    """A state that `MCMC` goes on from as if it had not stopped there."""
+
+    __slots__ = ()
+
+    def _replace(self, /, **changes: Any) -> ChainsState:  # type: ignore[override]
+        """Return the state with its own keys, whatever `MCMC` says."""
+        return ChainsState(*self)
+
+
 def in_rows(state: ChainsState, coordinates: Coordinates) -> ChainsState:
     """Turn positions, gradients and momenta into arrays `(C, D)`, which all kernels move."""
     return state._replace(**{name: coordinates.rows(getattr(state, name)) for name in _OF_SITES})

@@ -1,0 +1,250 @@
+"""Chains that survive being stopped: `MCMC.run` in pieces, with a checkpoint after each."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tqdm
+from numpyro.infer import MCMC
+from numpyro.infer.mcmc import MCMCKernel
+
+from numpyro_ensemble._compat import collect_from_the_start, collected_by, set_outcome
+from numpyro_ensemble.calls.arguments import arrange
+from numpyro_ensemble.checkpoint import (
+    Checkpoint,
+    Keeper,
+    describe,
+    describe_arguments,
+    describe_sites,
+)
+from numpyro_ensemble.density import anatomy
+from numpyro_ensemble.handlers import one_key, warn
+from numpyro_ensemble.interrupts import Interrupts
+from numpyro_ensemble.mcmc.mixing import finished, run_unchecked
+from numpyro_ensemble.mcmc.state import ChainsState, Resumed
+from numpyro_ensemble.storage import restored
+
+_SETTINGS = ("num_warmup", "num_samples", "num_chains", "thinning")
+
+
+class _Run(NamedTuple):
+    """One run, as `MCMC.run` is told of it."""
+
+    mcmc: MCMC
+    rng_key: jax.Array
+    args: tuple
+    kwargs: dict[str, Any]
+    extra_fields: Sequence[str]
+    init_params: Any
+
+    def start(self, length: int) -> None:
+        """Start the chains, and make the first iterations, which may be none."""
+        self.mcmc.post_warmup_state = None
+        collect_from_the_start(self.mcmc, length)
+        self._run(self.rng_key)
+
+    def go_on(self, state: Any, length: int) -> None:
+        """Make so many iterations from a state, with the keys that it holds."""
+        key = state.rng_key
+        if isinstance(state, ChainsState):
+            state, key = Resumed(*state), key[:1]
+        elif self.mcmc.sampler.is_ensemble_kernel:  # MCMC gives those the first of many keys
+            key = jnp.broadcast_to(key, (self.mcmc.num_chains, *key.shape))
+        self.mcmc.post_warmup_state = state
+        self.mcmc.num_samples = length
+        self._run(key)
+
+    def _run(self, key: jax.Array) -> None:
+        run_unchecked(
+            self.mcmc,
+            key,
+            *self.args,
+            extra_fields=tuple(self.extra_fields),
+            init_params=self.init_params,
+            **self.kwargs,
+        )
+
+
+def run_checkpointed(
+    mcmc: MCMC,
+    checkpoint: Checkpoint,
+    rng_key: jax.Array,
+    *args: Any,
+    extra_fields: Sequence[str] = (),
+    init_params: Any = None,
+    **kwargs: Any,
+) -> None:
+    """Do what `mcmc.run` does, with checkpoints, so that the same call made again goes on.
+
+    For NumPyro's kernels and those of this package, warm-up included. The draws are those of
+    `mcmc.run` with the same key. They are kept in every checkpoint, all so far: choose
+    `Checkpoint(directory, every=...)` by their size. Iterations are compiled in pieces of that
+    length.
+
+    After Ctrl-C the draws so far are in `mcmc`, and SIGTERM writes a checkpoint before it ends the
+    process.
+
+    Args:
+        mcmc: a NumPyro `MCMC`.
+        checkpoint: where and how often, in iterations; warm-up counts.
+        rng_key: one key.
+        *args: arguments of the model.
+        extra_fields: as in `MCMC.run`.
+        init_params: as in `MCMC.run`.
+        **kwargs: keyword arguments of the model.
+
+    Raises:
+        TypeError: if `mcmc` or `checkpoint` is none.
+        ValueError: for checkpoints of another run, or a directory that another run uses.
+        KeyboardInterrupt: after Ctrl-C in warm-up, when there are no draws.
+
+    Example:
+        >>> import tempfile
+        >>> import jax, jax.numpy as jnp, numpyro, numpyro.distributions as dist
+        >>> from numpyro.infer import MCMC, NUTS
+        >>> from numpyro_ensemble import Checkpoint
+        >>> from numpyro_ensemble.mcmc import run_checkpointed
+        >>> def model(y):
+        ...     mu = numpyro.sample("mu", dist.Normal(0.0, 1.0))
+        ...     with numpyro.plate("data", len(y)):
+        ...         numpyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+        >>> mcmc = MCMC(NUTS(model), num_warmup=50, num_samples=50, progress_bar=False)
+        >>> kept = Checkpoint(tempfile.mkdtemp(), every=50)
+        >>> run_checkpointed(mcmc, kept, jax.random.key(0), jnp.ones(3))
+        >>> mcmc.get_samples()["mu"].shape
+        (50,)
+    """
+    if not isinstance(mcmc, MCMC):
+        raise TypeError(f"mcmc takes a numpyro.infer.MCMC, got {mcmc!r}.")
+    if not isinstance(checkpoint, Checkpoint):
+        raise TypeError(f"checkpoint takes a Checkpoint, got {checkpoint!r}.")
+    if mcmc.post_warmup_state is not None:
+        raise ValueError(
+            "mcmc has a post_warmup_state, and run_checkpointed makes the warm-up too: set "
+            "mcmc.post_warmup_state = None, or call mcmc.run."
+        )
+    run = _Run(mcmc, one_key(rng_key), args, kwargs, extra_fields, init_params)
+    number, shows = mcmc.num_samples, mcmc.progress_bar
+    interrupts = Interrupts(saves=True)
+    keeper = Keeper(checkpoint, _fingerprint(run))
+    mcmc.progress_bar = False  # one bar for all pieces
+    try:
+        with interrupts, tqdm.tqdm(disable=not shows) as bar:
+            draws, done = _pieces(run, number, keeper, interrupts, bar)
+    finally:
+        keeper.close()
+        mcmc.num_samples, mcmc.progress_bar, mcmc.post_warmup_state = number, shows, None
+    interrupts.end_process()
+    set_outcome(mcmc, draws, mcmc.last_state)
+    if interrupts.came and draws is None:
+        raise KeyboardInterrupt(f"interrupted in warm-up, after {done} iterations.")
+    if interrupts.came:
+        warn(f"interrupted: {done} of {mcmc.num_warmup + number} iterations were made.")
+    set_outcome(mcmc, finished(draws), mcmc.last_state)
+
+
+def _pieces(
+    run: _Run, number: int, keeper: Keeper, interrupts: Interrupts, bar: Any
+) -> tuple[Any, int]:
+    """Make the pieces that are left; return the draws, and how many iterations were made.
+
+    Before the first draw there are none: None.
+    """
+    mcmc, warmup = run.mcmc, run.mcmc.num_warmup
+    kept = _newest(run, keeper)
+    done = 0 if kept is None else int(kept["done"])
+    bar.reset(total=warmup + number)
+    bar.update(done)
+    for end in _ends(warmup, number, keeper.checkpoint.every, mcmc.thinning):
+        if end <= done:
+            continue
+        if interrupts.came:
+            break
+        if kept is None:
+            run.start(end)
+        else:
+            run.go_on(kept["state"], end - done)
+        part = jax.tree.map(np.asarray, collected_by(mcmc))
+        if kept is not None and done > warmup:
+            part = jax.tree.map(_joined, kept["draws"], part)
+        elif end <= warmup:  # one of these keeps the place of the draws
+            part = jax.tree.map(lambda x: x[:, -1:], part)
+        bar.update(end - done)
+        if not bar.disable:
+            bar.set_description("warmup" if end <= warmup else "sample", refresh=False)
+            bar.set_postfix_str(_told(mcmc), refresh=False)
+        done = end
+        kept = {"state": mcmc.last_state, "draws": part, "done": np.asarray(done)}
+        keeper.save(done, kept)
+    return (None if kept is None or done <= warmup else kept["draws"]), done
+
+
+def _newest(run: _Run, keeper: Keeper) -> dict[str, Any] | None:
+    """Return what the newest checkpoint holds, None if none is whole."""
+    leaves = keeper.newest()
+    if leaves is None:
+        return None
+    run.start(0)  # which tells what a state is like, and the kernel of its model
+    state, draws = run.mcmc.last_state, collected_by(run.mcmc)
+    kept = restored(leaves, {"state": state, "draws": draws, "done": np.zeros(())})
+    set_outcome(run.mcmc, kept["draws"], kept["state"])
+    return kept
+
+
+def _ends(warmup: int, number: int, every: int, thinning: int) -> list[int]:
+    """Return the iterations after which pieces end.
+
+    All but the last of warm-up, and the first and last of the draws, are of one length. What
+    thinning does not divide is left out at the beginning, as MCMC does.
+    """
+    first, step = warmup + number % thinning, -(-every // thinning) * thinning
+    ends = [*range(every, warmup, every), *([warmup] if warmup else [])]
+    return [*ends, *range(first + step, warmup + number, step), warmup + number]
+
+
+def _joined(before: np.ndarray, after: np.ndarray) -> np.ndarray:
+    return np.concatenate([before, after], axis=1)
+
+
+def _told(mcmc: MCMC) -> str:
+    """Return what the kernel says of its state, if that is of one chain or of all together."""
+    if mcmc.num_chains == 1 or mcmc.sampler.is_ensemble_kernel:
+        return mcmc.sampler.get_diagnostics_str(mcmc.last_state)
+    return ""
+
+
+def _fingerprint(run: _Run) -> dict[str, dict[str, str]]:
+    """Return what the checkpoints of a run are told from others by."""
+    mcmc, model = run.mcmc, getattr(run.mcmc.sampler, "model", None)
+    settings = {name: str(getattr(mcmc, name)) for name in _SETTINGS}
+    settings |= {
+        "extra_fields": str(tuple(run.extra_fields)),
+        "rng_key": describe(run.rng_key),
+        "init_params": " ".join(map(describe, jax.tree.leaves(run.init_params))) or "none",
+    }
+    return {
+        "site": {} if model is None else describe_sites(anatomy(model, run.args, run.kwargs)),
+        "argument": describe_arguments(arrange(model, run.args, run.kwargs)),
+        "setting": settings,
+        "kernel": _described(mcmc.sampler),
+    }
+
+
+def _described(kernel: MCMCKernel, prefix: str = "") -> dict[str, str]:
+    """Return what a kernel was made with, as far as it can be told."""
+    told = {f"{prefix}kernel": type(kernel).__name__}
+    for name in inspect.signature(type(kernel)).parameters:
+        value = getattr(kernel, f"_{name}", getattr(kernel, name, None))
+        if isinstance(value, MCMCKernel):
+            told |= _described(value, f"{prefix}{name}.")
+        elif isinstance(value, tuple):
+            told[prefix + name] = repr(value)
+        elif value is not None:
+            told[prefix + name] = getattr(value, "__name__", describe(value))
+    scheme = getattr(kernel, "_scheme", None)  # of the kernels here
+    return told if scheme is None else told | {f"{prefix}scheme": repr(scheme)}
