@@ -59,12 +59,12 @@ class Placement:
         devices = 1 if self.mesh is None else self.mesh.shape[MEMBER]
         return -(-total // devices) * devices
 
-    def check(self, total: int) -> None:
+    def check(self, total: int, what: str = "members") -> None:
         """Raise a ValueError where devices would have nothing to do."""
         if self.mesh is not None and self.mesh.shape[MEMBER] > total:
             raise ValueError(
-                f"mesh spreads members over {self.mesh.shape[MEMBER]} devices, and there are "
-                f"{total}: take a smaller mesh, or more members."
+                f"mesh spreads {what} over {self.mesh.shape[MEMBER]} devices, and there are "
+                f"{total}: take a smaller mesh, or more {what}."
             )
 
     def map(self, fn: Callable, in_axes: Any, out_axes: Any = 0) -> Callable:
@@ -78,6 +78,40 @@ class Placement:
         ways = dict(zip(("in_specs", "out_specs"), specs, strict=True))
         # rows stay with the partitioner, which sums gradients over them
         return jax.shard_map(every, mesh=self.mesh, axis_names={MEMBER}, check_vma=False, **ways)
+
+    def map_all(self, fn: Callable, in_axes: Any, total: int) -> Callable:
+        """Map a function over so many, with results of as many, whether devices divide them or not.
+
+        Within a compiled program.
+        """
+        more = self.number(total) - total
+        every = self.map(fn, in_axes)
+        if not more:
+            return every
+
+        def call(*args: Any) -> Any:
+            def padded(axis: int | None, part: Any) -> Any:
+                return part if axis is None else jax.tree.map(lambda x: _with_last(x, more), part)
+
+            return jax.tree.map(lambda x: x[:total], every(*map_axes(padded, in_axes, args)))
+
+        return call
+
+    def settle(self, tree: Any, total: int) -> Any:
+        """Say within a program where arrays with a leading axis end: spread, if devices divide it.
+
+        Processes on several hosts have all of them each.
+        """
+        if self.mesh is None:
+            return tree
+        spread = self.number(total) == total and not self.on_hosts
+        where = NamedSharding(self.mesh, PartitionSpec(MEMBER) if spread else PartitionSpec())
+        return jax.lax.with_sharding_constraint(tree, where)
+
+    @property
+    def on_hosts(self) -> bool:
+        """Say whether devices of the mesh belong to several processes."""
+        return self.mesh is not None and self.mesh.is_multi_process
 
     def fill(self, tree: Any, axes: Any) -> Any:
         """Put arrays where they are computed, with as many members as `number` says."""

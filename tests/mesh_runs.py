@@ -10,10 +10,13 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import optimistix
-from numpyro.infer import Trace_ELBO
+from jax.sharding import NamedSharding, PartitionSpec
+from numpyro.infer import MCMC, Trace_ELBO
 from numpyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 
 from numpyro_ensemble import EarlyStopping, EnsembleMAP, EnsembleVI
+from numpyro_ensemble.mcmc import MEADS, ChEES
+from numpyro_ensemble.sharding import as_mesh
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(48, 3))
@@ -131,11 +134,66 @@ def watch_failures():
     found["failures, callback"] = [losses.shape[0], jax.tree.leaves(state)[0].shape[0]]
 
 
+def grouped(x, y):
+    """Have effects by an index, whose gradient is computed for a few chains at once."""
+    scale = numpyro.sample("scale", dist.HalfNormal(1))
+    with numpyro.plate("groups", 6):
+        b = numpyro.sample("b", dist.Normal(0, scale))
+    with numpyro.plate("rows", len(y)):
+        numpyro.sample("y", dist.Normal(b[np.arange(48) % 6] + x[:, 0], 0.5), obs=y)
+
+
+def chains(kernel, num_chains, args=(X, Y), **options):
+    """Return chains after a short run."""
+    mcmc = MCMC(
+        kernel, num_warmup=15, num_samples=5, num_chains=num_chains, chain_method="vectorized",
+        progress_bar=False, **options,
+    )  # fmt: skip
+    mcmc.run(jax.random.key(1), *args)
+    return mcmc
+
+
+def compare_chains(kinds):
+    """Compare chains on one device with those on four, which may not divide them."""
+    for label in kinds:
+        make, num_chains = CHAINS[label]
+        one = chains(make(), num_chains)
+        if "rows" in label:
+            mesh = as_mesh(MESHES["members and rows"])  # whose axes are Auto
+            rows = jax.device_put((X, Y), NamedSharding(mesh, PartitionSpec("data")))
+            many = chains(make(mesh=mesh), num_chains, rows, jit_model_args=True)
+        else:
+            many = chains(make(mesh="all"), num_chains)
+        found[f"{label}, draws"] = apart(many.get_samples(), one.get_samples())
+        moved = np.ptp(np.asarray(one.last_state.potential_energy))
+        assert moved > 1e-3, "chains differ"
+        state = many.last_state.z["b" if "grouped" in label else "w"]
+        found[f"{label}, devices"] = len(state.sharding.device_set)
+        found[f"{label}, spread"] = not state.sharding.is_fully_replicated
+
+
+def meads(**options):
+    return MEADS(model, num_folds=2, start="init", **options)
+
+
+def chees(model=model, **options):
+    return ChEES(model, start="init", max_leapfrog_steps=4, **options)
+
+
+CHAINS = {
+    "MEADS of 8": (meads, 8),
+    "ChEES of 6, grouped": (lambda **options: chees(grouped, **options), 6),
+    "ChEES of rows": (lambda **options: chees(**options), 8),
+}
+
+
 def say_errors():
     bad = {
         "axes": lambda: vi(mesh=jax.make_mesh((4,), ("chain",))),
         "kind": lambda: vi(mesh=4),
         "few": lambda: EnsembleMAP(model, ensemble_size=3, mesh="all").init(KEY, X, Y),
+        "chains": lambda: chains(chees(mesh="all"), 3),
+        "few chains": lambda: ChEES(model, mesh=jax.make_mesh((4,), ("chain",))),
         "rows": lambda: vi(mesh=MESHES["members and rows"]).init(KEY, X[:47], Y[:47]),
     }
     for label, call in bad.items():
@@ -152,9 +210,11 @@ if __name__ == "__main__":
     MESHES["members and rows"] = jax.make_mesh((2, 2), ("member", "data"))
     if "long" in sys.argv:
         compare_runs(RUNS, MESHES)
+        compare_chains(list(CHAINS)[2:])
         compare_modes()
     else:
         compare_runs(QUICK, ["members and rows"])
+        compare_chains(list(CHAINS)[:2])
         for part in (compare_states, watch_failures, say_errors):
             part()
     json.dump(found, sys.stdout)

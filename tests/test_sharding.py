@@ -115,6 +115,19 @@ def test_states_of_a_mesh_are_those_of_one_device(found):
     assert found["states, leading"] == [5]
 
 
+@pytest.mark.parametrize("label", ["MEADS of 8", "ChEES of 6, grouped"])
+def test_chains_of_a_mesh_draw_the_same(found, label):
+    assert found[f"{label}, draws"] < 1e-8
+    assert found[f"{label}, devices"] == 4
+    assert found[f"{label}, spread"] == (label == "MEADS of 8")  # four devices do not divide six
+
+
+@pytest.mark.long
+def test_chains_and_rows_of_a_mesh_draw_the_same(found_long):
+    assert found_long["ChEES of rows, draws"] < 1e-6
+    assert found_long["ChEES of rows, spread"]
+
+
 def test_members_that_are_added_are_not_seen(found):
     assert found["failures, finite"] == [True] * 4 + [False]
     assert found["failures, said"] == [
@@ -130,6 +143,8 @@ def test_members_that_are_added_are_not_seen(found):
         ("axes", "ValueError: mesh has axes ['chain'], and takes one named 'member'"),
         ("kind", 'TypeError: mesh takes a jax.sharding.Mesh or "all", got 4.'),
         ("few", "ValueError: mesh spreads members over 4 devices, and there are 3: take a smaller"),
+        ("chains", "ValueError: num_chains=3 is too few for ChEES"),
+        ("few chains", "ValueError: mesh has axes ['chain'], and takes one named 'member'"),
         (
             "rows",
             "ValueError: mesh spreads rows over 2 devices, and there are 47, which 2 does not",

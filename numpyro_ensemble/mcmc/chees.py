@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from blackjax.mcmc.dynamic_hmc import DynamicHMCState
 from blackjax.mcmc.metrics import default_metric
+from jax.sharding import Mesh
 from numpyro.infer import init_to_uniform
 
 from numpyro_ensemble.handlers import check_count
@@ -38,6 +39,8 @@ class ChEES(ManyChainKernel):
             function `(rng_key, num_chains, *args, **kwargs)` that returns what `MCMC.run` takes as
             `init_params`.
         init_strategy: a NumPyro initialisation strategy, from which the start is looked for.
+        mesh: devices that chains are spread over: a `jax.sharding.Mesh` with an axis "member", or
+            "all".
 
     Raises:
         TypeError, ValueError: if an argument is of the wrong kind or out of range.
@@ -68,8 +71,9 @@ class ChEES(ManyChainKernel):
         max_leapfrog_steps: int = 1000,
         start: str | Callable = "nuts",
         init_strategy: Callable = init_to_uniform,
+        mesh: Mesh | str | None = None,
     ) -> None:
-        super().__init__(model, potential_fn, start=start, init_strategy=init_strategy)
+        super().__init__(model, potential_fn, start=start, init_strategy=init_strategy, mesh=mesh)
         if step_size is not None:
             check_positive("step_size", step_size)
         check_positive("learning_rate", learning_rate)

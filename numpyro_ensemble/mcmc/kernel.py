@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from numpyro.infer import init_to_uniform
 from numpyro.infer.mcmc import MCMCKernel
 from numpyro.util import is_prng_key
@@ -20,6 +21,7 @@ from numpyro_ensemble.mcmc.progress import Progress
 from numpyro_ensemble.mcmc.searches import STARTS, given
 from numpyro_ensemble.mcmc.state import ChainsState, in_rows, in_sites
 from numpyro_ensemble.mcmc.target import Target
+from numpyro_ensemble.sharding import Placement, as_mesh
 
 _REMEDIES = (  # what helps chains of any kernel
     "hierarchical effects that are decentred (LocScaleReparam), and latents with scales near 1; "
@@ -40,8 +42,10 @@ class ManyChainKernel(MCMCKernel):
         *,
         start: str | Callable = "nuts",
         init_strategy: Callable = init_to_uniform,
+        mesh: Mesh | str | None = None,
     ) -> None:
-        self._target = Target(model, potential_fn, init_strategy)
+        self._placement = Placement(mesh=as_mesh(mesh))
+        self._target = Target(model, potential_fn, init_strategy, self._placement)
         if not callable(start) and (not isinstance(start, str) or start not in STARTS):
             raise ValueError(
                 f"start takes one of {sorted(STARTS)} or a function, got {start!r}; values go to "
@@ -123,6 +127,7 @@ class ManyChainKernel(MCMCKernel):
             raise ValueError(self._alone())
         num_chains = rng_key.shape[0]
         self._check_chains(num_chains)
+        self._placement.check(num_chains, "chains")
         self._target.latent_names(args, kwargs)
         keys = jax.vmap(lambda key: jax.random.split(key, 3))(rng_key)
         remedy = self._remedy(init_params is not None)
@@ -219,7 +224,7 @@ class ManyChainKernel(MCMCKernel):
         )
         progress = Progress.start(num_warmup, num_chains)
         state = self._first_adaptation(keys[:, 1], state, progress, found)
-        return in_sites(state, coordinates), found
+        return self._placement.settle(in_sites(state, coordinates), num_chains), found
 
     def refresh(
         self, state: ChainsState, model_args: tuple, model_kwargs: dict | None
@@ -277,7 +282,7 @@ class ManyChainKernel(MCMCKernel):
             iterations_since_move=since,
             frozen=is_frozen(since, new.adapt_state.step_size, new.num_steps),
         )
-        return in_sites(new, coordinates)
+        return self._placement.settle(in_sites(new, coordinates), len(n))
 
     # What a subclass adds -----------------------------------------------------------------------
 

@@ -1,8 +1,9 @@
-"""How many chains a density is evaluated for at once: a matter of speed alone."""
+"""Where a density is evaluated, and for how many chains at once: a matter of speed alone."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -10,18 +11,23 @@ import jax.numpy as jnp
 from jax.extend.core import jaxprs_in_params
 
 from numpyro_ensemble.mapping import platform_of
+from numpyro_ensemble.sharding import Placement
 
 _FEW = 4  # chains at once: on IRT with 64 chains 1.9 ms for a gradient of all, instead of 4.2
 
 
-def laid_out(log_density: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+def laid_out(
+    log_density: Callable[..., jax.Array], placement: Placement | None = None
+) -> Callable[..., jax.Array]:
     """Return the same function `(z, data)`, whose gradient for many chains is laid out as suits it.
 
-    XLA's CPU code for the gradient of an index, `a[group]`, takes two to three times as long for
-    all chains at once as for a few at a time. Everything else it does best for all at once.
+    Chains are spread over the devices of a mesh. XLA's CPU code for the gradient of an index,
+    `a[group]`, takes two to three times as long for all chains at once as for a few at a time.
+    Everything else it does best for all at once.
     The function may close over nothing that is traced. Its derivative by `data` is 0.
     """
-    if platform_of() != "cpu":
+    on_cpu, placement = platform_of() == "cpu", placement or Placement()
+    if not on_cpu and placement.mesh is None:
         return log_density
     both = jax.value_and_grad(log_density)
 
@@ -31,13 +37,13 @@ def laid_out(log_density: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
 
     @of_one.def_vmap
     def of_many(axis_size: int, batched: Any, z: Any, data: Any) -> tuple[Any, Any]:
-        plain = all(jax.tree.leaves(batched[0])) and not any(jax.tree.leaves(batched[1]))
-        if plain and axis_size > _FEW and _scatters(both, z, data):
-            size = next(n for n in range(_FEW, 0, -1) if axis_size % n == 0)
-            out = jax.lax.map(lambda z: both(z, data), z, batch_size=size)
-        else:
-            axes = jax.tree.map(lambda flag: 0 if flag else None, batched)
+        axes = jax.tree.map(lambda flag: 0 if flag else None, batched)
+        if not all(jax.tree.leaves(batched[0])) or any(jax.tree.leaves(batched[1])):
             out = jax.vmap(both, in_axes=tuple(axes), axis_size=axis_size)(z, data)
+        else:
+            few = on_cpu and _scatters(both, z, data)
+            place = replace(placement, batch_size=_FEW) if few else placement
+            out = place.map_all(both, (0, None), axis_size)(z, data)
         return out, jax.tree.map(lambda _: True, out)
 
     laid = jax.custom_jvp(lambda z, data: of_one(z, data))

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from blackjax.mcmc.ghmc import GHMCState
+from jax.sharding import Mesh
 from numpyro.infer import init_to_uniform
 
 from numpyro_ensemble.handlers import check_count, warn
@@ -43,6 +44,8 @@ class MEADS(ManyChainKernel):
             freezes far from the typical set), or a function `(rng_key, num_chains, *args,
             **kwargs)` that returns what `MCMC.run` takes as `init_params`.
         init_strategy: a NumPyro initialisation strategy, from which the start is looked for.
+        mesh: devices that chains are spread over: a `jax.sharding.Mesh` with an axis "member", or
+            "all".
 
     Raises:
         TypeError, ValueError: if an argument is of the wrong kind or out of range.
@@ -75,8 +78,9 @@ class MEADS(ManyChainKernel):
         low_rank_window_fraction: float = 0.2,
         start: str | Callable = "nuts",
         init_strategy: Callable = init_to_uniform,
+        mesh: Mesh | str | None = None,
     ) -> None:
-        super().__init__(model, potential_fn, start=start, init_strategy=init_strategy)
+        super().__init__(model, potential_fn, start=start, init_strategy=init_strategy, mesh=mesh)
         check_count("num_folds", num_folds)
         check_count("steps_per_draw", steps_per_draw)
         if low_rank_rank is False or low_rank_rank not in (None, 0):

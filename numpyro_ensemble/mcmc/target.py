@@ -17,6 +17,7 @@ from numpyro_ensemble.calls.programs import Programs
 from numpyro_ensemble.density import anatomy, unchecked_trace
 from numpyro_ensemble.mcmc.layout import laid_out, primitives_of
 from numpyro_ensemble.mcmc.positions import Coordinates
+from numpyro_ensemble.sharding import Placement
 
 
 class Target:
@@ -28,6 +29,7 @@ class Target:
         model: a NumPyro model, or None.
         potential_fn: a function of a pytree of unconstrained values, or None.
         init_strategy: where `initial` takes its values from.
+        placement: where chains are computed.
     """
 
     def __init__(
@@ -35,6 +37,7 @@ class Target:
         model: Callable | None,
         potential_fn: Callable | None = None,
         init_strategy: Callable = init_to_uniform,
+        placement: Placement | None = None,
     ) -> None:
         if (model is None) == (potential_fn is None):
             raise ValueError("Give one of model and potential_fn.")
@@ -44,6 +47,7 @@ class Target:
         if not callable(init_strategy):
             raise TypeError(f"init_strategy takes a NumPyro strategy, got {init_strategy!r}.")
         self.model, self.potential_fn, self.init_strategy = model, potential_fn, init_strategy
+        self.placement = placement or Placement()
         self._programs = Programs()
 
     def log_density(
@@ -53,7 +57,10 @@ class Target:
         values_of = (lambda z: z) if coordinates is None else coordinates.tree
         if self.potential_fn is not None:
             potential_fn = self.potential_fn
-            return lambda z: -potential_fn(values_of(z))
+            if self.placement.mesh is None:
+                return lambda z: -potential_fn(values_of(z))
+            placed = laid_out(lambda z, _: -potential_fn(values_of(z)), self.placement)
+            return lambda z: placed(z, None)
         # concrete arguments stay so: a model may look at them
         leaves, treedef = jax.tree.flatten((args, kwargs))
         traced = [leaf if isinstance(leaf, jax.core.Tracer) else None for leaf in leaves]
@@ -63,7 +70,7 @@ class Target:
             args, kwargs = treedef.unflatten(filled)
             return -potential_energy(self._with(data[1]), args, kwargs, values_of(z))
 
-        density = laid_out(density)
+        density = laid_out(density, self.placement)
         data = traced, self._fixed(args, kwargs)
         return lambda z: density(z, data)
 
