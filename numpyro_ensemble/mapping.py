@@ -14,6 +14,7 @@ from numpyro_ensemble.calls.arguments import has_tracers
 from numpyro_ensemble.handlers import warn
 from numpyro_ensemble.primitives import is_inexact
 from numpyro_ensemble.results import name_members
+from numpyro_ensemble.sharding import Placement
 
 _ROOM = 1 << 28  # bytes that the draws of one batch may take
 
@@ -60,23 +61,39 @@ def batch_for(total: int, size: int) -> int:
     return most
 
 
-def map_draws(fn: Callable, draws: Any, batch_size: int | None = None) -> Any:
-    """Map a function over draws in one program: so many at once, or as many as there is room."""
+def map_draws(
+    fn: Callable,
+    draws: Any,
+    batch_size: int | None = None,
+    placement: Placement | None = None,
+) -> Any:
+    """Map a function over draws in one program: so many at once, or as many as there is room.
+
+    On a mesh that is so many on each device.
+    """
     total = jax.tree.leaves(draws)[0].shape[0]
     if batch_size is None:
         batch_size = batch_for(total, peak_bytes(fn, pick(draws, 0)))
-    if batch_size == 1:
-        return jax.lax.map(fn, draws)
-    if batch_size >= total:
-        return jax.vmap(fn)(draws)
-    return jax.lax.map(fn, draws, batch_size=batch_size)
+
+    def every(draws: Any) -> Any:
+        if batch_size == 1:
+            return jax.lax.map(fn, draws)
+        if batch_size >= len(jax.tree.leaves(draws)[0]):
+            return jax.vmap(fn)(draws)
+        return jax.lax.map(fn, draws, batch_size=batch_size)
+
+    if placement is None or placement.mesh is None:
+        return every(draws)
+    values = placement.padded(placement.spread(every, (0,)), (0,), total)(draws)
+    return placement.settle(values, total)
 
 
-def map_member_draws(fn: Callable, keys: jax.Array) -> Any:
+def map_member_draws(fn: Callable, keys: jax.Array, placement: Placement | None = None) -> Any:
     """Map `fn((key, member, draw))` over keys `(E, S)`, and give the values these leading axes."""
     size, number = keys.shape[:2]
     member, draw = np.divmod(np.arange(size * number), number)
-    flat = map_draws(fn, (keys.reshape(size * number, *keys.shape[2:]), member, draw))
+    inputs = keys.reshape(size * number, *keys.shape[2:]), member, draw
+    flat = map_draws(fn, inputs, placement=placement)
     return jax.tree.map(lambda x: x.reshape(size, number, *x.shape[1:]), flat)
 
 

@@ -72,6 +72,10 @@ class Placement:
         every = jax.vmap(fn, in_axes=in_axes, out_axes=out_axes)
         if self.batch_size is not None:
             every = _in_groups(every, in_axes, out_axes, self.batch_size)
+        return self.spread(every, in_axes, out_axes)
+
+    def spread(self, every: Callable, in_axes: Any, out_axes: Any = 0) -> Callable:
+        """Let each device call a function of many for those that are its own."""
         if self.mesh is None:
             return every
         specs = (jax.tree.map(_spec, axes, is_leaf=_is_axis) for axes in (in_axes, out_axes))
@@ -79,28 +83,24 @@ class Placement:
         # rows stay with the partitioner, which sums gradients over them
         return jax.shard_map(every, mesh=self.mesh, axis_names={MEMBER}, check_vma=False, **ways)
 
-    def map_all(self, fn: Callable, in_axes: Any, total: int) -> Callable:
-        """Map a function over so many, with results of as many, whether devices divide them or not.
-
-        Within a compiled program.
-        """
+    def padded(self, every: Callable, in_axes: Any, total: int) -> Callable:
+        """Let a function of `number` take `total`, and return results of as many."""
         more = self.number(total) - total
-        every = self.map(fn, in_axes)
         if not more:
             return every
 
         def call(*args: Any) -> Any:
-            def padded(axis: int | None, part: Any) -> Any:
+            def filled(axis: int | None, part: Any) -> Any:
                 return part if axis is None else jax.tree.map(lambda x: _with_last(x, more), part)
 
-            return jax.tree.map(lambda x: x[:total], every(*map_axes(padded, in_axes, args)))
+            return jax.tree.map(lambda x: x[:total], every(*map_axes(filled, in_axes, args)))
 
         return call
 
     def settle(self, tree: Any, total: int) -> Any:
         """Say within a program where arrays with a leading axis end: spread, if devices divide it.
 
-        Processes on several hosts have all of them each.
+        Each of several hosts has all of them.
         """
         if self.mesh is None:
             return tree

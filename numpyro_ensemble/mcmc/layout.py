@@ -43,7 +43,7 @@ def laid_out(
         else:
             few = on_cpu and _scatters(both, z, data)
             place = replace(placement, batch_size=_FEW) if few else placement
-            out = place.map_all(both, (0, None), axis_size)(z, data)
+            out = place.padded(place.map(both, (0, None)), (0, None), axis_size)(z, data)
         return out, jax.tree.map(lambda _: True, out)
 
     laid = jax.custom_jvp(lambda z, data: of_one(z, data))
