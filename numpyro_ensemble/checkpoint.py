@@ -77,7 +77,8 @@ class Keeper:
         self.checkpoint, self.fingerprint = checkpoint, fingerprint
         self.path = Path(checkpoint.directory).absolute()
         self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = _locked(self.path)
+        # of several processes the first one writes
+        self._lock = _locked(self.path) if jax.process_index() == 0 else None
         training = ocp.training
         self._orbax = training.Checkpointer(
             self.path,

@@ -8,15 +8,20 @@ import threading
 from types import FrameType
 from typing import Any
 
+import numpy as np
+from jax.experimental import multihost_utils
+
 
 class Interrupts:
     """Note the first Ctrl-C, and SIGTERM where a checkpoint can be written; a second one ends all.
 
-    Handlers that a program has set itself stay, and threads have none.
+    Handlers that a program has set itself stay, and threads have none. Where one of several
+    processes is interrupted, all end their runs together.
     """
 
-    def __init__(self, saves: bool) -> None:
+    def __init__(self, saves: bool, on_hosts: bool = False) -> None:
         self.came: int | None = None
+        self._on_hosts = on_hosts
         self._saves = saves
         self._before: dict[int, Any] = {}
 
@@ -40,6 +45,13 @@ class Interrupts:
             self.__exit__()
             os.kill(os.getpid(), number)
         self.came = number
+
+    def ended(self) -> bool:
+        """Say whether the run ends now; where it is on several hosts, all of them ask together."""
+        if not self._on_hosts:
+            return self.came is not None
+        asked = multihost_utils.process_allgather(np.asarray(self.came is not None))
+        return bool(np.any(asked))
 
     def end_process(self) -> None:
         """Let a SIGTERM that was noted do what it usually does."""

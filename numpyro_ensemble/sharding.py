@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from numpyro_ensemble.calls.arguments import FIXED, MEMBER_AXES, ROW_AXES, TRACED, Arguments
@@ -130,7 +131,34 @@ class Placement:
 
     def _put(self, tree: Any, *axes: str) -> Any:
         assert self.mesh is not None
-        return jax.device_put(tree, NamedSharding(self.mesh, PartitionSpec(*axes)))
+        where = NamedSharding(self.mesh, PartitionSpec(*axes))
+        if not self.on_hosts:
+            return jax.device_put(tree, where)
+        return jax.tree.map(lambda leaf: _put_on_hosts(leaf, where), tree)
+
+    def home(self, tree: Any) -> Any:
+        """Give each of several hosts all of some arrays; they are left alone on one."""
+        if not self.on_hosts:
+            return tree
+        keys, plain = [], []
+        for leaf in jax.tree.leaves(tree):
+            is_key = _is_key(leaf)
+            keys.append(jax.random.key_impl(leaf) if is_key else None)
+            plain.append(jax.random.key_data(leaf) if is_key else jnp.asarray(leaf))
+        apart = [not leaf.is_fully_addressable for leaf in plain]
+        assert self.mesh is not None
+        everywhere = NamedSharding(self.mesh, PartitionSpec())
+        spread = [leaf for leaf, far in zip(plain, apart, strict=True) if far]
+        whole = iter(jax.jit(lambda leaves: leaves, out_shardings=everywhere)(spread))
+        local = [
+            next(whole).addressable_data(0) if far else leaf
+            for leaf, far in zip(plain, apart, strict=True)
+        ]
+        leaves = [
+            leaf if kind is None else jax.random.wrap_key_data(leaf, impl=kind)
+            for leaf, kind in zip(local, keys, strict=True)
+        ]
+        return jax.tree.unflatten(jax.tree.structure(tree), leaves)
 
     def place(self, arguments: Arguments) -> Arguments:
         """Put the arguments of a model where they are used: members' own, rows, and the others.
@@ -169,6 +197,21 @@ class Placement:
             return part if axis is None else jax.tree.map(lambda leaf: leaf[:total], part)
 
         return map_axes(cut, axes, tree)
+
+
+def _is_key(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _put_on_hosts(leaf: Any, where: NamedSharding) -> Any:
+    """Put an array that each process has, or that is spread over all, where it belongs."""
+    if _is_key(leaf):
+        data = _put_on_hosts(jax.random.key_data(leaf), where)
+        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
+    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+        return jax.jit(lambda x: x, out_shardings=where)(leaf)
+    local = np.asarray(leaf)
+    return jax.make_array_from_callback(local.shape, where, lambda index: local[index])
 
 
 def map_axes(fn: Callable, axes: Any, tree: Any) -> Any:

@@ -161,7 +161,7 @@ class ProgramCache:
         placement = problem.placement
         values = setup.mapped(placement.fill).values
         params = program(call, placement.fill(plain(state), 0), values)
-        return placement.cut(params, 0, problem.ensemble_size)
+        return placement.home(placement.cut(params, 0, problem.ensemble_size))
 
 
 def _could_be_concrete(arguments: Arguments) -> bool:

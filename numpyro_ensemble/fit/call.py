@@ -102,7 +102,7 @@ class FitCall:
         state, values, first, _, alike, inside = outcome
         if not has_tracers((state, values, first)):
             check_kept(inside)
-            self._set_up_guide(first)
+            self._set_up_guide(placement.home(first))
             if self.problem.ensemble_size > 1 and bool(alike):
                 warn(
                     f"All {self.problem.ensemble_size} members start at the same values: pass "
@@ -190,6 +190,14 @@ class FitCall:
         """Return the arrays of the members that were asked for."""
         return self.problem.placement.cut(arrays, 0, self.problem.ensemble_size)
 
+    def home(self, arrays: Any) -> Any:
+        """Return arrays that each of several hosts has all of."""
+        return self.problem.placement.home(arrays)
+
+    def home_state(self, state: SVIState) -> SVIState:
+        """Return a state that each of several hosts has all of."""
+        return mapped_state(state, lambda arrays, _: self.home(arrays))
+
     # Steps --------------------------------------------------------------------------------------
 
     def step(self, state: SVIState, stable: bool, forward: bool) -> tuple[SVIState, jax.Array]:
@@ -207,7 +215,7 @@ class FitCall:
         if setup is None or setup.template is None:
             setup = self.setup_with(values)
         new = with_setup(new, setup)
-        return self.cut_state(new), self.cut(losses)
+        return self.cut_state(new), self.home(self.cut(losses))
 
     def chunk(self, capacity: int, options: RunOptions, *, consume: bool = True) -> Callable:
         """Return the compiled loop of `training.make_chunk`, which may consume its carry."""
@@ -224,7 +232,12 @@ class FitCall:
 
         key = ("chunk", capacity, stable, forward, rule, consume)
         program = programs.program(key, build, donate=(1,) if consume else ())
-        return lambda *inputs: program(self.form, *inputs)
+
+        def call(*inputs: Any) -> tuple[Any, Any]:
+            carry, outcome = program(self.form, *inputs)
+            return carry, self.home(outcome)
+
+        return call
 
     def evaluate(self, state: SVIState) -> jax.Array:
         """Return the members' losses."""
@@ -234,7 +247,8 @@ class FitCall:
             return lambda call, *inputs: programs.over_members(call, "loss")(*inputs)
 
         program, state = programs.program("evaluate", build), self.filled(state)
-        return self.cut(program(self.form, plain(state), self.values_of(state), self.dynamic))
+        losses = program(self.form, plain(state), self.values_of(state), self.dynamic)
+        return self.home(self.cut(losses))
 
     def outcome(
         self, state: SVIState, values: SetupValues, forward: bool

@@ -215,6 +215,7 @@ class Ensemble:
         member_args: Iterable[str | int] | None = None,
         chunk_size: int | None = None,
         checkpoint: Checkpoint | None = None,
+        gather: bool = True,
         **kwargs: Any,
     ) -> EnsembleResult:
         """Fit all members and return their parameters, state and losses.
@@ -245,6 +246,8 @@ class Ensemble:
             checkpoint: a `Checkpoint`, from whose newest the same call made again goes on. Ctrl-C
                 ends a run after the chunk under way, with what there is; SIGTERM writes a
                 checkpoint first.
+            gather: give every process the whole result, where a mesh has devices of several;
+                False leaves parameters and state on their devices.
             **kwargs: keyword arguments of the model (and guide).
 
         Returns:
@@ -270,6 +273,7 @@ class Ensemble:
             member_args=member_args,
             chunk_size=chunk_size,
             checkpoint=checkpoint,
+            gather=gather,
         )
         options.check(num_steps)
         rng_key = key_of(rng_key)

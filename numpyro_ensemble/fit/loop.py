@@ -135,6 +135,7 @@ class Looks(NamedTuple):
         every: steps between two checkpoints.
         stable: failed steps are left out by design, so that a first bad one is no failed start.
         holding_nan: names the arguments that hold a NaN, where members cannot start.
+        home: gives each of several hosts all of some arrays.
     """
 
     progress_bar: bool
@@ -143,6 +144,7 @@ class Looks(NamedTuple):
     every: int | None
     stable: bool
     holding_nan: Callable[[], list[str]]
+    home: Callable[[Any], Any]
 
     def keeps(self, done: int) -> bool:
         """Say whether a checkpoint is due after this step."""
@@ -182,7 +184,7 @@ def train(
     parts, done = [before], len(before)
     stopped = np.zeros(size, bool)
     if carry.stop is not None:
-        stopped = np.array(carry.stop.stopped)[:size]
+        stopped = np.array(looks.home(carry.stop.stopped))[:size]
     with tqdm.tqdm(total=num_steps, initial=done, disable=not looks.progress_bar) as bar:
         for latest, end, (buffer, flags) in _dispatched(
             chunk, carry, done, ends, looks, interrupts
@@ -203,7 +205,9 @@ def train(
                 looks.keep(done, carry, np.concatenate(parts))
             if stopped.all():
                 break
-            if looks.callback and looks.callback(done, copy_buffers(carry.state), part.T):
+            if looks.callback and looks.callback(
+                done, looks.home(copy_buffers(carry.state)), part.T
+            ):
                 break
     return carry, np.concatenate(parts), stopped
 
@@ -219,7 +223,7 @@ def _dispatched(
     """Yield each chunk's outcome, with the next one under way where nobody waits for the state."""
     ahead: tuple[int, Any] | None = None
     for end in ends:
-        if interrupts.came:
+        if interrupts.ended():
             break
         carry, outcome = chunk(carry, end - done, done)
         if ahead is not None:

@@ -32,6 +32,7 @@ class RunOptions(NamedTuple):
     member_args: Iterable[str | int] | None = None
     chunk_size: int | None = None
     checkpoint: Checkpoint | None = None
+    gather: bool = True
 
     def check(self, num_steps: int) -> None:
         """Raise where an option is out of range."""

@@ -44,7 +44,8 @@ def kept(call: FitCall, carry: Carry, losses: np.ndarray) -> dict[str, Any]:
 
     The order of the batches is not kept: it follows from the keys and the step.
     """
-    return {"state": call.cut(carry.state), "stop": call.cut(carry.stop), "losses": losses}
+    state, stop = call.home((call.cut(carry.state), call.cut(carry.stop)))
+    return {"state": state, "stop": stop, "losses": losses}
 
 
 def resume(call: FitCall, carry: Carry, keeper: Keeper) -> tuple[Carry, np.ndarray | None]:

@@ -65,7 +65,8 @@ def fit(
         carry, losses = _traced(call, start, num_steps, options)
         stopped = taken = None
     else:
-        interrupts = Interrupts(saves=options.checkpoint is not None)
+        on_hosts = call.problem.placement.on_hosts
+        interrupts = Interrupts(options.checkpoint is not None, on_hosts)
         with keeping(call, keys, options) as keeper:
             carry, losses, stopped, taken = _loop(
                 call, start, num_steps, options, keeper, interrupts
@@ -77,6 +78,9 @@ def fit(
         carry.state, start.values, options.forward_mode_differentiation
     )
     state = call.cut_state(with_setup(carry.state, setup))
+    finite, slope = call.home((finite, slope))
+    if options.gather:
+        params, state = call.home(params), call.home_state(state)
     result = EnsembleResult(params, state, jax.device_put(losses))
     result.completed_steps = taken
     if slope is not None and not has_tracers(slope):
@@ -137,7 +141,7 @@ def _loop(
 ) -> tuple[Carry, np.ndarray, np.ndarray, int]:
     """Run the compiled loop, and return the last carry, losses, who has stopped, and the steps."""
     carry, step, values, shuffles = start
-    step, dynamic = int(step), call.dynamic
+    step, dynamic, on_hosts = int(step), call.dynamic, call.problem.placement.on_hosts
     call.problem.check_run(step, num_steps)
     watched = any((options.progress_bar, options.callback, options.early_stopping))
     size, capacity = capacity_for(num_steps, options.chunk_size, watched)
@@ -161,12 +165,13 @@ def _loop(
     keep = None if keeper is None else partial(_keep, call, keeper)
     every = None if keeper is None else keeper.checkpoint.every
     looks = Looks(
-        progress_bar=options.progress_bar,
+        progress_bar=options.progress_bar and (not on_hosts or jax.process_index() == 0),
         callback=options.callback,
         keep=keep,
         every=every,
         stable=options.stable_update,
         holding_nan=call.arguments.holding_nan,
+        home=call.home,
     )
     ends = chunk_ends(len(before), num_steps, size, every)
     with interrupts:
