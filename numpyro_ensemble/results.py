@@ -14,6 +14,7 @@ from numpyro_ensemble import storage
 from numpyro_ensemble.fit.state import FitState, GuideValues, Setup, SetupValues, setup_of
 from numpyro_ensemble.handlers import warn
 from numpyro_ensemble.primitives import is_inexact
+from numpyro_ensemble.sharding import home
 
 _RANKED_LOSSES = 100
 # what a result tells besides its fields
@@ -58,7 +59,7 @@ class EnsembleResult(_Fields):
     @property
     def converged(self) -> Any:
         """Which members `(E,)` met the criterion of their minimiser; None for other optimisers."""
-        ended = converged(self.state)
+        ended = home(converged(self.state))
         return ended if ended is None or isinstance(ended, jax.core.Tracer) else np.asarray(ended)
 
     @property
@@ -75,7 +76,7 @@ class EnsembleResult(_Fields):
         stopped = self.stopped
         xp = jnp if isinstance(self.losses, jax.core.Tracer) else np
         leaves = jax.tree.leaves((self.params, self.state.mutable_state))
-        flags = [xp.isfinite(a).reshape(self.ensemble_size, -1).all(1) for a in _inexact(leaves)]
+        flags = [xp.isfinite(a).reshape(len(a), -1).all(1) for a in home(list(_inexact(leaves)))]
         reached = ~xp.isnan(self.losses)
         last = self.losses.shape[1] - 1 - xp.argmax(reached[:, ::-1], axis=1)
         final = xp.take_along_axis(xp.asarray(self.losses), last[:, None], axis=1)[:, 0]

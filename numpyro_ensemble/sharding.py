@@ -136,30 +136,6 @@ class Placement:
             return jax.device_put(tree, where)
         return jax.tree.map(lambda leaf: _put_on_hosts(leaf, where), tree)
 
-    def home(self, tree: Any) -> Any:
-        """Give each of several hosts all of some arrays; they are left alone on one."""
-        if not self.on_hosts:
-            return tree
-        keys, plain = [], []
-        for leaf in jax.tree.leaves(tree):
-            is_key = _is_key(leaf)
-            keys.append(jax.random.key_impl(leaf) if is_key else None)
-            plain.append(jax.random.key_data(leaf) if is_key else jnp.asarray(leaf))
-        apart = [not leaf.is_fully_addressable for leaf in plain]
-        assert self.mesh is not None
-        everywhere = NamedSharding(self.mesh, PartitionSpec())
-        spread = [leaf for leaf, far in zip(plain, apart, strict=True) if far]
-        whole = iter(jax.jit(lambda leaves: leaves, out_shardings=everywhere)(spread))
-        local = [
-            next(whole).addressable_data(0) if far else leaf
-            for leaf, far in zip(plain, apart, strict=True)
-        ]
-        leaves = [
-            leaf if kind is None else jax.random.wrap_key_data(leaf, impl=kind)
-            for leaf, kind in zip(local, keys, strict=True)
-        ]
-        return jax.tree.unflatten(jax.tree.structure(tree), leaves)
-
     def place(self, arguments: Arguments) -> Arguments:
         """Put the arguments of a model where they are used: members' own, rows, and the others.
 
@@ -199,6 +175,30 @@ class Placement:
         return map_axes(cut, axes, tree)
 
 
+def home(tree: Any) -> Any:
+    """Return arrays of which each of several processes has all, where some are spread over them."""
+    leaves, treedef = jax.tree.flatten(tree)
+    far = [i for i, leaf in enumerate(leaves) if _is_far(leaf)]
+    if not far:
+        return tree
+    kinds = [jax.random.key_impl(leaves[i]) if _is_key(leaves[i]) else None for i in far]
+    plain: list[Any] = [
+        leaves[i] if kind is None else jax.random.key_data(leaves[i])
+        for i, kind in zip(far, kinds, strict=True)
+    ]
+    everywhere = [NamedSharding(leaf.sharding.mesh, PartitionSpec()) for leaf in plain]
+    whole = jax.jit(lambda leaves: leaves, out_shardings=everywhere)(plain)
+    for i, kind, leaf in zip(far, kinds, whole, strict=True):
+        local = leaf.addressable_data(0)
+        leaves[i] = local if kind is None else jax.random.wrap_key_data(local, impl=kind)
+    return jax.tree.unflatten(treedef, leaves)
+
+
+def _is_far(leaf: Any) -> bool:
+    is_array = isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer)
+    return is_array and not leaf.is_fully_addressable
+
+
 def _is_key(leaf: Any) -> bool:
     return isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
@@ -208,7 +208,7 @@ def _put_on_hosts(leaf: Any, where: NamedSharding) -> Any:
     if _is_key(leaf):
         data = _put_on_hosts(jax.random.key_data(leaf), where)
         return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
-    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+    if _is_far(leaf):
         return jax.jit(lambda x: x, out_shardings=where)(leaf)
     local = np.asarray(leaf)
     return jax.make_array_from_callback(local.shape, where, lambda index: local[index])

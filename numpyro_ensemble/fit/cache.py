@@ -25,6 +25,7 @@ from numpyro_ensemble.fit.options import RunOptions
 from numpyro_ensemble.fit.problem import Problem
 from numpyro_ensemble.fit.programs import FitPrograms, constrain
 from numpyro_ensemble.fit.state import plain, setup_of
+from numpyro_ensemble.sharding import home
 
 Answer = TypeVar("Answer")
 Key = tuple[CallForm, Any, Hashed]
@@ -161,7 +162,7 @@ class ProgramCache:
         placement = problem.placement
         values = setup.mapped(placement.fill).values
         params = program(call, placement.fill(plain(state), 0), values)
-        return placement.home(placement.cut(params, 0, problem.ensemble_size))
+        return home(placement.cut(params, 0, problem.ensemble_size))
 
 
 def _could_be_concrete(arguments: Arguments) -> bool:

@@ -39,6 +39,7 @@ from numpyro_ensemble.fit.state import (
 )
 from numpyro_ensemble.handlers import warn
 from numpyro_ensemble.primitives import is_inexact
+from numpyro_ensemble.sharding import home
 from numpyro_ensemble.storage import Leaves, restored
 
 
@@ -102,7 +103,7 @@ class FitCall:
         state, values, first, _, alike, inside = outcome
         if not has_tracers((state, values, first)):
             check_kept(inside)
-            self._set_up_guide(placement.home(first))
+            self._set_up_guide(home(first))
             if self.problem.ensemble_size > 1 and bool(alike):
                 warn(
                     f"All {self.problem.ensemble_size} members start at the same values: pass "
@@ -190,13 +191,9 @@ class FitCall:
         """Return the arrays of the members that were asked for."""
         return self.problem.placement.cut(arrays, 0, self.problem.ensemble_size)
 
-    def home(self, arrays: Any) -> Any:
-        """Return arrays that each of several hosts has all of."""
-        return self.problem.placement.home(arrays)
-
     def home_state(self, state: SVIState) -> SVIState:
         """Return a state that each of several hosts has all of."""
-        return mapped_state(state, lambda arrays, _: self.home(arrays))
+        return mapped_state(state, lambda arrays, _: home(arrays))
 
     # Steps --------------------------------------------------------------------------------------
 
@@ -215,7 +212,7 @@ class FitCall:
         if setup is None or setup.template is None:
             setup = self.setup_with(values)
         new = with_setup(new, setup)
-        return self.cut_state(new), self.home(self.cut(losses))
+        return self.cut_state(new), home(self.cut(losses))
 
     def chunk(self, capacity: int, options: RunOptions, *, consume: bool = True) -> Callable:
         """Return the compiled loop of `training.make_chunk`, which may consume its carry."""
@@ -235,7 +232,7 @@ class FitCall:
 
         def call(*inputs: Any) -> tuple[Any, Any]:
             carry, outcome = program(self.form, *inputs)
-            return carry, self.home(outcome)
+            return carry, home(outcome)
 
         return call
 
@@ -248,7 +245,7 @@ class FitCall:
 
         program, state = programs.program("evaluate", build), self.filled(state)
         losses = program(self.form, plain(state), self.values_of(state), self.dynamic)
-        return self.home(self.cut(losses))
+        return home(self.cut(losses))
 
     def outcome(
         self, state: SVIState, values: SetupValues, forward: bool

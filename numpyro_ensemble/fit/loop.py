@@ -24,6 +24,7 @@ from numpyro_ensemble.handlers import warn
 from numpyro_ensemble.interrupts import Interrupts
 from numpyro_ensemble.primitives import is_inexact
 from numpyro_ensemble.results import name_members
+from numpyro_ensemble.sharding import home
 
 _CHUNKS = 20  # a run is cut into about so many chunks, as SVI.run updates its bar
 _CAPACITY = 2048  # losses that a compiled chunk has room for, at least
@@ -135,7 +136,6 @@ class Looks(NamedTuple):
         every: steps between two checkpoints.
         stable: failed steps are left out by design, so that a first bad one is no failed start.
         holding_nan: names the arguments that hold a NaN, where members cannot start.
-        home: gives each of several hosts all of some arrays.
     """
 
     progress_bar: bool
@@ -144,7 +144,6 @@ class Looks(NamedTuple):
     every: int | None
     stable: bool
     holding_nan: Callable[[], list[str]]
-    home: Callable[[Any], Any]
 
     def keeps(self, done: int) -> bool:
         """Say whether a checkpoint is due after this step."""
@@ -184,7 +183,7 @@ def train(
     parts, done = [before], len(before)
     stopped = np.zeros(size, bool)
     if carry.stop is not None:
-        stopped = np.array(looks.home(carry.stop.stopped))[:size]
+        stopped = np.array(home(carry.stop.stopped))[:size]
     with tqdm.tqdm(total=num_steps, initial=done, disable=not looks.progress_bar) as bar:
         for latest, end, (buffer, flags) in _dispatched(
             chunk, carry, done, ends, looks, interrupts
@@ -205,9 +204,7 @@ def train(
                 looks.keep(done, carry, np.concatenate(parts))
             if stopped.all():
                 break
-            if looks.callback and looks.callback(
-                done, looks.home(copy_buffers(carry.state)), part.T
-            ):
+            if looks.callback and looks.callback(done, home(copy_buffers(carry.state)), part.T):
                 break
     return carry, np.concatenate(parts), stopped
 

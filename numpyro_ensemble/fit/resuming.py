@@ -13,6 +13,7 @@ from numpyro_ensemble.checkpoint import Keeper, describe, describe_arguments, de
 from numpyro_ensemble.fit.call import FitCall
 from numpyro_ensemble.fit.loop import Carry
 from numpyro_ensemble.fit.options import RunOptions
+from numpyro_ensemble.sharding import home
 from numpyro_ensemble.storage import Leaves, restored
 
 _SETTINGS = (
@@ -44,7 +45,7 @@ def kept(call: FitCall, carry: Carry, losses: np.ndarray) -> dict[str, Any]:
 
     The order of the batches is not kept: it follows from the keys and the step.
     """
-    state, stop = call.home((call.cut(carry.state), call.cut(carry.stop)))
+    state, stop = home((call.cut(carry.state), call.cut(carry.stop)))
     return {"state": state, "stop": stop, "losses": losses}
 
 

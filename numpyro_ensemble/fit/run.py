@@ -30,6 +30,7 @@ from numpyro_ensemble.fit.stopping import first_stop, without_stopped
 from numpyro_ensemble.handlers import warn
 from numpyro_ensemble.interrupts import Interrupts
 from numpyro_ensemble.results import EnsembleResult, name_members
+from numpyro_ensemble.sharding import home
 
 _STEEP = 0.01  # length of the gradient, relative to the loss, that no mode has
 
@@ -78,9 +79,9 @@ def fit(
         carry.state, start.values, options.forward_mode_differentiation
     )
     state = call.cut_state(with_setup(carry.state, setup))
-    finite, slope = call.home((finite, slope))
+    finite, slope = home((finite, slope))
     if options.gather:
-        params, state = call.home(params), call.home_state(state)
+        params, state = home(params), call.home_state(state)
     result = EnsembleResult(params, state, jax.device_put(losses))
     result.completed_steps = taken
     if slope is not None and not has_tracers(slope):
@@ -171,7 +172,6 @@ def _loop(
         every=every,
         stable=options.stable_update,
         holding_nan=call.arguments.holding_nan,
-        home=call.home,
     )
     ends = chunk_ends(len(before), num_steps, size, every)
     with interrupts:
