@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
+import optax
 import optimistix
 from jax.sharding import NamedSharding, PartitionSpec
 from numpyro.infer import MCMC, Trace_ELBO
@@ -187,6 +188,60 @@ CHAINS = {
 }
 
 
+def poison(mesh):
+    """Fit 1,000 members, and again with 100 that fail in three ways; return both and who failed."""
+    size, ways = 1000, np.random.default_rng(1).permutation(1000)[:100]
+    by_data, by_rate, by_start = ways[:34], ways[34:67], ways[67:]
+    own = Y[:12] + 0.1 * RNG.normal(size=(size, 12))
+    start = RNG.normal(size=size)
+    optim = optax.inject_hyperparams(optax.adam)(learning_rate=0.05)
+    results = []
+    for poisoned in (False, True):
+        data, first = own.copy(), start.copy()
+        if poisoned:
+            data[by_data, 3], first[by_start] = np.nan, np.inf
+        runner = EnsembleVI(
+            model, AutoNormal(model), optim, Trace_ELBO(), ensemble_size=size, mesh=mesh
+        )
+
+        def run(state=None, steps=1, runner=runner, data=data, first=first):
+            starts = {"init_params": {"base_auto_loc": first}} if state is None else {}
+            return quiet(
+                runner, X[:12], data, steps=steps, member_args=[1], init_state=state, **starts
+            )
+
+        state = run().state
+        if poisoned:
+            state = jax.tree_util.tree_map_with_path(
+                lambda path, x: x.at[by_rate].set(1e200) if "learning_rate" in str(path) else x,
+                state,
+            )
+        results.append(run(state, 30))
+    return *results, ways
+
+
+def poison_thousand():
+    """Say whether members differ by what others suffer, plain and on four devices."""
+    for label, mesh in (("plain", None), ("sharded", "all")):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            clean, sick, ways = poison(mesh)
+        others = np.setdiff1d(np.arange(1000), ways)
+        trees = ((r.params, r.losses, r.state.optim_state) for r in (clean, sick))
+        same = [
+            np.array_equal(np.asarray(a)[others], np.asarray(b)[others])
+            for a, b in zip(*map(jax.tree.leaves, trees), strict=True)
+        ]
+        found[f"poison, {label}, same"] = all(same)
+        found[f"poison, {label}, named"] = np.array_equal(
+            np.flatnonzero(~np.asarray(sick.finite)), np.sort(ways)
+        )
+        assert np.asarray(clean.finite).all()
+        found[f"poison, {label}, said"] = [
+            str(w.message).split(":")[0] for w in caught if "members" in str(w.message)
+        ]
+
+
 def say_errors():
     bad = {
         "axes": lambda: vi(mesh=jax.make_mesh((4,), ("chain",))),
@@ -212,6 +267,7 @@ if __name__ == "__main__":
         compare_runs(RUNS, MESHES)
         compare_chains(list(CHAINS)[2:])
         compare_modes()
+        poison_thousand()
     else:
         compare_runs(QUICK, ["members and rows"])
         compare_chains(list(CHAINS)[:2])

@@ -115,6 +115,17 @@ def test_states_of_a_mesh_are_those_of_one_device(found):
     assert found["states, leading"] == [5]
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("label", ["plain", "sharded"])
+def test_a_hundred_of_a_thousand_that_fail(found_long, label):
+    """By data, by a rate that explodes, by a start: the others have the same bits."""
+    assert found_long[f"poison, {label}, same"]
+    assert found_long[f"poison, {label}, named"]
+    said = found_long[f"poison, {label}, said"]
+    assert "67 of 1000 members start where the loss is not finite" in said
+    assert any("members ended with values that are not finite" in line for line in said)
+
+
 @pytest.mark.parametrize("label", ["MEADS of 8", "ChEES of 6, grouped"])
 def test_chains_of_a_mesh_draw_the_same(found, label):
     assert found[f"{label}, draws"] < 1e-8
