@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, ClassVar
 
 import jax
@@ -12,6 +13,7 @@ import numpy as np
 from numpyro_ensemble.calls.arguments import has_tracers
 from numpyro_ensemble.gp.inputs import misnumbered
 from numpyro_ensemble.gp.kernels.base import Kernel, atoms
+from numpyro_ensemble.gp.means import mean_at
 
 
 def slopes_of(fn: Callable[[jax.Array], jax.Array], X: jax.Array) -> jax.Array:
@@ -30,6 +32,20 @@ def slopes_of(fn: Callable[[jax.Array], jax.Array], X: jax.Array) -> jax.Array:
     is_slope = along.any(axis=1).reshape(shape)
     known = is_slope | (numbers == 0).reshape(shape)
     return jnp.where(known, jnp.where(is_slope, slopes, values), jnp.nan)
+
+
+def _with_slopes(fn: Callable[[jax.Array], jax.Array], X: jax.Array) -> jax.Array:
+    """Return inputs whose values stand where a function has a slope.
+
+    A slope that is infinite or NaN, as that of a root at 0, makes gradients NaN where it is
+    computed, although the row is of a value and does not use it.
+    """
+    places = X[:, :-1]
+    slopes = jax.jvp(fn, (places,), (jnp.ones_like(places),))[1]
+    has_slope = jnp.isfinite(slopes)
+    another = places[jnp.argmax(has_slope)]
+    moved = (X[:, -1:] == 0) & ~has_slope[:, None]
+    return X.at[:, :-1].set(jnp.where(moved, another[None, :], places))
 
 
 class Derivatives(Kernel):
@@ -77,6 +93,13 @@ class Derivatives(Kernel):
 
     def of_values(self, X: jax.Array) -> tuple[Kernel, jax.Array]:
         return self.kernel, X[:, :-1]
+
+    def mean_at(self, mean_fn: Any, X: jax.Array) -> jax.Array:
+        if not callable(mean_fn):
+            return super().mean_at(mean_fn, X)
+        fn = partial(mean_at, mean_fn)
+        slopes = slopes_of(fn, _with_slopes(fn, X))
+        return jnp.where(X[:, -1] == 0, fn(X[:, :-1]), slopes)
 
     def check_inputs(self, X: jax.Array) -> None:
         if has_tracers(X):
