@@ -12,7 +12,7 @@ import numpy as np
 
 from numpyro_ensemble.calls.arguments import has_tracers
 from numpyro_ensemble.gp.inputs import misnumbered
-from numpyro_ensemble.gp.kernels.base import Kernel, atoms
+from numpyro_ensemble.gp.kernels.base import Kernel, atoms, rough_parts
 from numpyro_ensemble.gp.means import mean_at
 
 
@@ -57,7 +57,11 @@ class Derivatives(Kernel):
 
     Args:
         kernel: a kernel of functions that are differentiable, such as RBF and Matern52. One of your
-            own must be twice differentiable by JAX at equal inputs: write it in squared distances.
+            own must be twice differentiable by JAX at equal inputs, so write it in squared
+            distances. `Stationary` ones are checked, others are not.
+
+    Raises:
+        ValueError: for a kernel of functions without slopes, or whose slopes JAX does not have.
 
     Example:
         >>> import jax.numpy as jnp
@@ -77,11 +81,12 @@ class Derivatives(Kernel):
     def __init__(self, kernel: Kernel) -> None:
         if not isinstance(kernel, Kernel) or kernel.is_whole:
             raise TypeError(f"Derivatives: kernel takes a kernel of values, got {kernel!r}.")
-        rough = [type(atom).__name__ for atom in atoms(kernel) if not atom.is_differentiable]
+        rough = rough_parts(kernel)
         if rough:
             raise ValueError(
-                f"Derivatives takes no {rough[0]}: its functions have no slopes, or this package "
-                f"does not know them. Take RBF, Matern52, or another smooth kernel."
+                f"Derivatives takes no {rough[0]}: its functions have no slopes, or JAX does not "
+                f"have them at equal inputs. Take RBF, Matern52, or another smooth kernel; write "
+                f"one of your own in squared distances, without their root."
             )
         self.kernel = kernel
 
