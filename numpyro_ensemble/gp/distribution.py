@@ -129,6 +129,16 @@ class Process(dist.Distribution):
         return terms if self.observed is None else jnp.where(self.observed, terms, 0.0)
 
 
+def check_copies(copies: tuple[int, ...], events: tuple[int, ...], shape: tuple[int, ...]) -> None:
+    """Raise a ValueError for values that are not those of each copy of a process."""
+    if copies and shape[-len(copies) - 1 : -1] != copies:
+        raise ValueError(
+            f"{copies} copies of a Gaussian process take values {(*copies, *events)}, got {shape}. "
+            f"A process is one event, of all its inputs: it stands outside a plate of the data, "
+            f"and inside one of independent copies."
+        )
+
+
 class Copies(dist.ExpandedDistribution):
     """Independent copies of a process, each of which has values of its own."""
 
@@ -138,13 +148,7 @@ class Copies(dist.ExpandedDistribution):
         Raises:
             ValueError: if there are values for one copy alone, which would count for each.
         """
-        copies, events = self.batch_shape, self.event_shape
-        if jnp.shape(value)[-len(copies) - 1 : -1] != copies:
-            raise ValueError(
-                f"{copies} copies of a Gaussian process take values {(*copies, *events)}, got "
-                f"{jnp.shape(value)}. A process is one event, of all its inputs: it stands outside "
-                f"a plate of the data, and inside one of independent copies."
-            )
+        check_copies(self.batch_shape, self.event_shape, jnp.shape(value))
         return super().log_prob(value, intermediates)
 
     def mask(self, mask: Any) -> dist.Distribution:
