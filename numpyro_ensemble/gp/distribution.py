@@ -29,9 +29,14 @@ from numpyro_ensemble.gp.solvers import covariance, default_jitter, why_unfactor
 from numpyro_ensemble.handlers import warn
 
 
+def may_be_data(copies: tuple[int, ...], num_inputs: int) -> bool:
+    """Say whether a process may stand in the plate of its own data, by mistake."""
+    return bool(copies) and copies[-1] == num_inputs > 1
+
+
 def warn_of_copies(copies: tuple[int, ...], num_inputs: int) -> None:
-    """Warn where a process may stand in the plate of its own data, by mistake."""
-    if copies and copies[-1] == num_inputs > 1:
+    """Warn where a process may stand in the plate of its own data."""
+    if may_be_data(copies, num_inputs):
         warn(
             f"{copies[-1]} copies of a Gaussian process at as many inputs: if the plate is that of "
             f"its data, sample the process outside of it."
@@ -141,6 +146,12 @@ def check_copies(copies: tuple[int, ...], events: tuple[int, ...], shape: tuple[
 
 class Copies(dist.ExpandedDistribution):
     """Independent copies of a process, each of which has values of its own."""
+
+    def expand(self, batch_shape: tuple[int, ...]) -> dist.Distribution:
+        """Return more copies, as one more plate makes them."""
+        copies = Copies(self, tuple(batch_shape))
+        # the plate whose axis is the last one may come after others
+        return copies if self.batch_shape[-1] > 1 else self.base_dist.expand(copies.batch_shape)
 
     def log_prob(self, value: ArrayLike, intermediates: Any = None) -> jax.Array:
         """Return the log density of each copy's values.

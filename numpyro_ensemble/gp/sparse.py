@@ -10,7 +10,7 @@ import numpyro
 import numpyro.distributions as dist
 from jax.typing import ArrayLike
 
-from numpyro_ensemble.gp.distribution import Copies, GaussianProcess, warn_of_copies
+from numpyro_ensemble.gp.distribution import Copies, GaussianProcess, may_be_data, warn_of_copies
 from numpyro_ensemble.gp.draw_paths import check_kernel
 from numpyro_ensemble.gp.inducing import as_inducing
 from numpyro_ensemble.gp.inputs import EXACT, as_inputs
@@ -23,6 +23,16 @@ class _Inducing(GaussianProcess):
 
     def expand(self, batch_shape: tuple[int, ...]) -> dist.Distribution:
         return Copies(self, tuple(batch_shape)) if batch_shape else self
+
+
+def _check_plates(name: str, copies: tuple[int, ...], num_inputs: int, subsampled: bool) -> None:
+    """Warn of as many copies as inputs; refuse them in a subsampled plate, which is no chance."""
+    if subsampled and may_be_data(copies, num_inputs):
+        raise ValueError(
+            f"sparse_gp({name!r}) stands inside the plate of its data, which would copy its "
+            f"inducing values for each row: call it before the plate, with the inputs of the batch."
+        )
+    warn_of_copies(copies, num_inputs)
 
 
 def sparse_gp(
@@ -70,17 +80,13 @@ def sparse_gp(
     L = process.scale_tril()
 
     around = plates()
-    if around and around[-1] == len(X) > 1 and is_subsampled():
-        raise ValueError(
-            f"sparse_gp({name!r}) stands inside the plate of its data, which would copy its "
-            f"inducing values for each row: call it before the plate, with the inputs of the batch."
-        )
+    subsampled = bool(around) and is_subsampled()
 
     def draw() -> jax.Array:
+        _check_plates(name, around, len(X), subsampled)
         normal = dist.Normal(jnp.zeros(len(process.X), L.dtype), 1.0).to_event(1)
         site, fn = (f"{name}_u_base", normal) if whiten else (f"{name}_u", process)
         z = numpyro.sample(site, fn)
-        warn_of_copies(z.shape[:-1], len(X))
         values = jnp.einsum("ij,...j->...i", L, z, precision=EXACT) if whiten else z
         return jnp.broadcast_to(process.mean, values.shape) + values if whiten else values
 
