@@ -35,7 +35,8 @@ from numpyro_ensemble.gp.mixtures import (
     mixed_quantiles,
     named,
 )
-from numpyro_ensemble.gp.paths import PER_PATH, Paths
+from numpyro_ensemble.gp.path_arrays import PER_PATH
+from numpyro_ensemble.gp.paths import Paths
 from numpyro_ensemble.gp.sites import Answer, Site, gather_sites
 from numpyro_ensemble.gp.subsampling import Dependents, KnownRows, check_rows
 from numpyro_ensemble.handlers import check_count, one_key, warn
