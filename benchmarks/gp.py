@@ -29,6 +29,7 @@ from numpyro_ensemble.gp import (
     draw_features,
     draw_paths,
 )
+from numpyro_ensemble.gp.conditioning import solved
 from numpyro_ensemble.gp.kernels import Spectrum
 from numpyro_ensemble.gp.spectra import gaussian, multivariate_t
 
@@ -222,7 +223,7 @@ def large(number=15_000):
             drawn(solver="cg", tolerance=1e-1),
         )
         paths = replace(paths, tolerance=jnp.asarray(1e-5))
-        return jax.jit(type(paths)._solved)(paths)
+        return jax.jit(solved)(paths)
 
     def show(label, draw):
         begin = time.perf_counter()

@@ -1,5 +1,7 @@
 """Which data, plates, masks, means and inputs a call of `Pathwise` is about."""
 
+import contextlib
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -68,6 +70,35 @@ def test_a_process_in_a_plate_of_its_data_is_refused():
     one = GaussianProcess(RBF(), X, 0.1).log_prob(Y)
     assert_allclose(copies.log_prob(np.stack([Y, Y, 0 * Y]))[:2], one, rtol=1e-5)
     assert copies.log_prob(copies.sample(jax.random.key(0), (5,))).shape == (5, 3)
+
+
+def test_processes_in_several_plates_are_refused_and_told_of_as_in_one():
+    """A process in two plates is expanded twice."""
+
+    def nested(y, *sizes):
+        with contextlib.ExitStack() as stack:
+            for i, size in enumerate(sizes):
+                stack.enter_context(numpyro.plate(f"plate_{i}", size))
+            numpyro.sample("y", GaussianProcess(RBF(), X, 0.1), obs=y)
+
+    density = numpyro.infer.util.log_density
+    one = GaussianProcess(RBF(), X, 0.1).log_prob(Y)
+    whole, _ = density(nested, (np.tile(Y, (2, 3, 1)), 3, 2), {}, {})
+    assert_allclose(whole, 6 * one, rtol=1e-5)
+    for y in (Y, np.stack([Y, Y, Y])):  # each of them would count for six, or for two
+        with pytest.raises(ValueError, match=r"\(2, 3\) copies of a .* values \(2, 3, 12\), got"):
+            density(nested, (y, 3, 2), {}, {})
+    with pytest.warns(UserWarning, match="12 copies of a Gaussian process at as many inputs"):
+        density(nested, (np.tile(Y, (2, 12, 1)), 12, 2), {}, {})
+    seen = np.arange(12) < 9
+    masked = GaussianProcess(RBF(), X, 0.1).expand([3]).expand([2, 3]).mask(seen)
+    assert_allclose(
+        masked.log_prob(np.tile(Y, (2, 3, 1))),
+        np.full((2, 3), GaussianProcess(RBF(), X[seen], 0.1).log_prob(Y[seen])),
+        rtol=1e-5,
+    )
+    with pytest.raises(ValueError, match="Cannot broadcast"):
+        GaussianProcess(RBF(), X, 0.1).expand([2, 1]).expand([3, 3])
 
 
 def test_the_mean_is_that_of_the_call(key):

@@ -273,6 +273,23 @@ def test_means_of_whole_numbers_have_slopes():
         assert_allclose(GaussianProcess(Derivatives(RBF()), at, 0.1, mean).mean, [1.0, 1.0, 0.0])
 
 
+@pytest.mark.parametrize("at", [numbered_inputs([0.0, 1.0], [1.0]), numbered_inputs([0.0, 4.0])])
+def test_values_do_not_depend_on_slopes_of_the_mean(at):
+    """A root has no slope at 0, where there is a value."""
+    places, numbers = np.asarray(at).T
+    by_height = np.where(numbers == 0, np.sqrt(places), 0.5)
+    y = np.linspace(0.3, -0.4, len(at))
+
+    def log_prob(height):
+        root = GaussianProcess(Derivatives(RBF()), at, 0.1, lambda X: height * jnp.sqrt(X[:, 0]))
+        return root.log_prob(y), root.mean
+
+    slope, mean = jax.jit(jax.grad(log_prob, has_aux=True))(2.0)
+    assert_allclose(mean, 2.0 * by_height, rtol=1e-6)
+    K = np.asarray(GaussianProcess(Derivatives(RBF()), at, 0.1).covariance_matrix)
+    assert_allclose(slope, by_height @ np.linalg.solve(K, y - 2.0 * by_height), rtol=1e-5)
+
+
 def test_where_functions_with_known_slopes_are_lowest(key):
     """The slopes at both ends say that there is a valley between."""
     known = numbered_inputs([0.0], [0.0, 2.0])

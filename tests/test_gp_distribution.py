@@ -19,7 +19,6 @@ from numpyro_ensemble.gp import (
     GaussianProcess,
     Matern32,
     WhitenReparam,
-    choose_inducing,
     sparse_gp,
 )
 
@@ -229,22 +228,6 @@ def test_expected_likelihoods_are_means_over_latents():
     assert bernoulli.sample(jax.random.key(0), (7,)).shape == (7, 3)
     slope = jax.grad(lambda v: ExpectedLikelihood(normal.likelihood, m, v).log_prob(y).sum())
     assert np.isfinite(slope(jnp.zeros(3))).all()
-
-
-def test_inducing_points_are_chosen():
-    X = np.repeat(inputs(40, 2), 2, axis=0)
-    greedy = choose_inducing(None, X, 10, kernel=RBF(1.0, 0.5))
-    assert len(np.unique(np.asarray(greedy), axis=0)) == 10
-    random = X[np.random.default_rng(0).choice(80, 10, replace=False)]
-    left = lambda Z: CollapsedSparseGP(RBF(1.0, 0.5), X, Z, 0.1).log_prob(np.zeros(80))  # noqa: E731
-    assert left(greedy) > left(random)
-    means = choose_inducing(jax.random.key(1), X, 10)
-    assert means.shape == (10, 2) and np.isfinite(means).all()
-    with pytest.raises(ValueError, match="num_points=41, and there are 40 distinct"):
-        choose_inducing(jax.random.key(1), X, 41)
-    for wrong in (lambda: choose_inducing(None, X, 10), lambda: choose_inducing(X, 10, 3)):
-        with pytest.raises(ValueError, match="takes one key first"):
-            wrong()
 
 
 @pytest.mark.parametrize(

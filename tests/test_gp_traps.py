@@ -22,7 +22,6 @@ from numpyro_ensemble.gp import (
     Pathwise,
     Periodic,
     WhitenReparam,
-    choose_inducing,
     draw_features,
     draw_paths,
 )
@@ -273,11 +272,6 @@ def test_parameters_that_were_not_given_are_named():
 
     with pytest.warns(UserWarning, match=r"\['width'\] are not in params"):
         functions(model, params={"witdh": 0.4})
-
-
-def test_greedy_inducing_points_are_distinct_when_no_variance_is_left():
-    points = choose_inducing(None, np.linspace(0.0, 1.0, 50), 30, kernel=RBF(1.0, 2.0))
-    assert len(np.unique(np.asarray(points))) == 30
 
 
 @pytest.mark.long

@@ -4,6 +4,7 @@ from numpyro_ensemble.gp.collapsed import CollapsedSparseGP
 from numpyro_ensemble.gp.distribution import GaussianProcess
 from numpyro_ensemble.gp.draw_paths import draw_paths
 from numpyro_ensemble.gp.features import Features, draw_features
+from numpyro_ensemble.gp.inducing import choose_inducing
 from numpyro_ensemble.gp.inputs import numbered_inputs
 from numpyro_ensemble.gp.kernels import (
     RBF,
@@ -35,7 +36,7 @@ from numpyro_ensemble.gp.mixtures import JointMoments, Moments
 from numpyro_ensemble.gp.optima import Optimum, maximise, minimise
 from numpyro_ensemble.gp.paths import Paths
 from numpyro_ensemble.gp.pathwise import Pathwise
-from numpyro_ensemble.gp.sparse import choose_inducing, sparse_gp
+from numpyro_ensemble.gp.sparse import sparse_gp
 from numpyro_ensemble.gp.whiten import WhitenReparam
 
 __all__ = [

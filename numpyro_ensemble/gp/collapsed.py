@@ -14,7 +14,8 @@ from jax.typing import ArrayLike
 
 from numpyro_ensemble.calls.arguments import has_tracers
 from numpyro_ensemble.gp.distribution import GaussianProcess, Process, check_factor
-from numpyro_ensemble.gp.inputs import EXACT, as_inputs
+from numpyro_ensemble.gp.inducing import as_inducing
+from numpyro_ensemble.gp.inputs import EXACT
 from numpyro_ensemble.gp.kernels import Kernel
 from numpyro_ensemble.gp.paths import Paths
 
@@ -55,9 +56,7 @@ class CollapsedSparseGP(Process):
         validate_args: bool | None = None,
     ) -> None:
         super().__init__(kernel, X, noise, mean_fn, jitter, validate_args)
-        self.Z = as_inputs(Z, "Z")
-        if self.Z.shape[1] != self.X.shape[1]:
-            raise ValueError(f"X has {self.X.shape[1]} columns, and Z has {self.Z.shape[1]}.")
+        self.Z = as_inducing(kernel, self.X, Z)
         if not has_tracers(noise) and not (np.asarray(noise) > 0).all():
             raise ValueError("CollapsedSparseGP divides by the noise, which must be positive.")
 

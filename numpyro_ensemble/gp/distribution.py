@@ -29,9 +29,14 @@ from numpyro_ensemble.gp.solvers import covariance, default_jitter, why_unfactor
 from numpyro_ensemble.handlers import warn
 
 
+def may_be_data(copies: tuple[int, ...], num_inputs: int) -> bool:
+    """Say whether a process may stand in the plate of its own data, by mistake."""
+    return bool(copies) and copies[-1] == num_inputs > 1
+
+
 def warn_of_copies(copies: tuple[int, ...], num_inputs: int) -> None:
-    """Warn where a process may stand in the plate of its own data, by mistake."""
-    if copies and copies[-1] == num_inputs > 1:
+    """Warn where a process may stand in the plate of its own data."""
+    if may_be_data(copies, num_inputs):
         warn(
             f"{copies[-1]} copies of a Gaussian process at as many inputs: if the plate is that of "
             f"its data, sample the process outside of it."
@@ -129,8 +134,24 @@ class Process(dist.Distribution):
         return terms if self.observed is None else jnp.where(self.observed, terms, 0.0)
 
 
+def check_copies(copies: tuple[int, ...], events: tuple[int, ...], shape: tuple[int, ...]) -> None:
+    """Raise a ValueError for values that are not those of each copy of a process."""
+    if copies and shape[-len(copies) - 1 : -1] != copies:
+        raise ValueError(
+            f"{copies} copies of a Gaussian process take values {(*copies, *events)}, got {shape}. "
+            f"A process is one event, of all its inputs: it stands outside a plate of the data, "
+            f"and inside one of independent copies."
+        )
+
+
 class Copies(dist.ExpandedDistribution):
     """Independent copies of a process, each of which has values of its own."""
+
+    def expand(self, batch_shape: tuple[int, ...]) -> dist.Distribution:
+        """Return more copies, as one more plate makes them."""
+        copies = Copies(self, tuple(batch_shape))
+        # the plate whose axis is the last one may come after others
+        return copies if self.batch_shape[-1] > 1 else self.base_dist.expand(copies.batch_shape)
 
     def log_prob(self, value: ArrayLike, intermediates: Any = None) -> jax.Array:
         """Return the log density of each copy's values.
@@ -138,13 +159,7 @@ class Copies(dist.ExpandedDistribution):
         Raises:
             ValueError: if there are values for one copy alone, which would count for each.
         """
-        copies, events = self.batch_shape, self.event_shape
-        if jnp.shape(value)[-len(copies) - 1 : -1] != copies:
-            raise ValueError(
-                f"{copies} copies of a Gaussian process take values {(*copies, *events)}, got "
-                f"{jnp.shape(value)}. A process is one event, of all its inputs: it stands outside "
-                f"a plate of the data, and inside one of independent copies."
-            )
+        check_copies(self.batch_shape, self.event_shape, jnp.shape(value))
         return super().log_prob(value, intermediates)
 
     def mask(self, mask: Any) -> dist.Distribution:

@@ -13,6 +13,7 @@ from jax.scipy.linalg import solve_triangular
 from jax.typing import ArrayLike
 
 from numpyro_ensemble.calls.arguments import has_tracers
+from numpyro_ensemble.gp.conditioning import check_solved, solved
 from numpyro_ensemble.gp.features import check_num_features, draw_features
 from numpyro_ensemble.gp.inputs import (
     CONTRADICTION,
@@ -25,7 +26,7 @@ from numpyro_ensemble.gp.inputs import (
 )
 from numpyro_ensemble.gp.kernels import Kernel
 from numpyro_ensemble.gp.means import as_mean
-from numpyro_ensemble.gp.paths import Paths, check_solved
+from numpyro_ensemble.gp.paths import Paths
 from numpyro_ensemble.gp.solvers import SOLVERS, default_jitter
 from numpyro_ensemble.gp.solvers import covariance as covariance_of
 from numpyro_ensemble.handlers import check_count, one_key
@@ -245,4 +246,4 @@ def _draw(
     right = left - jnp.sqrt(total)[None, :] * normal
     if observed is not None:
         right = jnp.where(observed[None, :], right, 0.0)
-    return replace(paths, right=right)._solved()
+    return solved(replace(paths, right=right))

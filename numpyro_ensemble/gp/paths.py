@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -11,27 +11,16 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from numpyro_ensemble.calls.arguments import has_tracers
-from numpyro_ensemble.gp.features import Features
-from numpyro_ensemble.gp.inputs import (
-    CONTRADICTION,
-    EXACT,
-    as_inputs,
-    check_finite,
-    contradictions,
-    diagonal,
-    repeated,
-)
-from numpyro_ensemble.gp.kernels import Kernel
-from numpyro_ensemble.gp.solvers import by_rows, default_jitter, solve, why_unfactored
+from numpyro_ensemble.gp.conditioning import check_agrees, check_solved, check_updatable, updated
+from numpyro_ensemble.gp.inputs import as_inputs, check_finite, diagonal
+from numpyro_ensemble.gp.path_arrays import PER_PATH, PathArrays, evaluated
 from numpyro_ensemble.handlers import one_key
 from numpyro_ensemble.mapping import pick
-
-PER_PATH = ("number", "alpha", "right", "residuals", "ok")  # what `Paths` has for each path
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, eq=False)
-class Paths:
+class Paths(PathArrays):
     """Functions drawn from a posterior Gaussian process: `paths(X_new) -> (num_paths, N_new)`.
 
     A pytree of arrays: it can be jitted, mapped over inputs, differentiated, indexed, concatenated,
@@ -67,40 +56,6 @@ class Paths:
             of the prior covariance's Cholesky factor; None where the values are data.
     """
 
-    kernel: Kernel
-    mean_fn: Any
-    points: jax.Array
-    features: Features
-    weights: jax.Array
-    order: jax.Array
-    number: jax.Array
-    alpha: jax.Array
-    right: jax.Array
-    diagonal: jax.Array
-    noise: jax.Array
-    jitter: jax.Array
-    observed: jax.Array | None
-    residuals: jax.Array
-    ok: jax.Array
-    seed: jax.Array
-    solver: str = field(metadata={"static": True})
-    tolerance: jax.Array | None = None
-    part: bool = field(default=False, metadata={"static": True})
-    latent: bool = field(default=False, metadata={"static": True})
-    copies: int = field(default=1, metadata={"static": True})
-    keeps_jitter: bool = field(default=False, metadata={"static": True})
-    whitened: jax.Array | None = None
-
-    @property
-    def num_paths(self) -> int:
-        """Number of functions, of all draws together."""
-        return int(np.prod(self.alpha.shape[:-1]))
-
-    @property
-    def num_draws(self) -> int | None:
-        """Number of draws of the hyperparameters, None without an axis of them."""
-        return self.alpha.shape[0] if self.alpha.ndim == 3 else None
-
     def __len__(self) -> int:
         return self.num_paths
 
@@ -108,7 +63,7 @@ class Paths:
 
     def __call__(self, X: ArrayLike) -> jax.Array:
         """Evaluate all paths at inputs `(N, D)`, or `(N,)` in one dimension: `(num_paths, N)`."""
-        return _evaluate(self, self._inputs(X))
+        return evaluated(self, self._inputs(X))
 
     def prior(self, X: ArrayLike) -> jax.Array:
         """Evaluate the prior functions that the paths were made of, without the mean."""
@@ -135,34 +90,6 @@ class Paths:
             )
         self.kernel.check_inputs(X)
         return X
-
-    def _at(self, X: jax.Array) -> jax.Array:
-        def rows(X: jax.Array) -> jax.Array:
-            cross = self.kernel.matrix(X, self.points)
-            return self._prior(X) + jnp.matmul(cross, self.alpha.T, precision=EXACT)
-
-        values = by_rows(rows, X, max(len(self.points), self._columns))
-        return values.T + self.kernel.mean_at(self.mean_fn, X)[None, :]
-
-    @property
-    def _columns(self) -> int:
-        """Columns of all bases together."""
-        return self.weights.shape[-3] * self.weights.shape[-1]
-
-    def _prior_at(self, X: jax.Array) -> jax.Array:
-        """Evaluate the prior functions in blocks of rows, `(N, P)`."""
-        return by_rows(self._prior, X, self._columns)
-
-    def _prior(self, X: jax.Array) -> jax.Array:
-        def one(pair: tuple[Features, jax.Array]) -> jax.Array:
-            return pair[0].weighted(X, pair[1])
-
-        # XLA's program for all bases at once takes three times as long on CPUs
-        bases = (self.features, self.weights)
-        each = jax.lax.platform_dependent(
-            bases, cpu=lambda bases: jax.lax.map(one, bases), default=jax.vmap(one)
-        )
-        return jax.lax.collapse(each.swapaxes(0, 1), 1, 3)[:, self.order]
 
     # Parts --------------------------------------------------------------------------------------
 
@@ -298,7 +225,7 @@ class Paths:
             ValueError: if shapes do not match, the noise is not known, or the paths are of latent
                 values whose posterior covariance is not known.
         """
-        self._check_updatable(noise)
+        check_updatable(self, noise)
         check_finite("values", values)
         X, values = self._inputs(X), jnp.asarray(values, self.alpha.dtype)
         rows = self.copies if values.ndim == 2 and len(values) == self.copies else self.num_paths
@@ -312,132 +239,7 @@ class Paths:
             diagonal("noise", noise, X)
         if rows < self.num_paths:
             values = jnp.tile(values, (self.num_paths // rows, 1))
-        self._check_agrees(X, values, noise)
-        more = _update(self, X, values, noise, None if rng_key is None else one_key(rng_key))
+        check_agrees(self, X, values, noise)
+        more = updated(self, X, values, noise, None if rng_key is None else one_key(rng_key))
         check_solved(more)
         return more
-
-    def _check_updatable(self, noise: Any) -> None:
-        """Raise a ValueError for paths that more values cannot be told to."""
-        if self.part:
-            raise ValueError("one term's paths cannot be updated alone: update the whole first.")
-        if self.latent:
-            raise ValueError(
-                "update cannot condition these paths: they pass through draws of latent or "
-                "inducing values, whose posterior covariance is not known, so that the new values "
-                "cannot move them. Add the new values to the data and fit again, use "
-                "CollapsedSparseGP where the noise is normal, or give draw_paths the mean and the "
-                "covariance= of the latent values."
-            )
-        if noise is None and self.noise.ndim > (self.num_draws is not None):
-            raise ValueError(
-                "the noise of the new values is not known, as that of the paths is not one number "
-                "for all observations: give update(..., noise=), a variance."
-            )
-
-    def _check_agrees(self, X: jax.Array, values: jax.Array, noise: Any) -> None:
-        """Raise a ValueError where values without noise differ from others at the same inputs."""
-        if self.solver == "cg" or has_tracers((self.alpha, X, values, noise)):
-            return
-        variances = diagonal("noise", self.noise.min() if noise is None else noise, X)
-        jitter = 4.0 * self.jitter.max()
-        sure = self.diagonal <= jitter
-        sure = sure if self.observed is None else sure & self.observed
-        if self.whitened is not None:  # inducing values are not data
-            sure = sure.at[..., : self.whitened.shape[-1]].set(False)
-        again = repeated(X, self.points[sure]) & np.asarray(variances == 0)
-        differs = contradictions(X, values, variances, jitter)
-        if again.any():
-            known = np.asarray(self(X[again]))
-            differs |= (abs(known - np.asarray(values)[..., again]) > 20.0 * np.sqrt(jitter)).any()
-        if differs:
-            raise ValueError(CONTRADICTION)
-
-    def _more(self, X: jax.Array, values: jax.Array, noise: Any, key: jax.Array | None) -> Paths:
-        points = jnp.concatenate([self.points, X])
-        variances = diagonal("noise", self.noise if noise is None else noise, X)
-        jitter = own = self.jitter
-        if not self.keeps_jitter:
-            default = default_jitter(self.kernel, points)
-            if default.ndim:  # each point keeps its own
-                own = default[len(self.points) :]
-                jitter = jnp.concatenate([self.jitter, own])
-            else:
-                jitter = own = jnp.maximum(jitter, default)
-        added = variances + own
-        if key is None:
-            seed = jax.random.wrap_key_data(self.seed, impl="threefry2x32")
-            key = jax.random.fold_in(seed, len(self.points))
-        # each path has a key of its own, so that some of the paths are updated as all of them
-        keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(self.number)
-        normal = jax.vmap(lambda key: jax.random.normal(key, (len(X),), values.dtype))(keys)
-        error = jnp.sqrt(added)[None, :] * normal
-        right = values - self.kernel.mean_at(self.mean_fn, X)[None, :] - self._prior_at(X).T - error
-        observed = self.observed
-        if observed is not None:
-            observed = jnp.concatenate([observed, jnp.ones(len(X), bool)])
-        whole = replace(
-            self,
-            points=points,
-            diagonal=jnp.concatenate([self.diagonal, added]),
-            right=jnp.concatenate([self.right, right], axis=1),
-            jitter=jitter,
-            noise=jnp.concatenate([self.noise, variances]) if self.noise.ndim else self.noise,
-            observed=observed,
-        )
-        return whole._solved()
-
-    def _solved(self) -> Paths:
-        solution = solve(
-            self.kernel,
-            self.points,
-            self.diagonal,
-            self.observed,
-            self.right,
-            self.solver,
-            self.tolerance,
-            self.whitened,
-        )
-        return replace(self, alpha=solution.values, residuals=solution.residuals, ok=solution.ok)
-
-
-@jax.jit
-def _evaluate(paths: Paths, X: jax.Array) -> jax.Array:
-    if paths.num_draws is None:
-        return paths._at(X)
-    if paths.num_draws == 1:
-        return pick(paths, 0)._at(X)
-    each = jax.lax.map(lambda each: each._at(X), paths)
-    return each.reshape(paths.num_paths, len(X))
-
-
-@jax.jit
-def _update(paths: Paths, X: jax.Array, values: jax.Array, noise: Any, key: Any) -> Paths:
-    values = jnp.broadcast_to(values, (paths.num_paths, len(X)))
-    if paths.num_draws is None:
-        return paths._more(X, values, noise, key)
-    values = values.reshape(*paths.alpha.shape[:2], len(X))
-    keys = None if key is None else jax.random.split(key, len(values))
-    return jax.lax.map(lambda a: a[0]._more(X, a[1], noise, a[2]), (paths, values, keys))
-
-
-def check_solved(paths: Paths) -> None:
-    """Raise a ValueError where it is known that the paths' solves failed."""
-    if has_tracers(paths.ok) or bool(paths.ok.all()):
-        return
-    bad = np.flatnonzero(~np.asarray(paths.ok).reshape(-1))
-    if paths.solver == "cg":
-        worst = float(jnp.nanmax(paths.residuals))
-        raise ValueError(
-            f"{len(bad)} of {paths.num_paths} paths did not converge (largest relative residual "
-            f"{worst:.1e}): more noise, a larger tolerance, or solver='cholesky'."
-        )
-    if jnp.isfinite(paths.residuals).all():
-        raise ValueError(
-            f"single precision does not solve for {len(bad)} of {paths.num_paths} paths: more "
-            f"noise or jitter, or double precision (numpyro.enable_x64())."
-        )
-    raise ValueError(
-        f"the kernel matrix could not be factored for {len(bad)} of {paths.num_paths} paths: "
-        f"{why_unfactored(paths.points.dtype)}"
-    )

@@ -35,8 +35,10 @@ from numpyro_ensemble.gp.mixtures import (
     mixed_quantiles,
     named,
 )
-from numpyro_ensemble.gp.paths import PER_PATH, Paths
+from numpyro_ensemble.gp.path_arrays import PER_PATH
+from numpyro_ensemble.gp.paths import Paths
 from numpyro_ensemble.gp.sites import Answer, Site, gather_sites
+from numpyro_ensemble.gp.subsampling import Dependents, KnownRows, check_rows
 from numpyro_ensemble.handlers import check_count, one_key, warn
 from numpyro_ensemble.mapping import map_draws, pick, platform_of
 
@@ -136,7 +138,8 @@ class Pathwise:
         own: dict[str, Any] = {}
 
         def look() -> None:
-            trace = fill_model(self.model, jax.random.key(0), first, self.args, self.kwargs)
+            model = KnownRows(self.model)
+            trace = fill_model(model, jax.random.key(0), first, self.args, self.kwargs)
             for name, site in trace.items():
                 if site["type"] == "param":
                     own[name] = [jnp.shape(leaf) for leaf in jax.tree.leaves(site["value"])]
@@ -168,9 +171,10 @@ class Pathwise:
         """Raise a ValueError for a model that functions cannot be found in."""
         found: list[Any] = []
 
-        def look() -> None:
+        def look(moved: str | None = None) -> Dependents:
             known = self._known(*pick((self.samples, self.params), 0))
-            found.append(gather_sites(self.model, known, self.args, self.kwargs))
+            found.append(gather_sites(self.model, known, self.args, self.kwargs, moved))
+            return found[-1].dependents()
 
         jax.eval_shape(look)
         if found[0].unknown:
@@ -189,6 +193,8 @@ class Pathwise:
                 "the model has no Gaussian process: a site with gp.GaussianProcess, WhitenReparam, "
                 "sparse_gp or CollapsedSparseGP."
             )
+        rows = found[0].rows
+        check_rows(rows.subsampled, rows.sizes, found[0].inside, look)
 
     def _find(self, sample: dict, params: dict) -> dict[str, Site]:
         known = self._known(sample, params)

@@ -13,10 +13,11 @@ from numpyro import handlers
 from numpyro.primitives import Messenger
 
 from numpyro_ensemble.density import filled
-from numpyro_ensemble.gp.distribution import Process
+from numpyro_ensemble.gp.distribution import Process, check_copies
 from numpyro_ensemble.gp.inputs import check_values
 from numpyro_ensemble.gp.messages import SUFFIX
 from numpyro_ensemble.gp.noise import normal_at
+from numpyro_ensemble.gp.subsampling import Dependents, KnownRows, plate_of
 from numpyro_ensemble.gp.weights import (
     mask_of,
     site_weight,
@@ -73,19 +74,26 @@ def is_transformed(fn: Any) -> bool:
 class _Gather(Messenger):
     """Collect the processes of a model, and the names of latents that nothing is known of."""
 
-    def __init__(self, fn: Callable, known: Collection[str]) -> None:
-        super().__init__(fn)
+    def __init__(self, rows: KnownRows, known: Collection[str]) -> None:
+        super().__init__(rows)
         self.known = known
         self.sites: dict[str, Site] = {}
         self.unknown: list[str] = []
         self.unfitted: list[str] = []
-        self.plates: dict[str, int] = {}  # sizes
-        self.parts: list[tuple[Any, Any]] | None = None  # weights inside of an announced process
+        self.rows = rows
+        self.observed: dict[str, Any] = {}  # values of other sites
+        self.inside: dict[str, set[str]] = {}  # plates around each latent process
+        self.parts: list[dict[str, Any]] | None = None  # sites inside of an announced process
+
+    def dependents(self) -> Dependents:
+        """Return what may depend on the rows of plates."""
+        of_sites = {
+            name: jax.tree.leaves((site.process, site.values)) for name, site in self.sites.items()
+        }
+        return Dependents(of_sites, self.observed)
 
     def process_message(self, msg: dict[str, Any]) -> None:
         """Note latents and parameters without a value, and refuse transformed processes."""
-        if msg["type"] == "plate":
-            self.plates[msg["name"]] = msg["args"][0]
         if msg["type"] == "gp":
             self.parts = []
         if msg["type"] == "param" and msg["value"] is None:
@@ -109,18 +117,21 @@ class _Gather(Messenger):
         if msg["type"] == "gp":
             name = name.removesuffix(SUFFIX)
             parts, self.parts = self.parts or [], None
-            process = weighted_prior(name, msg["gp"], parts) if msg["whitened"] else msg["gp"]
+            process = self._weighted(name, msg["gp"], parts) if msg["whitened"] else msg["gp"]
             site = Site(process, msg["value"], False)
+            self.inside[name] = set().union(*map(self._plates_around, parts))
             inner = self.sites.get(f"{name}_u")
             if inner is not None and inner.process is msg["gp"]:  # told of twice, not whitened
                 del self.sites[f"{name}_u"]
         elif msg["type"] == "sample" and isinstance(unwrapped(msg["fn"]), Process):
             site = self._sampled(msg, unwrapped(msg["fn"]))
         else:
-            if msg["type"] == "sample" and not msg["is_observed"]:
+            if msg["type"] == "sample" and msg["is_observed"]:
+                self.observed[name] = msg["value"]
+            elif msg["type"] == "sample":
                 _check_shape(name, jnp.shape(msg["value"]), msg["fn"])
                 if self.parts is not None:
-                    self.parts.append((site_weight(msg, self.plates), mask_of(msg["fn"])))
+                    self.parts.append(msg)
             return
         if name in self.sites:
             raise ValueError(f"the model has two Gaussian processes of the name {name!r}.")
@@ -138,14 +149,31 @@ class _Gather(Messenger):
                 f"{name!r} has values of shape {jnp.shape(value)}, and its process "
                 f"{len(process.X)} inputs: values take shape (..., {len(process.X)})."
             )
+        try:
+            check_copies(msg["fn"].batch_shape, process.event_shape, jnp.shape(value))
+        except ValueError as error:
+            raise ValueError(f"{name!r}: {error}") from None
         if msg["is_observed"] and process.observed is None:
             check_values(f"{name!r}", value)
-        weight = site_weight(msg, self.plates)
         if msg["is_observed"]:
+            weight = site_weight(msg, self.rows.sizes)
             process = weighted_likelihood(name, _masked(name, msg["fn"], process), weight)
         elif self.parts is None:
-            process = weighted_prior(name, process, [(weight, mask_of(msg["fn"]))])
+            process = self._weighted(name, process, [msg])
+            self.inside[name] = self._plates_around(msg)
+        else:  # inducing values that are not whitened
+            self.parts.append(msg)
         return Site(process, jnp.asarray(value), bool(msg["is_observed"]))
+
+    def _weighted(self, name: str, process: Process, parts: list[dict[str, Any]]) -> Process:
+        """Return a process whose prior has the weight of the sites that it is made of."""
+        weights = [(site_weight(msg, self.rows.sizes), mask_of(msg["fn"])) for msg in parts]
+        return weighted_prior(name, process, weights)
+
+    def _plates_around(self, msg: dict[str, Any]) -> set[str]:
+        """Return the plates that a site stands in."""
+        around = (plate_of(frame.name, self.rows.sizes) for frame in msg["cond_indep_stack"])
+        return {plate for plate in around if plate is not None}
 
 
 def _masked(name: str, fn: dist.Distribution, process: Process) -> Process:
@@ -173,9 +201,14 @@ def _check_shape(name: str, shape: tuple[int, ...], fn: dist.Distribution) -> No
         )
 
 
-def gather_sites(model: Callable, known: Mapping[str, Any], args: tuple, kwargs: dict) -> _Gather:
-    """Run a model on one posterior draw; return its processes, and names nothing is known of."""
-    gather = _Gather(filled(model, known), known)
+def gather_sites(
+    model: Callable, known: Mapping[str, Any], args: tuple, kwargs: dict, moved: str | None = None
+) -> _Gather:
+    """Run a model on one posterior draw; return its processes, and names nothing is known of.
+
+    Plates that take rows at random have their first ones, or their last where one is `moved`.
+    """
+    gather = _Gather(KnownRows(filled(model, known), moved), known)
     with handlers.seed(rng_seed=jax.random.key(0)):
         gather(*args, **kwargs)
     return gather

@@ -223,15 +223,19 @@ def pivoted_cholesky(
 ) -> tuple[jax.Array, jax.Array]:
     """Return `(L, pivots)`, a factor `(N, rank)` of the kernel matrix and the rows it is made of.
 
-    Each pivot is where most of the variance is left: a greedy choice of inducing points.
+    Each pivot is where most of the variance is left, in the row's own unit: a greedy choice of
+    inducing points.
     """
     variance = kernel.diagonal(X)
+    unit = kernel.typical_variance(X)  # one for each row where rows are values and slopes
+    unit = jnp.where(unit > 0, unit, 1.0) if unit.ndim else jnp.ones_like(variance)
     variance = variance if seen is None else jnp.where(seen > 0, variance, -1.0)
-    floor = jnp.finfo(variance.dtype).eps * variance.max()
+    smallest = jnp.finfo(variance.dtype).eps * (variance / unit).max()
 
     def step(i: jax.Array, state: tuple) -> tuple:
         L, left, pivots = state
-        pivot = jnp.argmax(left)
+        pivot = jnp.argmax(left / unit)
+        floor = smallest * unit[pivot]
         row = kernel.matrix(X[pivot][None], X)[0] - jnp.matmul(L, L[pivot], precision=EXACT)
         column = jnp.where(left[pivot] > floor, row / jnp.sqrt(jnp.maximum(left[pivot], floor)), 0)
         # what was taken, or is not to be, stays below zero: it is never taken again

@@ -11,6 +11,7 @@ import numpyro.distributions as dist
 
 from numpyro_ensemble.calls.arguments import has_tracers
 from numpyro_ensemble.gp.distribution import Process
+from numpyro_ensemble.gp.subsampling import plate_of
 from numpyro_ensemble.handlers import is_zero
 
 
@@ -25,10 +26,9 @@ def site_weight(msg: Mapping[str, Any], plates: Mapping[str, int]) -> Any:
     weight = 1.0 if msg.get("scale") is None else msg["scale"]
     subsampled = 1.0
     for frame in msg.get("cond_indep_stack", ()):
-        # a scope puts its prefix before the name of a plate that was made outside of it
-        names = [name for name in plates if frame.name.endswith(name)]
-        if names and plates[max(names, key=len)] != frame.size:
-            subsampled = subsampled * (plates[max(names, key=len)] / frame.size)
+        plate = plate_of(frame.name, plates)
+        if plate is not None and plates[plate] != frame.size:
+            subsampled = subsampled * (plates[plate] / frame.size)
     return weight / subsampled
 
 

@@ -303,15 +303,22 @@ class _Wrapped(Kernel):
         _check_parts(kernel)
         self.kernel, self.fn = kernel, Function(fn)
 
-    @property
-    def is_differentiable(self) -> bool:  # type: ignore[override]
-        return all(atom.is_differentiable for atom in atoms(self.kernel))
-
     def check_inputs(self, X: jax.Array) -> None:
         """Check nothing: the kernel sees what the function makes of the inputs."""
 
     def is_valid(self) -> jax.Array:
         return self.kernel.is_valid()
+
+
+def rough_parts(kernel: Kernel) -> list[str]:
+    """Return the names of the kernels within one whose functions have no slopes."""
+    found = []
+    for atom in atoms(kernel):
+        if isinstance(atom, _Wrapped):
+            found += rough_parts(atom.kernel)
+        elif not atom.is_differentiable:
+            found.append(type(atom).__name__)
+    return found
 
 
 class Warped(_Wrapped):

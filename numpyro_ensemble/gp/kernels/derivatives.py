@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, ClassVar
 
 import jax
@@ -11,7 +12,8 @@ import numpy as np
 
 from numpyro_ensemble.calls.arguments import has_tracers
 from numpyro_ensemble.gp.inputs import misnumbered
-from numpyro_ensemble.gp.kernels.base import Kernel, atoms
+from numpyro_ensemble.gp.kernels.base import Kernel, atoms, rough_parts
+from numpyro_ensemble.gp.means import mean_at
 
 
 def slopes_of(fn: Callable[[jax.Array], jax.Array], X: jax.Array) -> jax.Array:
@@ -32,6 +34,20 @@ def slopes_of(fn: Callable[[jax.Array], jax.Array], X: jax.Array) -> jax.Array:
     return jnp.where(known, jnp.where(is_slope, slopes, values), jnp.nan)
 
 
+def _with_slopes(fn: Callable[[jax.Array], jax.Array], X: jax.Array) -> jax.Array:
+    """Return inputs whose values stand where a function has a slope.
+
+    A slope that is infinite or NaN, as that of a root at 0, makes gradients NaN where it is
+    computed, although the row is of a value and does not use it.
+    """
+    places = X[:, :-1]
+    slopes = jax.jvp(fn, (places,), (jnp.ones_like(places),))[1]
+    has_slope = jnp.isfinite(slopes)
+    another = places[jnp.argmax(has_slope)]
+    moved = (X[:, -1:] == 0) & ~has_slope[:, None]
+    return X.at[:, :-1].set(jnp.where(moved, another[None, :], places))
+
+
 class Derivatives(Kernel):
     """The kernel of a process and of its slopes, which a last column of the inputs tells apart.
 
@@ -41,7 +57,11 @@ class Derivatives(Kernel):
 
     Args:
         kernel: a kernel of functions that are differentiable, such as RBF and Matern52. One of your
-            own must be twice differentiable by JAX at equal inputs: write it in squared distances.
+            own must be twice differentiable by JAX at equal inputs, so write it in squared
+            distances. `Stationary` ones are checked, others are not.
+
+    Raises:
+        ValueError: for a kernel of functions without slopes, or whose slopes JAX does not have.
 
     Example:
         >>> import jax.numpy as jnp
@@ -61,11 +81,12 @@ class Derivatives(Kernel):
     def __init__(self, kernel: Kernel) -> None:
         if not isinstance(kernel, Kernel) or kernel.is_whole:
             raise TypeError(f"Derivatives: kernel takes a kernel of values, got {kernel!r}.")
-        rough = [type(atom).__name__ for atom in atoms(kernel) if not atom.is_differentiable]
+        rough = rough_parts(kernel)
         if rough:
             raise ValueError(
-                f"Derivatives takes no {rough[0]}: its functions have no slopes, or this package "
-                f"does not know them. Take RBF, Matern52, or another smooth kernel."
+                f"Derivatives takes no {rough[0]}: its functions have no slopes, or JAX does not "
+                f"have them at equal inputs. Take RBF, Matern52, or another smooth kernel; write "
+                f"one of your own in squared distances, without their root."
             )
         self.kernel = kernel
 
@@ -77,6 +98,13 @@ class Derivatives(Kernel):
 
     def of_values(self, X: jax.Array) -> tuple[Kernel, jax.Array]:
         return self.kernel, X[:, :-1]
+
+    def mean_at(self, mean_fn: Any, X: jax.Array) -> jax.Array:
+        if not callable(mean_fn):
+            return super().mean_at(mean_fn, X)
+        fn = partial(mean_at, mean_fn)
+        slopes = slopes_of(fn, _with_slopes(fn, X))
+        return jnp.where(X[:, -1] == 0, fn(X[:, :-1]), slopes)
 
     def check_inputs(self, X: jax.Array) -> None:
         if has_tracers(X):

@@ -14,6 +14,7 @@ from numpyro_ensemble.calls.arguments import has_tracers
 from numpyro_ensemble.gp.inputs import per_dimension
 from numpyro_ensemble.gp.kernels.base import Atom, Spectrum
 from numpyro_ensemble.gp.kernels.fields import to_define
+from numpyro_ensemble.gp.kernels.smoothness import is_smooth
 from numpyro_ensemble.gp.spectra import gaussian, multivariate_t, scale_mixture, stable_mixture
 
 _FEW_COLUMNS = 8
@@ -91,6 +92,10 @@ class Stationary(Differences):
     def is_spectral(self) -> bool:  # type: ignore[override]
         drawn = type(self).waves is not Stationary.waves
         return drawn or type(self).spectrum is not Stationary.spectrum
+
+    @property
+    def is_differentiable(self) -> bool:  # type: ignore[override]
+        return is_smooth(self.profile)
 
     def correlation(self, X1: jax.Array, X2: jax.Array) -> jax.Array:
         X1, X2 = self._scaled("lengthscale", X1), self._scaled("lengthscale", X2)
@@ -176,7 +181,6 @@ class Matern12(_Matern):
     """The exponential kernel, `variance * exp(-d)`; arguments as `RBF`."""
 
     degrees = 1
-    is_differentiable = False
 
 
 class Matern32(_Matern):

@@ -1,0 +1,34 @@
+"""Whether the functions of a kernel have slopes, read off its profile."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from numpyro_ensemble.calls.arguments import has_tracers
+
+_SQUARED_DISTANCES = 10.0 ** np.arange(-12.0, -1.0, 2.0)  # in lengthscales
+
+
+def is_smooth(profile: Callable[[jax.Array], jax.Array]) -> bool:
+    """Say whether JAX has the slope of a profile at 0, from which the variance of slopes follows.
+
+    It is right where slopes at small distances go over into it. So one of them is near it, or they
+    come nearer, however slowly. At the smallest distances sin(r) / r is rounded, and at others a
+    profile of a small width is 0 already, so that not all of them count. Where the profile holds
+    traced numbers nothing is known, and it counts as smooth.
+    """
+    with jax.ensure_compile_time_eval():
+        squared = jnp.asarray(np.append(0.0, _SQUARED_DISTANCES))[None, :]
+        slopes = jax.jvp(profile, (squared,), (jnp.ones_like(squared),))[1]
+    if has_tracers(slopes):
+        return True
+    at_zero, near = np.split(np.asarray(slopes)[0], [1])
+    if not np.isfinite(at_zero).all():
+        return False
+    apart = abs(near - at_zero)
+    comes_nearer = (apart[:-1] < apart[-1]).any() and (apart <= 0.5 * abs(near)).any()
+    return bool(comes_nearer or (apart <= 0.01 * abs(near)).any())

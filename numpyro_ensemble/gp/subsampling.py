@@ -1,0 +1,112 @@
+"""Plates that take some of their rows at random, around processes and their data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from numpyro.primitives import Messenger
+
+
+class KnownRows(Messenger):
+    """Give plates rows that are known, so that NumPy's arrays can be indexed inside a trace.
+
+    A plate that would take rows at random has its first ones.
+
+    Args:
+        fn: the model.
+        moved: name of a plate that has its last rows.
+
+    Attributes:
+        sizes: of the plates.
+        subsampled: of plates that take some of their rows, how many.
+    """
+
+    def __init__(self, fn: Callable, moved: str | None = None) -> None:
+        super().__init__(fn)
+        self.moved = moved
+        self.sizes: dict[str, int] = {}
+        self.subsampled: dict[str, int] = {}
+
+    def process_message(self, msg: dict[str, Any]) -> None:
+        """Set the rows of a plate."""
+        if msg["type"] != "plate":
+            return
+        name, (size, batch) = msg["name"], msg["args"]
+        self.sizes[name] = size
+        number = size if batch is None else min(batch, size)
+        if number < size:
+            if msg["value"] is not None:  # the user's own
+                return
+            self.subsampled[name] = number
+        start = size - number if name == self.moved else 0
+        with jax.ensure_compile_time_eval():
+            msg["value"] = jnp.arange(start, start + number)
+
+
+def plate_of(frame: str, plates: Collection[str]) -> str | None:
+    """Return the plate that a frame around a site belongs to, None for one that is not among them.
+
+    A scope puts its prefix before the name of a plate that was made outside of it.
+    """
+    return max((name for name in plates if frame.endswith(name)), key=len, default=None)
+
+
+class Dependents(NamedTuple):
+    """What may depend on the rows that plates take.
+
+    Attributes:
+        of_sites: arrays of each process and its values.
+        observed: other observed values.
+    """
+
+    of_sites: dict[str, list[Any]]
+    observed: dict[str, Any]
+
+
+def check_rows(
+    subsampled: dict[str, int],
+    sizes: dict[str, int],
+    inside: dict[str, set[str]],
+    dependents: Callable[[str | None], Dependents],
+) -> None:
+    """Raise a ValueError for a process whose functions would be those of random rows.
+
+    These are processes whose inputs or observations follow the rows that a plate takes, and latent
+    ones within a plate whose rows the data follow. Inducing values outside of the plate of the data
+    do not, nor do data that are a batch already.
+
+    Args:
+        subsampled: how many rows are taken, by plate.
+        sizes: how many rows there are, by plate.
+        inside: the plates around each latent process.
+        dependents: from the name of a plate whose rows are moved to what depends on them.
+    """
+    if not subsampled:
+        return
+    before = _computed(dependents, None)
+    for plate, number in subsampled.items():
+        after = _computed(dependents, plate)
+        data_follow = _differ(before.observed, after.observed)
+        for name, parts in before.of_sites.items():
+            follows = _differ(parts, after.of_sites[name])
+            if follows or (data_follow and plate in inside.get(name, ())):
+                raise ValueError(
+                    f"the Gaussian process {name!r} follows the rows that the plate {plate!r} "
+                    f"takes at random, {number} of {sizes[plate]}: its functions would be those of "
+                    f"these rows alone. Give the arguments of the fit without subsampling, "
+                    f"subsample_size=None, or write the process with sparse_gp, outside of the "
+                    f"plate of its data."
+                )
+
+
+def _computed(dependents: Callable[[str | None], Dependents], moved: str | None) -> Dependents:
+    return jax.jit(lambda: dependents(moved))()
+
+
+def _differ(before: Any, after: Any) -> bool:
+    pairs = zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True)
+    return not all(np.array_equal(a, b, equal_nan=True) for a, b in pairs)
