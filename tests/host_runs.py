@@ -21,9 +21,9 @@ def compare(label, many, one):
 def fits():
     """Compare fits of all processes together with those of each alone."""
     rows = jax.make_mesh((2, jax.device_count() // 2), ("member", "data"))
-    one, bar = quiet(vi(), X, Y, steps=60), io.StringIO()
+    one, bar = quiet(vi(ensemble_size=9), X, Y, steps=60), io.StringIO()
     with redirect_stderr(bar):
-        many = vi(mesh="all").run(0, 60, X, Y)
+        many = vi(mesh="all", ensemble_size=9).run(0, 60, X, Y)
     compare("members", outcome(many), outcome(one))
     found["local"] = all(x.is_fully_addressable for x in jax.tree.leaves((many.params, many.state)))
     found["bar"] = "60/60" in bar.getvalue()
@@ -38,7 +38,7 @@ def fits():
 
 def steps():
     """Compare single steps, and what is read between them."""
-    one, many = vi(), vi(mesh="all")
+    one, many = vi(ensemble_size=9), vi(mesh="all", ensemble_size=9)
     states = [runner.init(0, X, Y) for runner in (many, one)]
     stepped = [r.update(s, X, Y) for r, s in zip((many, one), states, strict=True)]
     compare("losses of a step", *(losses for _, losses in stepped))
@@ -51,7 +51,7 @@ def chains():
     draws = []
     for mesh in ("all", None):
         mcmc = MCMC(
-            chees(mesh=mesh), num_warmup=15, num_samples=5, num_chains=6,
+            chees(mesh=mesh), num_warmup=15, num_samples=5, num_chains=9,
             chain_method="vectorized", progress_bar=False,
         )  # fmt: skip
         mcmc.run(jax.random.key(1), X, Y)
