@@ -44,6 +44,7 @@ def ours(model, args, init_params, key):
         progress_bar=False,
     )
 
+    @jax.jit  # MCMC compiles its loop in every run, which is no matter of kernels
     def run(key):
         mcmc.run(key, init_params=init_params)
         return mcmc.get_samples(group_by_chain=True)

@@ -42,16 +42,13 @@ def distribution_mask(fn: Any) -> Any:
     return fn._mask
 
 
-def collect_from_the_start(mcmc: MCMC, number: int) -> None:
-    """Let the next `mcmc.run` start its chains, and collect that many iterations of warm-up.
-
-    None are made for 0, and one place of each array is filled with zeros.
-    """
+def collect_nothing(mcmc: MCMC) -> None:
+    """Let the next `mcmc.run` start its chains, and collect zeros in place of one draw."""
     kernel = mcmc.sampler
     if isinstance(kernel, HMC) and kernel._sample_fn is not None:
         # started twice, it would map its step over vectorized chains twice
         mcmc.sampler, mcmc._cache = copy(kernel), {}
-    mcmc._set_collection_params(0, number, max(number, mcmc.thinning), "warmup")
+    mcmc._set_collection_params(0, 0, mcmc.thinning, "warmup")
 
 
 def collected_by(mcmc: MCMC) -> Any:

@@ -68,12 +68,13 @@ def test_the_draws_are_those_of_one_run(tmp_path, name):
     go_on()
     ends = [10, 20, 30, 40, 50, 51]
     assert kept(tmp_path) == ([10, 20, 31, 41, 51] if name == "one NUTS" else ends)
-    for last in (40, 20, 10):
+    for last in (10,) if name == "MEADS" else (40, 20, 10):
         for step in kept(tmp_path):
             if step > last + 1:
                 shutil.rmtree(tmp_path / str(step))
         go_on()
-    go_on()  # nothing is left to do
+    if name != "MEADS":
+        go_on()  # nothing is left to do
 
 
 @pytest.fixture(scope="module")

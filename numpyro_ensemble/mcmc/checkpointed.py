@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ import tqdm
 from numpyro.infer import MCMC
 from numpyro.infer.mcmc import MCMCKernel
 
-from numpyro_ensemble._compat import collect_from_the_start, collected_by, set_outcome
+from numpyro_ensemble._compat import collect_nothing, collected_by, set_outcome
 from numpyro_ensemble.calls.arguments import arrange
 from numpyro_ensemble.checkpoint import (
     Checkpoint,
@@ -32,24 +32,37 @@ from numpyro_ensemble.storage import restored
 _SETTINGS = ("num_warmup", "num_samples", "num_chains", "thinning")
 
 
-class _Run(NamedTuple):
+class _Run:
     """One run, as `MCMC.run` is told of it."""
 
-    mcmc: MCMC
-    rng_key: jax.Array
-    args: tuple
-    kwargs: dict[str, Any]
-    extra_fields: Sequence[str]
-    init_params: Any
+    def __init__(
+        self,
+        mcmc: MCMC,
+        rng_key: jax.Array,
+        args: tuple,
+        kwargs: dict[str, Any],
+        extra_fields: Sequence[str],
+        init_params: Any,
+    ) -> None:
+        self.mcmc, self.rng_key, self.args, self.kwargs = mcmc, rng_key, args, kwargs
+        self.extra_fields, self.init_params = tuple(extra_fields), init_params
+        # MCMC compiles its loop in every run; as part of these it is compiled once for each length
+        self._program: Callable = self._outcome
+        if mcmc.num_chains == 1 or mcmc.chain_method == "vectorized":
+            self._program = jax.jit(self._outcome, static_argnums=1)
 
-    def start(self, length: int) -> None:
-        """Start the chains, and make the first iterations, which may be none."""
+    def start(self) -> tuple[Any, Any]:
+        """Start the chains; return their state, and arrays such as are collected, of zeros."""
         self.mcmc.post_warmup_state = None
-        collect_from_the_start(self.mcmc, length)
-        self._run(self.rng_key)
+        collect_nothing(self.mcmc)
+        return self._run(self.rng_key)
 
-    def go_on(self, state: Any, length: int) -> None:
-        """Make so many iterations from a state, with the keys that it holds."""
+    def go_on(self, state: Any, length: int) -> tuple[Any, Any]:
+        """Make so many iterations; return the state after them, and what was collected."""
+        return self._program(state, length)
+
+    def _outcome(self, state: Any, length: int) -> tuple[Any, Any]:
+        """Call `MCMC.run` for some iterations from a state, with the keys that it holds."""
         key = state.rng_key
         if isinstance(state, ChainsState):
             state, key = Resumed(*state), key[:1]
@@ -57,17 +70,12 @@ class _Run(NamedTuple):
             key = jnp.broadcast_to(key, (self.mcmc.num_chains, *key.shape))
         self.mcmc.post_warmup_state = state
         self.mcmc.num_samples = length
-        self._run(key)
+        return self._run(key)
 
-    def _run(self, key: jax.Array) -> None:
-        run_unchecked(
-            self.mcmc,
-            key,
-            *self.args,
-            extra_fields=tuple(self.extra_fields),
-            init_params=self.init_params,
-            **self.kwargs,
-        )
+    def _run(self, key: jax.Array) -> tuple[Any, Any]:
+        options = {"extra_fields": self.extra_fields, "init_params": self.init_params}
+        run_unchecked(self.mcmc, key, *self.args, **options, **self.kwargs)
+        return self.mcmc.last_state, collected_by(self.mcmc)
 
 
 def run_checkpointed(
@@ -83,8 +91,7 @@ def run_checkpointed(
 
     For NumPyro's kernels and those of this package, warm-up included. The draws are those of
     `mcmc.run` with the same key. They are kept in every checkpoint, all so far: choose
-    `Checkpoint(directory, every=...)` by their size. Iterations are compiled in pieces of that
-    length.
+    `Checkpoint(directory, every=...)` by their size.
 
     After Ctrl-C the draws so far are in `mcmc`, and SIGTERM writes a checkpoint before it ends the
     process.
@@ -135,65 +142,53 @@ def run_checkpointed(
     mcmc.progress_bar = False  # one bar for all pieces
     try:
         with interrupts, tqdm.tqdm(disable=not shows) as bar:
-            draws, done = _pieces(run, number, keeper, interrupts, bar)
+            state, draws, done = _pieces(run, number, keeper, interrupts, bar)
     finally:
         keeper.close()
         mcmc.num_samples, mcmc.progress_bar, mcmc.post_warmup_state = number, shows, None
     interrupts.end_process()
-    set_outcome(mcmc, draws, mcmc.last_state)
+    set_outcome(mcmc, draws, state)
     if interrupts.came and draws is None:
         raise KeyboardInterrupt(f"interrupted in warm-up, after {done} iterations.")
     if interrupts.came:
         warn(f"interrupted: {done} of {mcmc.num_warmup + number} iterations were made.")
-    set_outcome(mcmc, finished(draws), mcmc.last_state)
+    set_outcome(mcmc, finished(draws), state)
 
 
 def _pieces(
     run: _Run, number: int, keeper: Keeper, interrupts: Interrupts, bar: Any
-) -> tuple[Any, int]:
-    """Make the pieces that are left; return the draws, and how many iterations were made.
+) -> tuple[Any, Any, int]:
+    """Make the pieces that are left; return state, draws, and how many iterations were made.
 
     Before the first draw there are none: None.
     """
     mcmc, warmup = run.mcmc, run.mcmc.num_warmup
-    kept = _newest(run, keeper)
-    done = 0 if kept is None else int(kept["done"])
+    leaves = keeper.newest()  # refuses those of another run before anything is computed
+    state, draws = run.start()
+    done = 0
+    if leaves is not None:
+        kept = restored(leaves, {"state": state, "draws": draws, "done": np.zeros(())})
+        state, draws, done = kept["state"], kept["draws"], int(kept["done"])
     bar.reset(total=warmup + number)
     bar.update(done)
     for end in _ends(warmup, number, keeper.checkpoint.every, mcmc.thinning):
         if end <= done:
             continue
-        if interrupts.came:
+        if interrupts.ended():
             break
-        if kept is None:
-            run.start(end)
-        else:
-            run.go_on(kept["state"], end - done)
-        part = jax.tree.map(np.asarray, collected_by(mcmc))
-        if kept is not None and done > warmup:
-            part = jax.tree.map(_joined, kept["draws"], part)
-        elif end <= warmup:  # one of these keeps the place of the draws
-            part = jax.tree.map(lambda x: x[:, -1:], part)
+        state, part = run.go_on(state, end - done)
+        part = jax.tree.map(np.asarray, part)
+        if done > warmup:
+            draws = jax.tree.map(_joined, draws, part)
+        else:  # before the first draws, an iteration of warm-up keeps their place
+            draws = part if end > warmup else jax.tree.map(lambda x: x[:, -1:], part)
         bar.update(end - done)
         if not bar.disable:
             bar.set_description("warmup" if end <= warmup else "sample", refresh=False)
-            bar.set_postfix_str(_told(mcmc), refresh=False)
+            bar.set_postfix_str(_told(mcmc, state), refresh=False)
         done = end
-        kept = {"state": mcmc.last_state, "draws": part, "done": np.asarray(done)}
-        keeper.save(done, kept)
-    return (None if kept is None or done <= warmup else kept["draws"]), done
-
-
-def _newest(run: _Run, keeper: Keeper) -> dict[str, Any] | None:
-    """Return what the newest checkpoint holds, None if none is whole."""
-    leaves = keeper.newest()
-    if leaves is None:
-        return None
-    run.start(0)  # which tells what a state is like, and the kernel of its model
-    state, draws = run.mcmc.last_state, collected_by(run.mcmc)
-    kept = restored(leaves, {"state": state, "draws": draws, "done": np.zeros(())})
-    set_outcome(run.mcmc, kept["draws"], kept["state"])
-    return kept
+        keeper.save(done, {"state": state, "draws": draws, "done": np.asarray(done)})
+    return state, (draws if done > warmup else None), done
 
 
 def _ends(warmup: int, number: int, every: int, thinning: int) -> list[int]:
@@ -211,10 +206,10 @@ def _joined(before: np.ndarray, after: np.ndarray) -> np.ndarray:
     return np.concatenate([before, after], axis=1)
 
 
-def _told(mcmc: MCMC) -> str:
+def _told(mcmc: MCMC, state: Any) -> str:
     """Return what the kernel says of its state, if that is of one chain or of all together."""
     if mcmc.num_chains == 1 or mcmc.sampler.is_ensemble_kernel:
-        return mcmc.sampler.get_diagnostics_str(mcmc.last_state)
+        return mcmc.sampler.get_diagnostics_str(state)
     return ""
 
 
