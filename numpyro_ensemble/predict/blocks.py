@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
 import numpy as np
 
 from numpyro_ensemble.checkpoint import describe
-from numpyro_ensemble.mapping import ROOM, peak_bytes, pick
+from numpyro_ensemble.mapping import ROOM, pick
 from numpyro_ensemble.predict.checks import check_model, check_returned
 from numpyro_ensemble.predict.program import Places, RowBlock
 from numpyro_ensemble.streaming.blocks import Block, Grid, Output
@@ -22,7 +23,7 @@ from numpyro_ensemble.streaming.independence import (
 )
 from numpyro_ensemble.streaming.options import tree_digests
 from numpyro_ensemble.streaming.rows import REMEDY, Rows
-from numpyro_ensemble.streaming.store import stored_dtype
+from numpyro_ensemble.streaming.trial import check_given, outputs_of, rows_that_fit, stored_name
 
 
 class Predictions:
@@ -56,8 +57,8 @@ class Predictions:
         self.predictive, self.rng_key, self.rows = predictive, rng_key, rows
         self.call = (args, kwargs)
         self.few = self.call if rows is None else rows.at(rows.tried)
-        self.prefix = f"{group}/" if group else ""
-        forms = None if rows is None else tried_forms(predictive.model, rows)
+        self.group = group
+        forms = None if rows is None else tried_forms(partial(site_forms, predictive.model), rows)
         check_model(predictive, *self.few)
         self.places: Places = predictive.places(rng_key)
         self.program = predictive.program()
@@ -92,31 +93,8 @@ class Predictions:
         check_returned(self.predictive.return_sites, values)
         plan = self.program.plan
         forms = site_forms(self.predictive.model, *self.few) if plan is None else plan.forms
-        outputs = []
-        for name, value in values.items():
-            if not isinstance(value, jax.ShapeDtypeStruct):
-                raise ValueError(
-                    f"{name!r} is a tree of arrays, which Zarr does not store: leave it out of "
-                    f"return_sites."
-                )
-            axis, shape = None, list(value.shape[1:])
-            if plan is not None and self.rows is not None:
-                axis = plan.axes.get(name)
-                if axis is not None:
-                    shape[axis] = self.rows.total
-            dims = forms[name].dims or [f"{name}_dim_{i}" for i in range(len(shape))]
-            outputs.append(
-                Output(
-                    self.prefix + name.replace("/", "."),
-                    tuple(dim.replace("/", ".") for dim in dims),
-                    tuple(shape),
-                    stored_dtype(value.dtype),
-                    axis,
-                )
-            )
-        if not outputs:
-            raise ValueError("the model has no sites to return: all of them were given.")
-        return outputs
+        one = {name: _without_lead(value) for name, value in values.items()}
+        return outputs_of(one, forms, self.rows, plan, group=self.group)
 
     # Rows ---------------------------------------------------------------------------------------
 
@@ -134,13 +112,7 @@ class Predictions:
             return chosen is None or name in chosen or (conditioned and name in latents)
 
         plan = row_plan(forms, rows.few, latents, wanted, conditioned)
-        for name, axis in plan.given.items():
-            if latents[name][axis : axis + 1] != (rows.total,):
-                raise ValueError(
-                    f"{name!r} has one value for each row, and what is given has shape "
-                    f"{latents[name]}: it takes {rows.total} of them along axis {axis} to be cut "
-                    f"with the rows. {REMEDY}"
-                )
+        check_given(plan, latents, rows)
         self.program = predictive.program(plan)
 
     def _latent_shapes(self, call: tuple) -> dict[str, tuple[int, ...]]:
@@ -191,14 +163,7 @@ class Predictions:
         """Rows of a block at most, for what the model needs to compute them in one draw."""
         if self.rows is None:
             return None
-        few, inputs = self.rows.few, self._inputs(self._first)
-        half = self.rows.cut(self.few, slice(few))
-        sizes = [
-            peak_bytes(self._abstract(call, number), *inputs)
-            for call, number in ((half, few), (self.few, 2 * few))
-        ]
-        each = max((sizes[1] - sizes[0]) // few, self.rows.row_bytes, 1)
-        return max(ROOM // each, 1)
+        return rows_that_fit(self.rows, self._abstract, *self._inputs(self._first))
 
     @property
     def most_draws(self) -> int:
@@ -233,8 +198,9 @@ class Predictions:
 
             def wait() -> dict[str, Any]:
                 arrays = {name: np.asarray(value) for name, value in values.items()}
+                prefix = f"{self.group}/" if self.group else ""
                 return {
-                    self.prefix + name.replace("/", "."): x.reshape(*shape, *x.shape[1:])
+                    prefix + stored_name(name): x.reshape(*shape, *x.shape[1:])
                     for name, x in arrays.items()
                 }
 
@@ -264,3 +230,10 @@ class Predictions:
             "parameter": tree_digests(given.params),
             "setting": setting,
         }
+
+
+def _without_lead(value: Any) -> Any:
+    """Return the shape and dtype of one draw."""
+    if not isinstance(value, jax.ShapeDtypeStruct):
+        return value
+    return jax.ShapeDtypeStruct(value.shape[1:], value.dtype)

@@ -80,7 +80,12 @@ class Grid:
     @property
     def row_blocks(self) -> int:
         """Number of blocks of rows."""
-        return len(_cuts(self.rows, self.row_size))
+        return len(self.row_cuts)
+
+    @property
+    def row_cuts(self) -> list[slice]:
+        """The blocks of rows."""
+        return _cuts(self.rows, self.row_size)
 
     @property
     def _samples(self) -> list[tuple[slice, slice]]:
@@ -89,7 +94,7 @@ class Grid:
 
     def __iter__(self) -> Iterator[Block]:
         samples = self._samples
-        rows = list(enumerate(_cuts(self.rows, self.row_size)))
+        rows = list(enumerate(self.row_cuts))
         if self.rows_first:
             yield from (Block(*at, cut, number) for number, cut in rows for at in samples)
         else:

@@ -34,21 +34,28 @@ def site_forms(model: Callable, args: tuple, kwargs: dict) -> dict[str, SiteForm
     forms: dict[str, SiteForm] = {}
 
     def look() -> None:
-        for name, site in filled_trace(model, args, kwargs).items():
-            form = SiteForm(site["type"], jax.tree.map(jnp.shape, site["value"]))
-            if site["type"] in ("sample", "deterministic"):
-                looped = bool(site.get("_control_flow_done"))
-                form = form._replace(dims=named_axes(site), looped=looped)
-            if site["type"] == "sample":
-                fn = unwrapped(site["fn"])
-                form = form._replace(
-                    distribution=type(fn).__name__,
-                    event_dim=fn.event_dim,
-                    observed=bool(site["is_observed"]),
-                )
-            forms[name] = form._replace(subsampled=is_subsampled(site))
+        forms.update(forms_of(filled_trace(model, args, kwargs)))
 
     jax.eval_shape(tracing_alone(look))
+    return forms
+
+
+def forms_of(trace: Mapping[str, dict[str, Any]]) -> dict[str, SiteForm]:
+    """Return what a trace tells of its sites."""
+    forms = {}
+    for name, site in trace.items():
+        form = SiteForm(site["type"], jax.tree.map(jnp.shape, site["value"]))
+        if site["type"] in ("sample", "deterministic"):
+            looped = bool(site.get("_control_flow_done"))
+            form = form._replace(dims=named_axes(site), looped=looped)
+        if site["type"] == "sample":
+            fn = unwrapped(site["fn"])
+            form = form._replace(
+                distribution=type(fn).__name__,
+                event_dim=fn.event_dim,
+                observed=bool(site["is_observed"]),
+            )
+        forms[name] = form._replace(subsampled=is_subsampled(site))
     return forms
 
 
@@ -82,16 +89,22 @@ class RowPlan:
         return (tuple(sorted(self.axes.items())), self.known)
 
 
-def tried_forms(model: Callable, rows: Rows) -> tuple[dict[str, SiteForm], dict[str, SiteForm]]:
+def tried_forms(
+    look: Callable[..., dict[str, SiteForm]], rows: Rows
+) -> tuple[dict[str, SiteForm], dict[str, SiteForm]]:
     """Return the sites of a model with half of the rows that it is tried with, and with all.
+
+    Args:
+        look: returns the sites of a call, by its arguments and keyword arguments.
+        rows: of the call.
 
     Raises:
         ValueError: if the model cannot be called with some of the rows, or has other sites then.
     """
     call = rows.at(rows.tried)
     try:
-        large = site_forms(model, *call)
-        small = site_forms(model, *rows.cut(call, slice(rows.few)))
+        large = look(*call)
+        small = look(*rows.cut(call, slice(rows.few)))
     except Exception as error:  # whatever a model raises that does not bear fewer rows
         raise ValueError(
             f"the model cannot be called with {2 * rows.few} or fewer of the {rows.total} rows of "
@@ -130,9 +143,12 @@ def row_plan(
     known = frozenset(known) - (frozenset() if conditioned else computed)
     axes = {}
     for name, form in large.items():
-        if form.type == "deterministic" and not wanted(name):
-            continue
-        axis = _row_axis(name, small[name], form, few)
+        try:
+            axis = _row_axis(name, small[name], form, few)
+        except ValueError:
+            if form.type == "deterministic" and not wanted(name):
+                continue
+            raise
         if axis is not None:
             axes[name] = axis
         elif form.looped and form.type == "sample" and not (form.observed or name in known):

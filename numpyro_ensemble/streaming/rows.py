@@ -105,7 +105,7 @@ class block_seed(Messenger):  # noqa: N801  # a handler, lowercase as NumPyro's
     What has no rows is drawn equal in all blocks, as one call for all rows would draw it.
 
     Args:
-        fn: the model.
+        fn: the model; None for a context.
         rng_key: the key of one draw, the same in all blocks.
         known: names of sites whose values are given.
         drawn: names of the sites that have rows.
@@ -114,7 +114,7 @@ class block_seed(Messenger):  # noqa: N801  # a handler, lowercase as NumPyro's
 
     def __init__(
         self,
-        fn: Callable,
+        fn: Callable | None,
         rng_key: jax.Array,
         known: Collection[str],
         drawn: Collection[str],
