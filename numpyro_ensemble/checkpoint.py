@@ -18,7 +18,14 @@ from numpyro_ensemble.calls.arguments import FIXED, MEMBER_AXES, Arguments
 from numpyro_ensemble.calls.identity import contents
 from numpyro_ensemble.density import Site
 from numpyro_ensemble.handlers import check_count, warn
-from numpyro_ensemble.storage import Leaves, with_key, without_key
+from numpyro_ensemble.storage import (
+    Leaves,
+    first_difference,
+    lock,
+    unlock,
+    with_key,
+    without_key,
+)
 
 _FORMAT = 1
 _LOCK = "in_use"
@@ -78,7 +85,12 @@ class Keeper:
         self.path = Path(checkpoint.directory).absolute()
         self.path.mkdir(parents=True, exist_ok=True)
         # of several processes the first one writes
-        self._lock = _locked(self.path) if jax.process_index() == 0 else None
+        self._lock = lock(self.path / _LOCK) if jax.process_index() == 0 else None
+        if self._lock is False:
+            raise ValueError(
+                f"another run uses {self.path} for its checkpoints: give this one a directory of "
+                f"its own."
+            )
         training = ocp.training
         self._orbax = training.Checkpointer(
             self.path,
@@ -126,15 +138,12 @@ class Keeper:
 
     def _compare(self, other: Mapping[str, Mapping[str, str]]) -> None:
         """Raise a ValueError that names what differs from another fingerprint."""
-        for group, mine in self.fingerprint.items():
-            theirs = other.get(group, {})
-            for name in sorted(mine.keys() | theirs.keys()):
-                if mine.get(name) != theirs.get(name):
-                    raise _OfAnotherRunError(
-                        f"the checkpoints in {self.path} are of another run: {group} {name!r} was "
-                        f"{theirs.get(name, 'not there')}, and is {mine.get(name, 'not there')}. "
-                        f"Give this run another directory, or remove that one."
-                    )
+        difference = first_difference(other, self.fingerprint)
+        if difference:
+            raise _OfAnotherRunError(
+                f"the checkpoints in {self.path} are of another run: {difference}. Give this run "
+                f"another directory, or remove that one."
+            )
 
     def save(self, step: int, tree: Any) -> None:
         """Write a checkpoint in the background, once the one before it is written."""
@@ -178,32 +187,11 @@ class Keeper:
         except Exception as error:
             self._failed("the last one", error)
         finally:
-            if self._lock is not None:
-                os.close(self._lock)
+            unlock(self._lock)
 
 
 class _OfAnotherRunError(ValueError):
     """A checkpoint that is whole, and of something else."""
-
-
-def _locked(path: Path) -> int | None:
-    """Lock a directory for this process, where the system can; the lock ends with the process."""
-    try:
-        import fcntl
-    except ImportError:
-        return None
-    handle = os.open(path / _LOCK, os.O_RDWR | os.O_CREAT)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(handle)
-        raise ValueError(
-            f"another run uses {path} for its checkpoints: give this one a directory of its own."
-        ) from None
-    except OSError:  # a file system without locks
-        os.close(handle)
-        return None
-    return handle
 
 
 def _digest_of(told: dict[str, Any]) -> str:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import numpyro
 from numpyro import handlers
 from numpyro.infer import init_to_uniform
@@ -75,6 +76,25 @@ class Site(NamedTuple):
 def is_subsampled(site: dict[str, Any]) -> bool:
     """Say whether a site of a trace is a plate that has drawn some of its rows."""
     return site["type"] == "plate" and len(site["value"]) < site["args"][0]
+
+
+def named_axes(site: dict[str, Any]) -> list[str] | None:
+    """Name the axes of a site by its plates and event dims; None where there are no names."""
+    shape = np.shape(site["value"])
+    frames = site["cond_indep_stack"]
+    events = list((site.get("infer") or {}).get("event_dims", []))
+    if site["type"] == "sample":
+        batch = len(shape) - site["fn"].event_dim
+    else:  # what follows the plates is of the event
+        batch = min(len(shape), max((-frame.dim for frame in frames), default=0))
+    names = [f"{site['name']}_dim_{i}" for i in range(len(shape))]
+    named = bool(events)
+    for frame in frames:
+        place = batch + frame.dim
+        if 0 <= place < len(shape) and shape[place] == frame.size:
+            names[place], named = frame.name, True
+    names[len(shape) - len(events) :] = events
+    return names if named else None
 
 
 @tracing_alone

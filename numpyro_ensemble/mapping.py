@@ -16,7 +16,7 @@ from numpyro_ensemble.primitives import is_inexact
 from numpyro_ensemble.results import name_members
 from numpyro_ensemble.sharding import Placement
 
-_ROOM = 1 << 28  # bytes that the draws of one batch may take
+ROOM = 1 << 28  # bytes that the draws of one batch may take
 
 
 def peak_bytes(fn: Callable, *args: Any) -> int:
@@ -53,7 +53,7 @@ def _size(aval: Any) -> int:
 
 def batch_for(total: int, size: int) -> int:
     """Return how many draws of `size` bytes go at once; a divisor of their number is preferred."""
-    most = min(total, max(1, _ROOM // max(size, 1)))
+    most = min(total, max(1, ROOM // max(size, 1)))
     least = -(-total // most)
     for number in range(least, min(2 * least, total) + 1):
         if total % number == 0:

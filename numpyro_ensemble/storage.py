@@ -7,10 +7,10 @@ import os
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -175,6 +175,47 @@ def _built(described: Any, arrays: Any) -> Any:
     if "dtype" in described:
         array = array.view(jnp.dtype(described["dtype"]))
     return with_key(array, described.get("key"))
+
+
+def first_difference(
+    before: Mapping[str, Mapping[str, str]], now: Mapping[str, Mapping[str, str]]
+) -> str | None:
+    """Name the first thing in which two fingerprints differ, texts by name in named groups."""
+    for group, mine in now.items():
+        theirs = before.get(group, {})
+        for name in sorted(mine.keys() | theirs.keys()):
+            if mine.get(name) != theirs.get(name):
+                return (
+                    f"{group} {name!r} was {theirs.get(name, 'not there')}, and is "
+                    f"{mine.get(name, 'not there')}"
+                )
+    return None
+
+
+def lock(path: Path) -> int | Literal[False] | None:
+    """Lock a directory, or a file that is made if need be, for as long as this process lives.
+
+    Returns:
+        What `unlock` takes; False where another process has the lock, and None where the system or
+        the file system knows no locks.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        return None
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(handle)
+        return False if isinstance(error, BlockingIOError) else None
+    return handle
+
+
+def unlock(handle: int | Literal[False] | None) -> None:
+    """Give a lock back."""
+    if handle is not None and handle is not False:
+        os.close(handle)
 
 
 def _umask() -> int:

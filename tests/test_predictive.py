@@ -175,7 +175,7 @@ def test_weights_resample_the_members(key):
         two = {"w": jnp.array([0.0, 1.0])}
         many = EnsemblePredictive(ridge_free, two, num_samples=500_000, weights=[1.0, 0.0])
         # with this key the last place is 0.99 of its stratum
-        assert np.max(many._indices(jax.random.key(79))[0]) == 0
+        assert np.max(many.places(jax.random.key(79)).member) == 0
     result = fit(vi_on_ridge(), key, X, Y)
     one = EnsemblePredictive(
         ridge,

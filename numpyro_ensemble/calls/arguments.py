@@ -8,9 +8,9 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
+from numpyro_ensemble.calls.arrays import is_array, is_traceable
 from numpyro_ensemble.calls.identity import fingerprint
 from numpyro_ensemble.primitives import is_inexact
 
@@ -144,16 +144,18 @@ def arrange(
     batch_args: Iterable[str | int] | None = None,
     member_args: Iterable[str | int] = (),
     traced: bool = True,
+    placed: bool = True,
+    batch_option: str = "batch_args",
 ) -> Arguments:
     """Sort the leaves of `(args, kwargs)` by how a compiled program sees them.
 
     With `traced`, arrays are inputs of the program; without, they are concrete, for models that
     look at their values. Batches are cut along the first axis, in arguments of `member_args` along
-    the second.
+    the second. Inputs are put on the device, unless `placed` is False.
 
     Raises:
         ValueError: if `batch_args` or `member_args` name what is no argument, or no array that has
-            such an axis.
+            such an axis. The user calls the former `batch_option`.
     """
     leaves, treedef = jax.tree.flatten((args, kwargs))
     names = _positional_names(model)
@@ -167,7 +169,7 @@ def arrange(
     if batched:
         batch = {i for i in arrays if i not in member or np.ndim(leaves[i]) > 1}
         if batch_args is not None:
-            batch = _named("batch_args", batch_args, owners, batch, member)
+            batch = _named(batch_option, batch_args, owners, batch, member)
     kinds = tuple(
         MEMBER_BATCH if i in member & batch else MEMBER if i in member else BATCH if i in batch
         else TRACED if isinstance(leaf, jax.core.Tracer) or (traced and is_traceable(leaf))
@@ -175,42 +177,8 @@ def arrange(
         for i, leaf in enumerate(leaves)
     )  # fmt: skip
     inputs = zip(leaves, kinds, strict=True)
-    on_device = tuple(x if k == FIXED else _on_device(x) for x, k in inputs)
+    on_device = tuple(_on_device(x) if placed and k != FIXED else x for x, k in inputs)
     return Arguments(treedef, kinds, on_device, names, _key_order((args, kwargs)))
-
-
-def is_array(leaf: Any) -> bool:
-    """Say whether a leaf is an array that a program could take as an input."""
-    return isinstance(leaf, np.ndarray | jax.Array)
-
-
-def is_traceable(leaf: Any) -> bool:
-    """Return whether a leaf is an array that JAX can take: not one of text, objects or masks."""
-    if isinstance(leaf, jax.Array):
-        return True
-    if not isinstance(leaf, np.ndarray) or isinstance(leaf, np.ma.MaskedArray):
-        return False
-    numeric = jnp.issubdtype(leaf.dtype, jnp.number) or leaf.dtype == bool
-    return bool(numeric) and not _loses_by_narrowing(leaf)
-
-
-def _loses_by_narrowing(array: np.ndarray) -> bool:
-    """Return whether a NumPy array says something else in the precision of JAX.
-
-    That is so of seconds since 1970 in float32: a model may subtract the first of them in NumPy.
-    """
-    narrow = jax.dtypes.canonicalize_dtype(array.dtype)
-    if narrow == array.dtype or not array.size:
-        return False
-    if jnp.issubdtype(narrow, jnp.integer):
-        limits = jnp.iinfo(narrow)
-        return bool(array.min() < limits.min or array.max() > limits.max)
-    finite = array[np.isfinite(array)]
-    if not finite.size:
-        return False
-    with np.errstate(over="ignore"):
-        lost = np.abs(finite - finite.astype(narrow)).max()
-    return bool(lost > 1e-4 * np.abs(finite - finite[0]).max() and lost > 0)
 
 
 def _key_order(tree: Any) -> Any:

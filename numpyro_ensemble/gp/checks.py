@@ -52,13 +52,22 @@ def flags_of(sites: dict[str, Site], solved: dict[str, jax.Array]) -> dict[str, 
     return flags
 
 
-def check_flags(flags: dict[str, dict[str, jax.Array]], num_draws: int) -> None:
-    """Raise a ValueError that counts and names the draws with which something is wrong."""
+def check_flags(
+    flags: dict[str, dict[str, jax.Array]], num_draws: int, places: np.ndarray | None = None
+) -> None:
+    """Raise a ValueError that counts and names the draws with which something is wrong.
+
+    Args:
+        flags: what `flags_of` returned, of all draws, or of those at some places.
+        num_draws: number of draws.
+        places: of the draws.
+    """
     for name, of_site in flags.items():
         for flag, (said, remedy) in _FAILURES.items():
             if has_tracers(of_site[flag]):
                 continue
             bad = np.flatnonzero(~np.asarray(of_site[flag]))
+            bad = bad if places is None else np.unique(places[bad])
             if len(bad):
                 some = f"{bad[:5].tolist()}{' and more' if len(bad) > 5 else ''}"
                 raise ValueError(
@@ -74,9 +83,27 @@ def check_inputs(finite: dict[str, jax.Array]) -> None:
             raise ValueError(f"the inputs of {name!r} in this call are not all finite.")
 
 
+_PART = 1 << 20  # numbers that are read at once
+
+
 def arrays_of(*given: Any) -> list[Any]:
     """Return the arrays among arguments."""
     return [x for x in jax.tree.leaves(given) if np.ndim(x)]
+
+
+def digest_in_parts(arrays: list[Any]) -> np.uint32:
+    """Return what `digest` does, on the host, so that arrays need not fit a device."""
+    total = np.zeros((), np.uint64)
+    for x in arrays:
+        if jnp.issubdtype(x.dtype, jnp.number) or x.dtype == bool:
+            summed = np.zeros((), np.uint64)
+            for start in range(0, len(x), rows := max(_PART // max(x[:1].size, 1), 1)):
+                part = np.asarray(x[start : start + rows]).astype(np.float32).ravel()
+                first = start * x[:1].size
+                places = 2 * np.arange(first, first + part.size, dtype=np.uint64) + 1
+                summed += (part.view(np.uint32) * places.astype(np.uint32)).sum(dtype=np.uint64)
+            total = (np.uint64(2654435761) * total + summed) & np.uint64(0xFFFFFFFF)
+    return np.uint32(total)
 
 
 def digest(arrays: list[Any]) -> jax.Array:
@@ -95,8 +122,9 @@ def holds(flags: Any) -> bool:
     return bool(np.asarray(flags).all())
 
 
-def flat_samples(samples: Any, batch_ndims: int) -> tuple[dict[str, jax.Array], int]:
-    """Return samples with one leading axis, and their number."""
+def flat_samples(samples: Any, batch_ndims: int) -> tuple[dict[str, jax.Array], int, int]:
+    """Return samples with one leading axis, their number, and that of the members they are of."""
+    fitted = isinstance(samples, EnsembleResult)
     if isinstance(samples, EnsembleResult):
         samples, batch_ndims = samples.params, 1
     if not isinstance(samples, dict):
@@ -115,9 +143,10 @@ def flat_samples(samples: Any, batch_ndims: int) -> tuple[dict[str, jax.Array], 
         raise ValueError(
             f"posterior_samples must lead with the same {batch_ndims} axes, got {lead}."
         )
-    shape = next(iter(lead.values()), ())
+    shape: tuple[int, ...] = next(iter(lead.values()), ())
     number = int(np.prod(shape))
     if not number:
         raise ValueError("posterior_samples hold no draw.")
     flat = jax.tree.map(lambda x: x.reshape(number, *x.shape[batch_ndims:]), samples)
-    return flat, number
+    members = number if fitted else shape[0] if batch_ndims == 2 else 1
+    return flat, number, members

@@ -9,25 +9,33 @@ import jax
 import jax.numpy as jnp
 
 
-def normal_at(rng_key: jax.Array, X: jax.Array, copies: tuple[int, ...], dtype: Any) -> jax.Array:
+def normal_at(
+    rng_key: jax.Array,
+    X: jax.Array,
+    copies: tuple[int, ...],
+    dtype: Any,
+    before: jax.Array | None = None,
+) -> jax.Array:
     """Return standard normals `(*copies, N)` that depend on the key and each input's own values.
 
-    Inputs that are repeated within a call have independent ones.
+    Inputs that are repeated within a call have independent ones; `before` says how often each
+    stood in the blocks of the call that came before.
     """
 
     def draw(words: jax.Array) -> jax.Array:
         key = jax.random.fold_in(jax.random.fold_in(rng_key, words[0]), words[1])
         return jax.random.normal(key, copies, dtype)
 
-    return jnp.moveaxis(jax.vmap(draw)(_hashes(X)), 0, -1)
+    return jnp.moveaxis(jax.vmap(draw)(_hashes(X, before)), 0, -1)
 
 
-def _hashes(X: jax.Array) -> jax.Array:
+def _hashes(X: jax.Array, before: jax.Array | None) -> jax.Array:
     """Return two numbers `(N, 2)` of each input `(N, D)`, and of how often it stood before."""
     X = jax.lax.stop_gradient(X) + 0.0  # one zero, not two
     words = jax.lax.bitcast_convert_type(X, jnp.uint32)
+    earlier = _earlier(X) if before is None else _earlier(X) + before
     words = jnp.concatenate(
-        [words.reshape(len(X), math.prod(words.shape[1:])), _earlier(X)[:, None]], axis=1
+        [words.reshape(len(X), math.prod(words.shape[1:])), earlier[:, None]], axis=1
     )
 
     def of_row(row: jax.Array) -> jax.Array:

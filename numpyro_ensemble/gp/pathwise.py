@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -10,22 +10,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from numpyro import handlers
 
 from numpyro_ensemble.calls.keywords import checked_keywords
 from numpyro_ensemble.calls.programs import Programs
-from numpyro_ensemble.density import fill_model, filled
+from numpyro_ensemble.density import fill_model
 from numpyro_ensemble.gp.checks import (
-    arrays_of,
     check_flags,
     check_inputs,
-    digest,
     flags_of,
     flat_samples,
     holds,
 )
 from numpyro_ensemble.gp.draw_paths import check_options
-from numpyro_ensemble.gp.means import Function
 from numpyro_ensemble.gp.mixtures import (
     Conditional,
     JointMoments,
@@ -37,10 +33,14 @@ from numpyro_ensemble.gp.mixtures import (
 )
 from numpyro_ensemble.gp.path_arrays import PER_PATH
 from numpyro_ensemble.gp.paths import Paths
-from numpyro_ensemble.gp.sites import Answer, Site, gather_sites
+from numpyro_ensemble.gp.program import PathProgram
+from numpyro_ensemble.gp.sites import Answer, gather_sites
+from numpyro_ensemble.gp.stored import write_functions
 from numpyro_ensemble.gp.subsampling import Dependents, KnownRows, check_rows
 from numpyro_ensemble.handlers import check_count, one_key, warn
 from numpyro_ensemble.mapping import map_draws, pick, platform_of
+from numpyro_ensemble.streaming.independence import RowPlan
+from numpyro_ensemble.streaming.options import StoreOptions
 
 
 class Pathwise:
@@ -112,7 +112,8 @@ class Pathwise:
             raise TypeError(f"return_sites takes a collection of names, got {return_sites!r}.")
         # copies: an array that is changed in place later does not change the functions
         self.model, (self.args, self.kwargs) = model, jax.tree.map(_copied, (args, kwargs))
-        self.samples, self.num_draws = flat_samples(posterior_samples, batch_ndims)
+        self.samples, self.num_draws, members = flat_samples(posterior_samples, batch_ndims)
+        self.shape = (members, self.num_draws // members)
         bases = (4 if self.num_draws == 1 else 1) if num_bases is None else num_bases
         check_options(num_paths, bases, num_features, solver)
         self.num_paths, self._bases = num_paths, min(bases, num_paths)
@@ -127,7 +128,7 @@ class Pathwise:
         self.batch_size, self.group_by_draw = batch_size, group_by_draw
         self.shared: dict[str, Any] = {}
         self.params = self._per_draw(params or {})
-        self._programs = Programs()
+        self.programs = Programs()
         self._check_model()
 
     # What is given ------------------------------------------------------------------------------
@@ -172,7 +173,7 @@ class Pathwise:
         found: list[Any] = []
 
         def look(moved: str | None = None) -> Dependents:
-            known = self._known(*pick((self.samples, self.params), 0))
+            known = self.program().known(*pick((self.samples, self.params), 0))
             found.append(gather_sites(self.model, known, self.args, self.kwargs, moved))
             return found[-1].dependents()
 
@@ -196,26 +197,22 @@ class Pathwise:
         rows = found[0].rows
         check_rows(rows.subsampled, rows.sizes, found[0].inside, look)
 
-    def _find(self, sample: dict, params: dict) -> dict[str, Site]:
-        known = self._known(sample, params)
-        return gather_sites(self.model, known, self.args, self.kwargs).sites
-
-    def _known(self, sample: dict, params: dict) -> dict[str, Any]:
-        return {**sample, **params, **self.shared}
+    def program(self, plan: RowPlan | None = None) -> PathProgram:
+        """Return what its programs are made of, where rows are cut with a plan for them."""
+        return PathProgram(
+            self.model,
+            self.args,
+            self.kwargs,
+            self.samples.keys(),
+            self.shared,
+            self.return_sites,
+            self._bases,
+            self._each,
+            self._options,
+            plan,
+        )
 
     # Drawing ------------------------------------------------------------------------------------
-
-    def _functions(self, rng_key: jax.Array, sites: dict[str, Site]) -> dict[str, Paths]:
-        """Draw the functions of one posterior draw; copies of a process follow each other."""
-        keys = jax.random.split(rng_key, len(sites))
-        paths = {}
-        number = self._bases * self._each
-        for key, (name, site) in zip(keys, sorted(sites.items()), strict=True):
-            copies = len(site.flat())
-            values = jnp.tile(site.flat(), (number, 1))
-            options = {"num_paths": len(values), "copies": copies, "latent": not site.observed}
-            paths[name] = site.process.draw_paths(key, values, **options, **self._options)
-        return paths
 
     def draw(self, rng_key: jax.Array) -> dict[str, Paths]:
         """Return the functions themselves, of each process and all draws.
@@ -226,24 +223,15 @@ class Pathwise:
         Raises:
             TypeError: if a kernel or a mean holds values in a function that is no pytree.
         """
+        program = self.program()
 
         def one(given: tuple) -> Any:
             key, sample, params = given
-            sites = self._find(sample, params)
-            paths = self._functions(jax.random.split(key)[0], sites)
-            for name, drawn in paths.items():
-                parts = jax.tree.leaves(drawn, is_leaf=lambda part: isinstance(part, Function))
-                if any(isinstance(p, Function) and p.closes_over_tracers() for p in parts):
-                    raise TypeError(
-                        f"the kernel or the mean of {name!r} uses a function that closes over "
-                        f"latents or parameters: give it as a pytree, functools.partial(fn, "
-                        f"values) or a module."
-                    )
-            return paths, flags_of(sites, {name: p.ok.all() for name, p in paths.items()})
+            return program.trees(key, program.find(sample, params))
 
-        build = partial(self._mapped, one)
-        program = self._programs.get(build, self.model, self.args, self.kwargs, "draw")
-        paths, flags = program(*self._inputs(rng_key))
+        build = partial(self.mapped, one)
+        mapped = self.programs.get(build, self.model, self.args, self.kwargs, "draw")
+        paths, flags = mapped(*self.inputs(rng_key))
         check_flags(flags, self.num_draws)
         return self._trim(paths)
 
@@ -258,19 +246,23 @@ class Pathwise:
             kept[name] = replace(drawn, **parts)
         return kept
 
-    def _mapped(self, one: Callable) -> Callable:
+    def mapped(self, one: Callable) -> Callable:
+        """Return a compiled function that maps another over draws."""
+
         def program(*inputs: Any) -> Any:
-            return map_draws(one, inputs, self._at_once())
+            return map_draws(one, inputs, self.at_once)
 
         return jax.jit(program)
 
-    def _at_once(self) -> int | None:
-        """Return how many draws go at once: one on CPUs, where XLA's programs for many may hang."""
+    @property
+    def at_once(self) -> int | None:
+        """How many draws go at once: one on CPUs, where XLA's programs for many may hang."""
         return (
             1 if self.batch_size is None and platform_of(self.samples) == "cpu" else self.batch_size
         )
 
-    def _inputs(self, rng_key: jax.Array) -> tuple:
+    def inputs(self, rng_key: jax.Array) -> tuple:
+        """Return key, sample and parameters of each draw."""
         rng_key = one_key(rng_key)
         return jax.random.split(rng_key, self.num_draws), self.samples, self.params
 
@@ -284,7 +276,8 @@ class Pathwise:
             *args: arguments of the model at the new inputs; leave the data out (None).
             **kwargs: keyword arguments of the model.
         """
-        values = self._checked(self._predict, self._inputs(rng_key), args, kwargs, "call")
+        predict, inputs = self.program().predict, self.inputs(rng_key)
+        values = self._checked(predict, inputs, args, kwargs, "call")
         number = self._bases * self._each
 
         def arrange_paths(x: jax.Array) -> jax.Array:
@@ -293,6 +286,50 @@ class Pathwise:
             return x if self.group_by_draw else jax.lax.collapse(x, 0, 2)
 
         return {name: arrange_paths(value) for name, value in values.items()}
+
+    @checked_keywords
+    def to_zarr(
+        self,
+        store: Any,
+        rng_key: jax.Array,
+        *args: Any,
+        row_args: Iterable[str | int] | None = None,
+        row_batch_size: int | None = None,
+        coords: Mapping[str, Any] | None = None,
+        dims: Mapping[str, list[str]] | None = None,
+        progress_bar: bool = True,
+        **kwargs: Any,
+    ) -> Any:
+        """Write what a call returns to a Zarr store, block by block, as a dataset on disk.
+
+        Functions are drawn once for all inputs. They and the noise of observations are those of the
+        call with the same key, however it is cut. Sites that are drawn on top have, cut by rows,
+        keys of their own in each block. A call that was stopped goes on where it was when it is
+        made again.
+
+        Args:
+            store: a path, or a store of Zarr's.
+            rng_key: one key.
+            *args: arguments of the model at the new inputs; leave the data out (None).
+            row_args: names or positions of the arguments with inputs along their leading axes, to
+                cut the call by these.
+            row_batch_size: inputs of a block (default: as many as fit).
+            coords: coordinates by dimension.
+            dims: dimensions by site, behind `path` if there are several for each draw.
+            progress_bar: show how many blocks are written.
+            **kwargs: keyword arguments of the model.
+
+        Returns:
+            An `xarray.Dataset` that reads from the store, with `chain` for members, `draw`, and
+            `path` for several functions of a draw.
+
+        Raises:
+            ValueError: for a store of something else or a finished one, and for other sites whose
+                rows depend on each other, if `row_args` is given.
+            TypeError: if a kernel holds values in a function that is no pytree.
+        """
+        options = StoreOptions(row_args, row_batch_size, coords or {}, dims or {}, progress_bar)
+        return write_functions(self, store, one_key(rng_key), args, kwargs, options)
 
     def moments(
         self, *args: Any, covariance: bool = False, **kwargs: Any
@@ -331,13 +368,13 @@ class Pathwise:
 
     def _conditionals(self, joint: bool, args: tuple, kwargs: dict) -> dict[str, Conditional]:
         """Return the distribution of each process given each draw, at the inputs of a call."""
+        program = self.program()
 
         def one(call: tuple, draw: jax.Array, sample: dict, params: dict) -> Any:
-            known = self._known(sample, params)
-            sites = {k: site.centred() for k, site in self._find(sample, params).items()}
+            known, sites = program.known(sample, params), program.centred(sample, params)
 
             def run(functions: dict) -> Answer:
-                return self._call(call, known, functions, sites, jax.random.key(0))[0]
+                return program.run(call, known, functions, sites, jax.random.key(0))[0]
 
             each, free, answer = conditionals(sites, run, joint)
             solved = {
@@ -363,95 +400,14 @@ class Pathwise:
         """Run a program over all draws, and raise a ValueError for what it found wrong."""
 
         def program(call: tuple, *inputs: Any) -> Any:
-            return map_draws(lambda given: one(call, *given), inputs, self._at_once())
+            return map_draws(lambda given: one(call, *given), inputs, self.at_once)
 
         call = (self.model, args, kwargs, *others)
-        out, flags, finite = self._programs.call(program, inputs, *call)
+        out, flags, finite = self.programs.call(program, inputs, *call)
         check_inputs(finite)
         check_flags(flags, self.num_draws)
         return out
 
-    def _predict(self, call: tuple, rng_key: jax.Array, sample: dict, params: dict) -> Any:
-        """Run the model at the new inputs on the functions of one posterior draw."""
-        sites = {k: site.centred() for k, site in self._find(sample, params).items()}
-        path_key, noise_key = jax.random.split(rng_key)
-        paths = self._functions(path_key, sites)
-        copies = {name: site.flat().shape[0] for name, site in sites.items()}
-        shape = (self._bases, self._each)
-
-        def grouped(name: str, drawn: Paths) -> tuple[jax.Array, jax.Array]:
-            weights = drawn.weights.reshape(*shape, copies[name], drawn.weights.shape[-1])
-            alpha = drawn.alpha.reshape(*shape[::-1], copies[name], drawn.alpha.shape[-1])
-            return weights, alpha.swapaxes(0, 1)  # one path after another is of another basis
-
-        # the bases and what goes with each path: mapped over bases, then over their paths
-        features = {name: drawn.features for name, drawn in paths.items()}
-        own = {name: grouped(name, drawn) for name, drawn in paths.items()}
-        keys = jax.random.split(noise_key, shape)
-
-        def run(features: dict, own: dict, key: jax.Array) -> Any:
-            functions = {
-                name: partial(_values, paths[name], features[name], own[name], sites[name].copies)
-                for name in paths
-            }
-            answer, trace = self._call(call, self._known(sample, params), functions, sites, key)
-            return self._wanted(answer, trace), answer.finite
-
-        over_paths = jax.vmap(run, in_axes=(None, 0, 0))
-        values, finite = jax.vmap(over_paths)(features, own, keys)
-        solved = {name: drawn.ok.all() for name, drawn in paths.items()}
-        return values, flags_of(sites, solved), jax.tree.map(jnp.all, finite)
-
-    def _call(
-        self, call: tuple, known: dict, functions: dict, sites: dict[str, Site], key: jax.Array
-    ) -> tuple[Answer, dict]:
-        """Run the model once on functions in place of its processes; return these and its trace."""
-        key_model, key_noise = jax.random.split(key)
-        # each input has noise of its own; other sites are drawn anew for other arguments
-        key_model = jax.random.fold_in(key_model, digest(arrays_of(*call)))
-        others = {name: value for name, value in known.items() if name not in sites}
-        args, kwargs = call
-        answer = Answer(filled(self.model, others), functions, sites, key_noise)
-        with handlers.seed(rng_seed=key_model):
-            return answer, handlers.trace(answer).get_trace(*args, **kwargs)
-
-    def _wanted(self, answer: Answer, trace: dict) -> dict[str, jax.Array]:
-        """Return the values that were asked for, by default all that were not given."""
-        values = {
-            name: site["value"]
-            for name, site in trace.items()
-            if site["type"] == "deterministic"
-            or (site["type"] == "sample" and name not in self.samples)
-        }
-        values.update(answer.values)
-        if self.return_sites is not None:
-            unknown = sorted(set(self.return_sites) - values.keys())
-            if unknown:
-                raise ValueError(
-                    f"return_sites names {unknown}; the sites to return are {sorted(values)}."
-                )
-            values = {name: values[name] for name in self.return_sites}
-        return values
-
 
 def _copied(x: Any) -> Any:
     return x.copy() if isinstance(x, np.ndarray) else x
-
-
-def _values(
-    paths: Paths,
-    features: Any,
-    own: tuple[jax.Array, jax.Array],
-    copies: tuple[int, ...],
-    X: jax.Array,
-) -> jax.Array:
-    """Evaluate one path, all copies of it, at inputs: `(*copies, N)`."""
-    weights, alpha = own
-    one = replace(
-        paths,
-        features=jax.tree.map(lambda leaf: leaf[None], features),
-        weights=weights[None],
-        order=jnp.arange(len(alpha)),
-        alpha=alpha,
-    )
-    return one(X).reshape(*copies, len(X))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Collection, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -222,6 +223,7 @@ class Answer(Messenger):
         functions: by name, from inputs `(N, D)` to values `(*copies, N)` without the mean.
         sites: the processes as they were found.
         rng_key: of the noise of observations, which each input has its own of.
+        before: how often each input stood in blocks before this one, by process.
 
     Attributes:
         values: of the processes, by site name.
@@ -237,8 +239,10 @@ class Answer(Messenger):
         functions: Mapping[str, Callable[[jax.Array], jax.Array]],
         sites: Mapping[str, Site],
         rng_key: jax.Array,
+        before: Mapping[str, jax.Array] = MappingProxyType({}),
     ) -> None:
         super().__init__(fn)
+        self.before = before
         self.functions, self.sites, self.rng_key = functions, sites, rng_key
         self.values: dict[str, jax.Array] = {}
         self.inputs: dict[str, jax.Array] = {}
@@ -272,7 +276,7 @@ class Answer(Messenger):
             self.noises[name] = jnp.broadcast_to(process.variances, (len(X),))
             self.rng_key, key = jax.random.split(self.rng_key)
             sd = jnp.broadcast_to(jnp.sqrt(process.variances), value.shape)
-            value = value + sd * normal_at(key, X, copies, value.dtype)
+            value = value + sd * normal_at(key, X, copies, value.dtype, self.before.get(name))
         self.values[name] = value
         return value
 

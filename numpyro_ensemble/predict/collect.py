@@ -15,7 +15,13 @@ from numpyro.infer import util
 
 from numpyro_ensemble._compat import distribution_mask
 from numpyro_ensemble.calls.tracing import tracing_alone
-from numpyro_ensemble.density import anatomy, fill_model, is_subsampled, unchecked_trace
+from numpyro_ensemble.density import (
+    anatomy,
+    fill_model,
+    is_subsampled,
+    named_axes,
+    unchecked_trace,
+)
 from numpyro_ensemble.fit.ensemble import Ensemble
 from numpyro_ensemble.fit.state import setup_of
 from numpyro_ensemble.handlers import is_factor, unwrapped
@@ -206,7 +212,7 @@ class Sites(NamedTuple):
             if site["type"] not in ("sample", "deterministic"):
                 continue
             sites.shapes[name] = np.shape(site["value"])
-            names = _dims(site)
+            names = named_axes(site)
             if names is not None:
                 sites.dims[name] = names
             if site["type"] == "deterministic":
@@ -224,25 +230,6 @@ class Sites(NamedTuple):
                 if type(unwrapped(site["fn"])).__name__ == "ImproperUniform":
                     sites.improper.append(name)
         return sites
-
-
-def _dims(site: dict[str, Any]) -> list[str] | None:
-    """Name the axes of a site by its plates and event dims; None where there are no names."""
-    shape = np.shape(site["value"])
-    frames = site["cond_indep_stack"]
-    events = list((site.get("infer") or {}).get("event_dims", []))
-    if site["type"] == "sample":
-        batch = len(shape) - site["fn"].event_dim
-    else:  # what follows the plates is of the event
-        batch = min(len(shape), max((-frame.dim for frame in frames), default=0))
-    names = [f"{site['name']}_dim_{i}" for i in range(len(shape))]
-    named = bool(events)
-    for frame in frames:
-        place = batch + frame.dim
-        if 0 <= place < len(shape) and shape[place] == frame.size:
-            names[place], named = frame.name, True
-    names[len(shape) - len(events) :] = events
-    return names if named else None
 
 
 def _seen(site: dict[str, Any]) -> np.ndarray:

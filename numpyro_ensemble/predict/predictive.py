@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from jax.typing import ArrayLike
-from numpyro.infer import Predictive
 from numpyro.infer.autoguide import AutoGuide
 
-from numpyro_ensemble.calls.identity import captured
+from numpyro_ensemble.calls.keywords import checked_keywords
 from numpyro_ensemble.calls.programs import Programs
-from numpyro_ensemble.density import anatomy
-from numpyro_ensemble.fit.draws import check_guide, draw_latents
-from numpyro_ensemble.fit.slots import filled_guide
-from numpyro_ensemble.fit.state import VALUE_AXES, GuideValues, Setup
-from numpyro_ensemble.handlers import check_count, one_key, warn
-from numpyro_ensemble.mapping import map_draws, pick
+from numpyro_ensemble.fit.state import Setup
+from numpyro_ensemble.handlers import check_count, one_key
+from numpyro_ensemble.mapping import pick
+from numpyro_ensemble.predict.checks import check_model, check_returned
 from numpyro_ensemble.predict.given import read_given
-
-_DRAWN = ("latent", "discrete")  # kinds of sites
+from numpyro_ensemble.predict.program import Places, PredictiveProgram, places_of
+from numpyro_ensemble.predict.stored import write_predictions
+from numpyro_ensemble.streaming.independence import RowPlan
+from numpyro_ensemble.streaming.options import StoreOptions
 
 
 class EnsemblePredictive:
@@ -107,20 +104,20 @@ class EnsemblePredictive:
         given = read_given(posterior_samples, params, guide, num_samples, batch_ndims, on_failed)
         if group_by_member and given.size is None:
             raise ValueError("group_by_member needs members: posterior_samples, or params.")
-        self._given, self.num_samples = given, given.number
+        self.given, self.num_samples = given, given.number
         self.grouped = group_by_member or given.ndims == 2
         self.weights = given.finite_weights(weights)
-        self._setup = self._setup_of_guides()
-        self._programs = Programs()
+        self.setup = self._setup_of_guides()
+        self.programs = Programs()
 
     @property
     def ensemble_size(self) -> int:
         """Number of members E, 1 where there are none."""
-        return self._given.size or 1
+        return self.given.size or 1
 
     def _setup_of_guides(self) -> Setup | None:
         """Return the set-up of the fit's guides, if the guide that was given is one of these."""
-        setup = self._given.setup
+        setup = self.given.setup
         if setup is None or setup.template is None or not isinstance(self.guide, AutoGuide):
             return None
         fitted: Any = setup.template.guide
@@ -138,165 +135,102 @@ class EnsemblePredictive:
             **kwargs: keyword arguments of the model.
         """
         rng_key = one_key(rng_key)
-        given = self._given
-        values = None if self._setup is None else self._setup.values.guide
-        inputs = (rng_key, *self._indices(rng_key), given.samples, given.params, values)
-        predictions = self._programs.call(
-            self._predict, inputs, self.model, args, kwargs, *self._settings(),
-            prepare=lambda: self._check_model(args, kwargs),
+        given, program = self.given, self.program()
+        inputs = (rng_key, self.places(rng_key), given.samples, given.params, program.guide_values)
+        predictions = self.programs.call(
+            program, inputs, self.model, args, kwargs, *program.key,
+            prepare=lambda: check_model(self, args, kwargs),
         )  # fmt: skip
-        missing = sorted(set(self.return_sites or ()) - predictions.keys())
-        if missing:
-            raise ValueError(
-                f"return_sites names {missing}, which are no sites of the model or the guide."
-            )
-        if self._given.ndims == 0:
+        check_returned(self.return_sites, predictions)
+        if self.given.ndims == 0:
             return predictions if self.num_samples > 1 else pick(predictions, 0)
         if not self.grouped or self.weights is not None:
             return predictions
         shape = (self.ensemble_size, self.num_samples)
         return jax.tree.map(lambda x: x.reshape(*shape, *x.shape[1:]), predictions)
 
-    def _indices(self, rng_key: jax.Array) -> tuple[Any, Any]:
-        """Return member and draw of each prediction."""
-        size, number = self.ensemble_size, self.num_samples
-        if self.weights is None:
-            member, draw = np.divmod(np.arange(size * number), number)
-            return member, draw
-        total = size * number
-        key_place, key_first = jax.random.split(jax.random.fold_in(rng_key, total))
-        # whole strata and the rest apart, or single precision would round a draw to the next member
-        bounds = np.minimum(np.cumsum(self.weights) * total, total)
-        bounds[np.flatnonzero(self.weights)[-1] :] = total
-        whole = np.floor(bounds)[:, None]
-        stratum, place = np.arange(total), jax.random.uniform(key_place, (total,))
-        ended = (whole < stratum) | ((whole == stratum) & (bounds[:, None] - whole <= place[None]))
-        members = ended.sum(axis=0)
-        # a member's own draws are taken in turn, from a random one on
-        rank = jnp.arange(total) - jnp.searchsorted(members, members, side="left")
-        first = jax.random.randint(key_first, (size,), 0, number)
-        return members, (first[members] + rank) % number
-
-    def _check_model(self, args: tuple, kwargs: dict) -> None:
-        sites = anatomy(self.model, args, kwargs)
-        if self._given.fitted and not self.guide:
-            unknown = sorted(self._given.fitted - sites.keys())
-            if unknown:
-                raise ValueError(
-                    f"the result is of another model, which has {unknown}, or of a variational "
-                    f"fit: that takes its guide along, guide=runner.guide."
-                )
-        for name, value in self._given.samples.items():
-            site, shape = sites.get(name), np.shape(value)[max(self._given.ndims, 1) :]
-            if site is not None and site.kind == "latent" and len(shape) != len(site.shape):
-                raise ValueError(
-                    f"each of the samples of {name!r} has shape {shape}, and the model's site "
-                    f"{site.shape}: batch_ndims says how many axes of the samples lead (2 for "
-                    f"members and draws), got {self._given.ndims}."
-                )
-        known = self._given.known
-        if known is not None:
-            new = [n for n, s in sites.items() if s.kind in _DRAWN and n not in known]
-            if new:
-                warn(f"{new} were no sites of the fitted model and are drawn from their prior.")
-        if self.guide is not None:
-            guide = self.guide
-            if self._setup is not None:
-                guide = _first_guide(self._setup)
-            check_guide(guide, self._given.params, args, kwargs)
-        observed = [
-            name
-            for name, site in sites.items()
-            if site.kind == "observed" and (self.return_sites is None or name in self.return_sites)
-        ]
-        if observed and not self.infer_discrete:
-            warn(
-                f"{observed} are observed in this call, so that what is returned for them is the "
-                f"data. Leave the observed arguments out, y=None say."
-            )
-
-    def _settings(self) -> tuple:
-        """Return what a program depends on besides its arguments and the model."""
-        sites = None if self.return_sites is None else tuple(self.return_sites)
-        discrete = (self.infer_discrete, self.condition_deterministic)
-        template = None if self._setup is None else self._setup.template
-        return (captured(self.guide), template, sites, *discrete, self.batch_size, self.parallel)
-
-    def _predict(
+    @checked_keywords
+    def to_zarr(
         self,
-        call: tuple,
-        rng_key: Any,
-        member: Any,
-        draw: Any,
-        samples: Any,
-        params: Any,
-        values: GuideValues | None,
+        store: Any,
+        rng_key: jax.Array,
+        *args: Any,
+        row_args: Iterable[str | int] | None = None,
+        row_batch_size: int | None = None,
+        coords: Mapping[str, Any] | None = None,
+        dims: Mapping[str, list[str]] | None = None,
+        progress_bar: bool = True,
+        **kwargs: Any,
     ) -> Any:
-        """Return all predictions; this is what is compiled."""
-        args, kwargs = call
+        """Write predictions to a Zarr store, block by block, and return them as a dataset on disk.
+
+        Memory holds three blocks of 64 MiB and what a model needs to compute one. Cut by draws
+        alone, the numbers are those of the call with the same key. Cut by rows as well, what is
+        drawn for the rows of a block has a key of its own, so that it depends on `row_batch_size`;
+        everything else is equal to rounding. A call that was stopped goes on where it was when it
+        is made again.
+
+        Args:
+            store: a path, or a store of Zarr's.
+            rng_key: one key.
+            *args: arguments of the model; leave observed ones out (None).
+            row_args: names or positions of the arguments with rows along their leading axes, to cut
+                the call by these rows. The rows of the model must be independent of each other.
+            row_batch_size: rows of a block (default: as many as fit).
+            coords: coordinates by dimension.
+            dims: dimensions by site; those of plates and `infer={"event_dims": ...}` are known.
+            progress_bar: show how many blocks are written.
+            **kwargs: keyword arguments of the model.
+
+        Returns:
+            An `xarray.Dataset` that reads from the store: members are `chain`, draws are `draw`.
+            The draws of a mixture (`weights=`) are one chain.
+
+        Raises:
+            ValueError: for a store of something else or a finished one, and for a model whose rows
+                depend on each other, if `row_args` is given.
+
+        Example:
+            >>> import jax, jax.numpy as jnp, numpyro, numpyro.distributions as dist, tempfile
+            >>> from numpyro_ensemble import EnsemblePredictive
+            >>> def model(x, y=None):
+            ...     w = numpyro.sample("w", dist.Normal(0.0, 1.0))
+            ...     with numpyro.plate("rows", len(x)):
+            ...         numpyro.sample("y", dist.Normal(w * x, 0.1), obs=y)
+            >>> predictive = EnsemblePredictive(model, {"w": jnp.ones((2, 50))}, batch_ndims=2)
+            >>> path = tempfile.mkdtemp()
+            >>> data = predictive.to_zarr(
+            ...     path, jax.random.key(0), jnp.ones(30), row_args=["x"], row_batch_size=10,
+            ...     progress_bar=False,
+            ... )
+            >>> dict(data["y"].sizes)
+            {'chain': 2, 'draw': 50, 'rows': 30}
+        """
+        options = StoreOptions(row_args, row_batch_size, coords or {}, dims or {}, progress_bar)
+        return write_predictions(self, store, one_key(rng_key), args, kwargs, options)
+
+    # What programs are made of ------------------------------------------------------------------
+
+    def program(self, plan: RowPlan | None = None) -> PredictiveProgram:
+        """Return the program of a call, whose rows are cut where there is a plan for them."""
         total = self.ensemble_size * self.num_samples
         at_once = self.batch_size
         if self.parallel is not None:
             at_once = total if self.parallel else 1
-        places = (member, draw) if self._given.ndims == 2 else (member,)
-        if self.guide is not None:
-            rng_key, guide_key = jax.random.split(rng_key)
-            samples = self._draw(guide_key, member, params, values, args, kwargs)
-            places = (np.arange(total),)
-        keys = jax.random.split(rng_key, total) if total > 1 else rng_key[None]
+        return PredictiveProgram(
+            self.model,
+            self.guide,
+            self.setup,
+            self.return_sites,
+            self.infer_discrete,
+            self.condition_deterministic,
+            at_once,
+            total,
+            self.given.ndims,
+            self.weights is None and self.given.size is not None,
+            plan,
+        )
 
-        def one(where: tuple) -> dict[str, Any]:
-            key, e, place = where
-            known = pick(samples, *place)
-            predictive = Predictive(
-                self.model,
-                known,
-                params=pick(params, e),
-                num_samples=None if known else 1,
-                batch_ndims=0,
-                return_sites=self.return_sites,
-                infer_discrete=self.infer_discrete,
-                condition_deterministic=self.condition_deterministic,
-            )
-            predictions = predictive(key, *args, **kwargs)
-            return predictions if known else pick(predictions, 0)
-
-        return map_draws(one, (keys, member, places), at_once)
-
-    def _draw(
-        self,
-        rng_key: jax.Array,
-        member: Any,
-        params: Any,
-        values: GuideValues | None,
-        args: tuple,
-        kwargs: dict,
-    ) -> dict[str, Any]:
-        """Draw the latents of each prediction from the guide, as each member has set it up."""
-
-        def draw(key: jax.Array, own: Any, values: GuideValues | None) -> dict[str, Any]:
-            guide: Any = self.guide
-            if values is not None and self._setup is not None:
-                guide = filled_guide(self._setup.template, values)  # type: ignore[arg-type]
-            return draw_latents(guide, key, own, args, kwargs)
-
-        size, number = self.ensemble_size, self.num_samples
-        keys = jax.random.split(rng_key, size * number)
-        axes = None if values is None else VALUE_AXES.guide
-        if self.weights is not None or self._given.size is None:
-            if values is not None:
-                supports, own = pick(values[:2], member)
-                values = GuideValues(supports, own, values.shared)
-            each = jax.vmap(lambda key, e, own: draw(key, pick(params, e), own), (0, 0, axes))
-            return each(keys, member, values)
-        # what a guide computes from a member's parameters alone, it computes once
-        many = jax.vmap(jax.vmap(draw, in_axes=(0, None, None)), in_axes=(0, 0, axes))
-        draws = many(keys.reshape(size, number, *keys.shape[1:]), params, values)
-        return jax.tree.map(lambda x: x.reshape(size * number, *x.shape[2:]), draws)
-
-
-def _first_guide(setup: Setup) -> Any:
-    """Return the guide of the first member."""
-    first = setup.of_members(0).values.guide
-    assert setup.template is not None
-    return filled_guide(setup.template, first)
+    def places(self, rng_key: jax.Array) -> Places:
+        """Return member and draw of each prediction, `(E, S)`, or `(1, E * S)` of a mixture."""
+        return places_of(rng_key, self.ensemble_size, self.num_samples, self.weights)

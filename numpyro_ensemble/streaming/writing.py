@@ -1,0 +1,191 @@
+"""Blocks that are computed while those before them are written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import jax
+import numpy as np
+import numpyro
+import tqdm
+
+from numpyro_ensemble.streaming.blocks import Block, Grid, Output
+from numpyro_ensemble.streaming.options import StoreOptions
+from numpyro_ensemble.streaming.store import BlockStore, import_zarr
+
+LEAD = ("chain", "draw")
+
+
+def write_call(
+    store: Any,
+    grid: Grid,
+    outputs: Sequence[Output],
+    compute: Callable[[Block], Callable[[], Mapping[str, Any]]],
+    fingerprint: Mapping[str, Mapping[str, str]],
+    members: np.ndarray,
+    options: StoreOptions,
+) -> Any:
+    """Write all blocks of a call to a store, and return it as an `xarray.Dataset` on disk.
+
+    Args:
+        store: a path, or a store of Zarr's.
+        grid: the blocks.
+        outputs: the arrays that they fill.
+        compute: as in `write_blocks`.
+        fingerprint: what the call is told from others by, besides its outputs and blocks.
+        members: coordinates of the chains.
+        options: how the user wants it.
+    """
+    import_zarr()
+    import xarray
+
+    told = {**fingerprint, **options.fingerprint(grid, outputs)}
+    opened = BlockStore(store, told, len(grid))
+    try:
+        if not opened.written:
+            opened.describe("", library_attributes())
+            put_coords(opened, "", outputs, members, grid.draws, options.coords)
+        write_blocks(opened, grid, outputs, compute, progress_bar=options.progress_bar)
+        opened.finish()
+    finally:
+        opened.close()
+    return xarray.open_zarr(opened.store, consolidated=True)
+
+
+def write_blocks(
+    store: BlockStore,
+    grid: Grid,
+    outputs: Sequence[Output],
+    compute: Callable[[Block], Callable[[], Mapping[str, Any]]],
+    *,
+    progress_bar: bool = True,
+) -> None:
+    """Compute and write the blocks that a store lacks, one while the one before it is written.
+
+    Args:
+        store: where they go.
+        grid: the blocks.
+        outputs: the arrays that they fill.
+        compute: starts the computation of a block; what it returns waits for it, and gives arrays
+            by path that lead with the chains and draws of a whole block.
+        progress_bar: show how many blocks are written.
+    """
+    if not store.written:
+        for output in outputs:
+            dims = (*(LEAD if output.drawn else ()), *output.dims)
+            shape = (*((grid.chains, grid.draws) if output.drawn else ()), *output.shape)
+            store.create(output.path, dims, shape, output.dtype, grid.chunks(output))
+
+    def write(block: Block, wait: Callable[[], Mapping[str, Any]]) -> None:
+        values = wait()
+        for output in outputs:
+            region = grid.region(block, output)
+            if region is not None:
+                value = np.asarray(values[output.path])
+                store.write(output.path, region, value[_real(region)])
+        store.advance()
+        bar.update()
+
+    done = store.written
+    if done:
+        last = list(grid)[done - 1]
+        _check_goes_on(store, grid, outputs, last, compute(last)())
+    hidden = not progress_bar or jax.process_index() != 0
+    with (
+        tqdm.tqdm(total=len(grid), initial=done, disable=hidden, unit="block") as bar,
+        ThreadPoolExecutor(1) as writer,
+    ):
+        ahead: Future | None = None
+        for block in list(grid)[done:]:
+            wait = compute(block)
+            if ahead is not None:
+                ahead.result()
+            ahead = writer.submit(write, block, wait)
+            del wait  # or its arrays would live on beside those of the next block
+        if ahead is not None:
+            ahead.result()
+
+
+def _real(region: tuple[slice, ...]) -> tuple[slice, ...]:
+    """Return where the numbers of a region stand in its block, which is filled up to its size."""
+    return tuple(slice(0, part.stop - part.start) for part in region)
+
+
+def _check_goes_on(
+    store: BlockStore,
+    grid: Grid,
+    outputs: Sequence[Output],
+    block: Block,
+    values: Mapping[str, Any],
+) -> None:
+    """Raise a ValueError where the last block that was written comes out as another now.
+
+    What a model computes is in no fingerprint. Single numbers may differ, where another machine's
+    rounding turns one draw of whole numbers into the next.
+    """
+    for output in outputs:
+        region = grid.region(block, output)
+        if region is None:
+            continue
+        before = store.read(output.path, region)
+        now = np.asarray(values[output.path])[_real(region)]
+        scale = np.abs(before[np.isfinite(before)]).max(initial=0.0)
+        equal = np.isclose(now, before, rtol=1e-3, atol=1e-5 * scale, equal_nan=True)
+        if (~equal).mean() > 0.01:
+            raise ValueError(
+                f"the store exists: {store.name} is of another call, whose {output.path!r} has "
+                f"other numbers: another model, or other versions of packages. Give this call "
+                f"another store, or remove that one."
+            )
+
+
+def put_coords(
+    store: BlockStore,
+    group: str,
+    outputs: Sequence[Output],
+    members: np.ndarray,
+    draws: int,
+    coords: Mapping[str, Any],
+) -> None:
+    """Write the coordinates of a group: those given, and numbers for the other dimensions.
+
+    A dimension of rows has those that are given alone: readers hold coordinates in memory.
+    """
+    sizes: dict[str, int] = {}
+    with_rows: set[str] = set()
+    for output in outputs:
+        lengths = zip(output.dims, output.shape, strict=True)
+        for axis, (dim, length) in enumerate(lengths):
+            if sizes.setdefault(dim, length) != length:
+                raise ValueError(
+                    f"dimension {dim!r} has length {sizes[dim]} in one site, and {length} in "
+                    f"{output.path!r}: give one of them another name, by dims=."
+                )
+            if axis == output.axis:
+                with_rows.add(dim)
+    prefix = f"{group}/" if group else ""
+    values: dict[str, Any] = {"chain": members, "draw": np.arange(draws)}
+    values |= {dim: np.arange(n) for dim, n in sizes.items() if dim not in with_rows}
+    sizes |= {"chain": len(members), "draw": draws}
+    for dim, given in coords.items():
+        if dim in sizes and np.shape(given) != (sizes[dim],):
+            raise ValueError(
+                f"coords gives values of shape {np.shape(given)} for {dim!r}, which has length "
+                f"{sizes[dim]}."
+            )
+    values |= {dim: given for dim, given in coords.items() if dim in sizes}
+    for dim, given in values.items():
+        store.put(f"{prefix}{dim}", (dim,), given)
+
+
+def library_attributes() -> dict[str, str]:
+    """Return attributes that say what has written a group."""
+    import numpyro_ensemble
+
+    return {
+        "inference_library": "numpyro_ensemble",
+        "inference_library_version": numpyro_ensemble.__version__,
+        "numpyro_version": numpyro.__version__,
+    }
