@@ -19,7 +19,7 @@ from numpyro.infer.autoguide import AutoLaplaceApproximation, AutoMultivariateNo
 from zoo import CASES, X, Y, chosen, ridge
 
 from numpyro_ensemble import EnsembleMAP, EnsembleVI, to_arviz
-from numpyro_ensemble.predict.arviz import makes_inference_data
+from numpyro_ensemble.predict.assembly import makes_inference_data
 
 # what the few draws of most tests are not asked for
 pytestmark = pytest.mark.filterwarnings("ignore:.*too few for az.loo")

@@ -16,7 +16,7 @@ from numpyro.infer import Trace_ELBO
 from numpyro.infer.autoguide import AutoIAFNormal, AutoMultivariateNormal, AutoNormal
 
 from numpyro_ensemble import EnsembleMAP, EnsemblePredictive, EnsembleVI, scoring, to_arviz
-from numpyro_ensemble.predict.arviz import makes_inference_data
+from numpyro_ensemble.predict.assembly import makes_inference_data
 
 MANY = 4000
 MU, SD = np.array([0.0, 1.0, -2.0]), np.array([1.0, 0.5, 2.0])

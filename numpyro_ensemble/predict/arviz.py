@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
 import numpy as np
-import numpyro
 from numpyro import handlers
 
 from numpyro_ensemble.calls.keywords import check_call
 from numpyro_ensemble.handlers import check_count, one_key, warn
-from numpyro_ensemble.predict.collect import Computed, Draws, Sites, check_sites, collect, compute
+from numpyro_ensemble.predict.assembly import assemble
+from numpyro_ensemble.predict.collect import Draws, Sites, check_sites
+from numpyro_ensemble.predict.densities import Computed, compute
 from numpyro_ensemble.predict.predictive import EnsemblePredictive
+from numpyro_ensemble.predict.streamed import Cut, Streamed
 from numpyro_ensemble.results import name_members
+from numpyro_ensemble.streaming.options import StoreOptions
 
 _PRIOR_DRAWS = 500
 
@@ -34,6 +36,10 @@ def to_arviz(
     coords: Mapping[str, Any] | None = None,
     dims: Mapping[str, list[str]] | None = None,
     on_failed: str = "warn",
+    store: Any = None,
+    row_args: Iterable[str | int] | None = None,
+    row_batch_size: int | None = None,
+    progress_bar: bool = True,
     **kwargs: Any,
 ) -> Any:
     """Turn a fitted ensemble into ArviZ data.
@@ -55,6 +61,12 @@ def to_arviz(
         coords: coordinates by dimension.
         dims: dimensions by site; those of plates and `infer={"event_dims": ...}` are known.
         on_failed: "warn" leaves members that are not finite out with a warning, "raise" raises.
+        store: a path, or a store of Zarr's, to write to block by block; what is returned reads from
+            it. A call that was stopped goes on where it was when it is made again.
+        row_args: names or positions of the arguments with rows along their leading axes, the
+            observed ones too, to cut what is stored by these rows.
+        row_batch_size: rows of a block (default: as many as fit).
+        progress_bar: show how many blocks are written.
         **kwargs: keyword arguments of the model.
 
     Pathfinder's samples are one chain, with `log_weight` among the sample stats, and `pareto_k` and
@@ -81,18 +93,21 @@ def to_arviz(
         >>> dict(data.posterior_predictive["y"].sizes)
         {'chain': 4, 'draw': 10, 'rows': 3}
     """
-    rng_key = jax.random.key(0) if rng_key is None else rng_key
-    rng_key = one_key(rng_key)
+    rng_key = one_key(jax.random.key(0) if rng_key is None else rng_key)
     if prior is not False and prior is not True:
         check_count("prior", prior)
     if num_samples is not None:
         check_count("num_samples", num_samples)
+    options = StoreOptions(row_args, row_batch_size, coords or {}, dims or {}, progress_bar)
+    _check_store(store, prior, options)
     keys = jax.random.split(rng_key, 4)
     kwargs = {**kwargs, **getattr(inference, "static_kwargs", {})}
-    check_call(getattr(inference, "model", inference), args, kwargs)
-    draws = collect(inference, result, keys[0], num_samples, args, kwargs, on_failed)
+    fitted = getattr(inference, "model", inference)
+    check_call(fitted, args, kwargs)
+    cut = Cut.of(fitted, args, kwargs, options)
+    draws = cut.collect(inference, result, keys[0], num_samples, on_failed)
     model = draws.model
-    sites = Sites.of(model, args, kwargs, draws.samples)
+    sites = cut.sites(model, draws)
     check_sites(draws, sites)
     _check_dims(dims or {}, sites, {**(predictions or {}), **(constant_data or {})})
     with_likelihood = log_likelihood and bool(sites.observed) and not sites.discrete
@@ -100,13 +115,8 @@ def to_arviz(
     if sites.subsampled:
         model = handlers.substitute(model, data=sites.subsampled)
         draws = draws._replace(model=model)
-    values = compute(draws, sites, keys[1], with_likelihood, args, kwargs)
-    groups: dict[str, dict[str, Any]] = {}
-    groups["posterior"] = {name: draws.samples[name] for name in sites.latent}
-    groups["posterior"] |= values.deterministic
-    groups["sample_stats"] = _stats(draws, values)
-    groups["log_likelihood"] = values.pointwise
     free = handlers.uncondition(model)
+    predictive = None
     if posterior_predictive and sites.observed:
         predictive = EnsemblePredictive(
             free,
@@ -116,19 +126,39 @@ def to_arviz(
             batch_ndims=2,
             return_sites=sites.observed,
         )
+    more = {
+        "constant_data": dict(constant_data or {}),
+        "predictions": _group(predictions or {}, draws.shape),
+    }
+    named = {**sites.dims, **(dims or {})}
+
+    def assembled(values: Computed, groups: dict[str, dict[str, Any]]) -> Any:
+        posterior = {name: draws.samples[name] for name in sites.latent} | values.deterministic
+        stats = {"posterior": posterior, "sample_stats": _stats(draws, values)}
+        return assemble({**stats, **groups, **more}, draws, named, dict(coords or {}))
+
+    if store is not None:
+        streamed = Streamed(cut, draws, sites, predictive, with_likelihood, keys, options)
+        return streamed.write(store, assembled)
+    values = compute(draws, sites, keys[1], with_likelihood, args, kwargs)
+    groups = {"log_likelihood": values.pointwise, "observed_data": sites.observed}
+    if predictive is not None:
         groups["posterior_predictive"] = predictive(keys[2], *args, **kwargs)
     if prior:
-        groups |= _prior(
-            free, draws, sites, _PRIOR_DRAWS if prior is True else prior, keys[3], args, kwargs
+        number = _PRIOR_DRAWS if prior is True else prior
+        groups |= _prior(free, draws, sites, number, keys[3], args, kwargs)
+    return assembled(values, groups)
+
+
+def _check_store(store: Any, prior: bool | int, options: StoreOptions) -> None:
+    """Raise a ValueError for options that go with a store alone, or with none."""
+    if store is None and (options.row_args is not None or options.row_batch_size is not None):
+        raise ValueError("row_args and row_batch_size cut what is written to a store: give store=.")
+    if store is not None and prior:
+        raise ValueError(
+            "prior draws are not written to a store with the others: leave prior out, and write "
+            "them by EnsemblePredictive(model, num_samples=500).to_zarr."
         )
-    if sites.observed:
-        groups["observed_data"] = sites.observed
-    if constant_data is not None:
-        groups["constant_data"] = dict(constant_data)
-    if predictions is not None:
-        groups["predictions"] = _group(predictions, draws.shape)
-    dims = {**sites.dims, **(dims or {})}
-    return _assemble(groups, draws, dims, dict(coords or {}))
 
 
 def _check_dims(dims: Mapping[str, list[str]], sites: Sites, more: Mapping[str, Any]) -> None:
@@ -227,65 +257,3 @@ def _group(values: Mapping[str, Any], shape: tuple[int, int]) -> dict[str, Any]:
             )
         grouped[name] = value
     return grouped
-
-
-def _assemble(groups: dict[str, dict[str, Any]], draws: Draws, dims: dict, coords: dict) -> Any:
-    """Make ArviZ data of the groups, of whichever kind the installed ArviZ has."""
-    import arviz as az  # NumPyro has been imported by now: the other order breaks ArviZ's adapter
-
-    import numpyro_ensemble
-
-    attrs = {
-        "inference_library": "numpyro_ensemble",
-        "inference_library_version": numpyro_ensemble.__version__,
-        "numpyro_version": numpyro.__version__,
-    }
-    if draws.seconds is not None:
-        attrs["sampling_time"] = draws.seconds
-    attrs["ensemble_size"] = draws.ensemble_size
-    attrs.update(draws.attrs)
-    # a slash in a name, as of scopes, is a path to trees and refused by files
-    groups = {
-        name: {site.replace("/", "."): np.asarray(value) for site, value in group.items()}
-        for name, group in groups.items()
-        if group
-    }
-    dims = {
-        site.replace("/", "."): [dim.replace("/", ".") for dim in names]
-        for site, names in dims.items()
-    }
-    coords = {"chain": draws.members, **coords}
-    with warnings.catch_warnings():
-        for text in ("More chains", "Found chain dimension"):  # there are many members on purpose
-            warnings.filterwarnings("ignore", text)
-        if makes_inference_data():
-            data = az.from_dict(**groups, coords=coords, dims=dims)  # type: ignore[arg-type]
-        else:
-            data = az.from_dict(groups, coords=coords, dims=dims)
-    for name in groups:
-        data[name].attrs.update(attrs)
-    if draws.losses is not None:
-        _add_training(data, draws, attrs)
-    return data
-
-
-def makes_inference_data() -> bool:
-    """Say whether the installed ArviZ is of the line below 1.0, which has its own data class."""
-    import arviz as az
-
-    return int(az.__version__.partition(".")[0]) < 1
-
-
-def _add_training(data: Any, draws: Draws, attrs: dict) -> None:
-    """Add the losses of each member at each step."""
-    import xarray as xr
-
-    losses = xr.Dataset(
-        {"loss": (("chain", "step"), draws.losses)}, coords={"chain": draws.members}, attrs=attrs
-    )
-    if hasattr(data, "add_groups"):
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "The group training is not defined")
-            data.add_groups({"training": losses})
-    else:
-        data["training"] = xr.DataTree(losses)

@@ -10,14 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
-from numpyro import handlers
-from numpyro.infer import util
 
 from numpyro_ensemble._compat import distribution_mask
-from numpyro_ensemble.calls.tracing import tracing_alone
 from numpyro_ensemble.density import (
     anatomy,
-    fill_model,
     is_subsampled,
     named_axes,
     unchecked_trace,
@@ -25,7 +21,7 @@ from numpyro_ensemble.density import (
 from numpyro_ensemble.fit.ensemble import Ensemble
 from numpyro_ensemble.fit.state import setup_of
 from numpyro_ensemble.handlers import is_factor, unwrapped
-from numpyro_ensemble.mapping import check_failed, finite_members, map_member_draws, pick
+from numpyro_ensemble.mapping import check_failed, finite_members, pick
 from numpyro_ensemble.results import EnsembleResult, PathfinderResult
 from numpyro_ensemble.vi import EnsembleVI
 
@@ -238,7 +234,7 @@ def _seen(site: dict[str, Any]) -> np.ndarray:
     seen = getattr(process, "observed", None)
     if seen is not None:  # a process has a mask of its own, of its values
         value = np.where(np.broadcast_to(np.asarray(seen), value.shape), value, np.nan)
-    mask = _mask_of(site["fn"])
+    mask = mask_of(site["fn"])
     if mask is True or np.all(mask):
         return value
     batch = value.shape[: value.ndim - site["fn"].event_dim]
@@ -247,7 +243,7 @@ def _seen(site: dict[str, Any]) -> np.ndarray:
     return np.where(mask, value, np.nan)
 
 
-def _mask_of(fn: Any) -> Any:
+def mask_of(fn: Any) -> Any:
     """Return what of a distribution's batch its masks leave, True of all."""
     mask: Any = True
     while isinstance(fn, dist.MaskedDistribution | dist.ExpandedDistribution | dist.Independent):
@@ -274,60 +270,3 @@ def check_sites(draws: Draws, sites: Sites) -> None:
                 f"these arguments, {np.shape(value)}: pass the arguments of the fit; or, where the "
                 f"model subsamples a plate, a model without subsampling in the runner's place."
             )
-
-
-class Computed(NamedTuple):
-    """What the model says of each draw; every array leads with `(E, S)`."""
-
-    deterministic: dict[str, Any]
-    density: Any
-    pointwise: dict[str, Any]
-
-
-def compute(
-    draws: Draws, sites: Sites, rng_key: jax.Array, pointwise: bool, args: tuple, kwargs: dict
-) -> Computed:
-    """Compute deterministic sites, log densities and pointwise log likelihoods in one program.
-
-    What depends on discrete sites that were summed out is left out.
-    """
-    if sites.discrete:
-        return Computed({}, None, {})
-    given = {name: draws.samples[name] for name in sites.deterministic if name in draws.samples}
-
-    def one(where: tuple) -> Computed:
-        key, e, s = where
-        known = {**pick(draws.params, e), **pick(draws.samples, e, s)}
-        trace = fill_model(draws.model, key, known, args, kwargs)
-        names = [name for name in sites.deterministic if name not in given]
-        deterministic = {name: trace[name]["value"] for name in names}
-        model = handlers.seed(draws.model, key)
-        known = {name: value for name, value in known.items() if name not in sites.deterministic}
-        density, _ = util.log_density(model, args, kwargs, known)
-        if not pointwise:
-            return Computed(deterministic, density, {})
-        filled = handlers.substitute(model, data=known)
-        terms = util.log_likelihood(filled, {}, *args, batch_ndims=0, **kwargs)
-        terms = {n: _each_value(trace[n], terms[n]) for n in sites.observed}
-        return Computed(deterministic, density, terms)
-
-    keys = jax.random.split(rng_key, draws.shape)
-    values = jax.jit(tracing_alone(lambda keys: map_member_draws(one, keys)))(keys)
-    return values._replace(deterministic=given | values.deterministic)
-
-
-def _each_value(site: dict[str, Any], joint: Any) -> Any:
-    """Return the log densities of a site's values, each given all others where they depend.
-
-    A Gaussian process is one event, whose log density tells nothing of its single values.
-    """
-    process: Any = unwrapped(site["fn"])
-    if not hasattr(process, "pointwise_log_prob"):
-        return joint
-    value = jnp.asarray(site["value"])
-    rows = value.reshape(-1, value.shape[-1])
-    terms = jax.vmap(process.pointwise_log_prob)(rows).reshape(value.shape)
-    mask = _mask_of(site["fn"])
-    if mask is True:
-        return terms
-    return jnp.where(jnp.broadcast_to(mask, value.shape[:-1])[..., None], terms, 0.0)

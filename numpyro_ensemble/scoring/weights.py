@@ -11,7 +11,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from numpyro_ensemble.handlers import check_count, one_key, warn
-from numpyro_ensemble.predict.arviz import makes_inference_data
+from numpyro_ensemble.predict.assembly import makes_inference_data
 from numpyro_ensemble.results import last_losses
 from numpyro_ensemble.scoring.reading import group_of, name_of
 

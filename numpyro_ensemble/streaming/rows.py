@@ -122,22 +122,40 @@ class block_seed(Messenger):  # noqa: N801  # a handler, lowercase as NumPyro's
     ) -> None:
         super().__init__(fn)
         self.rng_key, self.known, self.drawn, self.block = rng_key, known, drawn, block
+        self._asked: Any = None  # a key that was asked for, and not by a site so far
+
+    def __exit__(self, *exc_info: Any) -> None:
+        super().__exit__(*exc_info)
+        if exc_info[0] is None:
+            self._check_asked()
 
     def process_message(self, msg: Any) -> None:
         """Give a site its key."""
         if msg["type"] not in ("sample", "prng_key", "plate", "control_flow"):
             return
-        if msg["value"] is not None or msg["kwargs"].get("rng_key") is not None:
+        given = msg["kwargs"].get("rng_key")
+        if msg["type"] == "sample" and given is not None and given is self._asked:
+            self._asked = None  # NumPyro's `uncondition` asks in the name of a site
+            msg["kwargs"]["rng_key"] = self._of_site(msg, given)
+            return
+        self._check_asked()
+        if msg["value"] is not None or given is not None:
             return
         if msg["type"] == "sample" and msg["name"] in self.known:
             return
+        self.rng_key, key = jax.random.split(self.rng_key)
+        msg["kwargs"]["rng_key"] = self._of_site(msg, key)
         if msg["type"] == "prng_key":
+            self._asked = key
+
+    def _of_site(self, msg: Any, key: jax.Array) -> jax.Array:
+        # a loop has seeds of its own inside
+        anew = msg["type"] == "control_flow" or msg.get("name") in self.drawn
+        return jax.random.fold_in(key, self.block) if anew else key
+
+    def _check_asked(self) -> None:
+        if self._asked is not None:
             raise ValueError(
                 f"the model draws random numbers with numpyro.prng_key, which may be of all rows. "
                 f"{REMEDY}"
             )
-        self.rng_key, key = jax.random.split(self.rng_key)
-        # a loop has seeds of its own inside
-        if msg["type"] == "control_flow" or msg["name"] in self.drawn:
-            key = jax.random.fold_in(key, self.block)
-        msg["kwargs"]["rng_key"] = key

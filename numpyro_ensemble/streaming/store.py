@@ -159,15 +159,15 @@ class BlockStore:
 
     def put(self, path: str, dims: Iterable[str], values: Any) -> None:
         """Write a whole array; times are stored as xarray reads them."""
-        import xarray
+        values, attributes = np.asarray(values), {}
+        if values.dtype.kind in "mM":
+            import xarray
 
-        values = np.asarray(values)
-        encoded = xarray.conventions.encode_cf_variable(xarray.Variable(tuple(dims), values))
-        values = np.asarray(encoded.values)
+            encoded = xarray.conventions.encode_cf_variable(xarray.Variable(tuple(dims), values))
+            values, attributes = np.asarray(encoded.values), encoded.attrs
         array = self.create(path, dims, values.shape, values.dtype)
         array[...] = values.astype(stored_dtype(values.dtype), copy=False)
-        if encoded.attrs:
-            array.attrs.update({name: _plain(x) for name, x in encoded.attrs.items()})
+        array.attrs.update({n: _plain(x) for n, x in attributes.items() if n != "_FillValue"})
 
     def write(self, path: str, region: tuple[slice, ...], values: np.ndarray) -> None:
         """Write a part of an array."""
@@ -177,9 +177,13 @@ class BlockStore:
         """Return an array, or a part of it."""
         return self._root[path][region]
 
+    def has(self, path: str) -> bool:
+        """Return whether an array is there."""
+        return path in self._root
+
     def delete(self, path: str) -> None:
         """Remove an array, if it is there."""
-        if path in self._root:
+        if self.has(path):
             del self._root[path]
 
     def advance(self) -> None:

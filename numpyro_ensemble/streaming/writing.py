@@ -41,12 +41,14 @@ def write_call(
     import_zarr()
     import xarray
 
+    coords = coords_of(outputs, members, grid.draws, options.coords)
     told = {**fingerprint, **options.fingerprint(grid, outputs)}
     opened = BlockStore(store, told, len(grid))
     try:
         if not opened.written:
             opened.describe("", library_attributes())
-            put_coords(opened, "", outputs, members, grid.draws, options.coords)
+            for dim, values in coords.items():
+                opened.put(dim, (dim,), values)
         write_blocks(opened, grid, outputs, compute, progress_bar=options.progress_bar)
         opened.finish()
     finally:
@@ -127,7 +129,7 @@ def _check_goes_on(
     """
     for output in outputs:
         region = grid.region(block, output)
-        if region is None:
+        if region is None or not store.has(output.path):
             continue
         before = store.read(output.path, region)
         now = np.asarray(values[output.path])[_real(region)]
@@ -141,19 +143,17 @@ def _check_goes_on(
             )
 
 
-def put_coords(
-    store: BlockStore,
-    group: str,
-    outputs: Sequence[Output],
-    members: np.ndarray,
-    draws: int,
-    coords: Mapping[str, Any],
-) -> None:
-    """Write the coordinates of a group: those given, and numbers for the other dimensions.
+def coords_of(
+    outputs: Sequence[Output], members: np.ndarray, draws: int, coords: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the coordinates of a group: those given, and numbers for the other dimensions.
 
     A dimension of rows has those that are given alone: readers hold coordinates in memory.
+
+    Raises:
+        ValueError: for a dimension of two lengths, and coordinates of another length.
     """
-    sizes: dict[str, int] = {}
+    sizes: dict[str, int] = {"chain": len(members), "draw": draws}
     with_rows: set[str] = set()
     for output in outputs:
         lengths = zip(output.dims, output.shape, strict=True)
@@ -165,19 +165,15 @@ def put_coords(
                 )
             if axis == output.axis:
                 with_rows.add(dim)
-    prefix = f"{group}/" if group else ""
-    values: dict[str, Any] = {"chain": members, "draw": np.arange(draws)}
-    values |= {dim: np.arange(n) for dim, n in sizes.items() if dim not in with_rows}
-    sizes |= {"chain": len(members), "draw": draws}
+    values = {dim: np.arange(n) for dim, n in sizes.items() if dim not in with_rows}
+    values["chain"] = members
     for dim, given in coords.items():
         if dim in sizes and np.shape(given) != (sizes[dim],):
             raise ValueError(
                 f"coords gives values of shape {np.shape(given)} for {dim!r}, which has length "
                 f"{sizes[dim]}."
             )
-    values |= {dim: given for dim, given in coords.items() if dim in sizes}
-    for dim, given in values.items():
-        store.put(f"{prefix}{dim}", (dim,), given)
+    return values | {dim: given for dim, given in coords.items() if dim in sizes}
 
 
 def library_attributes() -> dict[str, str]:

@@ -1,0 +1,86 @@
+"""Groups of arrays as the data of whichever line of ArviZ is installed."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import numpy as np
+import numpyro
+
+from numpyro_ensemble.predict.collect import Draws
+
+
+def assemble(groups: dict[str, dict[str, Any]], draws: Draws, dims: dict, coords: dict) -> Any:
+    """Make ArviZ data of the groups, of whichever kind the installed ArviZ has."""
+    import arviz as az  # NumPyro has been imported by now: the other order breaks ArviZ's adapter
+
+    import numpyro_ensemble
+
+    attrs = {
+        "inference_library": "numpyro_ensemble",
+        "inference_library_version": numpyro_ensemble.__version__,
+        "numpyro_version": numpyro.__version__,
+    }
+    if draws.seconds is not None:
+        attrs["sampling_time"] = draws.seconds
+    attrs["ensemble_size"] = draws.ensemble_size
+    attrs.update(draws.attrs)
+    # a slash in a name, as of scopes, is a path to trees and refused by files
+    groups = {
+        name: {site.replace("/", "."): np.asarray(value) for site, value in group.items()}
+        for name, group in groups.items()
+        if group
+    }
+    dims = {
+        site.replace("/", "."): [dim.replace("/", ".") for dim in names]
+        for site, names in dims.items()
+    }
+    coords = {"chain": draws.members, **coords}
+    with warnings.catch_warnings():
+        for text in ("More chains", "Found chain dimension"):  # there are many members on purpose
+            warnings.filterwarnings("ignore", text)
+        if makes_inference_data():
+            data = az.from_dict(**groups, coords=coords, dims=dims)  # type: ignore[arg-type]
+        else:
+            data = az.from_dict(groups, coords=coords, dims=dims)
+    for name in groups:
+        data[name].attrs.update(attrs)
+    if draws.losses is not None:
+        _add_training(data, draws, attrs)
+    return data
+
+
+def makes_inference_data() -> bool:
+    """Say whether the installed ArviZ is of the line below 1.0, which has its own data class."""
+    import arviz as az
+
+    return int(az.__version__.partition(".")[0]) < 1
+
+
+def _add_training(data: Any, draws: Draws, attrs: dict) -> None:
+    """Add the losses of each member at each step."""
+    import xarray as xr
+
+    losses = xr.Dataset(
+        {"loss": (("chain", "step"), draws.losses)}, coords={"chain": draws.members}, attrs=attrs
+    )
+    if hasattr(data, "add_groups"):
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The group training is not defined")
+            data.add_groups({"training": losses})
+    else:
+        data["training"] = xr.DataTree(losses)
+
+
+def read_arviz(store: Any) -> Any:
+    """Return the data of a Zarr store, which are read when they are used."""
+    import arviz as az
+    import xarray as xr
+
+    tree = xr.open_datatree(store, engine="zarr", consolidated=True)
+    if not makes_inference_data():
+        return tree
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*is not defined in the InferenceData scheme")
+        return az.InferenceData.from_datatree(tree)
