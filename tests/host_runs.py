@@ -6,7 +6,7 @@ import warnings
 from contextlib import redirect_stderr
 
 import jax
-from mesh_runs import OWN, X, Y, apart, chees, eight, outcome, quiet, vi
+from mesh_runs import OWN, X, Y, apart, chees, eight, outcome, predicted, quiet, vi
 from numpyro.infer import MCMC
 
 from numpyro_ensemble import Checkpoint
@@ -59,6 +59,11 @@ def chains():
     compare("chains", *draws)
 
 
+def predictions():
+    """Compare predictions, data for ArviZ and functions of processes."""
+    compare("predictions", predicted("all"), predicted(None))
+
+
 def kept(directory, steps=400, every=20):
     """Run with checkpoints, and say how far it has come."""
 
@@ -81,5 +86,5 @@ def main(what, directory):
         if part == "kept":
             kept(directory)
         else:
-            {"fits": fits, "steps": steps, "chains": chains}[part]()
+            {"fits": fits, "steps": steps, "chains": chains, "predictions": predictions}[part]()
     print(json.dumps(found), flush=True)

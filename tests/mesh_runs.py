@@ -15,7 +15,14 @@ from jax.sharding import NamedSharding, PartitionSpec
 from numpyro.infer import MCMC, Trace_ELBO
 from numpyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 
-from numpyro_ensemble import EarlyStopping, EnsembleMAP, EnsembleVI
+from numpyro_ensemble import (
+    EarlyStopping,
+    EnsembleMAP,
+    EnsemblePredictive,
+    EnsembleVI,
+    to_arviz,
+)
+from numpyro_ensemble.gp import RBF, GaussianProcess, Pathwise
 from numpyro_ensemble.mcmc import MEADS, ChEES
 from numpyro_ensemble.sharding import as_mesh
 
@@ -28,12 +35,12 @@ MESHES = {}  # of four devices
 found: dict[str, object] = {}
 
 
-def model(x, y, failing=0.0):
+def model(x, y=None, failing=0.0):
     """Regress, with sites in no order, a matrix beside a scalar, and members that may fail."""
     w = numpyro.sample("w", dist.Normal(0, 1).expand([3, 1]).to_event(2))
     a = numpyro.sample("a", dist.HalfNormal(1))
     base = numpyro.sample("base", dist.StudentT(4, 0, 1))
-    with numpyro.plate("rows", len(y)):
+    with numpyro.plate("rows", len(x)):
         numpyro.sample("y", dist.Normal((x @ w)[:, 0] + base + jnp.log1p(-failing), a), obs=y)
 
 
@@ -242,6 +249,35 @@ def poison_thousand():
         ]
 
 
+def process(x, y):
+    """Have a Gaussian process."""
+    lengthscale = numpyro.sample("lengthscale", dist.LogNormal(0.0, 1.0))
+    numpyro.sample("y", GaussianProcess(RBF(lengthscale=lengthscale), x, noise=0.1), obs=y)
+
+
+def predicted(mesh):
+    """Return what is made of posterior draws, of which devices have unequal numbers."""
+    runner = vi()
+    result = quiet(runner, X, Y, steps=20)
+    predictive = EnsemblePredictive(model, result, guide=runner.guide, num_samples=2, mesh=mesh)
+    values = predictive(jax.random.key(2), X, None)
+    data = to_arviz(runner, result, X, Y, num_samples=2, rng_key=jax.random.key(3), mesh=mesh)
+    groups = ("log_likelihood", "posterior_predictive", "sample_stats")
+    arrays = [np.asarray(data[group][name]) for group in groups for name in data[group]]
+    samples = {"lengthscale": np.linspace(0.5, 2.0, 9)}
+    pathwise = Pathwise(process, samples, X[:9, 0], Y[:9], mesh=mesh)
+    functions = pathwise(jax.random.key(4), X[:5, 0], None)
+    drawn = pathwise.draw(jax.random.key(4))["y"](X[:5, :1])
+    return values, arrays, functions, drawn, pathwise.moments(X[:5, 0], None)["y"].mean
+
+
+def compare_predictions():
+    """Compare predictions on one device with those on four."""
+    many, one = predicted("all"), predicted(None)
+    found["predictions"] = apart(many, one)
+    found["predictions, devices"] = len(many[0]["y"].sharding.device_set)
+
+
 def say_errors():
     bad = {
         "axes": lambda: vi(mesh=jax.make_mesh((4,), ("chain",))),
@@ -249,6 +285,7 @@ def say_errors():
         "few": lambda: EnsembleMAP(model, ensemble_size=3, mesh="all").init(KEY, X, Y),
         "chains": lambda: chains(chees(mesh="all"), 3),
         "few chains": lambda: ChEES(model, mesh=jax.make_mesh((4,), ("chain",))),
+        "few draws": lambda: EnsemblePredictive(model, {"a": np.ones(3)}, mesh="all"),
         "rows": lambda: vi(mesh=MESHES["members and rows"]).init(KEY, X[:47], Y[:47]),
     }
     for label, call in bad.items():
@@ -271,6 +308,6 @@ if __name__ == "__main__":
     else:
         compare_runs(QUICK, ["members and rows"])
         compare_chains(list(CHAINS)[:2])
-        for part in (compare_states, watch_failures, say_errors):
+        for part in (compare_states, compare_predictions, watch_failures, say_errors):
             part()
     json.dump(found, sys.stdout)

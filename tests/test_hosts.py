@@ -86,8 +86,8 @@ def test_two_processes(tmp_path):
 
 @pytest.mark.long
 @pytest.mark.parametrize("number", [2, 4])
-def test_steps_and_chains(tmp_path, number):
-    with Cluster("steps,chains,fits", number, tmp_path) as cluster:
+def test_everything_on_hosts(tmp_path, number):
+    with Cluster("steps,chains,fits,predictions", number, tmp_path) as cluster:
         check(cluster.found())
 
 

@@ -139,6 +139,11 @@ def test_chains_and_rows_of_a_mesh_draw_the_same(found_long):
     assert found_long["ChEES of rows, spread"]
 
 
+def test_predictions_of_a_mesh_are_the_same(found):
+    assert found["predictions"] < 1e-8
+    assert found["predictions, devices"] == 4
+
+
 def test_members_that_are_added_are_not_seen(found):
     assert found["failures, finite"] == [True] * 4 + [False]
     assert found["failures, said"] == [
@@ -154,6 +159,7 @@ def test_members_that_are_added_are_not_seen(found):
         ("axes", "ValueError: mesh has axes ['chain'], and takes one named 'member'"),
         ("kind", 'TypeError: mesh takes a jax.sharding.Mesh or "all", got 4.'),
         ("few", "ValueError: mesh spreads members over 4 devices, and there are 3: take a smaller"),
+        ("few draws", "ValueError: mesh spreads predictions over 4 devices, and there are 3"),
         ("chains", "ValueError: num_chains=3 is too few for ChEES"),
         ("few chains", "ValueError: mesh has axes ['chain'], and takes one named 'member'"),
         (

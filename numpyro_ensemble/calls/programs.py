@@ -13,6 +13,7 @@ from numpyro_ensemble.calls.arguments import Arguments, arrange, has_tracers
 from numpyro_ensemble.calls.executables import Executables, keep
 from numpyro_ensemble.calls.identity import can_return, captured, is_unknown
 from numpyro_ensemble.calls.tracing import NUMPY_WANTED, TRACING, tracing_alone
+from numpyro_ensemble.sharding import Placement
 
 KEPT = 8  # sets of arguments whose programs are kept
 REMEMBERED = 256  # sets of arguments with which a model is known to look at values
@@ -58,6 +59,7 @@ class Programs:
         kwargs: dict,
         *others: Any,
         prepare: Callable[[], None] | None = None,
+        placement: Placement | None = None,
     ) -> Any:
         """Run `fn((args, kwargs), *inputs)` compiled, for arguments of other contents too.
 
@@ -72,9 +74,12 @@ class Programs:
             kwargs: its keyword arguments.
             *others: what else the program depends on.
             prepare: checks to make before a program is compiled.
+            placement: where the arguments are put; the caller has put the other inputs there.
         """
         for traced in (True, False):
             arguments = arrange(model, args, kwargs, traced=traced)
+            if placement is not None:
+                arguments = placement.place(arguments)
             key = self._key(arguments, model, *others)
             if traced and key in self._looks:
                 continue

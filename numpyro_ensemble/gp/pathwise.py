@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from numpyro_ensemble.calls.keywords import checked_keywords
 from numpyro_ensemble.calls.programs import Programs
@@ -39,6 +40,7 @@ from numpyro_ensemble.gp.stored import write_functions
 from numpyro_ensemble.gp.subsampling import Dependents, KnownRows, check_rows
 from numpyro_ensemble.handlers import check_count, one_key, warn
 from numpyro_ensemble.mapping import map_draws, pick, platform_of
+from numpyro_ensemble.sharding import Placement, as_mesh, home
 from numpyro_ensemble.streaming.independence import RowPlan
 from numpyro_ensemble.streaming.options import StoreOptions
 
@@ -66,6 +68,8 @@ class Pathwise:
         group_by_draw: return `(S, num_paths, ...)`.
         solver: "cholesky" or "cg".
         tolerance: relative residual of conjugate gradients.
+        mesh: devices that draws are spread over: a `jax.sharding.Mesh` with an axis "member", or
+            "all".
         **kwargs: keyword arguments of the fit.
 
     Raises:
@@ -102,6 +106,7 @@ class Pathwise:
         group_by_draw: bool = False,
         solver: str = "cholesky",
         tolerance: float | None = None,
+        mesh: Mesh | str | None = None,
         **kwargs: Any,
     ) -> None:
         if not callable(model):
@@ -128,7 +133,8 @@ class Pathwise:
         self.batch_size, self.group_by_draw = batch_size, group_by_draw
         self.shared: dict[str, Any] = {}
         self.params = self._per_draw(params or {})
-        self.programs = Programs()
+        self.programs, self.placement = Programs(), Placement(mesh=as_mesh(mesh))
+        self.placement.check(self.num_draws, "draws")
         self._check_model()
 
     # What is given ------------------------------------------------------------------------------
@@ -250,9 +256,10 @@ class Pathwise:
         """Return a compiled function that maps another over draws."""
 
         def program(*inputs: Any) -> Any:
-            return map_draws(one, inputs, self.at_once)
+            return map_draws(one, inputs, self.at_once, self.placement)
 
-        return jax.jit(program)
+        compiled = jax.jit(program)
+        return lambda *inputs: home(compiled(*self.placement.fill(inputs, None)))
 
     @property
     def at_once(self) -> int | None:
@@ -400,10 +407,12 @@ class Pathwise:
         """Run a program over all draws, and raise a ValueError for what it found wrong."""
 
         def program(call: tuple, *inputs: Any) -> Any:
-            return map_draws(lambda given: one(call, *given), inputs, self.at_once)
+            each = lambda given: one(call, *given)  # noqa: E731
+            return map_draws(each, inputs, self.at_once, self.placement)
 
-        call = (self.model, args, kwargs, *others)
-        out, flags, finite = self.programs.call(program, inputs, *call)
+        call, placement = (self.model, args, kwargs, *others), self.placement
+        inputs = placement.fill(inputs, None)
+        out, flags, finite = home(self.programs.call(program, inputs, *call, placement=placement))
         check_inputs(finite)
         check_flags(flags, self.num_draws)
         return out

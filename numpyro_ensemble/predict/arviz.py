@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from numpyro import handlers
 
 from numpyro_ensemble.calls.keywords import check_call
@@ -17,6 +18,7 @@ from numpyro_ensemble.predict.densities import Computed, compute
 from numpyro_ensemble.predict.predictive import EnsemblePredictive
 from numpyro_ensemble.predict.streamed import Cut, Streamed
 from numpyro_ensemble.results import name_members
+from numpyro_ensemble.sharding import Placement, as_mesh
 from numpyro_ensemble.streaming.options import StoreOptions
 
 _PRIOR_DRAWS = 500
@@ -40,6 +42,7 @@ def to_arviz(
     row_args: Iterable[str | int] | None = None,
     row_batch_size: int | None = None,
     progress_bar: bool = True,
+    mesh: Mesh | str | None = None,
     **kwargs: Any,
 ) -> Any:
     """Turn a fitted ensemble into ArviZ data.
@@ -67,6 +70,7 @@ def to_arviz(
             observed ones too, to cut what is stored by these rows.
         row_batch_size: rows of a block (default: as many as fit).
         progress_bar: show how many blocks are written.
+        mesh: devices that draws are spread over, as in `EnsemblePredictive`.
         **kwargs: keyword arguments of the model.
 
     Pathfinder's samples are one chain, with `log_weight` among the sample stats, and `pareto_k` and
@@ -125,6 +129,7 @@ def to_arviz(
             num_samples=draws.shape[1],
             batch_ndims=2,
             return_sites=sites.observed,
+            mesh=mesh,
         )
     more = {
         "constant_data": dict(constant_data or {}),
@@ -140,7 +145,8 @@ def to_arviz(
     if store is not None:
         streamed = Streamed(cut, draws, sites, predictive, with_likelihood, keys, options)
         return streamed.write(store, assembled)
-    values = compute(draws, sites, keys[1], with_likelihood, args, kwargs)
+    placement = Placement(mesh=as_mesh(mesh))
+    values = compute(draws, sites, keys[1], with_likelihood, args, kwargs, placement)
     groups = {"log_likelihood": values.pointwise, "observed_data": sites.observed}
     if predictive is not None:
         groups["posterior_predictive"] = predictive(keys[2], *args, **kwargs)

@@ -14,6 +14,7 @@ from numpyro_ensemble.density import fill_model
 from numpyro_ensemble.handlers import unwrapped
 from numpyro_ensemble.mapping import map_member_draws, pick
 from numpyro_ensemble.predict.collect import Draws, Sites, mask_of
+from numpyro_ensemble.sharding import Placement, home
 
 
 class Computed(NamedTuple):
@@ -25,7 +26,13 @@ class Computed(NamedTuple):
 
 
 def compute(
-    draws: Draws, sites: Sites, rng_key: jax.Array, pointwise: bool, args: tuple, kwargs: dict
+    draws: Draws,
+    sites: Sites,
+    rng_key: jax.Array,
+    pointwise: bool,
+    args: tuple,
+    kwargs: dict,
+    placement: Placement | None = None,
 ) -> Computed:
     """Compute deterministic sites, log densities and pointwise log likelihoods in one program.
 
@@ -52,7 +59,8 @@ def compute(
         return Computed(deterministic, density, terms)
 
     keys = jax.random.split(rng_key, draws.shape)
-    values = jax.jit(tracing_alone(lambda keys: map_member_draws(one, keys)))(keys)
+    mapped = jax.jit(tracing_alone(lambda keys: map_member_draws(one, keys, placement)))
+    values = home(mapped(keys))
     return values._replace(deterministic=given | values.deterministic)
 
 

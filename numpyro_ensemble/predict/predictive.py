@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 from jax.typing import ArrayLike
 from numpyro.infer.autoguide import AutoGuide
 
@@ -18,6 +19,7 @@ from numpyro_ensemble.predict.checks import check_model, check_returned
 from numpyro_ensemble.predict.given import read_given
 from numpyro_ensemble.predict.program import Places, PredictiveProgram, places_of
 from numpyro_ensemble.predict.stored import write_predictions
+from numpyro_ensemble.sharding import Placement, as_mesh, home
 from numpyro_ensemble.streaming.independence import RowPlan
 from numpyro_ensemble.streaming.options import StoreOptions
 
@@ -45,6 +47,8 @@ class EnsemblePredictive:
         infer_discrete: as in `Predictive`.
         condition_deterministic: as in `Predictive`.
         on_failed: "warn" leaves members that are not finite out with a warning, "raise" raises.
+        mesh: devices that predictions are spread over: a `jax.sharding.Mesh` with an axis "member",
+            or "all".
 
     Raises:
         ValueError: for samples with unequal leading axes, weights that are none, a result of
@@ -79,6 +83,7 @@ class EnsemblePredictive:
         infer_discrete: bool = False,
         condition_deterministic: bool = False,
         on_failed: str = "warn",
+        mesh: Mesh | str | None = None,
     ) -> None:
         if not callable(model):
             raise TypeError(f"model takes a callable with NumPyro primitives, got {model!r}.")
@@ -108,6 +113,8 @@ class EnsemblePredictive:
         self.grouped = group_by_member or given.ndims == 2
         self.weights = given.finite_weights(weights)
         self.setup = self._setup_of_guides()
+        self.placement = Placement(mesh=as_mesh(mesh))
+        self.placement.check(self.ensemble_size * self.num_samples, "predictions")
         self.programs = Programs()
 
     @property
@@ -138,9 +145,10 @@ class EnsemblePredictive:
         given, program = self.given, self.program()
         inputs = (rng_key, self.places(rng_key), given.samples, given.params, program.guide_values)
         predictions = self.programs.call(
-            program, inputs, self.model, args, kwargs, *program.key,
-            prepare=lambda: check_model(self, args, kwargs),
+            program, self.placement.fill(inputs, None), self.model, args, kwargs, *program.key,
+            prepare=lambda: check_model(self, args, kwargs), placement=self.placement,
         )  # fmt: skip
+        predictions = home(predictions)
         check_returned(self.return_sites, predictions)
         if self.given.ndims == 0:
             return predictions if self.num_samples > 1 else pick(predictions, 0)
@@ -228,6 +236,7 @@ class EnsemblePredictive:
             total,
             self.given.ndims,
             self.weights is None and self.given.size is not None,
+            self.placement,
             plan,
         )
 

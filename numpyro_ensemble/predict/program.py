@@ -18,6 +18,7 @@ from numpyro_ensemble.fit.draws import draw_latents
 from numpyro_ensemble.fit.slots import filled_guide
 from numpyro_ensemble.fit.state import VALUE_AXES, GuideValues, Setup
 from numpyro_ensemble.mapping import map_draws, pick
+from numpyro_ensemble.sharding import Placement
 from numpyro_ensemble.streaming.independence import RowPlan
 from numpyro_ensemble.streaming.rows import block_seed
 
@@ -79,6 +80,7 @@ class PredictiveProgram:
         total: number of all predictions.
         ndims: number of leading axes of the samples.
         grouped: whether a row of places is of one member.
+        placement: the devices that predictions are spread over.
         plan: how sites follow the rows, where these are cut.
     """
 
@@ -92,6 +94,7 @@ class PredictiveProgram:
     total: int
     ndims: int
     grouped: bool
+    placement: Placement
     plan: RowPlan | None = None
 
     @property
@@ -101,7 +104,8 @@ class PredictiveProgram:
         sites = None if self.return_sites is None else tuple(self.return_sites)
         plan = None if self.plan is None else self.plan.key
         how = (sites, self.infer_discrete, self.condition_deterministic, self.at_once)
-        return (captured(self.guide), template, *how, self.total, self.ndims, self.grouped, plan)
+        where = (self.total, self.ndims, self.grouped, self.placement.mesh)
+        return (captured(self.guide), template, *how, *where, plan)
 
     @property
     def guide_values(self) -> GuideValues | None:
@@ -139,7 +143,7 @@ class PredictiveProgram:
             return predictions if known else pick(predictions, 0)
 
         at_once = places.index.size if self.at_once is True else self.at_once
-        return map_draws(one, (keys, places.member.reshape(-1), where), at_once)
+        return map_draws(one, (keys, places.member.reshape(-1), where), at_once, self.placement)
 
     def latents(
         self,
