@@ -13,11 +13,12 @@ from jax.scipy.linalg import cho_solve, solve_triangular
 from jax.typing import ArrayLike
 
 from numpyro_ensemble.calls.arguments import has_tracers
-from numpyro_ensemble.gp.distribution import GaussianProcess, Process, check_factor
+from numpyro_ensemble.gp.distribution import GaussianProcess, check_factor
 from numpyro_ensemble.gp.inducing import as_inducing
 from numpyro_ensemble.gp.inputs import EXACT
 from numpyro_ensemble.gp.kernels import Kernel
 from numpyro_ensemble.gp.paths import Paths
+from numpyro_ensemble.gp.process import Process
 
 
 class CollapsedSparseGP(Process):

@@ -10,12 +10,13 @@ import numpyro
 import numpyro.distributions as dist
 from jax.typing import ArrayLike
 
-from numpyro_ensemble.gp.distribution import Copies, GaussianProcess, may_be_data, warn_of_copies
+from numpyro_ensemble.gp.distribution import GaussianProcess
 from numpyro_ensemble.gp.draw_paths import check_kernel
 from numpyro_ensemble.gp.inducing import as_inducing
 from numpyro_ensemble.gp.inputs import EXACT, as_inputs
 from numpyro_ensemble.gp.kernels import Kernel
 from numpyro_ensemble.gp.messages import announce, is_subsampled, plates
+from numpyro_ensemble.gp.process import Copies, may_be_data, warn_of_copies
 
 
 class _Inducing(GaussianProcess):
