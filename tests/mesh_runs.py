@@ -302,12 +302,12 @@ if __name__ == "__main__":
     MESHES["members and rows"] = jax.make_mesh((2, 2), ("member", "data"))
     if "long" in sys.argv:
         compare_runs(RUNS, MESHES)
-        compare_chains(list(CHAINS)[2:])
+        compare_chains(CHAINS)
+        compare_predictions()
         compare_modes()
         poison_thousand()
     else:
         compare_runs(QUICK, ["members and rows"])
-        compare_chains(list(CHAINS)[:2])
-        for part in (compare_states, compare_predictions, watch_failures, say_errors):
+        for part in (compare_states, watch_failures, say_errors):
             part()
     json.dump(found, sys.stdout)

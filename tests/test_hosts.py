@@ -75,6 +75,7 @@ def check(found):
     assert distances and max(distances.values()) < 1e-8, distances
 
 
+@pytest.mark.long
 def test_two_processes(tmp_path):
     with Cluster("fits", 2, tmp_path) as cluster:
         found = cluster.found()

@@ -126,11 +126,14 @@ def test_a_hundred_of_a_thousand_that_fail(found_long, label):
     assert any("members ended with values that are not finite" in line for line in said)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("label", ["MEADS of 8", "ChEES of 6, grouped"])
-def test_chains_of_a_mesh_draw_the_same(found, label):
-    assert found[f"{label}, draws"] < 1e-8
-    assert found[f"{label}, devices"] == 4
-    assert found[f"{label}, spread"] == (label == "MEADS of 8")  # four devices do not divide six
+def test_chains_of_a_mesh_draw_the_same(found_long, label):
+    assert found_long[f"{label}, draws"] < 1e-8
+    assert found_long[f"{label}, devices"] == 4
+    assert found_long[f"{label}, spread"] == (
+        label == "MEADS of 8"
+    )  # four devices do not divide six
 
 
 @pytest.mark.long
@@ -139,9 +142,10 @@ def test_chains_and_rows_of_a_mesh_draw_the_same(found_long):
     assert found_long["ChEES of rows, spread"]
 
 
-def test_predictions_of_a_mesh_are_the_same(found):
-    assert found["predictions"] < 1e-8
-    assert found["predictions, devices"] == 4
+@pytest.mark.long
+def test_predictions_of_a_mesh_are_the_same(found_long):
+    assert found_long["predictions"] < 1e-8
+    assert found_long["predictions, devices"] == 4
 
 
 def test_members_that_are_added_are_not_seen(found):
