@@ -50,9 +50,9 @@ def _size(aval: Any) -> int:
     return int(np.prod(aval.shape)) * dtype.itemsize
 
 
-def batch_for(total: int, size: int) -> int:
+def batch_for(total: int, size: int, room: int = ROOM) -> int:
     """Return how many draws of `size` bytes go at once; a divisor of their number is preferred."""
-    most = min(total, max(1, ROOM // max(size, 1)))
+    most = min(total, max(1, room // max(size, 1)))
     least = -(-total // most)
     for number in range(least, min(2 * least, total) + 1):
         if total % number == 0:
@@ -60,11 +60,11 @@ def batch_for(total: int, size: int) -> int:
     return most
 
 
-def map_draws(fn: Callable, draws: Any, batch_size: int | None = None) -> Any:
+def map_draws(fn: Callable, draws: Any, batch_size: int | None = None, room: int = ROOM) -> Any:
     """Map a function over draws in one program: so many at once, or as many as there is room."""
     total = jax.tree.leaves(draws)[0].shape[0]
     if batch_size is None:
-        batch_size = batch_for(total, peak_bytes(fn, pick(draws, 0)))
+        batch_size = batch_for(total, peak_bytes(fn, pick(draws, 0)), room)
     if batch_size == 1:
         return jax.lax.map(fn, draws)
     if batch_size >= total:

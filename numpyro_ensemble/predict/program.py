@@ -17,7 +17,7 @@ from numpyro_ensemble.density import filled
 from numpyro_ensemble.fit.draws import draw_latents
 from numpyro_ensemble.fit.slots import filled_guide
 from numpyro_ensemble.fit.state import VALUE_AXES, GuideValues, Setup
-from numpyro_ensemble.mapping import map_draws, pick
+from numpyro_ensemble.mapping import ROOM, map_draws, pick
 from numpyro_ensemble.streaming.independence import RowPlan
 from numpyro_ensemble.streaming.rows import block_seed
 
@@ -80,6 +80,7 @@ class PredictiveProgram:
         ndims: number of leading axes of the samples.
         grouped: whether a row of places is of one member.
         plan: how sites follow the rows, where these are cut.
+        room: bytes that the draws made at once may take.
     """
 
     model: Callable
@@ -93,13 +94,14 @@ class PredictiveProgram:
     ndims: int
     grouped: bool
     plan: RowPlan | None = None
+    room: int = ROOM
 
     @property
     def key(self) -> tuple:
         """What tells programs of one model apart."""
         template = None if self.setup is None else self.setup.template
         sites = None if self.return_sites is None else tuple(self.return_sites)
-        plan = None if self.plan is None else self.plan.key
+        plan = (None if self.plan is None else self.plan.key, self.room)
         how = (sites, self.infer_discrete, self.condition_deterministic, self.at_once)
         return (captured(self.guide), template, *how, self.total, self.ndims, self.grouped, plan)
 
@@ -139,7 +141,7 @@ class PredictiveProgram:
             return predictions if known else pick(predictions, 0)
 
         at_once = places.index.size if self.at_once is True else self.at_once
-        return map_draws(one, (keys, places.member.reshape(-1), where), at_once)
+        return map_draws(one, (keys, places.member.reshape(-1), where), at_once, self.room)
 
     def latents(
         self,
