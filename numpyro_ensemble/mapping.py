@@ -51,9 +51,9 @@ def _size(aval: Any) -> int:
     return int(np.prod(aval.shape)) * dtype.itemsize
 
 
-def batch_for(total: int, size: int) -> int:
+def batch_for(total: int, size: int, room: int = ROOM) -> int:
     """Return how many draws of `size` bytes go at once; a divisor of their number is preferred."""
-    most = min(total, max(1, ROOM // max(size, 1)))
+    most = min(total, max(1, room // max(size, 1)))
     least = -(-total // most)
     for number in range(least, min(2 * least, total) + 1):
         if total % number == 0:
@@ -66,6 +66,7 @@ def map_draws(
     draws: Any,
     batch_size: int | None = None,
     placement: Placement | None = None,
+    room: int = ROOM,
 ) -> Any:
     """Map a function over draws in one program: so many at once, or as many as there is room.
 
@@ -73,7 +74,7 @@ def map_draws(
     """
     total = jax.tree.leaves(draws)[0].shape[0]
     if batch_size is None:
-        batch_size = batch_for(total, peak_bytes(fn, pick(draws, 0)))
+        batch_size = batch_for(total, peak_bytes(fn, pick(draws, 0)), room)
 
     def every(draws: Any) -> Any:
         if batch_size == 1:

@@ -1,9 +1,17 @@
 """Predictions in Zarr stores: cut by draws and rows, gone on with, refused where cuts are wrong."""
 
+import json
+import os
+import random
+import signal
+import subprocess
 import sys
+import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import killed_store
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
@@ -476,3 +484,38 @@ def test_arguments_of_unequal_lengths():
     discrete = EnsemblePredictive(model, num_samples=2, infer_discrete=True)
     with pytest.raises(ValueError, match="infer_discrete=True draws from what is of all rows"):
         write(discrete, MemoryStore(), X, np.ones(N), row_args=["x", "z"])
+
+
+# Processes that end ---------------------------------------------------------------------------
+
+
+def blocks_in(folder):
+    try:
+        return json.loads((folder / "zarr.json").read_text())["attributes"]["blocks_written"]
+    except FileNotFoundError:
+        return 0
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
+def test_a_process_that_is_killed_again_and_again(tmp_path):
+    """Wherever it was killed, the store ends with the numbers of a call that was left alone."""
+    script = Path(killed_store.__file__)
+    environment = {**os.environ, "PYTHONPATH": str(script.parents[1])}
+    folder, rng, seen = tmp_path / "store", random.Random(1), [0]
+    while seen[-1] < 300:
+        process = subprocess.Popen(
+            [sys.executable, "-W", "ignore", str(script), str(folder)], env=environment
+        )
+        enough, begin = seen[-1] + 50, time.monotonic()
+        while blocks_in(folder) < enough:
+            assert process.poll() is None and time.monotonic() < begin + 300
+            time.sleep(0.01)
+        time.sleep(rng.random() / 50)
+        process.kill()
+        process.wait(timeout=60)
+        seen.append(blocks_in(folder))
+    data = killed_store.write(folder)
+    whole = killed_store.write(MemoryStore())
+    xr.testing.assert_identical(data.load(), whole.load())
+    assert len(seen) > 4

@@ -15,7 +15,7 @@ from numpyro_ensemble.gp.checks import arrays_of, check_flags, check_inputs, dig
 from numpyro_ensemble.gp.program import InputBlock
 from numpyro_ensemble.gp.repeats import counted_before
 from numpyro_ensemble.mapping import ROOM, map_draws, pick
-from numpyro_ensemble.streaming.blocks import Block, Grid, Output, grid_for
+from numpyro_ensemble.streaming.blocks import Block, Grid, Output, grid_for, room_in_block
 from numpyro_ensemble.streaming.independence import (
     SiteForm,
     check_independent,
@@ -180,7 +180,10 @@ class Functions:
     @property
     def most_rows(self) -> int | None:
         """Rows of a block at most, for what the functions of one draw need."""
-        return None if self.rows is None else rows_that_fit(self.rows, self._of_draw, *self.first)
+        if self.rows is None:
+            return None
+        room = room_in_block(self.inputs[1])
+        return rows_that_fit(self.rows, room, self._of_draw, *self.first)
 
     @property
     def most_draws(self) -> int:

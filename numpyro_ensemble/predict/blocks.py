@@ -13,7 +13,7 @@ from numpyro_ensemble.checkpoint import describe
 from numpyro_ensemble.mapping import ROOM, pick
 from numpyro_ensemble.predict.checks import check_model, check_returned
 from numpyro_ensemble.predict.program import Places, RowBlock
-from numpyro_ensemble.streaming.blocks import Block, Grid, Output
+from numpyro_ensemble.streaming.blocks import Block, Grid, Output, room_in_block
 from numpyro_ensemble.streaming.independence import (
     check_independent,
     row_plan,
@@ -58,10 +58,11 @@ class Predictions:
         self.call = (args, kwargs)
         self.few = self.call if rows is None else rows.at(rows.tried)
         self.group = group
+        self.room = room_in_block(predictive.given.samples, predictive.given.params)
         forms = None if rows is None else tried_forms(partial(site_forms, predictive.model), rows)
         check_model(predictive, *self.few)
         self.places: Places = predictive.places(rng_key)
-        self.program = predictive.program()
+        self.program = predictive.program(None, self.room)
         if rows is not None and forms is not None:
             self._plan(rows, forms)
         self.outputs = self._outputs()
@@ -113,7 +114,7 @@ class Predictions:
 
         plan = row_plan(forms, rows.few, latents, wanted, conditioned)
         check_given(plan, latents, rows)
-        self.program = predictive.program(plan)
+        self.program = predictive.program(plan, self.room)
 
     def _latent_shapes(self, call: tuple) -> dict[str, tuple[int, ...]]:
         """Return the shapes of the latents of one draw, given or drawn by the guide."""
@@ -163,7 +164,7 @@ class Predictions:
         """Rows of a block at most, for what the model needs to compute them in one draw."""
         if self.rows is None:
             return None
-        return rows_that_fit(self.rows, self._abstract, *self._inputs(self._first))
+        return rows_that_fit(self.rows, self.room, self._abstract, *self._inputs(self._first))
 
     @property
     def most_draws(self) -> int:

@@ -17,7 +17,7 @@ from numpyro_ensemble.mapping import map_draws, pick
 from numpyro_ensemble.predict.collect import Draws, Sites
 from numpyro_ensemble.predict.densities import each_value
 from numpyro_ensemble.predict.program import RowBlock
-from numpyro_ensemble.streaming.blocks import Block, Grid, Output
+from numpyro_ensemble.streaming.blocks import Block, Grid, Output, room_in_block
 from numpyro_ensemble.streaming.independence import (
     RowPlan,
     SiteForm,
@@ -85,6 +85,7 @@ class Densities:
         self.plan: RowPlan | None = None
         self.axes: dict[str, int | None] = {}  # of the rows, in the terms of the density
         self.programs = Programs()
+        self.room = room_in_block(draws.samples, draws.params)
         if rows is not None and forms is not None:
             self._plan(rows, forms)
         self.outputs = self._outputs(sites)
@@ -191,7 +192,7 @@ class Densities:
         def of_draw(call: tuple, number: int) -> Callable:
             return lambda *first: self._of_draw(call, first, tried[:number])
 
-        return rows_that_fit(self.rows, of_draw, *self._first)
+        return rows_that_fit(self.rows, self.room, of_draw, *self._first)
 
     # Blocks -------------------------------------------------------------------------------------
 
@@ -213,7 +214,7 @@ class Densities:
                 found = self._of_draw(call, first, None if rows is None else rows.places)
                 return found._replace(terms=self._total(found.terms, rows))
 
-            return map_draws(one, (keys, chain, draw))
+            return map_draws(one, (keys, chain, draw), room=self.room)
 
         def start(block: Block) -> Callable[[], dict[str, Any]]:
             chain, draw = (x.ravel() for x in grid.members(block))

@@ -14,7 +14,7 @@ from numpyro_ensemble.calls.keywords import checked_keywords
 from numpyro_ensemble.calls.programs import Programs
 from numpyro_ensemble.fit.state import Setup
 from numpyro_ensemble.handlers import check_count, one_key
-from numpyro_ensemble.mapping import pick
+from numpyro_ensemble.mapping import ROOM, pick
 from numpyro_ensemble.predict.checks import check_model, check_returned
 from numpyro_ensemble.predict.given import read_given
 from numpyro_ensemble.predict.program import Places, PredictiveProgram, places_of
@@ -172,7 +172,7 @@ class EnsemblePredictive:
     ) -> Any:
         """Write predictions to a Zarr store, block by block, and return them as a dataset on disk.
 
-        Memory holds three blocks of 64 MiB and what a model needs to compute one. Cut by draws
+        Memory holds three blocks of 24 MiB and what a model needs to compute one. Cut by draws
         alone, the numbers are those of the call with the same key. Cut by rows as well, what is
         drawn for the rows of a block has a key of its own, so that it depends on `row_batch_size`;
         everything else is equal to rounding. A call that was stopped goes on where it was when it
@@ -219,7 +219,7 @@ class EnsemblePredictive:
 
     # What programs are made of ------------------------------------------------------------------
 
-    def program(self, plan: RowPlan | None = None) -> PredictiveProgram:
+    def program(self, plan: RowPlan | None = None, room: int = ROOM) -> PredictiveProgram:
         """Return the program of a call, whose rows are cut where there is a plan for them."""
         total = self.ensemble_size * self.num_samples
         at_once = self.batch_size
@@ -238,6 +238,7 @@ class EnsemblePredictive:
             self.weights is None and self.given.size is not None,
             self.placement,
             plan,
+            room,
         )
 
     def places(self, rng_key: jax.Array) -> Places:

@@ -17,7 +17,7 @@ from numpyro_ensemble.density import filled
 from numpyro_ensemble.fit.draws import draw_latents
 from numpyro_ensemble.fit.slots import filled_guide
 from numpyro_ensemble.fit.state import VALUE_AXES, GuideValues, Setup
-from numpyro_ensemble.mapping import map_draws, pick
+from numpyro_ensemble.mapping import ROOM, map_draws, pick
 from numpyro_ensemble.sharding import Placement
 from numpyro_ensemble.streaming.independence import RowPlan
 from numpyro_ensemble.streaming.rows import block_seed
@@ -82,6 +82,7 @@ class PredictiveProgram:
         grouped: whether a row of places is of one member.
         placement: the devices that predictions are spread over.
         plan: how sites follow the rows, where these are cut.
+        room: bytes that the draws made at once may take.
     """
 
     model: Callable
@@ -96,13 +97,14 @@ class PredictiveProgram:
     grouped: bool
     placement: Placement
     plan: RowPlan | None = None
+    room: int = ROOM
 
     @property
     def key(self) -> tuple:
         """What tells programs of one model apart."""
         template = None if self.setup is None else self.setup.template
         sites = None if self.return_sites is None else tuple(self.return_sites)
-        plan = None if self.plan is None else self.plan.key
+        plan = (None if self.plan is None else self.plan.key, self.room)
         how = (sites, self.infer_discrete, self.condition_deterministic, self.at_once)
         where = (self.total, self.ndims, self.grouped, self.placement.mesh)
         return (captured(self.guide), template, *how, *where, plan)
@@ -143,7 +145,8 @@ class PredictiveProgram:
             return predictions if known else pick(predictions, 0)
 
         at_once = places.index.size if self.at_once is True else self.at_once
-        return map_draws(one, (keys, places.member.reshape(-1), where), at_once, self.placement)
+        inputs = keys, places.member.reshape(-1), where
+        return map_draws(one, inputs, at_once, self.placement, self.room)
 
     def latents(
         self,

@@ -4,15 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from numpyro_ensemble.mapping import ROOM
+from numpyro_ensemble.mapping import ROOM, platform_of
 
 # Three blocks are alive at once: one is computed, one is written, and one is copied by the writer.
-BLOCK_BYTES = ROOM // 4
+# glibc uses buffers of up to 32 MiB again, and has the system map larger ones anew, page by page:
+# blocks of 64 MiB took 1.5 times as long.
+BLOCK_BYTES = 24 << 20
+_TEMPORARY_BYTES = 16 << 20
 _LEAST_ROWS = 1024  # for which a program is worth starting
+
+
+def room_in_block(*trees: Any) -> int:
+    """Return how many bytes may be alive at once while a block is computed where arrays are."""
+    return _TEMPORARY_BYTES if platform_of(*trees) == "cpu" else ROOM
 
 
 class Output(NamedTuple):
@@ -158,7 +166,7 @@ def grid_for(
     draws_at_once: int | None = None,
     rows_first: bool = True,
 ) -> Grid:
-    """Return blocks that take a quarter of a gigabyte while they are computed and written.
+    """Return the blocks of a call, of 24 MiB where nothing else is said.
 
     Args:
         chains: number of chains.

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from numpyro_ensemble.mapping import ROOM, peak_bytes
+from numpyro_ensemble.mapping import peak_bytes
 from numpyro_ensemble.streaming.blocks import Output
 from numpyro_ensemble.streaming.independence import RowPlan, SiteForm
 from numpyro_ensemble.streaming.rows import REMEDY, Rows
@@ -82,11 +82,14 @@ def check_given(plan: RowPlan, shapes: Mapping[str, tuple[int, ...]], rows: Rows
             )
 
 
-def rows_that_fit(rows: Rows, of_draw: Callable[[tuple, int], Callable], *inputs: Any) -> int:
+def rows_that_fit(
+    rows: Rows, room: int, of_draw: Callable[[tuple, int], Callable], *inputs: Any
+) -> int:
     """Return how many rows of a call there is room for, with all that one draw computes of them.
 
     Args:
         rows: of the call.
+        room: bytes that these may take.
         of_draw: returns the function of one draw, for a call with so many rows.
         *inputs: of that function.
     """
@@ -94,4 +97,4 @@ def rows_that_fit(rows: Rows, of_draw: Callable[[tuple, int], Callable], *inputs
     whole = rows.at(rows.tried)
     calls = ((rows.cut(whole, slice(few)), few), (whole, 2 * few))
     small, large = (peak_bytes(of_draw(call, number), *inputs) for call, number in calls)
-    return max(ROOM // max((large - small) // few, rows.row_bytes, 1), 1)
+    return max(room // max((large - small) // few, rows.row_bytes, 1), 1)
