@@ -114,7 +114,7 @@ def counted(X, y=None):
         numpyro.sample("y", dist.Poisson(20.0 * jnp.exp(0.1 * f)), obs=y)
 
 
-@pytest.mark.parametrize("whitened", [False, True])
+@pytest.mark.parametrize("whitened", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_what_is_drawn_on_top_is_drawn_for_each_block(whitened):
     model, samples = counted, {"width": np.array([0.9, 1.1]), "f": np.stack([Y, 0.5 * Y])}
     if whitened:
