@@ -22,7 +22,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from numpyro.contrib.control_flow import scan
 from numpyro.infer import Trace_ELBO
 from numpyro.infer.autoguide import AutoNormal
-from zarr.storage import MemoryStore
+from zarr.storage import MemoryStore, ZipStore
 
 from numpyro_ensemble import EnsemblePredictive, EnsembleVI
 from numpyro_ensemble.gp import RBF, GaussianProcess
@@ -232,7 +232,7 @@ def stop_after(monkeypatch, number, in_part=False):
     monkeypatch.setattr(BlockStore, "write", writing)
 
 
-@pytest.mark.parametrize("number", [0, 4, 29])
+@pytest.mark.parametrize("number", [4, *(pytest.param(n, marks=pytest.mark.long) for n in (0, 29))])
 def test_a_call_that_was_stopped_goes_on(predictive, tmp_path, monkeypatch, number):
     whole = by_rows(predictive, MemoryStore(), X)
     with monkeypatch.context() as patch:
@@ -305,6 +305,19 @@ def test_one_call_at_a_time(predictive, tmp_path, monkeypatch):
     monkeypatch.setattr(BlockStore, "advance", another)
     write(predictive, tmp_path, X)
     assert said
+
+
+def test_stores_that_cannot_be_written(predictive, tmp_path):
+    with pytest.raises(ValueError, match="opened to read alone"):
+        write(predictive, MemoryStore(read_only=True), X)
+    with pytest.raises(ValueError, match="cannot write a place twice"):
+        write(predictive, ZipStore(tmp_path / "store.zip", mode="w"), X)
+
+
+def test_times_are_coordinates(predictive):
+    days = np.datetime64("2026-01-01") + np.arange(N)
+    data = write(predictive, MemoryStore(), X, coords={"rows": days})
+    assert_array_equal(data["rows"], days)
 
 
 def test_without_zarr(predictive, monkeypatch):

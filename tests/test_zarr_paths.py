@@ -14,6 +14,7 @@ from zarr.storage import MemoryStore
 
 from numpyro_ensemble.gp import RBF, Envelope, GaussianProcess, Pathwise, WhitenReparam
 from numpyro_ensemble.gp.checks import digest, digest_in_parts
+from numpyro_ensemble.gp.path_blocks import Functions
 from numpyro_ensemble.gp.repeats import counted_before
 from numpyro_ensemble.streaming.store import BlockStore
 
@@ -70,8 +71,6 @@ def test_the_numbers_are_those_of_the_call(cut, pathwise, in_memory, tmp_path):
 
 
 def test_functions_are_drawn_once_for_all_rows(pathwise, monkeypatch):
-    from numpyro_ensemble.gp.stored import Functions
-
     count, drawn = [], Functions._drawn
     monkeypatch.setattr(Functions, "_drawn", lambda *a: (count.append(1), drawn(*a))[1])
     by_rows(pathwise, MemoryStore(), NEW)
@@ -115,7 +114,7 @@ def counted(X, y=None):
         numpyro.sample("y", dist.Poisson(20.0 * jnp.exp(0.1 * f)), obs=y)
 
 
-@pytest.mark.parametrize("whitened", [False, True])
+@pytest.mark.parametrize("whitened", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_what_is_drawn_on_top_is_drawn_for_each_block(whitened):
     model, samples = counted, {"width": np.array([0.9, 1.1]), "f": np.stack([Y, 0.5 * Y])}
     if whitened:

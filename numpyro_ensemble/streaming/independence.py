@@ -284,10 +284,10 @@ def check_independent(numbers: Mapping[str, Numbers]) -> None:
             bound.append(name)
     if bound:
         raise ValueError(
-            f"{bound} depend on all rows of the call at once (a mean over them, or their number): "
-            f"they are others with some of the rows left out. Compute what is of all rows before, "
-            f"and pass it as an argument; or leave row_args out: the call is then cut by draws "
-            f"alone."
+            f"the sites {bound} depend on all rows of the call at once (a mean over them, or their "
+            f"number): they are others with some of the rows left out. Compute what is of all rows "
+            f"before, and pass it as an argument; or leave row_args out: the call is then cut by "
+            f"draws alone."
         )
 
 

@@ -69,13 +69,15 @@ class BlockStore:
         self._zarr, self._path = import_zarr(), local_path(store)
         self._lock: Any = None
         self.store = store
-        if self._path is not None:
-            self._path.mkdir(parents=True, exist_ok=True)
-            self.store = self._zarr.storage.LocalStore(self._path)
-        elif getattr(store, "supports_deletes", True) is False:
+        if getattr(store, "read_only", False):
+            raise ValueError(f"{self.name} was opened to read alone: give a store to write to.")
+        if getattr(store, "supports_deletes", True) is False:
             raise ValueError(
                 f"{self.name} cannot write a place twice: write a directory, and pack it then."
             )
+        if self._path is not None:
+            self._path.mkdir(parents=True, exist_ok=True)
+            self.store = self._zarr.storage.LocalStore(self._path)
         self._lock = None if self._path is None else lock(self._path)
         if self._lock is False:
             raise ValueError(f"another call writes {self.name}: give this one a store of its own.")
