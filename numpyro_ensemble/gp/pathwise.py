@@ -37,7 +37,7 @@ from numpyro_ensemble.gp.sites import Answer, gather_sites
 from numpyro_ensemble.gp.stored import write_functions
 from numpyro_ensemble.handlers import check_count, one_key, warn
 from numpyro_ensemble.mapping import map_draws, pick, platform_of
-from numpyro_ensemble.streaming.independence import RowPlan
+from numpyro_ensemble.streaming.forms import RowPlan
 from numpyro_ensemble.streaming.options import StoreOptions
 
 

@@ -18,7 +18,7 @@ from numpyro_ensemble.predict.checks import check_model, check_returned
 from numpyro_ensemble.predict.given import read_given
 from numpyro_ensemble.predict.program import Places, PredictiveProgram, places_of
 from numpyro_ensemble.predict.stored import write_predictions
-from numpyro_ensemble.streaming.independence import RowPlan
+from numpyro_ensemble.streaming.forms import RowPlan
 from numpyro_ensemble.streaming.options import StoreOptions
 
 
