@@ -16,14 +16,8 @@ from numpyro_ensemble.gp.program import InputBlock
 from numpyro_ensemble.gp.repeats import counted_before
 from numpyro_ensemble.mapping import ROOM, map_draws, pick
 from numpyro_ensemble.streaming.blocks import Block, Grid, Output, room_in_block
-from numpyro_ensemble.streaming.independence import (
-    SiteForm,
-    check_independent,
-    forms_of,
-    row_plan,
-    tried_forms,
-    tried_numbers,
-)
+from numpyro_ensemble.streaming.forms import SiteForm, forms_of, row_plan, tried_forms
+from numpyro_ensemble.streaming.independence import check_independent, tried_numbers
 from numpyro_ensemble.streaming.options import argument_digests, tree_digests
 from numpyro_ensemble.streaming.rows import Rows
 from numpyro_ensemble.streaming.trial import check_given, outputs_of, rows_that_fit, stored_name

@@ -41,7 +41,7 @@ from numpyro_ensemble.gp.subsampling import Dependents, KnownRows, check_rows
 from numpyro_ensemble.handlers import check_count, one_key, warn
 from numpyro_ensemble.mapping import map_draws, pick, platform_of
 from numpyro_ensemble.sharding import Placement, as_mesh, home
-from numpyro_ensemble.streaming.independence import RowPlan
+from numpyro_ensemble.streaming.forms import RowPlan
 from numpyro_ensemble.streaming.options import StoreOptions
 
 

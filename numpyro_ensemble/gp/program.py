@@ -17,7 +17,7 @@ from numpyro_ensemble.gp.means import Function
 from numpyro_ensemble.gp.paths import Paths
 from numpyro_ensemble.gp.sites import Answer, Site, gather_sites
 from numpyro_ensemble.mapping import pick
-from numpyro_ensemble.streaming.independence import RowPlan
+from numpyro_ensemble.streaming.forms import RowPlan
 from numpyro_ensemble.streaming.rows import block_seed
 
 

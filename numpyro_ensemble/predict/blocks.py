@@ -14,13 +14,8 @@ from numpyro_ensemble.mapping import ROOM, pick
 from numpyro_ensemble.predict.checks import check_model, check_returned
 from numpyro_ensemble.predict.program import Places, RowBlock
 from numpyro_ensemble.streaming.blocks import Block, Grid, Output, room_in_block
-from numpyro_ensemble.streaming.independence import (
-    check_independent,
-    row_plan,
-    site_forms,
-    tried_forms,
-    tried_numbers,
-)
+from numpyro_ensemble.streaming.forms import row_plan, site_forms, tried_forms
+from numpyro_ensemble.streaming.independence import check_independent, tried_numbers
 from numpyro_ensemble.streaming.options import tree_digests
 from numpyro_ensemble.streaming.rows import REMEDY, Rows
 from numpyro_ensemble.streaming.trial import check_given, outputs_of, rows_that_fit, stored_name

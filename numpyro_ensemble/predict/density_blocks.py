@@ -18,13 +18,8 @@ from numpyro_ensemble.predict.collect import Draws, Sites
 from numpyro_ensemble.predict.densities import each_value
 from numpyro_ensemble.predict.program import RowBlock
 from numpyro_ensemble.streaming.blocks import Block, Grid, Output, room_in_block
-from numpyro_ensemble.streaming.independence import (
-    RowPlan,
-    SiteForm,
-    check_independent,
-    row_plan,
-    tried_numbers,
-)
+from numpyro_ensemble.streaming.forms import RowPlan, SiteForm, row_plan
+from numpyro_ensemble.streaming.independence import check_independent, tried_numbers
 from numpyro_ensemble.streaming.rows import REMEDY, Rows
 from numpyro_ensemble.streaming.trial import check_given, outputs_of, rows_that_fit, stored_name
 

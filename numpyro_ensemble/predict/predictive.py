@@ -20,7 +20,7 @@ from numpyro_ensemble.predict.given import read_given
 from numpyro_ensemble.predict.program import Places, PredictiveProgram, places_of
 from numpyro_ensemble.predict.stored import write_predictions
 from numpyro_ensemble.sharding import Placement, as_mesh, home
-from numpyro_ensemble.streaming.independence import RowPlan
+from numpyro_ensemble.streaming.forms import RowPlan
 from numpyro_ensemble.streaming.options import StoreOptions
 
 
@@ -173,10 +173,10 @@ class EnsemblePredictive:
         """Write predictions to a Zarr store, block by block, and return them as a dataset on disk.
 
         Memory holds three blocks of 24 MiB and what a model needs to compute one. Cut by draws
-        alone, the numbers are those of the call with the same key. Cut by rows as well, what is
-        drawn for the rows of a block has a key of its own, so that it depends on `row_batch_size`;
-        everything else is equal to rounding. A call that was stopped goes on where it was when it
-        is made again.
+        alone, the numbers are those of the call with the same key, products of matrices to
+        rounding. Cut by rows as well, what is drawn for the rows of a block has a key of its own,
+        so that it depends on `row_batch_size`; everything else is equal to rounding. A call that
+        was stopped goes on where it was when it is made again.
 
         Args:
             store: a path, or a store of Zarr's.

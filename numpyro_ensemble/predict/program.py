@@ -19,7 +19,7 @@ from numpyro_ensemble.fit.slots import filled_guide
 from numpyro_ensemble.fit.state import VALUE_AXES, GuideValues, Setup
 from numpyro_ensemble.mapping import ROOM, map_draws, pick
 from numpyro_ensemble.sharding import Placement
-from numpyro_ensemble.streaming.independence import RowPlan
+from numpyro_ensemble.streaming.forms import RowPlan
 from numpyro_ensemble.streaming.rows import block_seed
 
 

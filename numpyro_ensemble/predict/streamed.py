@@ -16,7 +16,7 @@ from numpyro_ensemble.predict.collect import Draws, Sites, collect
 from numpyro_ensemble.predict.densities import Computed
 from numpyro_ensemble.predict.density_blocks import SUMS, Densities
 from numpyro_ensemble.streaming.blocks import Block, Grid, Output, grid_for
-from numpyro_ensemble.streaming.independence import SiteForm, site_forms, tried_forms
+from numpyro_ensemble.streaming.forms import SiteForm, site_forms, tried_forms
 from numpyro_ensemble.streaming.options import StoreOptions, argument_digests, tree_digests
 from numpyro_ensemble.streaming.rows import Rows
 from numpyro_ensemble.streaming.store import BlockStore, import_zarr

@@ -9,7 +9,7 @@ import jax
 
 from numpyro_ensemble.mapping import peak_bytes
 from numpyro_ensemble.streaming.blocks import Output
-from numpyro_ensemble.streaming.independence import RowPlan, SiteForm
+from numpyro_ensemble.streaming.forms import RowPlan, SiteForm
 from numpyro_ensemble.streaming.rows import REMEDY, Rows
 from numpyro_ensemble.streaming.store import stored_dtype
 
