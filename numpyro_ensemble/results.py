@@ -14,7 +14,7 @@ from numpyro_ensemble import storage
 from numpyro_ensemble.fit.state import FitState, GuideValues, Setup, SetupValues, setup_of
 from numpyro_ensemble.handlers import warn
 from numpyro_ensemble.primitives import is_inexact
-from numpyro_ensemble.sharding import home
+from numpyro_ensemble.sharding import home, is_far
 
 _RANKED_LOSSES = 100
 # what a result tells besides its fields
@@ -94,7 +94,7 @@ class EnsembleResult(_Fields):
         """
         losses = np.asarray(self.losses)
         score = np.full(self.ensemble_size, np.inf)
-        exact = getattr(self.state.optim_state[1], "loss", None)
+        exact = home(getattr(self.state.optim_state[1], "loss", None))
         for e in np.flatnonzero(np.asarray(self.finite)):
             score[e] = last_losses(losses[e]) if exact is None else exact[e]
         order = np.argsort(score, kind="stable")
@@ -210,6 +210,15 @@ class PathfinderResult(NamedTuple):
 
 def _is_wide(leaf: Any) -> bool:
     return getattr(leaf, "dtype", None) in ("float64", "int64", "complex128")
+
+
+def check_gathered(result: EnsembleResult) -> None:
+    """Raise a ValueError for a result of which each of several processes has a part."""
+    if is_far((result.params, result.state.mutable_state)):
+        raise ValueError(
+            "the result is left on the devices of several processes, by gather=False: go on from "
+            "result.state in a run without it, so that each process has all members."
+        )
 
 
 def _inexact(leaves: list[Any]) -> list[Any]:

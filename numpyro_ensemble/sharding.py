@@ -194,6 +194,11 @@ def home(tree: Any) -> Any:
     return jax.tree.unflatten(treedef, leaves)
 
 
+def is_far(tree: Any) -> bool:
+    """Say whether arrays are spread over several processes."""
+    return any(map(_is_far, jax.tree.leaves(tree)))
+
+
 def _is_far(leaf: Any) -> bool:
     is_array = isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer)
     return is_array and not leaf.is_fully_addressable

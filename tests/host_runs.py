@@ -47,16 +47,21 @@ def steps():
 
 
 def chains():
-    """Compare chains, of which devices have unequal numbers."""
+    """Compare chains, of which devices have equal numbers, and unequal ones."""
+    for number in (8, 9):
+        chains_of(number)
+
+
+def chains_of(number):
     draws = []
     for mesh in ("all", None):
         mcmc = MCMC(
-            chees(mesh=mesh), num_warmup=15, num_samples=5, num_chains=9,
+            chees(mesh=mesh), num_warmup=15, num_samples=5, num_chains=number,
             chain_method="vectorized", progress_bar=False,
         )  # fmt: skip
         mcmc.run(jax.random.key(1), X, Y)
         draws.append(mcmc.get_samples())
-    compare("chains", *draws)
+    compare(f"{number} chains", *draws)
 
 
 def predictions():

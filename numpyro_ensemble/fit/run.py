@@ -204,7 +204,7 @@ def _warn_unconverged(open_ones: np.ndarray, optim: Any, losses: np.ndarray) -> 
 
 def _warn_steep(ended: np.ndarray, optim: Any, result: EnsembleResult) -> None:
     """Name the members whose minimiser has stopped, by steps that were too short, on a slope."""
-    slope, loss = result.gradient_norm, getattr(result.state.optim_state[1], "loss", None)
+    slope, loss = result.gradient_norm, home(getattr(result.state.optim_state[1], "loss", None))
     if slope is None or loss is None:
         return
     steep = ended & (slope > _STEEP * (1.0 + np.abs(np.asarray(loss))))

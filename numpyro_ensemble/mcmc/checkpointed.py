@@ -27,6 +27,7 @@ from numpyro_ensemble.handlers import one_key, warn
 from numpyro_ensemble.interrupts import Interrupts
 from numpyro_ensemble.mcmc.mixing import finished, run_unchecked
 from numpyro_ensemble.mcmc.state import ChainsState, Resumed
+from numpyro_ensemble.sharding import Placement
 from numpyro_ensemble.storage import restored
 
 _SETTINGS = ("num_warmup", "num_samples", "num_chains", "thinning")
@@ -137,20 +138,23 @@ def run_checkpointed(
         )
     run = _Run(mcmc, one_key(rng_key), args, kwargs, extra_fields, init_params)
     number, shows = mcmc.num_samples, mcmc.progress_bar
-    interrupts = Interrupts(saves=True)
+    placement = getattr(mcmc.sampler, "placement", Placement())
+    interrupts = Interrupts(saves=True, on_hosts=placement.on_hosts)
+    shown = shows and (jax.process_index() == 0 or not placement.on_hosts)
     keeper = Keeper(checkpoint, _fingerprint(run))
     mcmc.progress_bar = False  # one bar for all pieces
     try:
-        with interrupts, tqdm.tqdm(disable=not shows) as bar:
+        with interrupts, tqdm.tqdm(disable=not shown) as bar:
             state, draws, done = _pieces(run, number, keeper, interrupts, bar)
     finally:
         keeper.close()
         mcmc.num_samples, mcmc.progress_bar, mcmc.post_warmup_state = number, shows, None
     interrupts.end_process()
     set_outcome(mcmc, draws, state)
-    if interrupts.came and draws is None:
+    ended = done < mcmc.num_warmup + number
+    if ended and draws is None:
         raise KeyboardInterrupt(f"interrupted in warm-up, after {done} iterations.")
-    if interrupts.came:
+    if ended:
         warn(f"interrupted: {done} of {mcmc.num_warmup + number} iterations were made.")
     set_outcome(mcmc, finished(draws), state)
 

@@ -21,7 +21,7 @@ from numpyro_ensemble.mcmc.progress import Progress
 from numpyro_ensemble.mcmc.searches import STARTS, given
 from numpyro_ensemble.mcmc.state import ChainsState, in_rows, in_sites
 from numpyro_ensemble.mcmc.target import Target
-from numpyro_ensemble.sharding import Placement, as_mesh
+from numpyro_ensemble.sharding import Placement, as_mesh, home
 
 _REMEDIES = (  # what helps chains of any kernel
     "hierarchical effects that are decentred (LocScaleReparam), and latents with scales near 1; "
@@ -44,8 +44,8 @@ class ManyChainKernel(MCMCKernel):
         init_strategy: Callable = init_to_uniform,
         mesh: Mesh | str | None = None,
     ) -> None:
-        self._placement = Placement(mesh=as_mesh(mesh))
-        self._target = Target(model, potential_fn, init_strategy, self._placement)
+        self.placement = Placement(mesh=as_mesh(mesh))
+        self._target = Target(model, potential_fn, init_strategy, self.placement)
         if not callable(start) and (not isinstance(start, str) or start not in STARTS):
             raise ValueError(
                 f"start takes one of {sorted(STARTS)} or a function, got {start!r}; values go to "
@@ -127,7 +127,7 @@ class ManyChainKernel(MCMCKernel):
             raise ValueError(self._alone())
         num_chains = rng_key.shape[0]
         self._check_chains(num_chains)
-        self._placement.check(num_chains, "chains")
+        self.placement.check(num_chains, "chains")
         self._target.latent_names(args, kwargs)
         keys = jax.vmap(lambda key: jax.random.split(key, 3))(rng_key)
         remedy = self._remedy(init_params is not None)
@@ -139,7 +139,7 @@ class ManyChainKernel(MCMCKernel):
         state, found = self._target.run(
             ("first", num_warmup), first, (init_params, keys), args, kwargs
         )
-        check_start(name, self._target.coordinates(state.z, args, kwargs), found, remedy)
+        check_start(name, self._target.coordinates(state.z, args, kwargs), home(found), remedy)
         return state
 
     def _alone(self) -> str:
@@ -224,7 +224,7 @@ class ManyChainKernel(MCMCKernel):
         )
         progress = Progress.start(num_warmup, num_chains)
         state = self._first_adaptation(keys[:, 1], state, progress, found)
-        return self._placement.settle(in_sites(state, coordinates), num_chains), found
+        return self.placement.settle(in_sites(state, coordinates), num_chains), found
 
     def refresh(
         self, state: ChainsState, model_args: tuple, model_kwargs: dict | None
@@ -282,7 +282,7 @@ class ManyChainKernel(MCMCKernel):
             iterations_since_move=since,
             frozen=is_frozen(since, new.adapt_state.step_size, new.num_steps),
         )
-        return self._placement.settle(in_sites(new, coordinates), len(n))
+        return self.placement.settle(in_sites(new, coordinates), len(n))
 
     # What a subclass adds -----------------------------------------------------------------------
 

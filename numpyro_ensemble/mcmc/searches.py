@@ -15,6 +15,7 @@ from numpyro_ensemble.mapping import platform_of
 from numpyro_ensemble.mcmc.pathfinding import Settings, choose, pathfind
 from numpyro_ensemble.mcmc.replacements import Found, replace_unfit, report
 from numpyro_ensemble.mcmc.target import Target
+from numpyro_ensemble.sharding import home
 
 _NUM_STARTS = 4  # of short NUTS chains
 NUM_PATHS, MAX_STEPS = 8, 200  # of Pathfinder, and of each search: evaluations at most
@@ -45,6 +46,7 @@ def search(
 
     name = (draw.__name__, num_chains, *sorted(options.items()))
     z, known = target.run(name, found, (key,), args, kwargs)
+    known = home(known)
     if not has_tracers(known):
         if not known.fit.any():  # again, outside a program, where NumPyro says what is wrong
             target.initial(jax.random.split(key, _NUM_STARTS), args, kwargs)
@@ -61,6 +63,7 @@ def given(
         return replace_unfit(call, key, z, jnp.ones(num_chains, bool), target=target)
 
     z, known = target.run(("given", num_chains), found, (key, z), args, kwargs)
+    known = home(known)
     if not has_tracers(known):
         report(known, partial(target.why_not_finite, z, args, kwargs))
     return z

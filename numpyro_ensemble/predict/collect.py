@@ -22,7 +22,7 @@ from numpyro_ensemble.fit.ensemble import Ensemble
 from numpyro_ensemble.fit.state import setup_of
 from numpyro_ensemble.handlers import is_factor, unwrapped
 from numpyro_ensemble.mapping import check_failed, finite_members, pick
-from numpyro_ensemble.results import EnsembleResult, PathfinderResult
+from numpyro_ensemble.results import EnsembleResult, PathfinderResult, check_gathered
 from numpyro_ensemble.vi import EnsembleVI
 
 _VI_DRAWS = 100
@@ -73,6 +73,7 @@ def collect(
     else:
         if getattr(inference, "raw", False):
             raise TypeError("to_arviz takes fits of NumPyro models, not of raw densities.")
+        check_gathered(result)
         _check_fit(inference, result, args, kwargs)
         if isinstance(inference, EnsembleVI):
             draws = _of_guides(inference, result, rng_key, num_samples or _VI_DRAWS, args, kwargs)

@@ -13,7 +13,7 @@ from jax.typing import ArrayLike
 from numpyro_ensemble.calls.arguments import has_tracers
 from numpyro_ensemble.fit.state import Setup, setup_of
 from numpyro_ensemble.mapping import check_failed, check_mixture, finite_members, pick
-from numpyro_ensemble.results import EnsembleResult
+from numpyro_ensemble.results import EnsembleResult, check_gathered
 
 
 class Given(NamedTuple):
@@ -70,6 +70,7 @@ def read_given(
         if batch_ndims not in (None, 1):
             raise ValueError(f"an EnsembleResult has batch_ndims=1, got {batch_ndims}.")
         result = posterior_samples
+        check_gathered(result)
         fitted, ended_well = frozenset(result.params), result.finite
         setup = setup_of(result.state)
         if setup is not None and setup.template is not None:
