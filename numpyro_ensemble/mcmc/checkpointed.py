@@ -27,7 +27,7 @@ from numpyro_ensemble.handlers import one_key, warn
 from numpyro_ensemble.interrupts import Interrupts
 from numpyro_ensemble.mcmc.mixing import finished, run_unchecked
 from numpyro_ensemble.mcmc.state import ChainsState, Resumed
-from numpyro_ensemble.sharding import Placement
+from numpyro_ensemble.sharding import Placement, home
 from numpyro_ensemble.storage import restored
 
 _SETTINGS = ("num_warmup", "num_samples", "num_chains", "thinning")
@@ -50,7 +50,7 @@ class _Run:
         # MCMC compiles its loop in every run; as part of these it is compiled once for each length
         self._program: Callable = self._outcome
         if mcmc.num_chains == 1 or mcmc.chain_method == "vectorized":
-            self._program = jax.jit(self._outcome, static_argnums=1)
+            self._program = jax.jit(self._outcome, static_argnums=(1, 2))
 
     def start(self) -> tuple[Any, Any]:
         """Start the chains; return their state, and arrays such as are collected, of zeros."""
@@ -58,11 +58,11 @@ class _Run:
         collect_nothing(self.mcmc)
         return self._run(self.rng_key)
 
-    def go_on(self, state: Any, length: int) -> tuple[Any, Any]:
+    def go_on(self, state: Any, length: int, thinning: int) -> tuple[Any, Any]:
         """Make so many iterations; return the state after them, and what was collected."""
-        return self._program(state, length)
+        return self._program(state, length, thinning)
 
-    def _outcome(self, state: Any, length: int) -> tuple[Any, Any]:
+    def _outcome(self, state: Any, length: int, thinning: int) -> tuple[Any, Any]:
         """Call `MCMC.run` for some iterations from a state, with the keys that it holds."""
         key = state.rng_key
         if isinstance(state, ChainsState):
@@ -70,7 +70,7 @@ class _Run:
         elif self.mcmc.sampler.is_ensemble_kernel:  # MCMC gives those the first of many keys
             key = jnp.broadcast_to(key, (self.mcmc.num_chains, *key.shape))
         self.mcmc.post_warmup_state = state
-        self.mcmc.num_samples = length
+        self.mcmc.num_samples, self.mcmc.thinning = length, thinning
         return self._run(key)
 
     def _run(self, key: jax.Array) -> tuple[Any, Any]:
@@ -137,7 +137,7 @@ def run_checkpointed(
             "mcmc.post_warmup_state = None, or call mcmc.run."
         )
     run = _Run(mcmc, one_key(rng_key), args, kwargs, extra_fields, init_params)
-    number, shows = mcmc.num_samples, mcmc.progress_bar
+    number, thinning, shows = mcmc.num_samples, mcmc.thinning, mcmc.progress_bar
     placement = getattr(mcmc.sampler, "placement", Placement())
     interrupts = Interrupts(saves=True, on_hosts=placement.on_hosts)
     shown = shows and (jax.process_index() == 0 or not placement.on_hosts)
@@ -148,7 +148,9 @@ def run_checkpointed(
             state, draws, done = _pieces(run, number, keeper, interrupts, bar)
     finally:
         keeper.close()
-        mcmc.num_samples, mcmc.progress_bar, mcmc.post_warmup_state = number, shows, None
+        mcmc.num_samples, mcmc.thinning, mcmc.progress_bar = number, thinning, shows
+        mcmc.post_warmup_state = None
+        set_outcome(mcmc, None, None)  # whatever was under way
     interrupts.end_process()
     set_outcome(mcmc, draws, state)
     ended = done < mcmc.num_warmup + number
@@ -166,7 +168,7 @@ def _pieces(
 
     Before the first draw there are none: None.
     """
-    mcmc, warmup = run.mcmc, run.mcmc.num_warmup
+    mcmc, warmup, thinning = run.mcmc, run.mcmc.num_warmup, run.mcmc.thinning
     leaves = keeper.newest()  # refuses those of another run before anything is computed
     state, draws = run.start()
     done = 0
@@ -175,13 +177,13 @@ def _pieces(
         state, draws, done = kept["state"], kept["draws"], int(kept["done"])
     bar.reset(total=warmup + number)
     bar.update(done)
-    for end in _ends(warmup, number, keeper.checkpoint.every, mcmc.thinning):
+    for end in _ends(warmup, number, keeper.checkpoint.every, thinning):
         if end <= done:
             continue
         if interrupts.ended():
             break
-        state, part = run.go_on(state, end - done)
-        part = jax.tree.map(np.asarray, part)
+        state, part = run.go_on(state, end - done, thinning if end > warmup else 1)
+        held, part = home(state), jax.tree.map(np.asarray, home(part))
         if done > warmup:
             draws = jax.tree.map(_joined, draws, part)
         else:  # before the first draws, an iteration of warm-up keeps their place
@@ -189,9 +191,9 @@ def _pieces(
         bar.update(end - done)
         if not bar.disable:
             bar.set_description("warmup" if end <= warmup else "sample", refresh=False)
-            bar.set_postfix_str(_told(mcmc, state), refresh=False)
+            bar.set_postfix_str(_told(mcmc, held), refresh=False)
         done = end
-        keeper.save(done, {"state": state, "draws": draws, "done": np.asarray(done)})
+        keeper.save(done, {"state": held, "draws": draws, "done": np.asarray(done)})
     return state, (draws if done > warmup else None), done
 
 

@@ -12,6 +12,7 @@ from numpyro.infer import MCMC
 
 from numpyro_ensemble.handlers import warn
 from numpyro_ensemble.mcmc.checks import frames_outside_jax, listed
+from numpyro_ensemble.sharding import home
 
 _FEWEST_DRAWS = 10  # a chain that accepts 0.8 of its proposals rejects 9 in a row once in 2 million
 _MIXED = 1.05  # R-hat of 20 effective draws a chain, 1,280 of 64 chains
@@ -73,6 +74,8 @@ def _unflatten(kind: type[CollectedDraws], structure: tuple, values: Any) -> Any
     traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(draws))
     if _parted.get():
         return kind(draws, advice)
+    if not traced:
+        draws = home(draws)
     if not traced and MCMC.warmup.__code__ not in codes:
         check_mixing(draws, advice)
     return draws[""] if kind is _Whole else draws
