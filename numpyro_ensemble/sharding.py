@@ -114,6 +114,11 @@ class Placement:
         """Say whether devices of the mesh belong to several processes."""
         return self.mesh is not None and self.mesh.is_multi_process
 
+    @property
+    def speaks(self) -> bool:
+        """Say whether this process is the one of several that draws bars."""
+        return not self.on_hosts or jax.process_index() == 0
+
     def fill(self, tree: Any, axes: Any) -> Any:
         """Put arrays where they are computed, with as many members as `number` says."""
         if self.mesh is None:
@@ -187,11 +192,16 @@ def home(tree: Any) -> Any:
         for i, kind in zip(far, kinds, strict=True)
     ]
     everywhere = [NamedSharding(leaf.sharding.mesh, PartitionSpec()) for leaf in plain]
-    whole = jax.jit(lambda leaves: leaves, out_shardings=everywhere)(plain)
+    whole = jax.jit(_same, out_shardings=everywhere)(plain)
     for i, kind, leaf in zip(far, kinds, whole, strict=True):
         local = leaf.addressable_data(0)
         leaves[i] = local if kind is None else jax.random.wrap_key_data(local, impl=kind)
     return jax.tree.unflatten(treedef, leaves)
+
+
+def _same(tree: Any) -> Any:
+    """Return a tree as it is: one function, so that a program that moves arrays is found again."""
+    return tree
 
 
 def is_far(tree: Any) -> bool:
@@ -214,7 +224,7 @@ def _put_on_hosts(leaf: Any, where: NamedSharding) -> Any:
         data = _put_on_hosts(jax.random.key_data(leaf), where)
         return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
     if _is_far(leaf):
-        return jax.jit(lambda x: x, out_shardings=where)(leaf)
+        return jax.jit(_same, out_shardings=where)(leaf)
     local = np.asarray(leaf)
     return jax.make_array_from_callback(local.shape, where, lambda index: local[index])
 

@@ -7,6 +7,7 @@ test is marked `promotes_ranks` (NumPyro's own `Normal(loc, scale).sample(key, (
 import gc
 import itertools
 import os
+import signal
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -25,6 +26,14 @@ def _rank_promotion(request: pytest.FixtureRequest) -> Iterator[None]:
     allowed = request.node.get_closest_marker("promotes_ranks")
     with jax.numpy_rank_promotion("allow" if allowed else "raise"):
         yield
+
+
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """Let Ctrl-C do what it usually does, also where the tests run in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def _may_promote_ranks(run: Callable[[], None]) -> Callable[[], None]:

@@ -167,14 +167,6 @@ def test_a_directory_that_is_full(tmp_path, on_error, said):
     assert "could not be written: " in run.stdout
 
 
-@pytest.fixture
-def ctrl_c():
-    """Let Ctrl-C do what it usually does, also where the tests run in the background."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 @pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_returns_what_there_is(whole):
     def interrupt(step, *_):

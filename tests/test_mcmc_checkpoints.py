@@ -109,14 +109,6 @@ def test_checkpoints_of_another_run_are_refused(half, mcmc, key, args, said):
         run_checkpointed(mcmc, half, jax.random.key(key), *args)
 
 
-@pytest.fixture
-def ctrl_c():
-    """Let Ctrl-C do what it usually does, also where the tests run in the background."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 @pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_leaves_what_there_is(tmp_path):
     """From within a potential energy that counts how often it is evaluated."""

@@ -78,11 +78,11 @@ class Programs:
         """
         for traced in (True, False):
             arguments = arrange(model, args, kwargs, traced=traced)
-            if placement is not None:
-                arguments = placement.place(arguments)
             key = self._key(arguments, model, *others)
             if traced and key in self._looks:
                 continue
+            if placement is not None:
+                arguments = placement.place(arguments)
             form = arguments.without_inputs()
 
             def program(dynamic: Any, *inputs: Any, form: Any = form) -> Any:

@@ -142,7 +142,7 @@ def _loop(
 ) -> tuple[Carry, np.ndarray, np.ndarray, int]:
     """Run the compiled loop, and return the last carry, losses, who has stopped, and the steps."""
     carry, step, values, shuffles = start
-    step, dynamic, on_hosts = int(step), call.dynamic, call.problem.placement.on_hosts
+    step, dynamic = int(step), call.dynamic
     call.problem.check_run(step, num_steps)
     watched = any((options.progress_bar, options.callback, options.early_stopping))
     size, capacity = capacity_for(num_steps, options.chunk_size, watched)
@@ -166,7 +166,7 @@ def _loop(
     keep = None if keeper is None else partial(_keep, call, keeper)
     every = None if keeper is None else keeper.checkpoint.every
     looks = Looks(
-        progress_bar=options.progress_bar and (not on_hosts or jax.process_index() == 0),
+        progress_bar=options.progress_bar and call.problem.placement.speaks,
         callback=options.callback,
         keep=keep,
         every=every,

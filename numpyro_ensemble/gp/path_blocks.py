@@ -132,11 +132,7 @@ class Functions:
                 return {**trace, **sites}
 
             def compared(name: str, site: dict) -> bool:
-                if site["type"] == "deterministic":
-                    chosen = program.return_sites
-                    return chosen is None or name in chosen or name not in plan.forms
-                unknown = site["type"] == "sample" and not site["is_observed"]
-                return unknown and name not in plan.known
+                return plan.shows(name, site, program.return_sites)
 
             return tried_numbers(run, rows, plan, call, compared)
 

@@ -140,11 +140,10 @@ def run_checkpointed(
     number, thinning, shows = mcmc.num_samples, mcmc.thinning, mcmc.progress_bar
     placement = getattr(mcmc.sampler, "placement", Placement())
     interrupts = Interrupts(saves=True, on_hosts=placement.on_hosts)
-    shown = shows and (jax.process_index() == 0 or not placement.on_hosts)
     keeper = Keeper(checkpoint, _fingerprint(run))
     mcmc.progress_bar = False  # one bar for all pieces
     try:
-        with interrupts, tqdm.tqdm(disable=not shown) as bar:
+        with interrupts, tqdm.tqdm(disable=not (shows and placement.speaks)) as bar:
             state, draws, done = _pieces(run, number, keeper, interrupts, bar)
     finally:
         keeper.close()

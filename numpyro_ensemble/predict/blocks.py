@@ -141,11 +141,7 @@ class Predictions:
                 } | trace
 
             def compared(name: str, site: dict) -> bool:
-                if site["type"] == "deterministic":
-                    chosen = predictive.return_sites
-                    return chosen is None or name in chosen or name not in plan.forms
-                drawn = site["type"] == "sample" and not site["is_observed"]
-                return drawn and name not in plan.known
+                return plan.shows(name, site, predictive.return_sites)
 
             return tried_numbers(run, rows, plan, call, compared)
 

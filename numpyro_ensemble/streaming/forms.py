@@ -82,6 +82,13 @@ class RowPlan:
         """Names of the sites with rows that are drawn."""
         return frozenset(n for n in self.axes if self.forms[n].type == "sample") - self.known
 
+    def shows(self, name: str, site: Mapping[str, Any], chosen: Collection[str] | None) -> bool:
+        """Say whether what a call returns is seen from the numbers of a site of a trace."""
+        if site["type"] == "deterministic":
+            return chosen is None or name in chosen or name not in self.forms
+        drawn = site["type"] == "sample" and not site["is_observed"]
+        return drawn and name not in self.known
+
     @property
     def key(self) -> tuple:
         """A hashable that is equal for plans that one program can serve."""
