@@ -18,6 +18,8 @@ from numpyro_ensemble.calls.arguments import FIXED, MEMBER_AXES, Arguments
 from numpyro_ensemble.calls.identity import contents
 from numpyro_ensemble.density import Site
 from numpyro_ensemble.handlers import check_count, warn
+from numpyro_ensemble.hosts import is_far, processes
+from numpyro_ensemble.sharding import Placement
 from numpyro_ensemble.storage import (
     Leaves,
     first_difference,
@@ -69,24 +71,35 @@ class Keeper:
     Args:
         checkpoint: where they are.
         fingerprint: what the run is of, as texts by name in named groups.
+        placement: whose processes run it together; the first of them writes.
 
     Raises:
-        ValueError: if another run uses the directory.
+        ValueError: if another run uses the directory, or some processes have no part in the run.
     """
 
-    def __init__(self, checkpoint: Checkpoint, fingerprint: Mapping[str, Mapping[str, str]]):
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        fingerprint: Mapping[str, Mapping[str, str]],
+        placement: Placement,
+    ) -> None:
         try:
             from orbax.checkpoint.experimental import v1 as ocp
         except ImportError as error:
             raise ImportError(
                 "checkpoint= needs Orbax: pip install 'numpyro_ensemble[checkpoint]'."
             ) from error
-        self.checkpoint, self.fingerprint = checkpoint, fingerprint
+        if len(processes(placement.mesh)) != jax.process_count():  # Orbax waits for all of them
+            raise ValueError(
+                f"checkpoint= needs a mesh with devices of all {jax.process_count()} processes, "
+                f'mesh="all" for example: they write together.'
+            )
+        self.checkpoint, self.fingerprint, self._placement = checkpoint, fingerprint, placement
         self.path = Path(checkpoint.directory).absolute()
         self.path.mkdir(parents=True, exist_ok=True)
-        # of several processes the first one writes
-        self._lock = lock(self.path / _LOCK) if jax.process_index() == 0 else None
-        if self._lock is False:
+        self._lock = lock(self.path / _LOCK) if placement.speaks else None
+        if placement.of_all(self._lock is False).any():
+            unlock(self._lock)
             raise ValueError(
                 f"another run uses {self.path} for its checkpoints: give this one a directory of "
                 f"its own."
@@ -105,19 +118,44 @@ class Keeper:
         Raises:
             ValueError: if it is of another run, or a later format.
         """
-        for step in sorted((found.step for found in self._orbax.checkpoints), reverse=True):
-            try:
-                return self._read(step)
-            except _OfAnotherRunError:
-                raise
-            except Exception as error:  # whatever a damaged file makes Orbax raise
-                warn(
-                    f"the checkpoint of step {step} in {self.path} is damaged and set aside, and "
-                    f"the one before it is used, if there is one. {type(error).__name__}: "
-                    f"{str(error)[:200]}"
-                )
+        of_all = self._placement.of_all
+        while True:
+            steps = sorted(found.step for found in self._orbax.checkpoints)
+            # all go on from the one that the first process finds
+            step = int(of_all(np.int32(steps[-1] if steps else -1))[0])
+            if step < 0:
+                return None
+            leaves, error = self._tried(step)
+            failed = of_all(error is not None)
+            if not failed.any():
+                return leaves
+            if not failed[0]:
+                raise ValueError(
+                    f"some processes cannot read the checkpoint of step {step} in {self.path}, "
+                    f"which the first of them can: they need one directory that all of them see."
+                ) from error
+            reason = f" {type(error).__name__}: {str(error)[:200]}" if error else ""
+            warn(
+                f"the checkpoint of step {step} in {self.path} is damaged and set aside, and the "
+                f"one before it is used, if there is one.{reason}"
+            )
+            if self._placement.speaks:
                 self._set_aside(step)
-        return None
+            of_all(True)  # it is gone when the others look
+            self._orbax.reload()
+
+    def _tried(self, step: int) -> tuple[Leaves | None, Exception | None]:
+        """Return the leaves of a checkpoint, or what is wrong with it.
+
+        Raises:
+            ValueError: if it is of another run, or a later format.
+        """
+        try:
+            return self._read(step), None
+        except _OfAnotherRunError:
+            raise
+        except Exception as error:  # whatever a damaged file makes Orbax raise
+            return None, error
 
     def _read(self, step: int) -> Leaves:
         told = self._orbax.metadata(step).custom_metadata
@@ -140,10 +178,33 @@ class Keeper:
         """Raise a ValueError that names what differs from another fingerprint."""
         difference = first_difference(other, self.fingerprint)
         if difference:
-            raise _OfAnotherRunError(
-                f"the checkpoints in {self.path} are of another run: {difference}. Give this run "
-                f"another directory, or remove that one."
+            raise self._of_another_run(difference)
+
+    def compare_numbers(self, what: str, before: Any, now: Any, *tolerances: float) -> None:
+        """Raise a ValueError where numbers of the kept run come out as others in this one.
+
+        Args:
+            what: they are.
+            before: in the run that was kept.
+            now: in this one.
+            *tolerances: relative, in double and in single precision.
+        """
+        before, now = np.asarray(before), np.asarray(now)
+        double, single = tolerances
+        tolerance = double if now.dtype == np.float64 else single
+        close = np.isclose(now, before, rtol=tolerance, atol=tolerance, equal_nan=True)
+        if not close.all():
+            place = tuple(np.argwhere(~close)[0])
+            raise self._of_another_run(
+                f"{what} was {before[place]:.8g}, and is {now[place]:.8g}, by another number in "
+                f"the model, the guide or the optimiser, or other versions of packages"
             )
+
+    def _of_another_run(self, difference: str) -> ValueError:
+        return _OfAnotherRunError(
+            f"the checkpoints in {self.path} are of another run: {difference}. Give this run "
+            f"another directory, or remove that one."
+        )
 
     def save(self, step: int, tree: Any) -> None:
         """Write a checkpoint in the background, once the one before it is written."""
@@ -178,7 +239,6 @@ class Keeper:
         aside = self.path / f"damaged_{step}"
         shutil.rmtree(aside, ignore_errors=True)
         (self.path / str(step)).rename(aside)
-        self._orbax.reload()
 
     def close(self) -> None:
         """Wait for what is being written, and give the directory free."""
@@ -213,9 +273,16 @@ def describe_arguments(arguments: Arguments) -> dict[str, str]:
     return {label: describe(leaf) for label, leaf in arguments.labelled(FIXED, *MEMBER_AXES)}
 
 
+def describe_all(tree: Any) -> str:
+    """Return a text for all leaves of a tree."""
+    return " ".join(map(describe, jax.tree.leaves(tree))) or "none"
+
+
 def describe(value: Any) -> str:
     """Return a text that tells an array, or a plain value, from others."""
     if isinstance(value, np.ndarray | np.generic | jax.Array):
+        if is_far(value):
+            return f"{value.dtype}{list(value.shape)} spread over processes"
         array, _ = without_key(value)
         return f"{array.dtype}{list(array.shape)} {contents(array)}"
     if isinstance(value, bool | int | float | str | None):

@@ -8,8 +8,9 @@ import threading
 from types import FrameType
 from typing import Any
 
-import numpy as np
-from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from numpyro_ensemble.hosts import of_all
 
 
 class Interrupts:
@@ -19,9 +20,9 @@ class Interrupts:
     processes is interrupted, all end their runs together.
     """
 
-    def __init__(self, saves: bool, on_hosts: bool = False) -> None:
+    def __init__(self, saves: bool, mesh: Mesh | None = None) -> None:
         self.came: int | None = None
-        self._on_hosts = on_hosts
+        self._mesh, self._elsewhere = mesh, False
         self._saves = saves
         self._before: dict[int, Any] = {}
 
@@ -48,10 +49,13 @@ class Interrupts:
 
     def ended(self) -> bool:
         """Say whether the run ends now; where it is on several hosts, all of them ask together."""
-        if not self._on_hosts:
-            return self.came is not None
-        asked = multihost_utils.process_allgather(np.asarray(self.came is not None))
-        return bool(np.any(asked))
+        self._elsewhere = bool(of_all(self.came is not None, self._mesh).any())
+        return self._elsewhere
+
+    @property
+    def ended_a_run(self) -> bool:
+        """Say whether there was one, in this process or in another that runs the same."""
+        return self.came is not None or self._elsewhere
 
     def end_process(self) -> None:
         """Let a SIGTERM that was noted do what it usually does."""

@@ -13,8 +13,8 @@ from numpyro.infer.svi import SVIRunResult, SVIState
 from numpyro_ensemble import storage
 from numpyro_ensemble.fit.state import FitState, GuideValues, Setup, SetupValues, setup_of
 from numpyro_ensemble.handlers import warn
+from numpyro_ensemble.hosts import home, is_far
 from numpyro_ensemble.primitives import is_inexact
-from numpyro_ensemble.sharding import home, is_far
 
 _RANKED_LOSSES = 100
 # what a result tells besides its fields

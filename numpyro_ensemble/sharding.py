@@ -13,6 +13,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from numpyro_ensemble.calls.arguments import FIXED, MEMBER_AXES, ROW_AXES, TRACED, Arguments
 from numpyro_ensemble.calls.arguments import MEMBER as OWN
+from numpyro_ensemble.hosts import Told, check_alike, of_all, processes, put_on_hosts
 
 MEMBER, DATA = "member", "data"  # axes of a mesh
 _ROW_AXES = {**ROW_AXES, TRACED: 0, OWN: None}  # where rows may stand
@@ -117,7 +118,24 @@ class Placement:
     @property
     def speaks(self) -> bool:
         """Say whether this process is the one of several that draws bars."""
-        return not self.on_hosts or jax.process_index() == 0
+        return not self.on_hosts or jax.process_index() == processes(self.mesh)[0]
+
+    def of_all(self, value: Any) -> np.ndarray:
+        """Return what each process that runs this gives here, `(P, ...)`: all call it together."""
+        return of_all(value, self.mesh)
+
+    def check_alike(self, describe: Callable[[], Told]) -> None:
+        """Raise a ValueError where several processes are called with different things."""
+        check_alike(self.mesh, describe)
+
+    def check_store(self) -> None:
+        """Raise a ValueError where blocks for a store would be spread over several processes."""
+        if self.on_hosts:
+            raise ValueError(
+                "a store is written by one process, and mesh has devices of several. In one of "
+                "them (if jax.process_index() == 0) leave mesh out, or take one of "
+                "jax.local_devices(): results that were gathered are whole in each process."
+            )
 
     def fill(self, tree: Any, axes: Any) -> Any:
         """Put arrays where they are computed, with as many members as `number` says."""
@@ -139,7 +157,7 @@ class Placement:
         where = NamedSharding(self.mesh, PartitionSpec(*axes))
         if not self.on_hosts:
             return jax.device_put(tree, where)
-        return jax.tree.map(lambda leaf: _put_on_hosts(leaf, where), tree)
+        return jax.tree.map(lambda leaf: put_on_hosts(leaf, where), tree)
 
     def place(self, arguments: Arguments) -> Arguments:
         """Put the arguments of a model where they are used: members' own, rows, and the others.
@@ -178,55 +196,6 @@ class Placement:
             return part if axis is None else jax.tree.map(lambda leaf: leaf[:total], part)
 
         return map_axes(cut, axes, tree)
-
-
-def home(tree: Any) -> Any:
-    """Return arrays of which each of several processes has all, where some are spread over them."""
-    leaves, treedef = jax.tree.flatten(tree)
-    far = [i for i, leaf in enumerate(leaves) if _is_far(leaf)]
-    if not far:
-        return tree
-    kinds = [jax.random.key_impl(leaves[i]) if _is_key(leaves[i]) else None for i in far]
-    plain: list[Any] = [
-        leaves[i] if kind is None else jax.random.key_data(leaves[i])
-        for i, kind in zip(far, kinds, strict=True)
-    ]
-    everywhere = [NamedSharding(leaf.sharding.mesh, PartitionSpec()) for leaf in plain]
-    whole = jax.jit(_same, out_shardings=everywhere)(plain)
-    for i, kind, leaf in zip(far, kinds, whole, strict=True):
-        local = leaf.addressable_data(0)
-        leaves[i] = local if kind is None else jax.random.wrap_key_data(local, impl=kind)
-    return jax.tree.unflatten(treedef, leaves)
-
-
-def _same(tree: Any) -> Any:
-    """Return a tree as it is: one function, so that a program that moves arrays is found again."""
-    return tree
-
-
-def is_far(tree: Any) -> bool:
-    """Say whether arrays are spread over several processes."""
-    return any(map(_is_far, jax.tree.leaves(tree)))
-
-
-def _is_far(leaf: Any) -> bool:
-    is_array = isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer)
-    return is_array and not leaf.is_fully_addressable
-
-
-def _is_key(leaf: Any) -> bool:
-    return isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-
-
-def _put_on_hosts(leaf: Any, where: NamedSharding) -> Any:
-    """Put an array that each process has, or that is spread over all, where it belongs."""
-    if _is_key(leaf):
-        data = _put_on_hosts(jax.random.key_data(leaf), where)
-        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
-    if _is_far(leaf):
-        return jax.jit(_same, out_shardings=where)(leaf)
-    local = np.asarray(leaf)
-    return jax.make_array_from_callback(local.shape, where, lambda index: local[index])
 
 
 def map_axes(fn: Callable, axes: Any, tree: Any) -> Any:

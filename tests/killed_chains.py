@@ -9,7 +9,7 @@ import numpyro.distributions as dist
 from numpyro.infer import AIES, MCMC, NUTS, DiscreteHMCGibbs
 
 from numpyro_ensemble import Checkpoint
-from numpyro_ensemble.mcmc import MEADS, ChEES, run_checkpointed
+from numpyro_ensemble.mcmc import MEADS, ChEES, checkpointed, run_checkpointed
 
 Y = np.random.default_rng(0).normal(size=12)
 
@@ -57,6 +57,15 @@ if __name__ == "__main__":
     mcmc = chains(name, 300, 300)
     kept = Checkpoint(directory, every=20)
     print("started", flush=True)
+
+    class Telling(checkpointed.Keeper):
+        """Says what it keeps."""
+
+        def save(self, step, tree):
+            super().save(step, tree)
+            print("kept", step, flush=True)
+
+    checkpointed.Keeper = Telling
     run_checkpointed(mcmc, kept, jax.random.key(0), Y, extra_fields=("potential_energy",))
     samples = mcmc.get_samples(group_by_chain=True) | mcmc.get_extra_fields(group_by_chain=True)
     np.savez(target, key=jax.random.key_data(mcmc.last_state.rng_key), **samples)

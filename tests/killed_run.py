@@ -1,6 +1,7 @@
 """A run with checkpoints that `test_checkpoints` kills: `killed_run.py directory every result`."""
 
 import sys
+from functools import partial
 
 import jax
 import numpy as np
@@ -15,18 +16,19 @@ Y = np.random.default_rng(0).normal(size=40)
 STEPS = 2000
 
 
-def model(y):
+def model(y, scale=1.0):
     """Have a scalar below a vector, names in no order."""
     w = numpyro.sample("w", dist.Normal(0, 1).expand([2]).to_event(1))
-    a = numpyro.sample("a", dist.HalfNormal(1))
+    a = numpyro.sample("a", dist.HalfNormal(scale))
     with numpyro.plate("rows", len(y)):
         numpyro.sample("y", dist.Normal(w.sum(), a), obs=y)
 
 
-def fit(checkpoint=None, callback=None, data=Y, steps=STEPS, **options):
+def fit(checkpoint=None, callback=None, data=Y, steps=STEPS, scale=1.0, rate=0.02, **options):
     """Run members on batches of their own, some of which stop early, with every option on."""
-    optim, loss = numpyro.optim.Adam(0.02), Trace_ELBO()
-    runner = EnsembleVI(model, AutoNormal(model), optim, loss, ensemble_size=3)
+    optim, loss = numpyro.optim.Adam(rate), Trace_ELBO()
+    fitted = partial(model, scale=scale)  # a number of the model's own
+    runner = EnsembleVI(fitted, AutoNormal(fitted), optim, loss, ensemble_size=3)
     options = {"batch_size": 16, "shared_batches": False, "stable_update": True} | options
     rule = EarlyStopping(patience=30, window=20)
     return runner.run(

@@ -80,6 +80,8 @@ def test_a_run_goes_on(half, whole):
             {"data": Y[:39]},
             r"site 'rows' was plate of shape \(40,\), and is plate of shape \(39,\)",
         ),
+        ({"scale": 1.5}, r"the loss of step 1 was .* by another number in the model"),
+        ({"rate": 0.021}, r"the loss of step 2 was .* by another number in the model"),
         ({"init_params": {"a_auto_loc": np.zeros(())}}, "setting 'init_params' was none"),
     ],
 )

@@ -16,6 +16,8 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import numpyro
+import numpyro.distributions as dist
 import pytest
 from killed_chains import KERNELS, Y, chains, model
 from numpy.testing import assert_allclose, assert_array_equal
@@ -115,6 +117,31 @@ def test_checkpoints_of_another_run_are_refused(half, mcmc, key, args, said):
         run_checkpointed(mcmc, half, jax.random.key(key), *args)
 
 
+@pytest.mark.parametrize(
+    "other", [NUTS, pytest.param(lambda m, **_: ChEES(m, start="init"), marks=pytest.mark.long)]
+)
+def test_another_number_in_the_model_is_found(tmp_path, other):
+    """It changes no name, no shape and no data: the density tells."""
+    kept = Checkpoint(tmp_path, every=5)
+
+    def run(scale):
+        def model(y):
+            a = numpyro.sample("a", dist.Normal(0.0, scale).expand([2]).to_event(1))
+            numpyro.sample("y", dist.Normal(a.sum(), 1.0), obs=y)
+
+        kernel, number = other(model, max_tree_depth=3), 1 if other is NUTS else 8
+        mcmc = MCMC(
+            kernel, num_warmup=10, num_samples=5, num_chains=number, chain_method="vectorized",
+            progress_bar=False,
+        )  # fmt: skip
+        run_checkpointed(mcmc, kept, jax.random.key(0), 1.5)
+
+    run(2.0)
+    run(2.0)
+    with pytest.raises(ValueError, match="are of another run: a potential energy was .* and is"):
+        run(2.1)
+
+
 @pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_leaves_what_there_is(tmp_path):
     """From within a potential energy that counts how often it is evaluated."""
@@ -199,8 +226,9 @@ def started(*arguments):
 
 
 def finish(process):
-    process.communicate(timeout=600)
+    said, _ = process.communicate(timeout=600)
     assert process.returncode == 0
+    return said
 
 
 @pytest.mark.long
@@ -227,7 +255,9 @@ def test_kill_9_at_any_moment(tmp_path, name):
             continue
         kills -= 1
         assert max(kept(folder)) >= seen
-    finish(started(name, folder, tmp_path / "other.npz"))
+    before = max(kept(folder))
+    lines = finish(started(name, folder, tmp_path / "other.npz")).splitlines()
+    assert int(lines[1].split()[1]) == before + 20, "it went on, and did not begin anew"
     one, other = (np.load(tmp_path / f"{which}.npz") for which in ("one", "other"))
     assert one.files == other.files
     for field in one.files:

@@ -25,7 +25,7 @@ from numpyro_ensemble.fit.options import RunOptions
 from numpyro_ensemble.fit.problem import Problem
 from numpyro_ensemble.fit.programs import FitPrograms, constrain
 from numpyro_ensemble.fit.state import plain, setup_of
-from numpyro_ensemble.sharding import home
+from numpyro_ensemble.hosts import home
 
 Answer = TypeVar("Answer")
 Key = tuple[CallForm, Any, Hashed]
@@ -101,13 +101,14 @@ class ProgramCache:
     def _call(
         self,
         problem: Problem,
-        arguments: Arguments,
+        given: Arguments,
         key: Key,
         starts: Mapping[str, Any],
         state: SVIState | None,
     ) -> FitCall:
         """Return kept programs that serve this call, or new ones, with its arguments."""
         form, batches, _ = key
+        arguments = problem.placement.place(given)
         setup = None if state is None else setup_of(state)
         template = None if setup is None else setup.template
         if template is not None and may_differ(problem.model, template.model):
@@ -120,7 +121,7 @@ class ProgramCache:
             kept = self._kept.get(candidate)
             if kept is not None and template in (None, kept.template) and kept.serves(starts):
                 keep(self._kept, candidate, kept, _KEPT)
-                return FitCall(kept, arguments, form)
+                return FitCall(kept, given, arguments, form)
         executables = self._executables if is_unknown(_marks(key)) else None
         make_key = partial(_key, problem, form, batches)
         programs = FitPrograms(problem, make_key, batches, template, starts, executables)
@@ -132,7 +133,7 @@ class ProgramCache:
                 # the order that the guide has once it is set up
                 later = (key, latent_order(programs.template.guide))
                 keep(self._kept, later, programs, _KEPT)
-        return FitCall(programs, arguments, form)
+        return FitCall(programs, given, arguments, form)
 
     def params(self, problem: Problem, state: SVIState) -> dict[str, Any]:
         """Return the parameters of a state.
@@ -203,4 +204,4 @@ def _arranged(
     # options warn, once
     batches = options.batches(arguments, problem.ensemble_size) if like is None else like[1]
     key = _key(problem, CallForm(arguments), batches)
-    return problem.placement.place(arguments), key
+    return arguments, key

@@ -38,16 +38,25 @@ from numpyro_ensemble.fit.state import (
     with_setup,
 )
 from numpyro_ensemble.handlers import warn
+from numpyro_ensemble.hosts import home
 from numpyro_ensemble.primitives import is_inexact
-from numpyro_ensemble.sharding import home
 from numpyro_ensemble.storage import Leaves, restored
 
 
 class FitCall:
-    """One call of a runner: its programs, with the arguments of this call."""
+    """One call of a runner: its programs, with the arguments of this call.
 
-    def __init__(self, programs: FitPrograms, arguments: Arguments, form: CallForm) -> None:
-        self.programs, self.arguments, self.form = programs, arguments, form
+    Args:
+        programs: for these arguments.
+        given: the arguments as the user gave them.
+        arguments: the same where they are used.
+        form: what of them decides about programs.
+    """
+
+    def __init__(
+        self, programs: FitPrograms, given: Arguments, arguments: Arguments, form: CallForm
+    ) -> None:
+        self.programs, self.given, self.arguments, self.form = programs, given, arguments, form
         self.problem, self.dynamic = programs.problem, arguments.dynamic
 
     @property

@@ -21,10 +21,10 @@ from numpyro_ensemble.fit.stopping import (
     without_stopped,
 )
 from numpyro_ensemble.handlers import warn
+from numpyro_ensemble.hosts import home
 from numpyro_ensemble.interrupts import Interrupts
 from numpyro_ensemble.primitives import is_inexact
 from numpyro_ensemble.results import name_members
-from numpyro_ensemble.sharding import home
 
 _CHUNKS = 20  # a run is cut into about so many chunks, as SVI.run updates its bar
 _CAPACITY = 2048  # losses that a compiled chunk has room for, at least

@@ -9,11 +9,17 @@ from typing import Any
 import jax
 import numpy as np
 
-from numpyro_ensemble.checkpoint import Keeper, describe, describe_arguments, describe_sites
+from numpyro_ensemble.checkpoint import (
+    Keeper,
+    describe,
+    describe_all,
+    describe_arguments,
+    describe_sites,
+)
 from numpyro_ensemble.fit.call import FitCall
 from numpyro_ensemble.fit.loop import Carry
 from numpyro_ensemble.fit.options import RunOptions
-from numpyro_ensemble.sharding import home
+from numpyro_ensemble.hosts import home
 from numpyro_ensemble.storage import Leaves, restored
 
 _SETTINGS = (
@@ -33,7 +39,8 @@ def keeping(call: FitCall, keys: jax.Array, options: RunOptions) -> Iterator[Kee
     if options.checkpoint is None:
         yield None
         return
-    keeper = Keeper(options.checkpoint, _fingerprint(call, keys, options))
+    placement = call.problem.placement
+    keeper = Keeper(options.checkpoint, fingerprint(call, keys, options), placement)
     try:
         yield keeper
     finally:
@@ -59,7 +66,7 @@ def resume(call: FitCall, carry: Carry, keeper: Keeper) -> tuple[Carry, np.ndarr
     return carry._replace(state=state, stop=stop), np.asarray(tree["losses"])
 
 
-def _fingerprint(call: FitCall, keys: jax.Array, options: RunOptions) -> dict[str, dict[str, str]]:
+def fingerprint(call: FitCall, keys: jax.Array, options: RunOptions) -> dict[str, dict[str, str]]:
     """Return what the checkpoints of a run are told from others by."""
     problem = call.problem
     forms = Leaves.of(call.forms.state)
@@ -75,16 +82,12 @@ def _fingerprint(call: FitCall, keys: jax.Array, options: RunOptions) -> dict[st
         "prior_weight": describe(problem.prior_weight),
         "kl_weight": describe(getattr(problem, "kl_weight", None)),
         "rng_key": describe(keys),
-        "init_state": _all(options.init_state),
-        "init_params": _all(options.init_params),
+        "init_state": describe_all(options.init_state),
+        "init_params": describe_all(options.init_params),
     }
     return {
         "site": describe_sites(call.programs.sites),
-        "argument": describe_arguments(call.arguments),
+        "argument": describe_arguments(call.given),
         "part of the state": state,
         "setting": settings,
     }
-
-
-def _all(tree: Any) -> str:
-    return " ".join(describe(leaf) for leaf in jax.tree.leaves(tree)) or "none"

@@ -24,13 +24,13 @@ from numpyro_ensemble.fit.loop import (
     train,
 )
 from numpyro_ensemble.fit.options import RunOptions
-from numpyro_ensemble.fit.resuming import keeping, kept, resume
+from numpyro_ensemble.fit.resuming import fingerprint, keeping, kept, resume
 from numpyro_ensemble.fit.state import SetupValues, check_size, check_state, plain, with_setup
 from numpyro_ensemble.fit.stopping import first_stop, without_stopped
 from numpyro_ensemble.handlers import warn
+from numpyro_ensemble.hosts import home
 from numpyro_ensemble.interrupts import Interrupts
 from numpyro_ensemble.results import EnsembleResult, name_members
-from numpyro_ensemble.sharding import home
 
 _STEEP = 0.01  # length of the gradient, relative to the loss, that no mode has
 
@@ -58,7 +58,8 @@ def fit(
     if callback is not None:
 
         def report(step: int, state: SVIState, losses: Any) -> Any:
-            return callback(step, call.cut_state(with_setup(state, setup)), losses)
+            said = callback(step, call.cut_state(with_setup(state, setup)), losses)
+            return call.problem.placement.of_all(bool(said)).any()
 
         options = options._replace(callback=report)
     losses: Any
@@ -66,14 +67,14 @@ def fit(
         carry, losses = _traced(call, start, num_steps, options)
         stopped = taken = None
     else:
-        on_hosts = call.problem.placement.on_hosts
-        interrupts = Interrupts(options.checkpoint is not None, on_hosts)
+        call.problem.placement.check_alike(partial(fingerprint, call, keys, options))
+        interrupts = Interrupts(options.checkpoint is not None, call.problem.placement.mesh)
         with keeping(call, keys, options) as keeper:
             carry, losses, stopped, taken = _loop(
                 call, start, num_steps, options, keeper, interrupts
             )
         interrupts.end_process()
-        if interrupts.came:
+        if interrupts.ended_a_run:
             warn(f"interrupted: {taken} of {num_steps} steps were taken.")
     params, finite, slope = call.outcome(
         carry.state, start.values, options.forward_mode_differentiation
@@ -149,7 +150,13 @@ def _loop(
     compiled = call.chunk(capacity, options)
     before = None
     if keeper is not None:
+        first = carry
         carry, before = resume(call, carry, keeper)
+        if before is not None:
+            number = min(2, len(before))
+            again = copy_buffers(first), number, 0, step, values, dynamic, shuffles
+            _, (losses, _) = compiled(*again)
+            _check_same(keeper, before[:number], call.cut(losses.T).T[:number])
     if before is None:
         before = np.zeros((0, call.problem.ensemble_size), jnp.result_type(float))
         if options.init_state is not None or options.init_params is not None:
@@ -183,6 +190,15 @@ def _loop(
     # a run that was ended leaves all members where they are: what is missing is no failure
     ended = stopped | (np.isfinite(losses[-1]) & bool(len(missing)))
     return carry, np.ascontiguousarray(np.concatenate([losses, missing]).T), ended, taken
+
+
+def _check_same(keeper: Keeper, before: np.ndarray, now: np.ndarray) -> None:
+    """Raise a ValueError where the first two losses come out as others than in the kept run.
+
+    The second one tells of the optimiser.
+    """
+    for i, tolerances in enumerate([(1e-9, 1e-4), (1e-6, 1e-3)][: len(before)]):
+        keeper.compare_numbers(f"the loss of step {i + 1}", before[i], now[i], *tolerances)
 
 
 def _keep(call: FitCall, keeper: Keeper, step: int, carry: Carry, losses: np.ndarray) -> None:

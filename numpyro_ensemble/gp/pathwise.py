@@ -39,10 +39,11 @@ from numpyro_ensemble.gp.sites import Answer, gather_sites
 from numpyro_ensemble.gp.stored import write_functions
 from numpyro_ensemble.gp.subsampling import Dependents, KnownRows, check_rows
 from numpyro_ensemble.handlers import check_count, one_key, warn
+from numpyro_ensemble.hosts import home
 from numpyro_ensemble.mapping import map_draws, pick, platform_of
-from numpyro_ensemble.sharding import Placement, as_mesh, home
+from numpyro_ensemble.sharding import Placement, as_mesh
 from numpyro_ensemble.streaming.forms import RowPlan
-from numpyro_ensemble.streaming.options import StoreOptions
+from numpyro_ensemble.streaming.options import StoreOptions, call_digests
 
 
 class Pathwise:
@@ -135,6 +136,8 @@ class Pathwise:
         self.params = self._per_draw(params or {})
         self.programs, self.placement = Programs(), Placement(mesh=as_mesh(mesh))
         self.placement.check(self.num_draws, "draws")
+        drawn = (None, self.samples, self.params, model, self.args, self.kwargs)
+        self.placement.check_alike(partial(call_digests, *drawn))
         self._check_model()
 
     # What is given ------------------------------------------------------------------------------

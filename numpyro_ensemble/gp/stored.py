@@ -17,6 +17,7 @@ def write_functions(
     pathwise: Any, store: Any, rng_key: jax.Array, args: tuple, kwargs: dict, options: StoreOptions
 ) -> Any:
     """Write what a call of `Pathwise` returns, and return it as a dataset on disk."""
+    pathwise.placement.check_store()
     rows = options.rows_of(pathwise.model, args, kwargs)
     functions = Functions(pathwise, rng_key, args, kwargs, rows)
     outputs = options.named(functions.outputs)

@@ -19,15 +19,17 @@ from numpyro_ensemble.checkpoint import (
     Checkpoint,
     Keeper,
     describe,
+    describe_all,
     describe_arguments,
     describe_sites,
 )
 from numpyro_ensemble.density import anatomy
 from numpyro_ensemble.handlers import one_key, warn
+from numpyro_ensemble.hosts import home
 from numpyro_ensemble.interrupts import Interrupts
 from numpyro_ensemble.mcmc.mixing import finished, run_unchecked
 from numpyro_ensemble.mcmc.state import ChainsState, Resumed
-from numpyro_ensemble.sharding import Placement, home
+from numpyro_ensemble.sharding import Placement
 from numpyro_ensemble.storage import restored
 
 _SETTINGS = ("num_warmup", "num_samples", "num_chains", "thinning")
@@ -139,8 +141,10 @@ def run_checkpointed(
     run = _Run(mcmc, one_key(rng_key), args, kwargs, extra_fields, init_params)
     number, thinning, shows = mcmc.num_samples, mcmc.thinning, mcmc.progress_bar
     placement = getattr(mcmc.sampler, "placement", Placement())
-    interrupts = Interrupts(saves=True, on_hosts=placement.on_hosts)
-    keeper = Keeper(checkpoint, _fingerprint(run))
+    interrupts = Interrupts(saves=True, mesh=placement.mesh)
+    told = _fingerprint(run)
+    placement.check_alike(lambda: told)
+    keeper = Keeper(checkpoint, told, placement)
     mcmc.progress_bar = False  # one bar for all pieces
     try:
         with interrupts, tqdm.tqdm(disable=not (shows and placement.speaks)) as bar:
@@ -174,6 +178,7 @@ def _pieces(
     if leaves is not None:
         kept = restored(leaves, {"state": state, "draws": draws, "done": np.zeros(())})
         state, draws, done = kept["state"], kept["draws"], int(kept["done"])
+        _check_same(run, state, keeper)
     bar.reset(total=warmup + number)
     bar.update(done)
     for end in _ends(warmup, number, keeper.checkpoint.every, thinning):
@@ -194,6 +199,17 @@ def _pieces(
         done = end
         keeper.save(done, {"state": held, "draws": draws, "done": np.asarray(done)})
     return state, (draws if done > warmup else None), done
+
+
+def _check_same(run: _Run, state: Any, keeper: Keeper) -> None:
+    """Raise a ValueError where the chains' potential energies come out as others than were kept."""
+    before = getattr(state, "potential_energy", None)
+    potential_of = getattr(run.mcmc.sampler, "get_potential_fn", None)
+    if before is None or potential_of is None:  # kernels that do not tell
+        return
+    energy = potential_of(run.args, run.kwargs)
+    now = jax.jit(energy if run.mcmc.num_chains == 1 else jax.vmap(energy))(state.z)
+    keeper.compare_numbers("a potential energy", before, now, 1e-9, 1e-4)
 
 
 def _ends(warmup: int, number: int, every: int, thinning: int) -> list[int]:
@@ -225,7 +241,7 @@ def _fingerprint(run: _Run) -> dict[str, dict[str, str]]:
     settings |= {
         "extra_fields": str(tuple(run.extra_fields)),
         "rng_key": describe(run.rng_key),
-        "init_params": " ".join(map(describe, jax.tree.leaves(run.init_params))) or "none",
+        "init_params": describe_all(run.init_params),
     }
     return {
         "site": {} if model is None else describe_sites(anatomy(model, run.args, run.kwargs)),

@@ -15,13 +15,16 @@ from numpyro.infer import init_to_uniform
 from numpyro.infer.mcmc import MCMCKernel
 from numpyro.util import is_prng_key
 
+from numpyro_ensemble.calls.arguments import arrange
+from numpyro_ensemble.checkpoint import describe, describe_all, describe_arguments
+from numpyro_ensemble.hosts import home
 from numpyro_ensemble.mcmc.checks import Survey, check_start, check_values, is_frozen, survey
 from numpyro_ensemble.mcmc.mixing import Advice, CollectedDraws, collected
 from numpyro_ensemble.mcmc.progress import Progress
 from numpyro_ensemble.mcmc.searches import STARTS, given
 from numpyro_ensemble.mcmc.state import ChainsState, in_rows, in_sites
 from numpyro_ensemble.mcmc.target import Target
-from numpyro_ensemble.sharding import Placement, as_mesh, home
+from numpyro_ensemble.sharding import Placement, as_mesh
 
 _REMEDIES = (  # what helps chains of any kernel
     "hierarchical effects that are decentred (LocScaleReparam), and latents with scales near 1; "
@@ -129,6 +132,7 @@ class ManyChainKernel(MCMCKernel):
         self._check_chains(num_chains)
         self.placement.check(num_chains, "chains")
         self._target.latent_names(args, kwargs)
+        self.placement.check_alike(lambda: self._called_with(rng_key, init_params, args, kwargs))
         keys = jax.vmap(lambda key: jax.random.split(key, 3))(rng_key)
         remedy = self._remedy(init_params is not None)
         if init_params is None:
@@ -141,6 +145,15 @@ class ManyChainKernel(MCMCKernel):
         )
         check_start(name, self._target.coordinates(state.z, args, kwargs), home(found), remedy)
         return state
+
+    def _called_with(
+        self, rng_key: jax.Array, init_params: Any, args: tuple, kwargs: dict
+    ) -> dict[str, dict[str, str]]:
+        """Return what processes that run chains together must have alike."""
+        return {
+            "argument": describe_arguments(arrange(self.model, args, kwargs)),
+            "setting": {"rng_key": describe(rng_key), "init_params": describe_all(init_params)},
+        }
 
     def _alone(self) -> str:
         name = type(self).__name__
@@ -225,6 +238,14 @@ class ManyChainKernel(MCMCKernel):
         progress = Progress.start(num_warmup, num_chains)
         state = self._first_adaptation(keys[:, 1], state, progress, found)
         return self.placement.settle(in_sites(state, coordinates), num_chains), found
+
+    def get_potential_fn(
+        self, model_args: tuple = (), model_kwargs: dict | None = None
+    ) -> Callable[[Any], jax.Array]:
+        """Return the potential energy of one chain's unconstrained values, as HMC's method does."""
+        target = Target(self._target.model, self._target.potential_fn)  # where the caller is
+        log_density = target.log_density(model_args, model_kwargs or {})
+        return lambda z: -log_density(z)
 
     def refresh(
         self, state: ChainsState, model_args: tuple, model_kwargs: dict | None

@@ -11,8 +11,8 @@ import numpy as np
 from numpyro.infer import MCMC
 
 from numpyro_ensemble.handlers import warn
+from numpyro_ensemble.hosts import home
 from numpyro_ensemble.mcmc.checks import frames_outside_jax, listed
-from numpyro_ensemble.sharding import home
 
 _FEWEST_DRAWS = 10  # a chain that accepts 0.8 of its proposals rejects 9 in a row once in 2 million
 _MIXED = 1.05  # R-hat of 20 effective draws a chain, 1,280 of 64 chains

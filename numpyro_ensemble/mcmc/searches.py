@@ -11,11 +11,11 @@ import jax.numpy as jnp
 from numpyro.infer.hmc import hmc
 
 from numpyro_ensemble.calls.arguments import has_tracers
+from numpyro_ensemble.hosts import home
 from numpyro_ensemble.mapping import platform_of
 from numpyro_ensemble.mcmc.pathfinding import Settings, choose, pathfind
 from numpyro_ensemble.mcmc.replacements import Found, replace_unfit, report
 from numpyro_ensemble.mcmc.target import Target
-from numpyro_ensemble.sharding import home
 
 _NUM_STARTS = 4  # of short NUTS chains
 NUM_PATHS, MAX_STEPS = 8, 200  # of Pathfinder, and of each search: evaluations at most

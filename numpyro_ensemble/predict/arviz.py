@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -19,7 +20,7 @@ from numpyro_ensemble.predict.predictive import EnsemblePredictive
 from numpyro_ensemble.predict.streamed import Cut, Streamed
 from numpyro_ensemble.results import name_members
 from numpyro_ensemble.sharding import Placement, as_mesh
-from numpyro_ensemble.streaming.options import StoreOptions
+from numpyro_ensemble.streaming.options import StoreOptions, call_digests
 
 _PRIOR_DRAWS = 500
 
@@ -104,6 +105,7 @@ def to_arviz(
         check_count("num_samples", num_samples)
     options = StoreOptions(row_args, row_batch_size, coords or {}, dims or {}, progress_bar)
     _check_store(store, prior, options)
+    placement = Placement(mesh=as_mesh(mesh))
     keys = jax.random.split(rng_key, 4)
     kwargs = {**kwargs, **getattr(inference, "static_kwargs", {})}
     fitted = getattr(inference, "model", inference)
@@ -143,9 +145,13 @@ def to_arviz(
         return assemble({**stats, **groups, **more}, draws, named, dict(coords or {}))
 
     if store is not None:
-        streamed = Streamed(cut, draws, sites, predictive, with_likelihood, keys, options)
+        placement.check_store()
+        streamed = Streamed(
+            cut, draws, sites, predictive, with_likelihood, keys, options, placement
+        )
         return streamed.write(store, assembled)
-    placement = Placement(mesh=as_mesh(mesh))
+    drawn = (rng_key, draws.samples, draws.params, draws.model, args, kwargs)
+    placement.check_alike(partial(call_digests, *drawn))
     values = compute(draws, sites, keys[1], with_likelihood, args, kwargs, placement)
     groups = {"log_likelihood": values.pointwise, "observed_data": sites.observed}
     if predictive is not None:

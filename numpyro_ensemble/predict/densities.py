@@ -12,9 +12,10 @@ from numpyro.infer import util
 from numpyro_ensemble.calls.tracing import tracing_alone
 from numpyro_ensemble.density import fill_model
 from numpyro_ensemble.handlers import unwrapped
+from numpyro_ensemble.hosts import home
 from numpyro_ensemble.mapping import map_member_draws, pick
 from numpyro_ensemble.predict.collect import Draws, Sites, mask_of
-from numpyro_ensemble.sharding import Placement, home
+from numpyro_ensemble.sharding import Placement
 
 
 class Computed(NamedTuple):

@@ -17,6 +17,7 @@ from numpyro_ensemble.mapping import map_draws, pick
 from numpyro_ensemble.predict.collect import Draws, Sites
 from numpyro_ensemble.predict.densities import each_value
 from numpyro_ensemble.predict.program import RowBlock
+from numpyro_ensemble.sharding import Placement
 from numpyro_ensemble.streaming.blocks import Block, Grid, Output, room_in_block
 from numpyro_ensemble.streaming.forms import RowPlan, SiteForm, row_plan
 from numpyro_ensemble.streaming.independence import check_independent, tried_numbers
@@ -70,7 +71,9 @@ class Densities:
         kwargs: dict,
         rows: Rows | None,
         forms: tuple[dict[str, SiteForm], dict[str, SiteForm]] | None,
+        placement: Placement,
     ) -> None:
+        self.placement = placement
         self.draws, self.rows, self.call = draws, rows, (args, kwargs)
         self.few = self.call if rows is None else rows.at(rows.tried)
         self.keys = jax.random.split(rng_key, draws.shape)
@@ -209,7 +212,7 @@ class Densities:
                 found = self._of_draw(call, first, None if rows is None else rows.places)
                 return found._replace(terms=self._total(found.terms, rows))
 
-            return map_draws(one, (keys, chain, draw), room=self.room)
+            return map_draws(one, (keys, chain, draw), None, self.placement, self.room)
 
         def start(block: Block) -> Callable[[], dict[str, Any]]:
             chain, draw = (x.ravel() for x in grid.members(block))
@@ -219,7 +222,10 @@ class Densities:
                 places = self.rows.places(block.rows, grid.row_size)
                 rows = RowBlock(places, np.asarray(block.number, np.uint32))
             inputs = (self.keys[chain, draw], chain, draw, draws.samples, draws.params, rows)
-            found = self.programs.call(compute, inputs, draws.model, *call, "compute")
+            found = self.programs.call(
+                compute, self.placement.fill(inputs, None), draws.model, *call, "compute",
+                placement=self.placement,
+            )  # fmt: skip
 
             def wait() -> dict[str, Any]:
                 groups = {"posterior": found.posterior, "log_likelihood": found.log_likelihood}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -14,14 +15,15 @@ from numpyro_ensemble.calls.keywords import checked_keywords
 from numpyro_ensemble.calls.programs import Programs
 from numpyro_ensemble.fit.state import Setup
 from numpyro_ensemble.handlers import check_count, one_key
+from numpyro_ensemble.hosts import home
 from numpyro_ensemble.mapping import ROOM, pick
 from numpyro_ensemble.predict.checks import check_model, check_returned
 from numpyro_ensemble.predict.given import read_given
 from numpyro_ensemble.predict.program import Places, PredictiveProgram, places_of
 from numpyro_ensemble.predict.stored import write_predictions
-from numpyro_ensemble.sharding import Placement, as_mesh, home
+from numpyro_ensemble.sharding import Placement, as_mesh
 from numpyro_ensemble.streaming.forms import RowPlan
-from numpyro_ensemble.streaming.options import StoreOptions
+from numpyro_ensemble.streaming.options import StoreOptions, call_digests
 
 
 class EnsemblePredictive:
@@ -143,6 +145,8 @@ class EnsemblePredictive:
         """
         rng_key = one_key(rng_key)
         given, program = self.given, self.program()
+        drawn = (rng_key, given.samples, given.params, self.model, args, kwargs)
+        self.placement.check_alike(partial(call_digests, *drawn))
         inputs = (rng_key, self.places(rng_key), given.samples, given.params, program.guide_values)
         predictions = self.programs.call(
             program, self.placement.fill(inputs, None), self.model, args, kwargs, *program.key,

@@ -22,6 +22,7 @@ def write_predictions(
     options: StoreOptions,
 ) -> Any:
     """Write the predictions of an `EnsemblePredictive`, and return them as a dataset on disk."""
+    predictive.placement.check_store()
     rows = options.rows_of(predictive.model, args, kwargs)
     predictions = Predictions(predictive, rng_key, args, kwargs, rows)
     outputs = options.named(predictions.outputs)

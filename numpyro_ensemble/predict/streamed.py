@@ -15,6 +15,7 @@ from numpyro_ensemble.predict.blocks import Predictions
 from numpyro_ensemble.predict.collect import Draws, Sites, collect
 from numpyro_ensemble.predict.densities import Computed
 from numpyro_ensemble.predict.density_blocks import SUMS, Densities
+from numpyro_ensemble.sharding import Placement
 from numpyro_ensemble.streaming.blocks import Block, Grid, Output, grid_for
 from numpyro_ensemble.streaming.forms import SiteForm, site_forms, tried_forms
 from numpyro_ensemble.streaming.options import StoreOptions, argument_digests, tree_digests
@@ -127,6 +128,7 @@ class Streamed:
         pointwise: whether log likelihoods are wanted.
         keys: for densities the second one, for predictions the third.
         options: how the user wants it.
+        placement: the devices that draws are spread over.
     """
 
     def __init__(
@@ -138,6 +140,7 @@ class Streamed:
         pointwise: bool,
         keys: jax.Array,
         options: StoreOptions,
+        placement: Placement,
     ) -> None:
         import_zarr()
         self.cut, self.draws, self.sites, self.options = cut, draws, sites, options
@@ -145,7 +148,9 @@ class Streamed:
         self.densities: Densities | None = None
         self.predictions: Predictions | None = None
         if not sites.discrete:
-            self.densities = Densities(draws, sites, keys[1], pointwise, *call, cut.forms)
+            self.densities = Densities(
+                draws, sites, keys[1], pointwise, *call, cut.forms, placement
+            )
         if predictive is not None:
             self.predictions = Predictions(predictive, keys[2], *call, "posterior_predictive")
 

@@ -88,6 +88,18 @@ def argument_digests(
     return {k: f"{v} cut by rows" if k in cut else v for k, v in digests.items()}
 
 
+def call_digests(
+    rng_key: Any, samples: Any, params: Any, model: Callable, args: tuple, kwargs: dict
+) -> dict[str, dict[str, str]]:
+    """Return digests of all that a call of something with draws depends on."""
+    return {
+        "setting": {"rng_key": describe(rng_key)},
+        "sample": tree_digests(samples),
+        "parameter": tree_digests(params),
+        "argument": argument_digests(model, args, kwargs, None),
+    }
+
+
 def tree_digests(tree: Mapping[str, Any]) -> dict[str, str]:
     """Return digests of the arrays of a tree, by their paths."""
     paths = jax.tree_util.tree_leaves_with_path(dict(tree))

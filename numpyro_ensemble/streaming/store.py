@@ -80,7 +80,10 @@ class BlockStore:
             self.store = self._zarr.storage.LocalStore(self._path)
         self._lock = None if self._path is None else lock(self._path)
         if self._lock is False:
-            raise ValueError(f"another call writes {self.name}: give this one a store of its own.")
+            raise ValueError(
+                f"another call writes {self.name}: give this one a store of its own. Of several "
+                f"processes that run one script one writes (if jax.process_index() == 0)."
+            )
         try:
             self._root = self._opened(fingerprint, blocks)
         except BaseException:
