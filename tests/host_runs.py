@@ -2,14 +2,18 @@
 
 import io
 import json
+import shutil
 import warnings
 from contextlib import redirect_stderr
+from pathlib import Path
 
 import jax
-from mesh_runs import OWN, X, Y, apart, chees, eight, outcome, predicted, quiet, vi
+import numpy as np
+from mesh_runs import OWN, X, Y, apart, chees, eight, model, outcome, predicted, quiet, vi
 from numpyro.infer import MCMC
 
-from numpyro_ensemble import Checkpoint
+from numpyro_ensemble import Checkpoint, EnsemblePredictive
+from numpyro_ensemble.mcmc import run_checkpointed
 
 found: dict[str, object] = {}
 
@@ -48,25 +52,73 @@ def steps():
 
 def chains():
     """Compare chains, of which devices have equal numbers, and unequal ones."""
-    chains_of(8, "8 chains, run")  # of which rounding makes others: that they run is compared
-    chains_of(9, "apart, 9 chains")
+    compare_chains(8, "8 chains, run")  # of which rounding makes others: that they run is compared
+    compare_chains(9, "apart, 9 chains")
 
 
-def chains_of(number, label):
-    draws = []
-    for mesh in ("all", None):
-        mcmc = MCMC(
-            chees(mesh=mesh), num_warmup=15, num_samples=5, num_chains=number,
-            chain_method="vectorized", progress_bar=False,
-        )  # fmt: skip
-        mcmc.run(jax.random.key(1), X, Y)
-        draws.append(mcmc.get_samples())
-    found[label] = apart(*draws)
+def compare_chains(number, label):
+    found[label] = apart(*(chains_of(number, mesh) for mesh in ("all", None)))
+
+
+def chains_of(number, mesh="all", args=(X, Y), checkpoint=None):
+    mcmc = MCMC(
+        chees(mesh=mesh), num_warmup=15, num_samples=5, num_chains=number,
+        chain_method="vectorized", progress_bar=False,
+    )  # fmt: skip
+    fields, key = ("adapt_state.step_size", "accept_prob"), jax.random.key(1)
+    if checkpoint is None:
+        mcmc.run(key, *args, extra_fields=fields)
+    else:
+        run_checkpointed(mcmc, checkpoint, key, *args, extra_fields=fields)
+    return jax.tree.map(np.asarray, (mcmc.get_samples(), mcmc.get_extra_fields()))
 
 
 def predictions():
     """Compare predictions, data for ArviZ and functions of processes."""
     compare("predictions", predicted("all"), predicted(None))
+
+
+def refused(label, call):
+    """Note what a call is refused with."""
+    try:
+        call()
+    except ValueError as error:
+        found[f"said, {label}"] = str(error)
+
+
+def agreed(directory):
+    """Call with different things in each process, end runs in one alone, and lose a checkpoint."""
+    own = jax.process_index()
+    runner = vi(mesh="all", ensemble_size=9)
+    refused("data", lambda: quiet(runner, X, Y + own, steps=2))
+    refused("keys", lambda: quiet(runner, X, Y, steps=2, key=own))
+    refused("names", lambda: quiet(runner, X, Y, *[0.1] * own, steps=2))
+    refused("chains", lambda: chains_of(8, args=(X + own, Y)))
+    samples = {"a": np.ones(8) + own, "w": np.ones((8, 3, 1)), "base": np.ones(8)}
+    refused("draws", lambda: EnsemblePredictive(model, samples, mesh="all")(0, X))
+    refused("alone", lambda: quiet(vi(), X, Y, steps=2, checkpoint=Checkpoint(directory)))
+    store = EnsemblePredictive(model, samples, mesh="all").to_zarr
+    refused("store", lambda: store(f"{directory}/store", 0, X, progress_bar=False))
+    last = jax.process_count() - 1
+    ended = quiet(
+        runner, X, Y, steps=40, chunk_size=10, callback=lambda step, *_: own == last and step == 20
+    )
+    found["ended by one"] = ended.completed_steps
+    own_data = {"member_args": [1], "checkpoint": Checkpoint(f"{directory}/own", every=10)}
+    half = quiet(eight(mesh="all"), X, OWN, steps=20, **own_data)
+    if own == 0:
+        shutil.rmtree(next(Path(directory, "own", "20").glob("*/")))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        again = quiet(eight(mesh="all"), X, OWN, steps=20, **own_data)
+    found["warned"] = [str(w.message)[:30] for w in caught if "damaged" in str(w.message)]
+    compare("gone on from what is whole", outcome(again), outcome(half))
+    kept = Checkpoint(f"{directory}/chains", every=10, keep=9)
+    first = chains_of(8, checkpoint=kept)
+    if own == 0:
+        for step in (15, 20):
+            shutil.rmtree(f"{directory}/chains/{step}")
+    compare("chains gone on with", chains_of(8, checkpoint=kept), first)
 
 
 def kept(directory, steps=400, every=20):
@@ -88,8 +140,8 @@ def main(what, directory):
     assert jax.config.jax_enable_x64
     warnings.simplefilter("ignore")
     for part in what.split(","):
-        if part == "kept":
-            kept(directory)
+        if part in ("kept", "agreed"):
+            {"kept": kept, "agreed": agreed}[part](directory)
         else:
             {"fits": fits, "steps": steps, "chains": chains, "predictions": predictions}[part]()
     print(json.dumps(found), flush=True)

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import tempfile
 import warnings
 
 import jax
@@ -268,7 +269,27 @@ def predicted(mesh):
     pathwise = Pathwise(process, samples, X[:9, 0], Y[:9], mesh=mesh)
     functions = pathwise(jax.random.key(4), X[:5, 0], None)
     drawn = pathwise.draw(jax.random.key(4))["y"](X[:5, :1])
-    return values, arrays, functions, drawn, pathwise.moments(X[:5, 0], None)["y"].mean
+    moments = pathwise.moments(X[:5, 0], None)["y"].mean
+    return values, arrays, functions, drawn, moments, stored(mesh, runner, result, predictive)
+
+
+def stored(mesh, runner, result, predictive):
+    """Return the same from stores, but for what is cut by rows."""
+    if mesh is not None and as_mesh(mesh).is_multi_process:
+        mesh, predictive = (
+            None,
+            EnsemblePredictive(model, result, guide=runner.guide, num_samples=2),
+        )
+    quietly = {"row_args": ["x"], "row_batch_size": 24, "progress_bar": False}
+    with tempfile.TemporaryDirectory() as folder:
+        values = predictive.to_zarr(f"{folder}/a", jax.random.key(2), X, None, **quietly)
+        data = to_arviz(
+            runner, result, X, Y, num_samples=2, rng_key=jax.random.key(3), mesh=mesh,
+            store=f"{folder}/b", **{**quietly, "row_args": ["x", "y"]},
+        )  # fmt: skip
+        groups = ("log_likelihood", "sample_stats")
+        arrays = [np.asarray(data[group][name]) for group in groups for name in data[group]]
+        return np.asarray(values["y"]), arrays
 
 
 def compare_predictions():

@@ -93,6 +93,29 @@ def test_everything_on_hosts(tmp_path, number):
 
 
 @pytest.mark.long
+def test_processes_agree(tmp_path):
+    """What differs between them is named in all of them, and what one of them ends, ends."""
+    with Cluster("agreed", 2, tmp_path) as cluster:
+        found = cluster.found()
+    check(found)
+    between = "differs between processes 0 and 1: all of them take the same data"
+    said = {
+        "data": f"argument 'y' {between}",
+        "keys": f"setting 'rng_key' {between}",
+        "names": "their names differ",
+        "chains": f"argument 'x' {between}",
+        "draws": f"sample 'a' {between}",
+        "alone": "checkpoint= needs a mesh with devices of all 2 processes",
+        "store": "a store is written by one process, and mesh has devices of several",
+    }
+    for one in found:
+        for label, text in said.items():
+            assert text in one[f"said, {label}"], label
+        assert one["ended by one"] == 20
+        assert one["warned"] == ["the checkpoint of step 20 in /"]
+
+
+@pytest.mark.long
 @pytest.mark.parametrize("killed", [0, 3])
 def test_one_of_four_is_killed(tmp_path, killed):
     """The others end with an error within a minute, and three go on from the checkpoint."""
