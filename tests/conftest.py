@@ -51,18 +51,21 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if isinstance(item, pytest.DoctestItem):
             item.add_marker("core")
             item.runtest = _may_promote_ranks(item.runtest)  # type: ignore[method-assign]
-    turn = os.environ.get("LONG_TURN")
-    if turn is not None:
-        others = [item for item in items if _turn_of(item) not in (None, int(turn))]
-        config.hook.pytest_deselected(items=others)
-        items[:] = [item for item in items if item not in others]
+    others = {item for item in items if not _has_its_turn(item)}
+    config.hook.pytest_deselected(items=list(others))
+    items[:] = [item for item in items if item not in others]
 
 
-def _turn_of(item: pytest.Item) -> int | None:
-    """Return which of four runs takes a long test: all cases of a test go together."""
-    if item.get_closest_marker("long") is None:
-        return None
-    return zlib.crc32(getattr(item, "originalname", item.name).encode()) % 4
+def _has_its_turn(item: pytest.Item) -> bool:
+    """Say whether a run takes a test: a quarter of the long ones, or half of the others, if asked.
+
+    All cases of a test go together.
+    """
+    is_long = item.get_closest_marker("long") is not None
+    name, number = ("LONG_TURN", 4) if is_long else ("QUICK_TURN", 2)
+    turn = os.environ.get(name)
+    place = zlib.crc32(getattr(item, "originalname", item.name).encode())
+    return turn is None or place % number == int(turn)
 
 
 def pytest_collection_finish() -> None:
