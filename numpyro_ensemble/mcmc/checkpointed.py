@@ -93,7 +93,8 @@ def run_checkpointed(
     """Do what `mcmc.run` does, with checkpoints, so that the same call made again goes on.
 
     For NumPyro's kernels and those of this package, warm-up included. The draws are those of
-    `mcmc.run` with the same key. They are kept in every checkpoint, all so far: choose
+    `mcmc.run` with the same key, to rounding, and the same bit for bit however often a run was
+    stopped. They are kept in every checkpoint, all so far: choose
     `Checkpoint(directory, every=...)` by their size.
 
     After Ctrl-C the draws so far are in `mcmc`, and SIGTERM writes a checkpoint before it ends the
