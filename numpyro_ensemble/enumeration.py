@@ -204,7 +204,8 @@ class SummedOut:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the model, and add the density of its data and latents."""
         key = numpyro.prng_key()
-        with _Continuous() as shown:
+        shown = _Continuous()
+        with shown:
             out = with_placeholders(self.model)(*args, **kwargs)
         model = self.model if key is None else handlers.seed(self.model, key)
         log_likelihood, log_prior = split_density(
