@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro
 from numpyro import handlers
+from numpyro.distributions import constraints
 from numpyro.ops.provenance import eval_provenance
 from numpyro.primitives import Messenger
 
@@ -73,22 +74,56 @@ def check_funsor(names: Iterable[str]) -> None:
         )
 
 
+_OF_TRACES = ("dim_to_name", "name_to_dim")  # what funsor's traces write into a site's `infer`
+
+
+class _OwnInfer(Messenger):
+    """Give each sample message an `infer` of its own: NumPyro writes into the user's."""
+
+    def process_message(self, msg: Any) -> None:
+        if msg["type"] == "sample":
+            msg["infer"] = _without_traces(msg["infer"])
+
+
+def _without_traces(infer: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in infer.items() if key not in _OF_TRACES}
+
+
 def num_plate_dims(trace: Mapping[str, Any]) -> int:
     """Return how many trailing axes the plates of a trace take.
 
     Raises:
         ValueError: for an axis of a sample site that has no plate.
     """
-    check_plates(dict(trace))
     samples = [site for site in trace.values() if site["type"] == "sample"]
+    check_plates({s["name"]: {**s, "infer": _without_traces(s["infer"])} for s in samples})
     return -min((f.dim for site in samples for f in site["cond_indep_stack"]), default=0)
+
+
+def check_scan_latents(trace: Mapping[str, Any]) -> None:
+    """Raise a ValueError for a constrained latent of a `scan` in a trace with discrete latents.
+
+    NumPyro's enumeration does not take the Jacobian factor that its unconstrained value brings.
+    """
+    for name, site in trace.items():
+        if site["type"] != "sample" or site["is_observed"] or is_discrete_latent(site):
+            continue
+        support = site["fn"].support
+        base = getattr(support, "base_constraint", support)
+        if site.get("_control_flow_done", False) and base is not constraints.real:
+            raise ValueError(
+                f"latent site {name!r} is drawn in a scan from a constrained distribution "
+                f"({type(site['fn']).__name__}), and NumPyro cannot sum discrete latents out of "
+                f"such a model, under NUTS neither. Draw {name!r} before the scan, in a plate of "
+                f"its steps, and pass the values as xs."
+            )
 
 
 def as_marked(model: Callable) -> Callable:
     """Return a model whose discrete latents are all marked to be summed out."""
     from numpyro.contrib.funsor import config_enumerate
 
-    return config_enumerate(model)
+    return config_enumerate(_OwnInfer(model))
 
 
 def enumerated(model: Callable, plate_dims: int) -> Callable:
@@ -152,7 +187,7 @@ def split_density(
         return {"enumerate": None} if site["name"] in values and needs_sum(site) else {}
 
     dims = num_plate_dims(trace)
-    model = infer_config(handlers.substitute(model, data=dict(values)), unmark)
+    model = infer_config(handlers.substitute(_OwnInfer(model), data=dict(values)), unmark)
 
     def density(model: Callable) -> jax.Array:
         with handlers.block():
@@ -183,8 +218,8 @@ class _Continuous(Messenger):
         if "name" not in msg:
             return
         self.trace[msg["name"]] = dict(msg)
-        shown = msg["type"] in ("param", "mutable", "plate")
-        if shown or (msg["type"] == "sample" and not msg.get("stop")):
+        latent = msg["type"] == "sample" and not (msg["is_observed"] or is_discrete_latent(msg))
+        if latent or msg["type"] in ("param", "mutable", "plate"):
             self.values[msg["name"]] = copy(msg["value"])
 
 

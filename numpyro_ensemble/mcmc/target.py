@@ -18,6 +18,7 @@ from numpyro_ensemble.density import anatomy, unchecked_trace
 from numpyro_ensemble.enumeration import (
     as_marked,
     check_funsor,
+    check_scan_latents,
     depends_on_sums,
     enumerated,
     is_discrete_latent,
@@ -163,8 +164,10 @@ class Target:
         assert self.model is not None
         trace = unchecked_trace(self.model, args, kwargs)
         fixed = {k: v["value"] for k, v in trace.items() if v["type"] in ("param", "mutable")}
-        sums = any(map(is_discrete_latent, trace.values()))
-        return fixed, num_plate_dims(trace) if sums else None
+        if not any(map(is_discrete_latent, trace.values())):
+            return fixed, None
+        check_scan_latents(trace)
+        return fixed, num_plate_dims(trace)
 
     def _with(self, fixed: dict[str, Any]) -> Callable:
         return handlers.seed(handlers.substitute(self.model, data=fixed), jax.random.key(0))
