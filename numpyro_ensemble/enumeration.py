@@ -17,7 +17,7 @@ from numpyro.ops.provenance import eval_provenance
 from numpyro.primitives import Messenger
 
 from numpyro_ensemble._compat import check_plates
-from numpyro_ensemble.handlers import reweight
+from numpyro_ensemble.handlers import reweight, unwrapped
 
 # factors that stand for the density of a model whose discrete latents are summed out
 LIKELIHOOD, PRIOR = "_summed_out_log_likelihood", "_summed_out_log_prior"
@@ -113,7 +113,7 @@ def check_scan_latents(trace: Mapping[str, Any]) -> None:
         if site.get("_control_flow_done", False) and base is not constraints.real:
             raise ValueError(
                 f"latent site {name!r} is drawn in a scan from a constrained distribution "
-                f"({type(site['fn']).__name__}), and NumPyro cannot sum discrete latents out of "
+                f"({type(unwrapped(site['fn'])).__name__}), and NumPyro cannot sum discrete latents out of "
                 f"such a model, under NUTS neither. Draw {name!r} before the scan, in a plate of "
                 f"its steps, and pass the values as xs."
             )
@@ -242,6 +242,7 @@ class SummedOut:
         shown = _Continuous()
         with shown:
             out = with_placeholders(self.model)(*args, **kwargs)
+        check_scan_latents(shown.trace)
         model = self.model if key is None else handlers.seed(self.model, key)
         log_likelihood, log_prior = split_density(
             model, shown.trace, shown.values, args, kwargs, self.prior_sites

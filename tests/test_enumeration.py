@@ -1,4 +1,4 @@
-"""Discrete latents that are summed out: densities, kernels, starts and MAP, beside NumPyro's own."""
+"""Discrete latents that are summed out: densities, kernels, starts and MAP."""
 
 import sys
 from contextlib import nullcontext
@@ -440,6 +440,8 @@ def test_missing_plates_scans_and_models_with_nothing_left(key):
         ChEES(no_plate).init(keys, 10, None, (Y,), {})
     with pytest.raises(ValueError, match="'level' is drawn in a scan .*HalfNormal.*before the"):
         ChEES(in_scan).init(keys, 10, None, (Y,), {})
+    with pytest.raises(ValueError, match="'level' is drawn in a scan .*HalfNormal.*before the"):
+        EnsembleMAP(in_scan, ensemble_size=2).run(key, 3, Y, progress_bar=False)
     with pytest.raises(ValueError, match=r"\['z'\] are all discrete.*nothing to sample"):
         ChEES(discrete).init(keys, 10)
     with pytest.raises(ValueError, match=r"\['z'\] are all discrete.*nothing to fit"):

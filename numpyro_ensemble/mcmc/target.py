@@ -139,6 +139,7 @@ class Target:
 
     def initial(self, keys: jax.Array, args: tuple, kwargs: dict) -> tuple[Any, jax.Array]:
         """Draw one start for each key by the initialisation strategy, and say which are valid."""
+        assert self.model is not None
         _, sums = self._settled(args, kwargs)
         info = initialize_model(
             keys,
