@@ -15,6 +15,7 @@ from numpyro.infer import HMC, MCMC
 from numpyro.infer.autoguide import AutoGuide
 from numpyro.optim import _NumPyroOptim
 from numpyro.primitives import _PYRO_STACK
+from numpyro.util import _validate_model
 
 # The handlers that a call stands in: a program made inside `with handlers.scale(...)` is another.
 HANDLERS: list[Any] = _PYRO_STACK
@@ -35,6 +36,11 @@ def latent_starts(guide: AutoGuide) -> dict[str, Any]:
 def hessian_of(guide: Any) -> Callable:
     """Return the `hessian_fn` that a Laplace guide was made with, or JAX's own."""
     return getattr(guide, "_hessian_fn", lambda loss, point: jax.hessian(loss)(point))
+
+
+def check_plates(trace: dict[str, Any]) -> None:
+    """Raise a ValueError where an axis of a sample site has no plate, which enumeration needs."""
+    _validate_model(trace, plate_warning="error")
 
 
 def distribution_mask(fn: Any) -> Any:

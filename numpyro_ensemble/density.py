@@ -14,6 +14,14 @@ from numpyro.infer import init_to_uniform
 from numpyro.infer.util import compute_log_probs
 
 from numpyro_ensemble.calls.tracing import tracing_alone
+from numpyro_ensemble.enumeration import (
+    is_discrete_latent,
+    is_marked,
+    needs_sum,
+    split_density,
+    why_not_summed,
+    with_placeholders,
+)
 from numpyro_ensemble.handlers import Role, is_factor, site_role, unwrapped
 
 
@@ -30,7 +38,9 @@ def log_joint(
     Returns:
         `f(params, *args, **kwargs) -> (log_likelihood, log_prior)`, two scalars that add up to
         `log_density(model, args, kwargs, params)[0]`. `params` maps latent sites to constrained
-        values.
+        values. Discrete latents that are marked `infer={"enumerate": "parallel"}` and not in
+        `params` are summed out: the prior is then that of the other latents, and the likelihood
+        that of the data given these.
 
     Example:
         >>> import numpyro, numpyro.distributions as dist
@@ -44,7 +54,9 @@ def log_joint(
     """
 
     def split(params: dict, *args: Any, **kwargs: Any) -> tuple[jax.Array, jax.Array]:
-        log_probs, trace = compute_log_probs(model, args, kwargs, params)
+        log_probs, trace = compute_log_probs(with_placeholders(model), args, kwargs, params)
+        if any(needs_sum(site) and name not in params for name, site in trace.items()):
+            return split_density(model, trace, params, args, kwargs, prior_sites)
         likelihood = prior = jnp.zeros(())
         seen: set[str] = set()
         for name, log_prob in log_probs.items():
@@ -71,6 +83,8 @@ class Site(NamedTuple):
     scale: Any = None  # of a sample site; an array's is not known before anything runs
     event_dim: int = 0  # trailing axes along which the values of one draw depend on each other
     drawn_from: int | None = None  # of a plate that draws some of its rows: how many there are
+    marked: bool = False  # infer={"enumerate": "parallel"}
+    not_summed: str = ""  # why a discrete latent cannot be summed out
 
 
 def is_subsampled(site: dict[str, Any]) -> bool:
@@ -141,7 +155,7 @@ def _describe(site: dict[str, Any], seen: Collection[str], prior_sites: Collecti
         if site["is_observed"]:
             kind = "factor" if is_factor(site) else "observed"
         else:
-            kind = "discrete" if site["fn"].support.is_discrete else "latent"
+            kind = "discrete" if is_discrete_latent(site) else "latent"
     shape = jax.tree.map(jnp.shape, site["value"])
     scale, event_dim = site.get("scale"), 0
     drawn_from = site["args"][0] if is_subsampled(site) else None
@@ -149,7 +163,19 @@ def _describe(site: dict[str, Any], seen: Collection[str], prior_sites: Collecti
         event_dim = unwrapped(site["fn"]).event_dim
     if scale is not None and not isinstance(scale, int | float):
         scale = jax.ShapeDtypeStruct(jnp.shape(scale), jnp.result_type(scale))
-    return Site(site["name"], kind, role, shape, plates, distribution, scale, event_dim, drawn_from)
+    return Site(
+        site["name"],
+        kind,
+        role,
+        shape,
+        plates,
+        distribution,
+        scale,
+        event_dim,
+        drawn_from,
+        is_marked(site),
+        why_not_summed(site) if kind == "discrete" else "",
+    )
 
 
 def fill_model(

@@ -14,13 +14,14 @@ import numpyro
 from jax.typing import ArrayLike
 from numpyro.infer import Trace_ELBO, init_to_uniform
 
+from numpyro_ensemble.enumeration import PRIOR, SummedOut, check_funsor
 from numpyro_ensemble.fit.ensemble import Ensemble
 from numpyro_ensemble.fit.minimisers import default_minimiser
 from numpyro_ensemble.fit.optimisers import choose_optimizer
 from numpyro_ensemble.fit.point_guide import PointGuide
 from numpyro_ensemble.fit.problem import Problem
 from numpyro_ensemble.fit.state import GuideValues
-from numpyro_ensemble.handlers import check_weight
+from numpyro_ensemble.handlers import check_weight, reweight
 from numpyro_ensemble.primitives import combine, partition, stack_members
 from numpyro_ensemble.results import EnsembleResult
 
@@ -42,14 +43,34 @@ class MAPProblem(Problem):
         """Whether a fit ends where a gradient is zero."""
         return True
 
+    @property
+    def sums_out(self) -> bool:
+        """Whether discrete latents are summed out."""
+        return True
+
     def fresh_guide(self, init_params: dict | None, sites: dict) -> tuple[Callable, dict | None]:
         """Return a new point guide, which takes the latents' start values; `SVI.init` the rest."""
         given = dict(init_params or {})
         latents = {k: given.pop(k) for k in list(given) if sites[k].kind == "latent"}
         guide = PointGuide(
-            self.model, init_loc_fn=self.init_loc_fn, jacobian=self.jacobian, init_values=latents
+            self.model,
+            init_loc_fn=self.init_loc_fn,
+            jacobian=self.jacobian,
+            init_values=latents,
+            sums=any(site.kind == "discrete" for site in sites.values()),
         )
         return guide, given or None
+
+    def summed_model(self, guide: Any) -> Callable:
+        """Return the model, without its discrete latents where a guide says that it has some."""
+        return SummedOut(self.model, self.prior_sites) if guide.sums else self.model
+
+    def weighted(self, guide: Any, scale: float, step: Any) -> tuple[Callable, Callable]:
+        """Return the model, its prior and likelihood weighted, and the guide."""
+        if not guide.sums:
+            return super().weighted(guide, scale, step)
+        model, sites = self.summed_model(guide), (PRIOR,)
+        return reweight(model, prior=self.prior_weight, likelihood=scale, prior_sites=sites), guide
 
     def distilled_guide(self, guide: Callable, tracer: type) -> tuple[Callable, GuideValues]:
         """Return the structure of the point guide alone."""
@@ -76,12 +97,36 @@ class MAPProblem(Problem):
                 "the model has no latent site and no parameter, so that there is nothing to fit."
                 + self.hint
             )
-        for site in sites.values():
-            if site.kind == "discrete":
+        discrete = [site for site in sites.values() if site.kind == "discrete"]
+        for site in discrete:
+            if site.not_summed or not site.marked:
+                why = site.not_summed or (
+                    'mark it infer={"enumerate": "parallel"}, or the model by '
+                    "numpyro.contrib.funsor.config_enumerate, to have it summed out"
+                )
                 raise ValueError(
-                    f"latent site {site.name!r} is discrete ({site.distribution}); EnsembleMAP "
-                    f"climbs continuous latents only. Sum it out of the model (MixtureSameFamily, "
-                    f"for example), observe it, or use EnsembleVI with TraceEnum_ELBO."
+                    f"latent site {site.name!r} is discrete ({site.distribution}), and EnsembleMAP "
+                    f"climbs continuous latents only: {why}. Or sum it out of the model "
+                    f"(MixtureSameFamily, for example), observe it, or use EnsembleVI with "
+                    f"TraceEnum_ELBO."
+                )
+        if discrete:
+            self._check_sums([site.name for site in discrete], sites)
+
+    def _check_sums(self, names: list[str], sites: dict) -> None:
+        check_funsor(names)
+        if not any(site.kind in ("latent", "param") for site in sites.values()):
+            raise ValueError(
+                f"the latent sites {names} are all discrete, and once they are summed out there is "
+                f"nothing to fit: numpyro.contrib.funsor.infer_discrete draws them."
+            )
+        for site in sites.values():
+            if site.drawn_from is not None:
+                raise ValueError(
+                    f"plate {site.name!r} takes {site.shape[0]} of its {site.drawn_from} rows at "
+                    f"random, and the model sums {names} out: NumPyro's scale of the rows would "
+                    f"stand inside of these sums. Leave subsample_size out, and pass batch_size= "
+                    f"to run."
                 )
 
 
@@ -95,7 +140,8 @@ class EnsembleMAP(Ensemble):
     `result.params` holds the constrained values by site name.
 
     Args:
-        model: a NumPyro model whose latents are continuous.
+        model: a NumPyro model; its discrete latents are summed out where they are marked
+            `infer={"enumerate": "parallel"}`, and belong to the likelihood of the others.
         optim: a `numpyro.optim` or optax optimiser, or a minimiser of optimistix; L-BFGS,
             `optimistix.LBFGS(rtol=1e-8, atol=1e-8)`, where none is given.
         ensemble_size: number of members E.

@@ -14,6 +14,7 @@ import numpyro_ensemble
 from numpyro_ensemble._compat import (
     HANDLERS,
     PROTOTYPES,
+    check_plates,
     distribution_mask,
     hessian_of,
     latent_starts,
@@ -52,6 +53,15 @@ def test_a_laplace_guide_keeps_its_hessian():
 
 def test_a_masked_distribution_tells_its_mask():
     assert distribution_mask(dist.Normal(0.0, 1.0).mask(False)) is False
+
+
+def test_an_axis_without_a_plate_is_told():
+    trace = handlers.trace(handlers.seed(model, 0)).get_trace()
+    check_plates(trace)
+    with handlers.seed(rng_seed=0), handlers.trace() as wide:
+        numpyro.sample("x", dist.Normal(0.0, 1.0).expand([3]))
+    with pytest.raises(ValueError, match="Missing a plate statement for batch dimension -1"):
+        check_plates(wide)
 
 
 FILES = sorted(Path(numpyro_ensemble.__file__).parent.rglob("*.py"))

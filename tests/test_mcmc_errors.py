@@ -55,7 +55,7 @@ def test_folds():
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_models_that_cannot_be_sampled(kernel):
     def discrete():
-        z = numpyro.sample("z", dist.Bernoulli(0.5))
+        z = numpyro.sample("z", dist.Poisson(0.5))
         numpyro.sample("mu", dist.Normal(z, 1.0))
 
     def delta():
@@ -79,9 +79,36 @@ def test_models_that_cannot_be_sampled(kernel):
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_no_warm_up(kernel):
-    with pytest.raises(ValueError, match="num_warmup=0 leaves .*mcmc.post_warmup_state"):
-        run(kernel(model), 0, start())
+def test_no_warm_up(kernel, key, compile_count):
+    calls = []
+
+    def counted(y=0.5):
+        calls.append(y)
+        model(y)
+
+    message = "num_warmup=0 leaves .*mcmc.post_warmup_state"
+    for init_params in (None, start()):
+        with pytest.raises(ValueError, match=message):
+            run(kernel(counted), 0, init_params)
+    keys = jax.random.split(key, CHAINS)
+    with compile_count() as count, pytest.raises(ValueError, match=message):
+        kernel(counted).init(keys, 0)
+    assert not calls
+    assert count.count == 0, count.names
+
+
+def test_an_adapted_state_needs_no_warm_up(key):
+    kernel = ChEES(model)
+    before = run(kernel, 10, start())
+    after = MCMC(
+        kernel, num_warmup=0, num_samples=10, num_chains=CHAINS, chain_method="vectorized",
+        progress_bar=False,
+    )  # fmt: skip
+    after.post_warmup_state = before.last_state
+    after.run(key)
+    step_sizes = [mcmc.last_state.adapt_state.step_size for mcmc in (before, after)]
+    np.testing.assert_array_equal(*step_sizes)
+    assert after.get_samples()["mu"].shape == (10 * CHAINS, 2)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

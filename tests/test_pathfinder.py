@@ -393,7 +393,7 @@ def test_numbers_are_one_at_least(name):
 
 def test_bad_calls(key):
     def discrete():
-        numpyro.sample("kind", dist.Categorical(jnp.ones(2) / 2))
+        numpyro.sample("kind", dist.Geometric(0.5))
 
     def fixed(y):
         numpyro.sample("y", dist.Normal(0.0, 1.0), obs=y)

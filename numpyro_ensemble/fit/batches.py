@@ -113,7 +113,11 @@ _REMEDY = (
 
 
 def check_follows(
-    full: dict[str, Site], part: dict[str, Site], batches: Batches, declared: Collection[str]
+    full: dict[str, Site],
+    part: dict[str, Site],
+    batches: Batches,
+    declared: Collection[str],
+    sums_out: bool = False,
 ) -> None:
     """Check that a model traced with a batch is the same model on fewer observations.
 
@@ -122,6 +126,7 @@ def check_follows(
         part: the sites with one batch.
         batches: how an epoch is cut.
         declared: factors that were said to be likelihood.
+        sums_out: discrete latents are summed out, row by row.
 
     Raises:
         ValueError: if a latent or parameter changes shape, an observed site or the plate around it
@@ -132,7 +137,14 @@ def check_follows(
         raise ValueError(f"batch_size={batches.size} changes which sites exist: {names}. {_REMEDY}")
     for name, whole in full.items():
         piece = part[name]
-        if whole.kind in ("latent", "discrete", "param") and whole.shape != piece.shape:
+        if whole.kind == "discrete" and sums_out:
+            if piece.plates == whole.plates:
+                raise ValueError(
+                    f"batch_size={batches.size} does not go with discrete site {name!r}, which is "
+                    f"in no plate of the rows: what all rows share is summed out over all of them "
+                    f"at once. Put it in a plate of the rows, or leave batch_size out."
+                )
+        elif whole.kind in ("latent", "discrete", "param") and whole.shape != piece.shape:
             raise ValueError(
                 f"batch_size={batches.size} changes the shape of {whole.kind} site {name!r} from "
                 f"{whole.shape} to {piece.shape}; it belongs to single rows. {_REMEDY}"

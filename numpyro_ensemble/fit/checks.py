@@ -133,7 +133,7 @@ def model_sites(
                 f"plates the length of the batch, or leave batch_size out and use "
                 f"numpyro.plate(..., subsample_size=...)."
             ) from error
-        check_follows(full, part, batches, problem.likelihood_sites)
+        check_follows(full, part, batches, problem.likelihood_sites, problem.sums_out)
         _check_scales(problem, arguments, batches, full)
         _check_factors(problem, arguments)
     return full, supply.used

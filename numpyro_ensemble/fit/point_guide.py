@@ -19,6 +19,7 @@ from numpyro.infer.autoguide import AutoGuide
 
 from numpyro_ensemble.calls.arguments import has_tracers
 from numpyro_ensemble.calls.opening import note_learnt
+from numpyro_ensemble.enumeration import SummedOut
 
 
 class Point(NamedTuple):
@@ -41,6 +42,7 @@ class PointGuide(AutoGuide):
         init_loc_fn: a NumPyro initialisation strategy.
         jacobian: add the log Jacobian of the constraining transforms to the objective.
         init_values: constrained start values by site name.
+        sums: whether the model has discrete latents that are summed out.
     """
 
     def __init__(
@@ -50,9 +52,10 @@ class PointGuide(AutoGuide):
         init_loc_fn: Callable = init_to_uniform,
         jacobian: bool = False,
         init_values: dict[str, Any] | None = None,
+        sums: bool = False,
     ) -> None:
-        super().__init__(model, init_loc_fn=init_loc_fn)
-        self.jacobian = jacobian
+        super().__init__(SummedOut(model) if sums else model, init_loc_fn=init_loc_fn)
+        self.jacobian, self.sums = jacobian, sums
         self.init_values = init_values or {}
         self.points: dict[str, Point] = {}
 
@@ -90,6 +93,7 @@ class PointGuide(AutoGuide):
     def distilled(self) -> PointGuide:
         """Return a guide that is set up, with nothing in it that was traced."""
         guide = PointGuide(self.model, init_loc_fn=self.init_loc_fn, jacobian=self.jacobian)
+        guide.sums = self.sums
         learnt = {
             "points": self.points,
             "_prototype_frames": self._prototype_frames,

@@ -73,6 +73,11 @@ class Problem:
         return False
 
     @property
+    def sums_out(self) -> bool:
+        """Whether discrete latents are summed out, and not drawn by a guide."""
+        return False
+
+    @property
     def placement(self) -> Placement:
         """Where members are computed."""
         return Placement(self.member_batch_size, self.mesh)
@@ -83,6 +88,10 @@ class Problem:
         return self.placement.number(self.ensemble_size)
 
     # One member ---------------------------------------------------------------------------------
+
+    def summed_model(self, guide: Any) -> Callable:
+        """Return the model without the discrete latents that are summed out."""
+        return self.model
 
     def weighted(self, guide: Callable, scale: float, step: Any) -> tuple[Callable, Callable]:
         """Return the model and the guide, weighted for one step of one member.

@@ -159,7 +159,7 @@ class FitPrograms:
                 init_params, _ = check_starts(maker(key), self.parameter_forms, None)
             args, kwargs = call.rebuild(dynamic)
             guide, given = problem.fresh_guide(init_params, self.sites)
-            model, called = Noting(problem.model), Noting(guide)
+            model, called = Noting(problem.summed_model(guide)), Noting(guide)
             svi = SVI(model, called, problem.optim, problem.loss)
             state = svi.init(key, *args, init_params=given, **kwargs)
             problem.check_guide(guide, args, kwargs)

@@ -122,12 +122,18 @@ class ManyChainKernel(MCMCKernel):
         """Find the chains' start, or check the one that is given, and return their state.
 
         Raises:
-            ValueError: for chains that cannot be adapted together, or cannot start where they are.
+            ValueError: for chains that cannot be adapted together, or cannot start where they are,
+                or without warm-up, which a state of another run alone can do without.
         """
         args, kwargs = model_args, model_kwargs or {}
         name = type(self).__name__
         if is_prng_key(rng_key):
             raise ValueError(self._alone())
+        if not num_warmup:  # MCMC calls init for no run that has a post_warmup_state
+            raise ValueError(
+                f"num_warmup=0 leaves {name} unadapted. Give MCMC a num_warmup, or set "
+                f"mcmc.post_warmup_state to the state of a run that had one."
+            )
         num_chains = rng_key.shape[0]
         self._check_chains(num_chains)
         self.placement.check(num_chains, "chains")
@@ -136,7 +142,7 @@ class ManyChainKernel(MCMCKernel):
         keys = jax.vmap(lambda key: jax.random.split(key, 3))(rng_key)
         remedy = self._remedy(init_params is not None)
         if init_params is None:
-            init_params = self._find_start(keys[0, 2], num_chains, num_warmup, args, kwargs)
+            init_params = self._find_start(keys[0, 2], num_chains, args, kwargs)
         else:
             self._check_values(init_params, num_chains, args, kwargs)
         first = partial(self._first, num_warmup)
@@ -184,9 +190,7 @@ class ManyChainKernel(MCMCKernel):
         other = "pathfinder" if self._start == "nuts" else "nuts"
         return f"start={other!r}, or init_params from numpyro_ensemble.mcmc.starts"
 
-    def _find_start(
-        self, key: jax.Array, num_chains: int, num_warmup: int, args: tuple, kwargs: dict
-    ) -> Any:
+    def _find_start(self, key: jax.Array, num_chains: int, args: tuple, kwargs: dict) -> Any:
         if callable(self._start):
             start_key, move_key = jax.random.split(key)
             z = self._start(start_key, num_chains, *args, **kwargs)
@@ -197,9 +201,7 @@ class ManyChainKernel(MCMCKernel):
                 "A kernel with a potential_fn needs to be told where its chains start: "
                 "mcmc.run(key, init_params=...), with a leading axis of num_chains."
             )
-        # without warm-up nothing is searched: `sample` says what is wrong
-        start = STARTS[self._start] if num_warmup else STARTS["init"]
-        return start(self._target, key, num_chains, args, kwargs)
+        return STARTS[self._start](self._target, key, num_chains, args, kwargs)
 
     def _check_values(self, z: Any, num_chains: int, args: tuple, kwargs: dict) -> None:
         if self._target.model is not None:
@@ -270,16 +272,11 @@ class ManyChainKernel(MCMCKernel):
         """Make one iteration of all chains: one step of the scheme in warm-up, else one draw.
 
         Raises:
-            ValueError: if nothing was ever adapted.
+            ValueError: for a state of one chain.
         """
         if jnp.ndim(state.i) == 0:
             raise ValueError(self._alone())
         progress = state.adapt_state.progress
-        if progress.remaining is None:
-            raise ValueError(
-                f"num_warmup=0 leaves {type(self).__name__} unadapted. Give MCMC a num_warmup, or "
-                f"set mcmc.post_warmup_state to the state of a run that had one."
-            )
         coordinates = self._target.coordinates(state.z, model_args, model_kwargs)
         log_density = self._target.log_density(model_args, model_kwargs, coordinates)
         state = in_rows(state, coordinates)

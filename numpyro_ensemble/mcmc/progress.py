@@ -13,37 +13,33 @@ class Progress(NamedTuple):
 
     Attributes:
         iteration: `(C,)`, iterations of warm-up made.
-        remaining: `(C,)`, those to come; None where there was no warm-up at all.
+        remaining: `(C,)`, those to come.
     """
 
     iteration: jax.Array
-    remaining: jax.Array | None
+    remaining: jax.Array
 
     @classmethod
     def start(cls, num_warmup: int, num_chains: int) -> Progress:
         """Return the progress at the start of a run."""
         zeros = jnp.zeros(num_chains, int)
-        return cls(zeros, zeros + num_warmup if num_warmup else None)
+        return cls(zeros, zeros + num_warmup)
 
     @property
     def warming(self) -> jax.Array:
         """Whether the next iteration is one of warm-up."""
-        assert self.remaining is not None
         return self.remaining[0] > 0
 
     @property
     def ending(self) -> jax.Array:
         """Whether the next iteration is the last one of warm-up."""
-        assert self.remaining is not None
         return self.remaining[0] == 1
 
     @property
     def total(self) -> jax.Array:
         """The number of iterations of warm-up."""
-        assert self.remaining is not None
         return self.iteration[0] + self.remaining[0]
 
     def next(self) -> Progress:
         """Return the progress after one iteration of warm-up."""
-        assert self.remaining is not None
         return Progress(self.iteration + 1, self.remaining - 1)

@@ -15,6 +15,15 @@ from numpyro.infer.util import constrain_fn, initialize_model, potential_energy
 from numpyro_ensemble.calls.identity import captured
 from numpyro_ensemble.calls.programs import Programs
 from numpyro_ensemble.density import anatomy, unchecked_trace
+from numpyro_ensemble.enumeration import (
+    as_marked,
+    check_funsor,
+    check_scan_latents,
+    depends_on_sums,
+    enumerated,
+    is_discrete_latent,
+    num_plate_dims,
+)
 from numpyro_ensemble.mcmc.layout import laid_out, primitives_of
 from numpyro_ensemble.mcmc.positions import Coordinates
 from numpyro_ensemble.sharding import Placement
@@ -65,19 +74,28 @@ class Target:
         leaves, treedef = jax.tree.flatten((args, kwargs))
         traced = [leaf if isinstance(leaf, jax.core.Tracer) else None for leaf in leaves]
 
+        fixed, sums = self._settled(args, kwargs)
+
         def density(z: Any, data: tuple[list, dict]) -> jax.Array:
             filled = [x if t is None else t for x, t in zip(leaves, data[0], strict=True)]
             args, kwargs = treedef.unflatten(filled)
-            return -potential_energy(self._with(data[1]), args, kwargs, values_of(z))
+            return self._density(data[1], sums, args, kwargs, values_of(z))
 
         density = laid_out(density, self.placement)
-        data = traced, self._fixed(args, kwargs)
-        return lambda z: density(z, data)
+        return lambda z: density(z, (traced, fixed))
 
     def smooth_density(self, args: tuple, kwargs: dict) -> Callable[[Any], jax.Array]:
         """Return the same in a form that can be differentiated twice."""
-        model = self.prepared(args, kwargs)
-        return lambda z: -potential_energy(model, args, kwargs, z)
+        settled = self._settled(args, kwargs)
+        return lambda z: self._density(*settled, args, kwargs, z)
+
+    def _density(
+        self, fixed: dict[str, Any], sums: int | None, args: tuple, kwargs: dict, z: Any
+    ) -> jax.Array:
+        model = self._with(fixed)
+        if sums is None:
+            return -potential_energy(model, args, kwargs, z)
+        return -potential_energy(enumerated(as_marked(model), sums), args, kwargs, z, enum=True)
 
     def why_not_finite(self, z: Any, args: tuple, kwargs: dict) -> str:
         """Return the likely cause of a density that is not finite, and what to do about it.
@@ -103,17 +121,29 @@ class Target:
         )
 
     def constrain(self, args: tuple, kwargs: dict) -> Callable[[Any], Any]:
-        """Return the map to the model's sites, deterministic ones included."""
+        """Return the map to the model's sites, deterministic ones included.
+
+        Those that depend on discrete latents are left out: these are summed out, and have no value.
+        """
         if self.potential_fn is not None:
             return lambda z: z
-        model = self.prepared(args, kwargs)
-        return lambda z: constrain_fn(model, args, kwargs, z, return_deterministic=True)
+        fixed, sums = self._settled(args, kwargs)
+        model = self._with(fixed)
+        unknown = set() if sums is None else depends_on_sums(model, args, kwargs)
+
+        def constrain(z: Any) -> dict[str, Any]:
+            sites = constrain_fn(model, args, kwargs, z, return_deterministic=True)
+            return {name: value for name, value in sites.items() if name not in unknown}
+
+        return constrain
 
     def initial(self, keys: jax.Array, args: tuple, kwargs: dict) -> tuple[Any, jax.Array]:
         """Draw one start for each key by the initialisation strategy, and say which are valid."""
+        assert self.model is not None
+        _, sums = self._settled(args, kwargs)
         info = initialize_model(
             keys,
-            self.model,
+            self.model if sums is None else as_marked(self.model),
             init_strategy=self.init_strategy,
             dynamic_args=True,
             model_args=args,
@@ -123,12 +153,22 @@ class Target:
 
     def prepared(self, args: tuple, kwargs: dict) -> Callable:
         """Give the model a key, and parameters and mutable state the values of one start."""
-        return self._with(self._fixed(args, kwargs))
+        fixed, sums = self._settled(args, kwargs)
+        model = self._with(fixed)
+        return model if sums is None else as_marked(model)
 
-    def _fixed(self, args: tuple, kwargs: dict) -> dict[str, Any]:
+    def _settled(self, args: tuple, kwargs: dict) -> tuple[dict[str, Any], int | None]:
+        """Return the values of parameters and mutable state at one start, and how to sum.
+
+        That is the number of axes that plates take, or None where there is no discrete latent.
+        """
         assert self.model is not None
         trace = unchecked_trace(self.model, args, kwargs)
-        return {k: v["value"] for k, v in trace.items() if v["type"] in ("param", "mutable")}
+        fixed = {k: v["value"] for k, v in trace.items() if v["type"] in ("param", "mutable")}
+        if not any(map(is_discrete_latent, trace.values())):
+            return fixed, None
+        check_scan_latents(trace)
+        return fixed, num_plate_dims(trace)
 
     def _with(self, fixed: dict[str, Any]) -> Callable:
         return handlers.seed(handlers.substitute(self.model, data=fixed), jax.random.key(0))
@@ -146,12 +186,16 @@ class Target:
         if self.model is None:
             return ()
         sites = anatomy(self.model, args, kwargs).values()
+        discrete = [site.name for site in sites if site.kind == "discrete"]
+        if discrete:
+            check_funsor(discrete)
         for site in sites:
-            if site.kind == "discrete":
+            if site.not_summed:
                 raise ValueError(
-                    f"latent site {site.name!r} is discrete ({site.distribution}), and these "
-                    f"kernels follow gradients. Sum it out of the model (MixtureSameFamily, for "
-                    f"example) or observe it; NumPyro's DiscreteHMCGibbs(NUTS(model)) samples it."
+                    f"latent site {site.name!r} is discrete ({site.distribution}), these kernels "
+                    f"follow gradients, and it cannot be summed out: {site.not_summed}. Sum it out "
+                    f"of the model (MixtureSameFamily, for example) or observe it; NumPyro's "
+                    f"DiscreteHMCGibbs(NUTS(model)) and MixedHMC(HMC(model)) sample some of these."
                 )
             if site.kind == "latent" and site.distribution == "Delta":
                 raise ValueError(
@@ -171,6 +215,11 @@ class Target:
                 f"there is nothing to sample: look at the shapes of the data."
             )
         names = tuple(site.name for site in latents)
+        if not names and discrete:
+            raise ValueError(
+                f"the latent sites {discrete} are all discrete, and once they are summed out there "
+                f"is nothing to sample: numpyro.contrib.funsor.infer_discrete draws them."
+            )
         if not names:
             raise ValueError(
                 "the model has no latent site: everything is observed, or a parameter."

@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 FITS = ("MAP", "AutoNormal", "AutoMultivariateNormal", "AutoLaplaceApproximation")
 SAMPLERS = ("ChEES", "MEADS")
 ALL = (*FITS, "Predictive", "ArviZ", "NUTS", *SAMPLERS)
-DISCRETE = {name: "is discrete" for name in ("MAP", *SAMPLERS)}
 
 
 class Size(NamedTuple):

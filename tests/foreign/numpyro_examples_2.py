@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 import numpyro
-from cases import DISCRETE, SAMPLERS, Case, Size
+from cases import SAMPLERS, Case, Size
 from checkout import example
 from numpyro.infer.autoguide import AutoBNAFNormal
 from numpyro_examples import add, autoregression, regressors, rng
@@ -115,7 +115,7 @@ def sparse_regression():
 def ssbvm_mixture():
     angles = rng().vonmises([1.0, -1.0], 4.0, size=(30, 2))
     model = example("ssbvm_mixture").ss_model
-    return Case(model, (angles, 30, 2), enumerated=True, size=SMALL, refused=DISCRETE)
+    return Case(model, (angles, 30, 2), enumerated=True, size=SMALL)
 
 
 @add("stochastic_volatility")
