@@ -113,9 +113,9 @@ def check_scan_latents(trace: Mapping[str, Any]) -> None:
         if site.get("_control_flow_done", False) and base is not constraints.real:
             raise ValueError(
                 f"latent site {name!r} is drawn in a scan from a constrained distribution "
-                f"({type(unwrapped(site['fn'])).__name__}), and NumPyro cannot sum discrete latents out of "
-                f"such a model, under NUTS neither. Draw {name!r} before the scan, in a plate of "
-                f"its steps, and pass the values as xs."
+                f"({type(unwrapped(site['fn'])).__name__}), and NumPyro cannot sum discrete latents "
+                f"out of such a model, under NUTS neither. Draw {name!r} before the scan, in a "
+                f"plate of its steps, and pass the values as xs."
             )
 
 
