@@ -111,10 +111,10 @@ def check_scan_latents(trace: Mapping[str, Any]) -> None:
         support = site["fn"].support
         base = getattr(support, "base_constraint", support)
         if site.get("_control_flow_done", False) and base is not constraints.real:
+            kind = type(unwrapped(site["fn"])).__name__
             raise ValueError(
                 f"latent site {name!r} is drawn in a scan from a constrained distribution "
-                f"({type(unwrapped(site['fn'])).__name__}), and NumPyro cannot sum discrete latents "
-                f"out of such a model, under NUTS neither. Draw {name!r} before the scan, in a "
+                f"({kind}), and NumPyro cannot sum discrete latents out of such a model, under NUTS neither. Draw {name!r} before the scan, in a "
                 f"plate of its steps, and pass the values as xs."
             )
 

@@ -14,13 +14,14 @@ import numpyro
 from jax.typing import ArrayLike
 from numpyro.infer import Trace_ELBO, init_to_uniform
 
-from numpyro_ensemble.enumeration import PRIOR, SummedOut, check_funsor
+from numpyro_ensemble.enumeration import PRIOR, SummedOut
 from numpyro_ensemble.fit.ensemble import Ensemble
 from numpyro_ensemble.fit.minimisers import default_minimiser
 from numpyro_ensemble.fit.optimisers import choose_optimizer
 from numpyro_ensemble.fit.point_guide import PointGuide
 from numpyro_ensemble.fit.problem import Problem
 from numpyro_ensemble.fit.state import GuideValues
+from numpyro_ensemble.fit.sums import check_sums
 from numpyro_ensemble.handlers import check_weight, reweight
 from numpyro_ensemble.primitives import combine, partition, stack_members
 from numpyro_ensemble.results import EnsembleResult
@@ -97,37 +98,7 @@ class MAPProblem(Problem):
                 "the model has no latent site and no parameter, so that there is nothing to fit."
                 + self.hint
             )
-        discrete = [site for site in sites.values() if site.kind == "discrete"]
-        for site in discrete:
-            if site.not_summed or not site.marked:
-                why = site.not_summed or (
-                    'mark it infer={"enumerate": "parallel"}, or the model by '
-                    "numpyro.contrib.funsor.config_enumerate, to have it summed out"
-                )
-                raise ValueError(
-                    f"latent site {site.name!r} is discrete ({site.distribution}), and EnsembleMAP "
-                    f"climbs continuous latents only: {why}. Or sum it out of the model "
-                    f"(MixtureSameFamily, for example), observe it, or use EnsembleVI with "
-                    f"TraceEnum_ELBO."
-                )
-        if discrete:
-            self._check_sums([site.name for site in discrete], sites)
-
-    def _check_sums(self, names: list[str], sites: dict) -> None:
-        check_funsor(names)
-        if not any(site.kind in ("latent", "param") for site in sites.values()):
-            raise ValueError(
-                f"the latent sites {names} are all discrete, and once they are summed out there is "
-                f"nothing to fit: numpyro.contrib.funsor.infer_discrete draws them."
-            )
-        for site in sites.values():
-            if site.drawn_from is not None:
-                raise ValueError(
-                    f"plate {site.name!r} takes {site.shape[0]} of its {site.drawn_from} rows at "
-                    f"random, and the model sums {names} out: NumPyro's scale of the rows would "
-                    f"stand inside of these sums. Leave subsample_size out, and pass batch_size= "
-                    f"to run."
-                )
+        check_sums(sites)
 
 
 class EnsembleMAP(Ensemble):

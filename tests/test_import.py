@@ -33,7 +33,7 @@ LAYERS = [
     {"streaming"},
     {"pathfinder"},
     {"fit.line_searches"},
-    {"fit.batches", "fit.optimisers", "fit.starts", "fit.stopping"},
+    {"fit.batches", "fit.optimisers", "fit.starts", "fit.stopping", "fit.sums"},
     {"fit.setup", "fit.loop"},
     {"fit.guides", "fit.options"},
     {"fit.slots"},
