@@ -114,8 +114,9 @@ def check_scan_latents(trace: Mapping[str, Any]) -> None:
             kind = type(unwrapped(site["fn"])).__name__
             raise ValueError(
                 f"latent site {name!r} is drawn in a scan from a constrained distribution "
-                f"({kind}), and NumPyro cannot sum discrete latents out of such a model, under NUTS neither. Draw {name!r} before the scan, in a "
-                f"plate of its steps, and pass the values as xs."
+                f"({kind}), and NumPyro cannot sum discrete latents out of such a model, under "
+                f"NUTS neither. Draw {name!r} before the scan, in a plate of its steps, and pass "
+                f"the values as xs."
             )
 
 
