@@ -73,7 +73,7 @@ def test_coordinates_are_those_of_dense_linear_algebra(key, rank):
 
 @pytest.mark.parametrize("rank", [0, 3])
 def test_what_is_pooled_forgets_the_start(key, rank):
-    rows = normals(key, (30, 16, 3)) * WIDTHS + np.linspace(0.0, 0.02, 30)[:, None, None]
+    rows = normals(key, (30, 16, 3)) * WIDTHS * np.linspace(0.5, 1.0, 30)[:, None, None]
     metric = observed(jnp.asarray(rows), rank)
     kept = np.array([s / (s + 3.0) for s in range(30)])  # of all before iteration s
     weights = np.array([kept[s + 1 :].prod() for s in range(30)])
@@ -100,13 +100,13 @@ def test_eigenvalues_are_shrunk(key):
 
 
 def test_a_low_rank_metric_takes_narrow_and_wide_directions(key):
-    size, loading = 40, np.linspace(-1.0, 1.0, 40)
+    size, loading = 20, np.linspace(-1.0, 1.0, 20)
     covariance = 0.1 * np.eye(size) + 0.9 * np.outer(np.ones(size), np.ones(size))
     covariance += 5.0 * np.outer(loading, loading)
     pair = np.eye(size)[0] - np.eye(size)[1]
     covariance -= 0.0499 * np.outer(pair, pair)  # the narrowest direction has 0.0002
     keys = jax.random.split(key, 2)
-    rows = rows_of(keys[0], 20_000, covariance, np.zeros(size))
+    rows = rows_of(keys[0], 5000, covariance, np.zeros(size))
     condition = {}
     for rank in (3, size):
         whitened = np.cov(SharedMetric.start(rows, rank).whiten(rows).T)
@@ -147,13 +147,12 @@ def draws_of(kernel, key):
     mcmc = MCMC(
         kernel,
         num_warmup=200,
-        num_samples=150,
+        num_samples=300,
         num_chains=CHAINS,
         chain_method="vectorized",
         progress_bar=False,
     )
-    start = jnp.asarray(MEAN + WIDTHS * normals(key, (CHAINS, 3)))  # which knows no correlation
-    mcmc.run(key, init_params=start)
+    mcmc.run(key, init_params=rows_of(jax.random.fold_in(key, 1), CHAINS))
     return np.asarray(mcmc.get_samples(group_by_chain=True)), mcmc
 
 
@@ -161,6 +160,7 @@ FEW_STEPS = {"max_leapfrog_steps": 12}  # of ChEES, which makes up for its metri
 SAMPLERS = [(MEADS, {}), (ChEES, FEW_STEPS)]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("kernel", "options"), SAMPLERS)
 @pytest.mark.filterwarnings("ignore:.*have not mixed")  # with a diagonal metric
 def test_correlated_normals(key, kernel, options):
