@@ -20,6 +20,9 @@ from numpyro_ensemble.mcmc.target import all_finite, choose, per_chain, shared
 _BITS = 30  # of the Halton sequence: those that a shorter run has no need of add nothing
 # The step size follows the harmonic mean over chains, which one chain that accepts nothing makes 0.
 _LEAST_ACCEPTED = 0.1  # one such chain of 64 lowers the mean by an eighth at most
+# ChEES looks at squares alone, and ends at 2.25 of a standard normal's scale: a random part of that
+# leaves means correlated by 0.35, and a random part of half a turn by 0.
+_HALF_TURN = 3.1416
 
 
 class ChEESAdaptation(NamedTuple):
@@ -190,7 +193,9 @@ def _adapt(
     step_size = jnp.where(ending, jnp.exp(log_step_size), inner.step_size)
     longest = scheme.max_leapfrog_steps * step_size  # the two were averaged apart
     length = jnp.where(ending, jnp.exp(log_length), inner.trajectory_length)
-    length = length if scheme.plain else jnp.minimum(length, longest)
+    if not scheme.plain:
+        length = jnp.where(ending, jnp.maximum(length, _HALF_TURN), length)
+        length = jnp.minimum(length, longest)
     new = per_chain((step_size, length, log_step_size, log_length, inner), num_chains)
     names = ("step_size", "trajectory_length", "log_step_size", "log_length", "inner")
     old = tuple(getattr(a, name) for name in names)
