@@ -8,7 +8,13 @@ import optax
 import pytest
 from blackjax.mcmc import dynamic_hmc
 
-from numpyro_ensemble.mcmc.chees_scheme import Scheme, _halton, chees_start, chees_step
+from numpyro_ensemble.mcmc.chees_scheme import (
+    Scheme,
+    _halton,
+    chees_start,
+    chees_step,
+    first_metric,
+)
 from numpyro_ensemble.mcmc.progress import Progress
 
 NUM_CHAINS, NUM_STEPS = 8, 30
@@ -38,7 +44,8 @@ def ours(key, start, scheme):
     chains = init._replace(random_generator_arg=jnp.zeros((), int))
     step_size = jnp.asarray(0.1)
     progress = Progress.start(NUM_STEPS, NUM_CHAINS)
-    adaptation = chees_start(start, ALL, step_size, step_size, progress, scheme)
+    metric = first_metric(start, ALL, scheme)
+    adaptation = chees_start(metric, step_size, step_size, progress, scheme)
 
     def step(carry, key):
         chains, adaptation, _ = chees_step(
@@ -107,7 +114,8 @@ def test_a_chain_that_accepts_nothing_makes_no_steps_tiny(key, plain, tiny):
     chains = chains._replace(random_generator_arg=jnp.zeros((), int))
     scheme = Scheme(plain=plain)
     first, progress = jnp.asarray(0.5), Progress.start(200, 64)
-    adaptation = chees_start(rows, jnp.ones(64, bool), first, first, progress, scheme)
+    metric = first_metric(rows, jnp.ones(64, bool), scheme)
+    adaptation = chees_start(metric, first, first, progress, scheme)
 
     def step(carry, key):
         chains, adaptation, _ = chees_step(jax.random.split(key, 64), *carry, with_a_trap, scheme)

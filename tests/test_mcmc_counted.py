@@ -9,7 +9,7 @@ from blackjax.mcmc import dynamic_hmc
 
 from numpyro_ensemble.mcmc.checks import survey
 from numpyro_ensemble.mcmc.chees_scheme import Scheme as ChEESScheme
-from numpyro_ensemble.mcmc.chees_scheme import chees_start, chees_step
+from numpyro_ensemble.mcmc.chees_scheme import chees_start, chees_step, first_metric
 from numpyro_ensemble.mcmc.counted import counted, largest_eigenvalue, with_stand_ins
 from numpyro_ensemble.mcmc.meads_scheme import Scheme, meads_start
 from numpyro_ensemble.mcmc.progress import Progress
@@ -76,14 +76,18 @@ def test_chees_takes_nothing_from_chains_that_explode(rows, key):
         chains = jax.vmap(lambda row: dynamic_hmc.init(row, exploding, 0))(rows)
         chains = chains._replace(random_generator_arg=jnp.ones((), int))
         counts = counted(chains.logdensity, 2)
-        start = chees_start(rows, counts, first, 2 * first, progress, scheme)
+        metric = first_metric(rows, counts, scheme)
+        start = chees_start(metric, first, 2 * first, progress, scheme)
         return start, *chees_step(keys, chains, start, exploding, scheme)[:2]
 
     run = jax.jit(after, static_argnums=1)
     start, chains, found = run(rows, ChEESScheme())
-    np.testing.assert_allclose(start.variance[0], np.var(rows[GOOD], axis=0), rtol=1e-6)
-    np.testing.assert_allclose(found.variance[0], np.var(chains.position[GOOD], axis=0), rtol=0.3)
+    counting = with_stand_ins(rows, counted(jax.vmap(exploding)(rows), 2))
+    np.testing.assert_allclose(start.metric.sigma[0], counting.std(axis=0), rtol=1e-6)
+    spread = np.std(chains.position[GOOD], axis=0)
+    np.testing.assert_allclose(found.metric.sigma[0], spread, rtol=0.15)
     usual = run(rows.at[BAD].set(0.5), ChEESScheme())[2]
-    for name in ("step_size", "trajectory_length", "variance"):
+    for name in ("step_size", "trajectory_length"):
         np.testing.assert_allclose(getattr(found, name), getattr(usual, name), rtol=0.1)
-    assert np.var(rows[:, 0]) > 5.0 * found.variance[0, 0]  # if all did count
+    np.testing.assert_allclose(found.metric.sigma, usual.metric.sigma, rtol=0.1)
+    assert np.std(rows[:, 0]) > 2.0 * found.metric.sigma[0, 0]  # if all did count

@@ -147,8 +147,10 @@ def test_options(kernel):
     for name in ("step_size_multiplier", "damping_slowdown"):
         with pytest.raises(ValueError, match=f"{name} takes a finite number above 0"):
             MEADS(model, **{name: 0.0})
-    with pytest.raises(ValueError, match="low_rank_window_fraction takes 0 to 1"):
-        MEADS(model, low_rank_window_fraction=2.0)
+    names = "'auto', 'dense', 'low_rank', 'diagonal', or a number of directions"
+    for wrong in ("full", 0, True, 2.0, None):
+        with pytest.raises(ValueError, match=f"metric takes one of {names}.*got {wrong!r}"):
+            kernel(model, metric=wrong)
     for name in ("step_size", "learning_rate"):
         with pytest.raises(ValueError, match=f"{name} takes a finite number above 0"):
             ChEES(model, **{name: -1.0})

@@ -92,7 +92,7 @@ def test_sites_of_every_shape(kernel):
     assert z_scores(correlation**2, 1.0 / 4.0) > 6
     # coordinates stand in the model's order: the first is the widest, and alpha's the narrowest
     adapted = mcmc.last_state.adapt_state
-    scale = adapted.scale[0] if kernel is MEADS else jnp.sqrt(adapted.variance[0])
+    scale = adapted.scale[0] if kernel is MEADS else adapted.metric.sigma[0]
     assert scale.shape == (27,) and jnp.argmax(scale) == 0
     assert set(np.argsort(scale)[:3].tolist()) == {8, 9, 10}
 
@@ -173,4 +173,4 @@ def adapted_numbers(kernel, state):
     if kernel is MEADS:
         return adapted.step_size, adapted.scale, adapted.damping
     gradient = jnp.sqrt(adapted.inner.optim_state[0].nu)  # of ChEES, by Adam's memory
-    return adapted.step_size, adapted.variance, gradient
+    return adapted.step_size, adapted.metric.sigma**2, gradient

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from blackjax.mcmc import ghmc
 
-from numpyro_ensemble.mcmc.low_rank import LowRank, default_rank
 from numpyro_ensemble.mcmc.meads_scheme import Scheme, meads_start, meads_step
 from numpyro_ensemble.mcmc.progress import Progress
 
@@ -65,7 +64,7 @@ def theirs(key, start, scheme):
         num_folds=scheme.num_folds,
         step_size_multiplier=scheme.step_size_multiplier,
         damping_slowdown=scheme.damping_slowdown,
-        low_rank_rank=scheme.rank or None,
+        low_rank_rank=None if scheme.metric == "diagonal" else scheme.metric,
         low_rank_window_fraction=scheme.window_fraction,
     )
     (states, parameters), _ = adaptation.run(key, start, NUM_STEPS)
@@ -78,7 +77,7 @@ def theirs(key, start, scheme):
     [
         pytest.param(Scheme(4, 0.4, 2.0, plain=True), id="folds"),
         pytest.param(
-            Scheme(1, rank=2, window_fraction=0.2, plain=True), id="rank", marks=pytest.mark.long
+            Scheme(1, metric=2, window_fraction=0.2, plain=True), id="rank", marks=pytest.mark.long
         ),
     ],
 )
@@ -100,11 +99,11 @@ def test_the_step_is_blackjax(key, scheme):
     for name, value in found.items():
         np.testing.assert_allclose(value, expected[name], rtol=1e-6)
     metric = expected["momentum_inverse_scale"]
-    if not scheme.rank:
+    if scheme.metric == "diagonal":
         scale = np.concatenate([np.atleast_1d(metric["a"]), metric["b"]])
         np.testing.assert_allclose(adaptation.scale[0], scale, rtol=1e-6)
     else:
-        ours_, low = adaptation.low_rank.metric, adaptation.low_rank
+        ours_, low = adaptation.metric.inverse_mass, adaptation.metric
         np.testing.assert_allclose(ours_.lam, metric.lam, rtol=1e-6)
         np.testing.assert_allclose(ours_.sigma, metric.sigma, rtol=1e-6)
         np.testing.assert_allclose(abs(ours_.U.T @ metric.U), np.eye(2), atol=1e-6)
@@ -140,29 +139,6 @@ def test_draws_are_made_with_averages_over_the_last_half(key):
     np.testing.assert_allclose(last.scale[0], last.sums.scale.mean(axis=0) / number, rtol=1e-5)
     damping = 1 - np.exp(-2 * step_size * last.sums.gamma.mean() / number)
     np.testing.assert_allclose(last.damping, damping, rtol=1e-5)
-
-
-def test_the_metric_makes_a_normal_the_standard_one(key):
-    """Coordinates of unequal widths that are correlated: the regression of raw heights."""
-    lower = jnp.array([[30.0, 0.0, 0.0], [-0.45, 0.02, 0.0], [1.0, 0.5, 2.0]])
-    keys = jax.random.split(key)
-    rows = jax.random.normal(keys[0], (4000, 3)) @ lower.T
-    progress = Progress(jnp.full(4000, 50), jnp.full(4000, 50))
-    start = LowRank.start(4000, 3, 3, rows.dtype)
-    metric = jax.jit(lambda rows: start.observe(rows, progress, 0.2, False))(rows)
-    assert metric.number[0] == 4000
-    whitened = metric.whiten(rows, False)
-    np.testing.assert_allclose(np.cov(whitened.T), np.eye(3), atol=1e-6)
-    plain = np.cov(metric.whiten(rows, True).T)
-    assert abs(plain - np.eye(3)).max() > 10  # as BlackJAX has it
-    gradients = jax.random.normal(keys[1], (4000, 3)) @ jnp.linalg.inv(lower)
-    curvature = np.cov(metric.scale_gradients(gradients).T)
-    np.testing.assert_allclose(curvature, np.eye(3), atol=0.2)  # 4,000 draws of two kinds: 0.03
-
-
-def test_the_default_rank():
-    assert [default_rank(64, size) for size in (1, 2, 160, 512, 513, 1000)] == [0, 2, 16, 16, 0, 0]
-    assert default_rank(256, 1000) == 16
 
 
 @pytest.mark.long

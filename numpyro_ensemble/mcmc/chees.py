@@ -13,9 +13,10 @@ from numpyro.infer import init_to_uniform
 
 from numpyro_ensemble.handlers import check_count
 from numpyro_ensemble.mcmc.checks import Survey, check_part, check_positive
-from numpyro_ensemble.mcmc.chees_scheme import Scheme, chees_start, chees_step
+from numpyro_ensemble.mcmc.chees_scheme import Scheme, chees_start, chees_step, first_metric
 from numpyro_ensemble.mcmc.counted import counted, largest_eigenvalue
 from numpyro_ensemble.mcmc.kernel import ManyChainKernel
+from numpyro_ensemble.mcmc.metric import check_metric
 from numpyro_ensemble.mcmc.progress import Progress
 from numpyro_ensemble.mcmc.state import ChainsState
 
@@ -30,11 +31,14 @@ class ChEES(ManyChainKernel):
     Args:
         model: a NumPyro model whose latents are continuous.
         potential_fn: a potential energy instead of a model; `MCMC.run` needs `init_params` then.
-        step_size: the first step size, in units of the scale; None is what the gradients suggest.
+        step_size: the first step size, in units of the metric; None is what the gradients suggest.
         learning_rate: of the ascent on the logarithm of the trajectory length.
         target_accept_prob: the acceptance probability that the step size is adapted to, that of
             NUTS by default. 0.651 is best in theory, but reaches thin tails too rarely.
         max_leapfrog_steps: the most leapfrog steps of a trajectory in warm-up.
+        metric: "dense", which knows all correlations, "low_rank", which knows the 16 strongest
+            directions, or the number of these, or "diagonal", a scale for each latent. "auto" is
+            the first of them that so many chains can learn in so many dimensions.
         start: where chains start: "nuts", "pathfinder", "init" (`init_strategy` alone), or a
             function `(rng_key, num_chains, *args, **kwargs)` that returns what `MCMC.run` takes as
             `init_params`.
@@ -69,6 +73,7 @@ class ChEES(ManyChainKernel):
         learning_rate: float = 0.025,
         target_accept_prob: float = 0.8,
         max_leapfrog_steps: int = 1000,
+        metric: str | int = "auto",
         start: str | Callable = "nuts",
         init_strategy: Callable = init_to_uniform,
         mesh: Mesh | str | None = None,
@@ -80,9 +85,10 @@ class ChEES(ManyChainKernel):
         check_count("max_leapfrog_steps", max_leapfrog_steps)
         if check_part("target_accept_prob", target_accept_prob) in (0.0, 1.0):
             raise ValueError(f"target_accept_prob lies between 0 and 1, got {target_accept_prob}.")
+        check_metric(metric)
         self._step_size = step_size
         self._scheme = Scheme(
-            learning_rate, target_accept_prob, max_leapfrog_steps=max_leapfrog_steps
+            learning_rate, target_accept_prob, metric, max_leapfrog_steps=max_leapfrog_steps
         )
 
     _remedies = (
@@ -100,20 +106,20 @@ class ChEES(ManyChainKernel):
     def _first_adaptation(
         self, keys: jax.Array, state: ChainsState, progress: Progress, found: Survey
     ) -> ChainsState:
-        rows = state.z
-        dtype = rows.dtype
+        rows, dtype = state.z, state.z.dtype
+        counts = counted(-state.potential_energy, rows.shape[1])
+        metric = first_metric(rows, counts, self._scheme)
         if self._step_size is None:
-            step_size = jnp.minimum(0.5 / jnp.sqrt(found.eigenvalue[0]), 1.0)
+            steepest = largest_eigenvalue(metric.whiten_gradients(state.z_grad), counts)
+            step_size = jnp.minimum(0.5 / jnp.sqrt(steepest), 1.0)
         else:
             step_size = jnp.asarray(self._step_size, dtype)
-        counts = counted(-state.potential_energy, rows.shape[1])
-        among = {"axis": 0, "keepdims": True, "where": counts[:, None]}
-        whitened = (rows - rows.mean(**among)) / rows.std(**among)
+        middle = rows.mean(axis=0, keepdims=True, where=counts[:, None])
+        whitened = metric.whiten(rows - middle)
         # a quarter turn in the widest direction
         length = 0.5 * jnp.pi * jnp.sqrt(largest_eigenvalue(whitened, counts))
         length = jnp.clip(length, step_size, self._scheme.max_leapfrog_steps * step_size)
-        first = step_size, length.astype(dtype), progress, self._scheme
-        adaptation = chees_start(state.z, counts, *first)
+        adaptation = chees_start(metric, step_size, length.astype(dtype), progress, self._scheme)
         return state._replace(adapt_state=adaptation)
 
     def _iterate(self, keys: jax.Array, state: ChainsState, log_density: Callable) -> ChainsState:
@@ -121,7 +127,7 @@ class ChEES(ManyChainKernel):
         chains = DynamicHMCState(
             state.z, -state.potential_energy, -state.z_grad, adaptation.place[0]
         )
-        metric = default_metric(adaptation.variance[0])
+        metric = default_metric(adaptation.metric.inverse_mass)
         chains, new, info = chees_step(keys, chains, adaptation, log_density, self._scheme)
         before = jax.vmap(metric.kinetic_energy)(info.momentum) + state.potential_energy
         return state._replace(

@@ -1,4 +1,4 @@
-"""The pure step of ChEES (Hoffman et al., 2021), with a metric from the spread of the chains."""
+"""The pure step of ChEES (Hoffman et al., 2021), with a metric from the positions of the chains."""
 
 from __future__ import annotations
 
@@ -12,14 +12,17 @@ from blackjax.adaptation import chees_adaptation
 from blackjax.mcmc import dynamic_hmc
 from blackjax.mcmc.dynamic_hmc import DynamicHMCState
 
-from numpyro_ensemble.mcmc.counted import counted
+from numpyro_ensemble.mcmc.counted import counted, with_stand_ins
+from numpyro_ensemble.mcmc.metric import SharedMetric, num_directions
 from numpyro_ensemble.mcmc.progress import Progress
 from numpyro_ensemble.mcmc.target import all_finite, choose, per_chain, shared
 
 _BITS = 30  # of the Halton sequence: those that a shorter run has no need of add nothing
 # The step size follows the harmonic mean over chains, which one chain that accepts nothing makes 0.
 _LEAST_ACCEPTED = 0.1  # one such chain of 64 lowers the mean by an eighth at most
-_FORGETTING = 3.0  # how fast the scale forgets: it speaks of the last third of warm-up
+# ChEES looks at squares alone, and ends at 2.25 of a standard normal's scale: a random part of that
+# leaves means correlated by 0.35, and a random part of half a turn by 0.
+_HALF_TURN = 3.1416
 
 
 class ChEESAdaptation(NamedTuple):
@@ -28,7 +31,7 @@ class ChEESAdaptation(NamedTuple):
     Attributes:
         step_size: `(C,)`.
         trajectory_length: `(C,)`, the longest one: each is a part of it.
-        variance: `(C, d)`, the metric: variances of the unconstrained coordinates.
+        metric: the metric that all chains share.
         place: `(C,)`, the one in the Halton sequence that says which part.
         log_step_size, log_length: `(C,)`, averages, of which draws are made.
         inner: BlackJAX's state of the adaptation.
@@ -37,7 +40,7 @@ class ChEESAdaptation(NamedTuple):
 
     step_size: jax.Array
     trajectory_length: jax.Array
-    variance: jax.Array
+    metric: SharedMetric
     place: jax.Array
     log_step_size: jax.Array
     log_length: jax.Array
@@ -54,6 +57,7 @@ class Scheme(NamedTuple):
 
     learning_rate: float = 0.025
     target_accept_prob: float = 0.8
+    metric: str | int = "diagonal"
     decay_rate: float = 0.5
     max_leapfrog_steps: int = 1000
     momentum: float = 0.0  # of Adam, as the next one: the values of Hoffman et al.
@@ -86,28 +90,33 @@ _move = dynamic_hmc.build_kernel(
 _ALIKE = DynamicHMCState(0, 0, 0, None)  # chains make the same number of steps
 
 
+def first_metric(rows: jax.Array, counts: jax.Array, scheme: Scheme) -> SharedMetric:
+    """Return the metric of chains that have not moved yet, from positions `(C, D)`.
+
+    `counts` says which of them count, `(C,)`.
+    """
+    num_chains, size = rows.shape
+    if scheme.plain:
+        return SharedMetric.identity(num_chains, size, 0, rows.dtype)
+    rank = num_directions(scheme.metric, num_chains, size)
+    return SharedMetric.start(with_stand_ins(rows, counts), rank)
+
+
 def chees_start(
-    rows: jax.Array,
-    counts: jax.Array,
+    metric: SharedMetric,
     step_size: jax.Array,
     length: jax.Array,
     progress: Progress,
     scheme: Scheme,
 ) -> ChEESAdaptation:
-    """Return the adaptation of chains that have not moved yet, from positions `(C, D)`.
-
-    `counts` says which of them count, `(C,)`.
-    """
-    num_chains = rows.shape[0]
+    """Return the adaptation of chains that have not moved yet, in units of the metric."""
+    num_chains = metric.number.size
     index = jnp.zeros((), int)
     inner = scheme.rules()[0](index, step_size)
     inner = inner._replace(trajectory_length=length)
-    variance = jnp.ones_like(rows[0])
-    if not scheme.plain:
-        variance = rows.var(axis=0, where=counts[:, None])
     zero = jnp.zeros_like(step_size)
-    first = (step_size, length, variance, index, zero, zero, inner)
-    return ChEESAdaptation._make([*per_chain(first, num_chains), progress])
+    first = per_chain((step_size, length, index, zero, zero, inner), num_chains)
+    return ChEESAdaptation._make([*first[:2], metric, *first[2:], progress])
 
 
 def chees_step(
@@ -130,9 +139,10 @@ def chees_step(
     Returns:
         Chains, adaptation, and BlackJAX's account of the step.
     """
-    step_size, length, variance = shared(adaptation[:3])
+    step_size, length = shared(adaptation[:2])
+    metric = adaptation.metric.inverse_mass
     move = jax.vmap(_move, in_axes=(0, _ALIKE, None, None, None, None), out_axes=(_ALIKE, 0))
-    new, info = move(keys, chains, log_density, step_size, variance, (length / step_size,))
+    new, info = move(keys, chains, log_density, step_size, metric, (length / step_size,))
     whole = all_finite(new.logdensity, new.logdensity_grad)
     new = DynamicHMCState(*choose(whole, new[:3], chains[:3]), new.random_generator_arg)
     info = info._replace(
@@ -164,31 +174,31 @@ def _adapt(
         # step: a length then grows by exp(2 * learning_rate * sqrt(steps)) at most. Told that
         # this is step 1, it averages nothing, and we do.
         inner = inner._replace(step=jnp.ones_like(step))
+    middle = before.mean(axis=0, keepdims=True)
+    ends = a.metric.whiten(info.proposal.position - middle), a.metric.whiten(before - middle)
+    momentum = a.metric.whiten_gradients(info.proposal.momentum)
+    identity = jnp.ones_like(before[0])
     with jax.numpy_rank_promotion("allow"):  # BlackJAX does, whatever the user's setting
-        inner = scheme.rules()[1](
-            inner,
-            info.proposal.position,
-            info.proposal.momentum,
-            before,
-            accepted,
-            left_out,
-            a.variance[0],
-        )
+        inner = scheme.rules()[1](inner, ends[0], momentum, ends[1], accepted, left_out, identity)
     log_step_size = inner.log_step_size_moving_average
     log_length = inner.log_trajectory_length_moving_average
-    variance = a.variance[0]
+    metric = a.metric
     if not scheme.plain:
         weight = step**-scheme.decay_rate
         log_step_size = a.log_step_size[0] + weight * (log_step_size - a.log_step_size[0])
         log_length = a.log_length[0] + weight * (jnp.log(inner.trajectory_length) - a.log_length[0])
         inner = inner._replace(step=step + 1)
-        recent = _FORGETTING / (_FORGETTING + step)
-        variance = variance + recent * (after.var(axis=0, where=counts) - variance)
+        metric = metric.observe(with_stand_ins(after, counts[:, 0]), a.progress)
     ending = a.progress.ending
     step_size = jnp.where(ending, jnp.exp(log_step_size), inner.step_size)
     longest = scheme.max_leapfrog_steps * step_size  # the two were averaged apart
     length = jnp.where(ending, jnp.exp(log_length), inner.trajectory_length)
-    length = length if scheme.plain else jnp.minimum(length, longest)
-    new = (step_size, length, variance, a.place[0], log_step_size, log_length, inner)
-    new = jax.tree.map(lambda x, old: x.astype(old.dtype), per_chain(new, num_chains), tuple(a[:7]))
-    return ChEESAdaptation._make([*new, a.progress.next()])
+    if not scheme.plain:
+        length = jnp.where(ending, jnp.maximum(length, _HALF_TURN), length)
+        length = jnp.minimum(length, longest)
+    new = per_chain((step_size, length, log_step_size, log_length, inner), num_chains)
+    names = ("step_size", "trajectory_length", "log_step_size", "log_length", "inner")
+    old = tuple(getattr(a, name) for name in names)
+    new = jax.tree.map(lambda x, before: x.astype(before.dtype), new, old)
+    values = dict(zip(names, new, strict=True))
+    return a._replace(metric=metric, progress=a.progress.next(), **values)

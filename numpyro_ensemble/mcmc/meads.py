@@ -11,10 +11,11 @@ from jax.sharding import Mesh
 from numpyro.infer import init_to_uniform
 
 from numpyro_ensemble.handlers import check_count, warn
-from numpyro_ensemble.mcmc.checks import Survey, check_part, check_positive
+from numpyro_ensemble.mcmc.checks import Survey, check_positive
 from numpyro_ensemble.mcmc.ghmc import first_momentum
 from numpyro_ensemble.mcmc.kernel import ManyChainKernel
 from numpyro_ensemble.mcmc.meads_scheme import Scheme, meads_start, meads_step
+from numpyro_ensemble.mcmc.metric import check_metric
 from numpyro_ensemble.mcmc.progress import Progress
 from numpyro_ensemble.mcmc.state import ChainsState
 
@@ -36,10 +37,9 @@ class MEADS(ManyChainKernel):
         step_size_multiplier: of the step size that the gradients suggest.
         damping_slowdown: how slowly the floor of the damping falls; larger is slower.
         steps_per_draw: steps between two draws; a draw costs so many gradients.
-        low_rank_rank: number of directions of a low-rank metric shared by all chains, for
-            correlations; None is 16, or as many as there are dimensions, but none for more than 8
-            dimensions a chain; 0 is a diagonal scale for each fold.
-        low_rank_window_fraction: the part of warm-up after which its positions are pooled.
+        metric: "dense", which knows all correlations, "low_rank", which knows the 16 strongest
+            directions, or the number of these, or "diagonal", a scale for each latent and fold.
+            "auto" is the first of them that so many chains can learn in so many dimensions.
         start: where chains start: "nuts", "pathfinder", "init" (`init_strategy` alone: MEADS
             freezes far from the typical set), or a function `(rng_key, num_chains, *args,
             **kwargs)` that returns what `MCMC.run` takes as `init_params`.
@@ -74,8 +74,7 @@ class MEADS(ManyChainKernel):
         step_size_multiplier: float = 0.5,
         damping_slowdown: float = 1.0,
         steps_per_draw: int = 8,
-        low_rank_rank: int | None = None,
-        low_rank_window_fraction: float = 0.2,
+        metric: str | int = "auto",
         start: str | Callable = "nuts",
         init_strategy: Callable = init_to_uniform,
         mesh: Mesh | str | None = None,
@@ -83,14 +82,10 @@ class MEADS(ManyChainKernel):
         super().__init__(model, potential_fn, start=start, init_strategy=init_strategy, mesh=mesh)
         check_count("num_folds", num_folds)
         check_count("steps_per_draw", steps_per_draw)
-        if low_rank_rank is False or low_rank_rank not in (None, 0):
-            check_count("low_rank_rank", low_rank_rank)
+        check_metric(metric)
         check_positive("step_size_multiplier", step_size_multiplier)
         check_positive("damping_slowdown", damping_slowdown)
-        window = check_part("low_rank_window_fraction", low_rank_window_fraction)
-        self._scheme = Scheme(
-            num_folds, step_size_multiplier, damping_slowdown, low_rank_rank, window
-        )
+        self._scheme = Scheme(num_folds, step_size_multiplier, damping_slowdown, metric)
         self._num_folds = num_folds
         self._steps_per_draw = steps_per_draw
 

@@ -11,7 +11,7 @@ from blackjax.mcmc.ghmc import GHMCState
 
 from numpyro_ensemble.mcmc.counted import counted, in_folds, largest_eigenvalue, with_stand_ins
 from numpyro_ensemble.mcmc.ghmc import Outcome, ghmc_steps, kinetic_energy
-from numpyro_ensemble.mcmc.low_rank import LowRank, default_rank
+from numpyro_ensemble.mcmc.metric import SharedMetric, num_directions
 from numpyro_ensemble.mcmc.progress import Progress
 from numpyro_ensemble.mcmc.target import choose, per_chain
 
@@ -37,7 +37,7 @@ class MEADSAdaptation(NamedTuple):
         drift: `(C,)`, delta, how far each step moves the slice variable.
         slot: `(C,)`, each chain's place in the folds: places are shuffled, and chains stay.
         progress: how far warm-up has come.
-        low_rank: the low-rank metric and what it is made of, or None.
+        metric: the metric that all chains share, or None where it is the scale.
         sums: of what draws are made with, over the last half of warm-up, or None.
         log_shrinkage: `(C,)`, the same for all chains: of the step size, until enough is accepted;
             or None.
@@ -49,24 +49,24 @@ class MEADSAdaptation(NamedTuple):
     drift: jax.Array
     slot: jax.Array
     progress: Progress
-    low_rank: LowRank | None = None
+    metric: SharedMetric | None = None
     sums: Sums | None = None
     log_shrinkage: jax.Array | None = None
 
 
 class Scheme(NamedTuple):
-    """The constants of Algorithm 3 of Hoffman and Sountsov (2022), and of its low-rank metric.
+    """The constants of Algorithm 3 of Hoffman and Sountsov (2022), and its metric.
 
-    `rank` None chooses one. `plain` is the scheme as BlackJAX has it: draws are made with the last
-    step's parameters, the metric is renewed in every step, and the step size knows nothing of it
+    `plain` is the scheme as BlackJAX has it: draws are made with the last step's parameters, the
+    metric is renewed in every step of a window at the end, and the step size knows nothing of it
     nor of what is accepted.
     """
 
     num_folds: int = 4
     step_size_multiplier: float = 0.5
     damping_slowdown: float = 1.0
-    rank: int | None = 0
-    window_fraction: float = 0.2
+    metric: str | int = "diagonal"
+    window_fraction: float = 0.5
     plain: bool = False
 
 
@@ -76,16 +76,14 @@ def meads_start(
     """Return the adaptation of chains that have not moved yet, from positions `(C, D)`."""
     num_chains, size = rows.shape
     none = jnp.zeros(num_chains, rows.dtype)
-    low_rank = None
-    rank = default_rank(num_chains, size) if scheme.rank is None else scheme.rank
-    if rank:
-        low_rank = LowRank.start(num_chains, size, rank, rows.dtype)
+    rank = num_directions(scheme.metric, num_chains, size)
+    metric = SharedMetric.identity(num_chains, size, rank, rows.dtype) if rank else None
     slot = jnp.arange(num_chains)
     sums = None if scheme.plain else Sums(none, jnp.zeros_like(rows), none)
     shrinkage = None if scheme.plain else none
     empty = MEADSAdaptation(none, rows, none, none, slot, progress, None, sums, shrinkage)
     counts = _counts(log_density, rows, scheme)
-    return _adapt(rows, grad, counts, empty, scheme)._replace(low_rank=low_rank)
+    return _adapt(rows, grad, counts, empty, scheme)._replace(metric=metric)
 
 
 def meads_step(
@@ -117,7 +115,7 @@ def meads_step(
         lambda a: a,
         adaptation,
     )
-    metric = adaptation.scale if adaptation.low_rank is None else adaptation.low_rank.metric
+    metric = adaptation.scale if adaptation.metric is None else adaptation.metric.inverse_mass
     new, outcome = ghmc_steps(
         keys[:, adaptation.slot],
         jnp.where(warming, 1, keys.shape[0]),
@@ -142,7 +140,7 @@ def meads_step(
     energy = kinetic_energy(metric, new.momentum) - new.logdensity
     adaptation = jax.lax.cond(
         warming,
-        lambda a: _end_step(shuffle_key, new.position, counts, a, scheme),
+        lambda a: _end_step(shuffle_key, a, scheme),
         lambda a: a,
         adaptation,
     )
@@ -192,23 +190,25 @@ def _adapt(
     where = counting[..., None]
     scales = folds.std(axis=1, where=where)
     # lines 7 and 8: the step size, no more than 1, from the scaled gradients
-    low_rank = adaptation.low_rank
+    metric = adaptation.metric
+    folds = folds - folds.mean(axis=1, keepdims=True, where=where)
     whitened, scaled = folds / scales[:, None], gradients * scales[:, None]
-    if low_rank is not None:
-        window = scheme.window_fraction, scheme.plain
-        low_rank = low_rank.observe(with_stand_ins(rows, counts), adaptation.progress, *window)
-        whitened = low_rank.whiten(folds, scheme.plain)
-        if not scheme.plain:
-            scaled = low_rank.scale_gradients(gradients)
+    if metric is not None:
+        seen = with_stand_ins(rows, counts), adaptation.progress
+        if scheme.plain:
+            metric = metric.observe_as_blackjax(*seen, scheme.window_fraction)
+            whitened = metric.whiten_as_blackjax(folds)
+        else:
+            metric = metric.observe(*seen)
+            whitened, scaled = metric.whiten(folds), metric.whiten_gradients(gradients)
     largest = jax.vmap(largest_eigenvalue)(scaled, counting)
     step_sizes = jnp.minimum(scheme.step_size_multiplier / jnp.sqrt(largest), 1.0)
     if adaptation.log_shrinkage is not None:
         step_sizes = step_sizes * jnp.exp(adaptation.log_shrinkage[0])
     step_sizes, lent_scales = jnp.roll(step_sizes, 1), jnp.roll(scales, 1, axis=0)
     # line 9: the damping, no less than the floor that falls with time
-    centred = whitened - whitened.mean(axis=1, keepdims=True, where=where)
     floor = scheme.damping_slowdown / ((adaptation.progress.iteration[0] + 1) * step_sizes)
-    widest = jax.vmap(largest_eigenvalue)(centred, counting)
+    widest = jax.vmap(largest_eigenvalue)(whitened, counting)
     gamma = jnp.maximum(1.0 / jnp.sqrt(widest), floor)
     alpha = 1.0 - jnp.exp(-2.0 * step_sizes * gamma)
     fold = _fold(adaptation, scheme)
@@ -217,32 +217,21 @@ def _adapt(
         scale=lent_scales[fold],
         damping=alpha[fold],
         drift=alpha[fold] / 2,
-        low_rank=low_rank,
+        metric=metric,
     )
 
 
-def _end_step(
-    key: jax.Array,
-    rows: jax.Array,
-    counts: jax.Array,
-    adaptation: MEADSAdaptation,
-    scheme: Scheme,
-) -> MEADSAdaptation:
+def _end_step(key: jax.Array, adaptation: MEADSAdaptation, scheme: Scheme) -> MEADSAdaptation:
     """Shuffle the folds every K steps, and settle the parameters after the last one."""
-    progress, num_chains = adaptation.progress, rows.shape[0]
-    slot = adaptation.slot
+    progress, slot = adaptation.progress, adaptation.slot
+    num_chains = slot.size
     if scheme.num_folds > 1:
         moved = _inverse(jax.random.permutation(key, num_chains))[slot]
         slot = jnp.where((progress.iteration[0] + 1) % scheme.num_folds == 0, moved, slot)
 
     if adaptation.sums is not None:
         adaptation = adaptation._replace(sums=_add(adaptation, adaptation.sums))
-    settled = jax.lax.cond(
-        progress.ending,
-        lambda a: _settle(a, with_stand_ins(rows, counts)),
-        lambda a: a,
-        adaptation,
-    )
+    settled = jax.lax.cond(progress.ending, _settle, lambda a: a, adaptation)
     return settled._replace(slot=slot, progress=progress.next())
 
 
@@ -254,7 +243,7 @@ def _add(a: MEADSAdaptation, sums: Sums) -> Sums:
     )
 
 
-def _settle(a: MEADSAdaptation, rows: jax.Array) -> MEADSAdaptation:
+def _settle(a: MEADSAdaptation) -> MEADSAdaptation:
     """Choose what draws are made with.
 
     The eigenvalue that one fold's gradients give is noisy, and steps that are too long are rejected
@@ -267,8 +256,7 @@ def _settle(a: MEADSAdaptation, rows: jax.Array) -> MEADSAdaptation:
         step_size = curvature**-0.5
         damping = 1.0 - jnp.exp(-2.0 * step_size * gamma)
         drift = damping / 2
-    new = per_chain((step_size, scale, damping, drift), rows.shape[0])
-    low_rank = None if a.low_rank is None else a.low_rank.settle(rows)
+    new = per_chain((step_size, scale, damping, drift), a.slot.size)
     values = dict(zip(("step_size", "scale", "damping", "drift"), new, strict=True))
     values = {name: x.astype(getattr(a, name).dtype) for name, x in values.items()}
-    return a._replace(low_rank=low_rank, **values)
+    return a._replace(**values)
