@@ -160,7 +160,7 @@ def as_nuts_warns(name):
 # Densities ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [*each_of("mixture", "raters", "two levels", "scan")])
+@pytest.mark.parametrize("name", [*each_of("mixture", "two levels")])
 def test_the_density_is_that_of_nuts(name, key):
     model, args, _ = MODELS[name]
     target = Target(model)
@@ -276,7 +276,8 @@ def is_true(rate):
     return all(gap < 4.5 * error for gap, error in zip(gaps, errors, strict=True))
 
 
-@pytest.mark.parametrize("kernel", [ChEES, pytest.param(MEADS, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("kernel", [ChEES, MEADS])
 def test_chains_draw_from_the_marginal_and_switches_are_inferred(kernel, key):
     mcmc = drawn(kernel(switches, start="init"), key)
     samples = mcmc.get_samples(group_by_chain=True)
