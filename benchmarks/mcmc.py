@@ -4,7 +4,8 @@ Run `python benchmarks/mcmc.py speed irt [repeats]` (or `radon`) for effective d
 compilation included, in turns with NUTS; `chains irt` for 16 to 1,024 chains; `moments [problem]`
 for means and standard deviations against theory or a long NUTS run; `sbc` for calibration;
 `traps [kernel] [seeds] [problem]` for runs some of whose starts are found where nothing is;
-`starts [kernel] [seeds] [problem]` for the default start against Pathfinder's.
+`starts [kernel] [seeds] [problem]` for the starts against each other;
+`gradients irt [start] [kernels]` for effective draws a gradient.
 """
 
 import statistics
@@ -20,10 +21,10 @@ import numpyro.distributions as dist
 from mcmc_problems import PROBLEMS, TRAPS, known_moments
 from numpyro.infer import MCMC, NUTS
 
-from numpyro_ensemble.mcmc import MEADS, ChEES
+from numpyro_ensemble.mcmc import MAMS, MCLMC, MEADS, ChEES
 
 warnings.filterwarnings("ignore", category=FutureWarning)
-KERNELS = {"MEADS": MEADS, "ChEES": ChEES, "NUTS": NUTS}
+KERNELS = {"MEADS": MEADS, "ChEES": ChEES, "MAMS": MAMS, "MCLMC": MCLMC, "NUTS": NUTS}
 SMALL_STEPS = {  # where centred effects have a neck, as the page says
     "MEADS": {"step_size_multiplier": 0.05, "steps_per_draw": 160},
     "ChEES": {"target_accept_prob": 0.998},
@@ -95,6 +96,34 @@ def chains(problem="irt", *names):
             warmup = 1000 if num_chains <= 64 else 500
             outcome = run(name, problem, jax.random.key(0), num_chains, warmup, draws)
             line(f"{name}, {num_chains} chains x {draws}", *outcome)
+
+
+def gradients(problem="irt", start="microcanonical", *names):
+    """Show effective draws a gradient, without those of the start, and R-hat."""
+    model, args = PROBLEMS[problem]
+    for name in names or ("MEADS", "ChEES", "MAMS", "MCLMC"):
+        mcmc = MCMC(
+            KERNELS[name](model, start=start),
+            num_warmup=500,
+            num_samples=500,
+            num_chains=64,
+            chain_method="vectorized",
+            progress_bar=False,
+        )
+        fields = ("num_steps",)
+        key = jax.random.key(0)
+        mcmc.warmup(key, *args, extra_fields=fields, collect_warmup=True)
+        before = float(np.mean(mcmc.get_extra_fields()["num_steps"])) * 500
+        mcmc.run(jax.random.key(1), *args, extra_fields=fields)
+        draws = mcmc.get_samples(group_by_chain=True)
+        rhat, bulk, tail = figures({k: np.asarray(v) for k, v in draws.items()})
+        number = np.asarray(mcmc.get_extra_fields()["num_steps"]).sum()
+        print(
+            f"{problem}, {name}, start={start!r}: R-hat {rhat:.4f}, ESS bulk {bulk:.0f} tail "
+            f"{tail:.0f}; gradients of warm-up {before:.0f} a chain, of draws {number / 64:.0f}; "
+            f"bulk a gradient {bulk / number:.4f}, tail {tail / number:.4f}",
+            flush=True,
+        )
 
 
 def moments(*problems):
@@ -187,6 +216,7 @@ def traps(kernel="ChEES", seeds="10", *problems):
         )
 
 
+STARTS = ("nuts", "pathfinder", "microcanonical")
 START_PROBLEMS = ("irt", "radon", "correlated")
 
 
@@ -194,7 +224,7 @@ def starts(kernel="ChEES", seeds="2", *problems):
     """Compare starts over seeds: failures, seconds until chains start, and R-hat after."""
     for problem in problems or START_PROBLEMS:
         model, args = PROBLEMS[problem]
-        kernels = {start: KERNELS[kernel](model, start=start) for start in ("nuts", "pathfinder")}
+        kernels = {start: KERNELS[kernel](model, start=start) for start in STARTS}
         rows = {start: [] for start in kernels}
         for seed in range(-1, int(seeds)):  # the first compiles
             for start, one in kernels.items():
@@ -284,5 +314,5 @@ def sbc(datasets="200", *names):
 if __name__ == "__main__":
     command, *rest = sys.argv[1:] or ["speed"]
     commands = {"speed": speed, "chains": chains, "moments": moments, "sbc": sbc, "traps": traps}
-    commands["starts"] = starts
+    commands |= {"starts": starts, "gradients": gradients}
     commands[command](*rest)

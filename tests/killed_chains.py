@@ -9,7 +9,7 @@ import numpyro.distributions as dist
 from numpyro.infer import AIES, MCMC, NUTS, DiscreteHMCGibbs
 
 from numpyro_ensemble import Checkpoint
-from numpyro_ensemble.mcmc import MEADS, ChEES, checkpointed, run_checkpointed
+from numpyro_ensemble.mcmc import MAMS, MCLMC, MEADS, ChEES, checkpointed, run_checkpointed
 
 Y = np.random.default_rng(0).normal(size=12)
 
@@ -34,6 +34,8 @@ def mixed(y, scale=1.0):
 KERNELS = {
     "MEADS": lambda: (MEADS(model, start="init", num_folds=2), 8),
     "ChEES": lambda: (ChEES(model, start="init", max_leapfrog_steps=4), 8),
+    "MAMS": lambda: (MAMS(model, start="init", max_steps=4), 8),
+    "MCLMC": lambda: (MCLMC(model, start="init", steps_per_draw=2), 8),
     "NUTS": lambda: (NUTS(model, max_tree_depth=3), 2),
     "one NUTS": lambda: (NUTS(model, max_tree_depth=3), 1),
     "AIES": lambda: (AIES(model), 16),

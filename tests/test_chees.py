@@ -8,14 +8,9 @@ import optax
 import pytest
 from blackjax.mcmc import dynamic_hmc
 
-from numpyro_ensemble.mcmc.chees_scheme import (
-    Scheme,
-    _halton,
-    chees_start,
-    chees_step,
-    first_metric,
-)
+from numpyro_ensemble.mcmc.chees_scheme import Scheme, chees_start, chees_step, first_metric
 from numpyro_ensemble.mcmc.progress import Progress
+from numpyro_ensemble.mcmc.trajectories import halton
 
 NUM_CHAINS, NUM_STEPS = 8, 30
 ALL = jnp.ones(NUM_CHAINS, bool)
@@ -82,7 +77,7 @@ def test_the_step_is_blackjax(key):
     # their sequence knows the run's length, ours does not
     index = jnp.arange(2000)
     own = jax.vmap(lambda i: dynamic_hmc.halton_sequence(i, 11))(index)
-    np.testing.assert_array_equal(jax.vmap(_halton)(index), own)
+    np.testing.assert_array_equal(jax.vmap(halton)(index), own)
 
 
 @pytest.mark.long

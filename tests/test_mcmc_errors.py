@@ -9,10 +9,10 @@ import pytest
 from blackjax.mcmc import ghmc
 from numpyro.infer import MCMC
 
-from numpyro_ensemble.mcmc import MEADS, ChEES
+from numpyro_ensemble.mcmc import MAMS, MCLMC, MEADS, ChEES
 from numpyro_ensemble.mcmc.ghmc import ghmc_step
 
-KERNELS = [MEADS, ChEES]
+KERNELS = [MEADS, ChEES, MAMS, MCLMC]
 CHAINS = 64
 
 
@@ -38,7 +38,7 @@ def test_chains_that_cannot_be_adapted_together(kernel):
     for options in ({"num_chains": 1}, {"chain_method": "sequential"}, {"chain_method": jax.vmap}):
         with pytest.raises(ValueError, match=write):
             run(kernel(model), **options)
-    few = "4 chains or more" if kernel is ChEES else "16 chains or more"
+    few = "16 chains or more" if kernel is MEADS else "4 chains or more"
     for num_chains in (2, 8)[: 1 + (kernel is MEADS)]:
         with pytest.raises(ValueError, match=few if num_chains != 2 else "chains"):
             run(kernel(model), num_chains=num_chains)
@@ -136,7 +136,7 @@ def test_options(kernel):
             kernel(**wrong)
     with pytest.raises(TypeError, match="model takes a function"):
         kernel(3)
-    with pytest.raises(ValueError, match=r"start takes one of \['init', 'nuts', 'pathfinder'\]"):
+    with pytest.raises(ValueError, match=r"start takes one of \['init', 'microcanonical', 'nuts',"):
         kernel(model, start="prior")
     with pytest.raises(TypeError, match="init_strategy"):
         kernel(model, init_strategy=0.0)
@@ -167,7 +167,10 @@ def cliff(z):
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_a_chain_that_falls_off_comes_back(kernel):
     z = jax.random.normal(jax.random.key(2), (CHAINS, 2)).clip(max=1.4)
-    options = {"step_size_multiplier": 1.0} if kernel is MEADS else {"target_accept_prob": 0.5}
+    options = {
+        MEADS: {"step_size_multiplier": 1.0},
+        MCLMC: {"desired_energy_var": 0.1, "steps_per_draw": 1},
+    }.get(kernel, {"target_accept_prob": 0.5})
     mcmc = MCMC(
         kernel(potential_fn=cliff, **options),
         num_warmup=50,

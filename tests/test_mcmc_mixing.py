@@ -11,7 +11,7 @@ import pytest
 from arviz import rhat as arviz_rhat
 from numpyro.infer import MCMC
 
-from numpyro_ensemble.mcmc import MEADS, ChEES
+from numpyro_ensemble.mcmc import MAMS, MEADS, ChEES
 from numpyro_ensemble.mcmc.mixing import Advice, check_mixing, robust_rhat, split_rhat
 
 CHAINS = 64
@@ -45,7 +45,9 @@ def start(seed=0):
     }
 
 
-@pytest.mark.parametrize("kernel", [pytest.param(MEADS, marks=pytest.mark.long), ChEES])
+@pytest.mark.parametrize(
+    "kernel", [ChEES, *(pytest.param(kernel, marks=pytest.mark.long) for kernel in (MEADS, MAMS))]
+)
 def test_runs_report_how_they_mixed(kernel):
     """One compiled loop: mixed draws say nothing, and those of chains that cannot move do."""
     mcmc = sampler(kernel(model), warmup=100, jit_model_args=True)

@@ -9,7 +9,7 @@ import numpyro
 import numpyro.distributions as dist
 import pytest
 
-from numpyro_ensemble.mcmc import MEADS, ChEES, starts
+from numpyro_ensemble.mcmc import MAMS, MEADS, ChEES, starts
 from numpyro_ensemble.mcmc.replacements import _compared
 
 CHAINS = 64
@@ -35,7 +35,9 @@ def beyond(number, edge=1.0):
     return start
 
 
-@pytest.mark.parametrize("kernel", [MEADS, pytest.param(ChEES, marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    "kernel", [MEADS, *(pytest.param(kernel, marks=pytest.mark.long) for kernel in (ChEES, MAMS))]
+)
 def test_chains_that_start_nowhere_start_beside_others(kernel):
     keys = jax.random.split(jax.random.key(0), CHAINS)
     with pytest.warns(UserWarning, match="13 of 64 chains would start where .* not finite") as told:

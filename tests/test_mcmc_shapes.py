@@ -10,11 +10,11 @@ from numpyro.diagnostics import effective_sample_size
 from numpyro.distributions.transforms import OrderedTransform
 from numpyro.infer import MCMC
 
-from numpyro_ensemble.mcmc import MEADS, ChEES
+from numpyro_ensemble.mcmc import MAMS, MCLMC, MEADS, ChEES
 from numpyro_ensemble.mcmc.positions import Coordinates
 
-KERNELS = [MEADS, ChEES]
-SLOWER = pytest.param(ChEES, (2, 1), marks=pytest.mark.long)
+KERNELS = [MEADS, ChEES, MAMS, MCLMC]
+SLOWER = [pytest.param(kernel, (2, 1), marks=pytest.mark.long) for kernel in (ChEES, MAMS)]
 CHAINS, DRAWS = 64, 40
 TOTAL = 6.5  # what is seen of the sum of two sites
 
@@ -53,7 +53,9 @@ def near_the_prior(rng):
 
 
 @pytest.mark.promotes_ranks  # NumPyro's LKJCholesky and Dirichlet do
-@pytest.mark.parametrize("kernel", [MEADS, pytest.param(ChEES, marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    "kernel", [MEADS, *(pytest.param(kernel, marks=pytest.mark.long) for kernel in (ChEES, MAMS))]
+)
 def test_sites_of_every_shape(kernel):
     mcmc = MCMC(
         kernel(model),
@@ -149,7 +151,7 @@ def first_steps(kernel, shape):
     return start, run
 
 
-@pytest.mark.parametrize(("kernel", "shape"), [(MEADS, ()), (ChEES, ()), SLOWER])
+@pytest.mark.parametrize(("kernel", "shape"), [(MEADS, ()), (ChEES, ()), (MAMS, ()), *SLOWER])
 def test_a_chain_that_diverges_takes_its_share_alone(kernel, shape):
     start, run = first_steps(kernel, shape)
     moved, usual = run(np.inf)
@@ -172,5 +174,7 @@ def adapted_numbers(kernel, state):
     adapted = state.adapt_state
     if kernel is MEADS:
         return adapted.step_size, adapted.scale, adapted.damping
+    if kernel is MAMS:
+        return adapted.step_size, adapted.metric.sigma**2, adapted.trajectory_length
     gradient = jnp.sqrt(adapted.inner.optim_state[0].nu)  # of ChEES, by Adam's memory
     return adapted.step_size, adapted.metric.sigma**2, gradient

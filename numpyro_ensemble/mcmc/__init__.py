@@ -4,6 +4,8 @@ from numpyro_ensemble.mcmc import starts
 from numpyro_ensemble.mcmc.checkpointed import run_checkpointed
 from numpyro_ensemble.mcmc.chees import ChEES
 from numpyro_ensemble.mcmc.diagnostics import rhat_nested
+from numpyro_ensemble.mcmc.mams import MAMS
+from numpyro_ensemble.mcmc.mclmc import MCLMC
 from numpyro_ensemble.mcmc.meads import MEADS
 
-__all__ = ["MEADS", "ChEES", "rhat_nested", "run_checkpointed", "starts"]
+__all__ = ["MAMS", "MCLMC", "MEADS", "ChEES", "rhat_nested", "run_checkpointed", "starts"]

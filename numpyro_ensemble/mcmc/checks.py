@@ -42,11 +42,9 @@ def listed(numbers: np.ndarray) -> str:
     return ", ".join(map(str, numbers[:_NAMED])) + (", ..." if len(numbers) > _NAMED else "")
 
 
-def is_frozen(
-    iterations_since_move: jax.Array, step_size: jax.Array, num_steps: jax.Array
-) -> jax.Array:
-    """Return which chains stand still, or would need 10,000 iterations to cross the scale."""
-    return (iterations_since_move >= _STILL) | (step_size * num_steps < _CRAWLING)
+def is_frozen(iterations_since_move: jax.Array, stride: jax.Array) -> jax.Array:
+    """Return which chains stand still, or would need 10,000 such strides to cross the scale."""
+    return (iterations_since_move >= _STILL) | (stride < _CRAWLING)
 
 
 class Survey(NamedTuple):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,16 +13,16 @@ from jax.sharding import Mesh
 from numpyro.infer import init_to_uniform
 
 from numpyro_ensemble.handlers import check_count
-from numpyro_ensemble.mcmc.checks import Survey, check_part, check_positive
+from numpyro_ensemble.mcmc.checks import Survey, check_positive
 from numpyro_ensemble.mcmc.chees_scheme import Scheme, chees_start, chees_step, first_metric
 from numpyro_ensemble.mcmc.counted import counted, largest_eigenvalue
-from numpyro_ensemble.mcmc.kernel import ManyChainKernel
 from numpyro_ensemble.mcmc.metric import check_metric
 from numpyro_ensemble.mcmc.progress import Progress
 from numpyro_ensemble.mcmc.state import ChainsState
+from numpyro_ensemble.mcmc.trajectories import TrajectoryKernel
 
 
-class ChEES(ManyChainKernel):
+class ChEES(TrajectoryKernel):
     """Hamiltonian Monte Carlo over many chains, adapted by ChEES (Hoffman et al., 2021).
 
     For `MCMC(ChEES(model), num_chains=64, chain_method="vectorized", ...)`. All chains make
@@ -39,9 +40,9 @@ class ChEES(ManyChainKernel):
         metric: "dense", which knows all correlations, "low_rank", which knows the 16 strongest
             directions, or the number of these, or "diagonal", a scale for each latent. "auto" is
             the first of them that so many chains can learn in so many dimensions.
-        start: where chains start: "nuts", "pathfinder", "init" (`init_strategy` alone), or a
-            function `(rng_key, num_chains, *args, **kwargs)` that returns what `MCMC.run` takes as
-            `init_params`.
+        start: where chains start: "nuts", "pathfinder", "microcanonical", "init"
+            (`init_strategy` alone), or a function `(rng_key, num_chains, *args, **kwargs)` that
+            returns what `MCMC.run` takes as `init_params`.
         init_strategy: a NumPyro initialisation strategy, from which the start is looked for.
         mesh: devices that chains are spread over: a `jax.sharding.Mesh` with an axis "member", or
             "all".
@@ -79,12 +80,9 @@ class ChEES(ManyChainKernel):
         mesh: Mesh | str | None = None,
     ) -> None:
         super().__init__(model, potential_fn, start=start, init_strategy=init_strategy, mesh=mesh)
-        if step_size is not None:
-            check_positive("step_size", step_size)
+        self._check_options(step_size, target_accept_prob)
         check_positive("learning_rate", learning_rate)
         check_count("max_leapfrog_steps", max_leapfrog_steps)
-        if check_part("target_accept_prob", target_accept_prob) in (0.0, 1.0):
-            raise ValueError(f"target_accept_prob lies between 0 and 1, got {target_accept_prob}.")
         check_metric(metric)
         self._step_size = step_size
         self._scheme = Scheme(
@@ -96,13 +94,6 @@ class ChEES(ManyChainKernel):
         "density with narrow places"
     )
 
-    def _check_chains(self, num_chains: int) -> None:
-        if num_chains < 4:
-            raise ValueError(
-                f"num_chains={num_chains} is too few for ChEES, which adapts over all chains. Run "
-                f"4 chains or more: 64, say."
-            )
-
     def _first_adaptation(
         self, keys: jax.Array, state: ChainsState, progress: Progress, found: Survey
     ) -> ChainsState:
@@ -110,8 +101,7 @@ class ChEES(ManyChainKernel):
         counts = counted(-state.potential_energy, rows.shape[1])
         metric = first_metric(rows, counts, self._scheme)
         if self._step_size is None:
-            steepest = largest_eigenvalue(metric.whiten_gradients(state.z_grad), counts)
-            step_size = jnp.minimum(0.5 / jnp.sqrt(steepest), 1.0)
+            step_size = metric.first_step_size(state.z_grad, counts)
         else:
             step_size = jnp.asarray(self._step_size, dtype)
         middle = rows.mean(axis=0, keepdims=True, where=counts[:, None])
@@ -122,22 +112,12 @@ class ChEES(ManyChainKernel):
         adaptation = chees_start(metric, step_size, length.astype(dtype), progress, self._scheme)
         return state._replace(adapt_state=adaptation)
 
-    def _iterate(self, keys: jax.Array, state: ChainsState, log_density: Callable) -> ChainsState:
-        adaptation = state.adapt_state
-        chains = DynamicHMCState(
-            state.z, -state.potential_energy, -state.z_grad, adaptation.place[0]
-        )
-        metric = default_metric(adaptation.metric.inverse_mass)
-        chains, new, info = chees_step(keys, chains, adaptation, log_density, self._scheme)
+    def _step(
+        self, keys: jax.Array, chains: DynamicHMCState, adaptation: Any, log_density: Callable
+    ) -> tuple[DynamicHMCState, Any, Any]:
+        return chees_step(keys, chains, adaptation, log_density, self._scheme)
+
+    def _energy(self, state: ChainsState, info: Any) -> jax.Array:
+        metric = default_metric(state.adapt_state.metric.inverse_mass)
         before = jax.vmap(metric.kinetic_energy)(info.momentum) + state.potential_energy
-        return state._replace(
-            z=chains.position,
-            z_grad=-chains.logdensity_grad,
-            potential_energy=-chains.logdensity,
-            energy=jnp.where(info.is_accepted, info.energy, before),
-            num_steps=info.num_integration_steps.astype(state.num_steps.dtype),
-            accept_prob=info.acceptance_rate,
-            diverging=info.is_divergent,
-            num_divergences=info.is_divergent.astype(state.num_divergences.dtype),
-            adapt_state=new,
-        )
+        return jnp.where(info.is_accepted, info.energy, before)

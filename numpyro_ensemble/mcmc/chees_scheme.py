@@ -13,13 +13,16 @@ from blackjax.mcmc import dynamic_hmc
 from blackjax.mcmc.dynamic_hmc import DynamicHMCState
 
 from numpyro_ensemble.mcmc.counted import counted, with_stand_ins
-from numpyro_ensemble.mcmc.metric import SharedMetric, num_directions
+from numpyro_ensemble.mcmc.metric import SharedMetric
 from numpyro_ensemble.mcmc.progress import Progress
-from numpyro_ensemble.mcmc.target import all_finite, choose, per_chain, shared
+from numpyro_ensemble.mcmc.target import per_chain, shared
+from numpyro_ensemble.mcmc.trajectories import (
+    LEAST_ACCEPTED,
+    halton,
+    leapfrogs,
+    make_trajectories,
+)
 
-_BITS = 30  # of the Halton sequence: those that a shorter run has no need of add nothing
-# The step size follows the harmonic mean over chains, which one chain that accepts nothing makes 0.
-_LEAST_ACCEPTED = 0.1  # one such chain of 64 lowers the mean by an eighth at most
 # ChEES looks at squares alone, and ends at 2.25 of a standard normal's scale: a random part of that
 # leaves means correlated by 0.35, and a random part of half a turn by 0.
 _HALF_TURN = 3.1416
@@ -67,7 +70,7 @@ class Scheme(NamedTuple):
     def rules(self) -> tuple[Callable, Callable]:
         """Return BlackJAX's `init` and `update` of the adaptation."""
         return chees_adaptation.base(
-            _halton,
+            halton,
             lambda i: i + 1,
             optax.adam(self.learning_rate, b1=self.momentum, b2=self.memory),
             self.target_accept_prob,
@@ -76,18 +79,9 @@ class Scheme(NamedTuple):
         )
 
 
-def _halton(index: jax.Array) -> jax.Array:
-    return dynamic_hmc.halton_sequence(index, _BITS)
-
-
-def _leapfrogs(index: jax.Array, most: jax.Array) -> jax.Array:
-    return jnp.ceil(_halton(index) * most).astype(int)
-
-
-_move = dynamic_hmc.build_kernel(
-    next_random_arg_fn=lambda index: index + 1, integration_steps_fn=_leapfrogs
+_hmc = dynamic_hmc.build_kernel(
+    next_random_arg_fn=lambda index: index + 1, integration_steps_fn=leapfrogs
 )
-_ALIKE = DynamicHMCState(0, 0, 0, None)  # chains make the same number of steps
 
 
 def first_metric(rows: jax.Array, counts: jax.Array, scheme: Scheme) -> SharedMetric:
@@ -95,11 +89,9 @@ def first_metric(rows: jax.Array, counts: jax.Array, scheme: Scheme) -> SharedMe
 
     `counts` says which of them count, `(C,)`.
     """
-    num_chains, size = rows.shape
     if scheme.plain:
-        return SharedMetric.identity(num_chains, size, 0, rows.dtype)
-    rank = num_directions(scheme.metric, num_chains, size)
-    return SharedMetric.start(with_stand_ins(rows, counts), rank)
+        return SharedMetric.identity(len(rows), rows.shape[1], 0, rows.dtype)
+    return SharedMetric.among(rows, counts, scheme.metric)
 
 
 def chees_start(
@@ -140,14 +132,8 @@ def chees_step(
         Chains, adaptation, and BlackJAX's account of the step.
     """
     step_size, length = shared(adaptation[:2])
-    metric = adaptation.metric.inverse_mass
-    move = jax.vmap(_move, in_axes=(0, _ALIKE, None, None, None, None), out_axes=(_ALIKE, 0))
-    new, info = move(keys, chains, log_density, step_size, metric, (length / step_size,))
-    whole = all_finite(new.logdensity, new.logdensity_grad)
-    new = DynamicHMCState(*choose(whole, new[:3], chains[:3]), new.random_generator_arg)
-    info = info._replace(
-        is_divergent=info.is_divergent | ~whole, is_accepted=info.is_accepted & whole
-    )
+    given = step_size, adaptation.metric.inverse_mass, (length / step_size,)
+    new, info = make_trajectories(_hmc, keys, chains, log_density, *given)
     adaptation = adaptation._replace(place=adaptation.place + 1)
     adaptation = jax.lax.cond(
         adaptation.progress.warming,
@@ -169,7 +155,7 @@ def _adapt(
     if not scheme.plain:
         before = jnp.where(counts, before, before.mean(axis=0, keepdims=True, where=counts))
         left_out = left_out | ~counts[:, 0]
-        accepted = jnp.maximum(accepted, _LEAST_ACCEPTED)
+        accepted = jnp.maximum(accepted, LEAST_ACCEPTED)
         # BlackJAX makes each step from the average so far, which it moves by 1 / sqrt(step) of a
         # step: a length then grows by exp(2 * learning_rate * sqrt(steps)) at most. Told that
         # this is step 1, it averages nothing, and we do.

@@ -291,6 +291,7 @@ class ManyChainKernel(MCMCKernel):
         mean = mean + (new.accept_prob - mean) / n
         moved = (new.z != state.z).any(axis=1)
         since = jnp.where(moved, 0, state.iterations_since_move + 1)
+        stride = new.adapt_state.step_size * new.num_steps
         new = new._replace(
             i=state.i + 1,
             rng_key=keys[:, 0],
@@ -298,7 +299,7 @@ class ManyChainKernel(MCMCKernel):
             mean_accept_prob=mean.astype(state.mean_accept_prob.dtype),
             num_divergences=jnp.where(n == 1, 0, state.num_divergences) + new.num_divergences,
             iterations_since_move=since,
-            frozen=is_frozen(since, new.adapt_state.step_size, new.num_steps),
+            frozen=is_frozen(since, self._speed(coordinates.size) * stride),
         )
         return self.placement.settle(in_sites(new, coordinates), len(n))
 
@@ -306,6 +307,10 @@ class ManyChainKernel(MCMCKernel):
 
     _num_folds = 1
     _remedies = ""  # what helps chains of this kernel that have not mixed
+
+    def _speed(self, size: int) -> float:
+        """Return how fast each of so many coordinates moves, in scales and units of time."""
+        return 1.0
 
     @abstractmethod
     def _check_chains(self, num_chains: int) -> None:

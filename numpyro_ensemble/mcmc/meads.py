@@ -40,9 +40,10 @@ class MEADS(ManyChainKernel):
         metric: "dense", which knows all correlations, "low_rank", which knows the 16 strongest
             directions, or the number of these, or "diagonal", a scale for each latent and fold.
             "auto" is the first of them that so many chains can learn in so many dimensions.
-        start: where chains start: "nuts", "pathfinder", "init" (`init_strategy` alone: MEADS
-            freezes far from the typical set), or a function `(rng_key, num_chains, *args,
-            **kwargs)` that returns what `MCMC.run` takes as `init_params`.
+        start: where chains start: "nuts", "pathfinder", "microcanonical", "init"
+            (`init_strategy` alone: MEADS freezes far from the typical set), or a function
+            `(rng_key, num_chains, *args, **kwargs)` that returns what `MCMC.run` takes as
+            `init_params`.
         init_strategy: a NumPyro initialisation strategy, from which the start is looked for.
         mesh: devices that chains are spread over: a `jax.sharding.Mesh` with an axis "member", or
             "all".

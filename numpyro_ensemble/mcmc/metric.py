@@ -15,6 +15,7 @@ from blackjax.adaptation.metric_buffers import MomentBlock, cgl_update_batch
 from blackjax.adaptation.metric_estimators import sample_covariance_eigh_low_rank
 from blackjax.mcmc.metrics import LowRankInverseMassMatrix
 
+from numpyro_ensemble.mcmc.counted import largest_eigenvalue, with_stand_ins
 from numpyro_ensemble.mcmc.progress import Progress
 from numpyro_ensemble.mcmc.target import per_chain, shared
 
@@ -93,6 +94,11 @@ class SharedMetric(NamedTuple):
         block = empty._pool(empty._block(), rows, jnp.zeros((), rows.dtype))
         return empty._with(block, empty._estimate(block, 1))
 
+    @classmethod
+    def among(cls, rows: jax.Array, counts: jax.Array, metric: str | int) -> SharedMetric:
+        """Return the metric of that name of chains that have not moved, from those that count."""
+        return cls.start(with_stand_ins(rows, counts), num_directions(metric, *rows.shape))
+
     @property
     def inverse_mass(self) -> LowRankInverseMassMatrix:
         """What BlackJAX's steps take as `inverse_mass_matrix`."""
@@ -170,6 +176,11 @@ class SharedMetric(NamedTuple):
         sigma, directions, eigenvalues = self.inverse_mass
         scaled = gradients * jnp.broadcast_to(sigma, gradients.shape)
         return _stretched(scaled, directions, eigenvalues**0.5)
+
+    def first_step_size(self, gradients: jax.Array, counts: jax.Array) -> jax.Array:
+        """Return the step size of HMC that the gradients `(C, d)` of chains that count suggest."""
+        steepest = largest_eigenvalue(self.whiten_gradients(gradients), counts)
+        return jnp.minimum(0.5 / jnp.sqrt(steepest), 1.0)
 
     def _block(self) -> MomentBlock:
         size = self.sigma.shape[1]

@@ -1,4 +1,4 @@
-"""What the draws of a finished run show: chains that stood still, and chains that did not mix."""
+"""What a finished run shows: chains that stood still or did not mix, and errors of the energy."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ _HARDLY = 0.01  # of the width of all draws
 _FOR_MEDIANS = 50  # draws of a chain
 _BLOCK = 4_000_000  # numbers that are taken to double precision at once
 
+_ENERGY = 1.5  # times the energy error that was asked for: short runs know theirs no better
+
 _parted = ContextVar("_parted", default=False)  # whether `MCMC.run` makes a part of a run
 
 
@@ -40,7 +42,7 @@ class CollectedDraws(dict):
     axes of what it collected, by `jax.tree.map`, which builds this dictionary from all draws.
     """
 
-    def __init__(self, draws: Any, advice: Advice) -> None:
+    def __init__(self, draws: Any, advice: Any) -> None:
         super().__init__(draws)
         self.advice = advice
 
@@ -48,9 +50,39 @@ class CollectedDraws(dict):
         """Return a copy of the same kind: `MCMC` leaves sites out of one."""
         return CollectedDraws(self, self.advice)
 
+    def check(self) -> None:
+        """Warn of what all draws show."""
+        check_mixing(self, self.advice)
+
+    def plain(self) -> Any:
+        """Return the draws as users see them."""
+        return dict(self)
+
 
 class _Whole(CollectedDraws):
     """Draws that are no dictionary, of a `potential_fn`, under one key."""
+
+    def plain(self) -> Any:
+        """Return the draws as users see them."""
+        return self[""]
+
+
+class CollectedEnergy(_Whole):
+    """The energy errors that `MCMC` collects, and what was asked for."""
+
+    def check(self) -> None:
+        """Warn where the error is larger than was asked for."""
+        errors = np.asarray(self[""], float)  # (C, N)
+        asked = float(np.ravel(np.asarray(self["asked"]))[0]) if errors.size else 0.0
+        if errors.size and asked and errors.mean() > _ENERGY * asked:
+            over = np.flatnonzero(errors.mean(axis=1) > _ENERGY * asked)
+            warn(
+                f"The energy error of {self.advice} is larger than was asked for: its mean square "
+                f"per dimension is {errors.mean():.2g}, and desired_energy_var={asked:.2g} "
+                f"({len(over)} of {len(errors)} chains: {listed(over)}). These draws are more "
+                f"biased than that bounds. Try, in this order: more warm-up (num_warmup=1000 or "
+                f"more); a smaller desired_energy_var; MAMS(model), which has no such bias."
+            )
 
 
 def collected(draws: Any, advice: Advice) -> CollectedDraws:
@@ -76,12 +108,13 @@ def _unflatten(kind: type[CollectedDraws], structure: tuple, values: Any) -> Any
         return kind(draws, advice)
     if not traced:
         draws = home(draws)
+    whole = kind(draws, advice)
     if not traced and MCMC.warmup.__code__ not in codes:
-        check_mixing(draws, advice)
-    return draws[""] if kind is _Whole else draws
+        whole.check()
+    return whole.plain()
 
 
-for _kind in (CollectedDraws, _Whole):
+for _kind in (CollectedDraws, _Whole, CollectedEnergy):
     jax.tree_util.register_pytree_node(
         _kind, _flatten, lambda structure, values, kind=_kind: _unflatten(kind, structure, values)
     )
@@ -102,8 +135,8 @@ def finished(collected: dict[str, Any]) -> dict[str, Any]:
     def plain(draws: Any) -> Any:
         if not isinstance(draws, CollectedDraws):
             return draws
-        check_mixing(draws, draws.advice)
-        return draws[""] if isinstance(draws, _Whole) else dict(draws)
+        draws.check()
+        return draws.plain()
 
     return {field: plain(draws) for field, draws in collected.items()}
 

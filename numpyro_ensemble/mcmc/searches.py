@@ -13,12 +13,15 @@ from numpyro.infer.hmc import hmc
 from numpyro_ensemble.calls.arguments import has_tracers
 from numpyro_ensemble.hosts import home
 from numpyro_ensemble.mapping import platform_of
+from numpyro_ensemble.mcmc.burn_in import burn_in
+from numpyro_ensemble.mcmc.counted import with_stand_ins
 from numpyro_ensemble.mcmc.pathfinding import Settings, choose, pathfind
 from numpyro_ensemble.mcmc.replacements import Found, replace_unfit, report
 from numpyro_ensemble.mcmc.target import Target
 
 _NUM_STARTS = 4  # of short NUTS chains
 NUM_PATHS, MAX_STEPS = 8, 200  # of Pathfinder, and of each search: evaluations at most
+WALK_STEPS = 500  # of all chains together, at most
 _POOL = 10  # draws of Pathfinder for each chain, of which the weights choose one
 
 
@@ -160,14 +163,46 @@ def _draw_pathfinder(
     return coordinates.tree(pool.points[chosen]), jnp.broadcast_to(found, num_chains)
 
 
+def _draw_microcanonical(
+    call: tuple[tuple, dict],
+    key: jax.Array,
+    *,
+    target: Target,
+    num_chains: int,
+    max_steps: int = WALK_STEPS,
+) -> Any:
+    start_key, walk_key = jax.random.split(key)
+    first, valid = target.initial(jax.random.split(start_key, num_chains), *call)
+    coordinates = target.coordinates(first, *call)
+    density = target.log_density(*call, coordinates)
+    rows = with_stand_ins(coordinates.rows(first), valid)
+    if coordinates.size == 1:  # at constant speed one coordinate alone cannot turn
+        other = jax.random.normal(key, rows.shape, rows.dtype)
+        both = jnp.concatenate([rows, other], axis=1)
+        rows, _ = burn_in(
+            lambda row: density(row[:1]) - 0.5 * row[1] ** 2, walk_key, both, max_steps
+        )
+        rows = rows[:, :1]
+    else:
+        rows, _ = burn_in(density, walk_key, rows, max_steps)
+    # all chains are of one search, whose median tells which of them are hopelessly behind
+    return coordinates.tree(rows), jnp.broadcast_to(valid.any(), num_chains), jnp.zeros(1)
+
+
 def _draw_initial(
     call: tuple[tuple, dict], key: jax.Array, *, target: Target, num_chains: int
 ) -> Any:
     return target.initial(jax.random.split(key, num_chains), *call)
 
 
-# by NUTS, by Pathfinder, and by the initialisation strategy alone
-nuts, pathfinder, initial = (
-    partial(search, draw) for draw in (_draw_nuts, _draw_pathfinder, _draw_initial)
+# by NUTS, by Pathfinder, by a microcanonical walk, and by the initialisation strategy alone
+nuts, pathfinder, microcanonical, initial = (
+    partial(search, draw)
+    for draw in (_draw_nuts, _draw_pathfinder, _draw_microcanonical, _draw_initial)
 )
-STARTS: dict[str, Callable] = {"nuts": nuts, "pathfinder": pathfinder, "init": initial}
+STARTS: dict[str, Callable] = {
+    "nuts": nuts,
+    "pathfinder": pathfinder,
+    "microcanonical": microcanonical,
+    "init": initial,
+}

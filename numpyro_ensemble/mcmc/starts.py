@@ -22,7 +22,14 @@ from numpyro_ensemble.calls.keywords import checked_keywords
 from numpyro_ensemble.handlers import check_count, one_key
 from numpyro_ensemble.mcmc.checks import check_scale
 from numpyro_ensemble.mcmc.pathfinding import choose
-from numpyro_ensemble.mcmc.searches import MAX_STEPS, NUM_PATHS, nuts, pathfinder
+from numpyro_ensemble.mcmc.searches import (
+    MAX_STEPS,
+    NUM_PATHS,
+    WALK_STEPS,
+    microcanonical,
+    nuts,
+    pathfinder,
+)
 from numpyro_ensemble.mcmc.target import Target
 from numpyro_ensemble.results import PathfinderResult
 
@@ -195,6 +202,44 @@ def _checked(
     for name, value in counts.items():
         check_count(name, value)
     return target
+
+
+@checked_keywords
+def from_microcanonical(
+    rng_key: jax.Array,
+    model: Callable,
+    num_chains: int,
+    *args: Any,
+    max_steps: int = WALK_STEPS,
+    init_strategy: Callable = init_to_uniform,
+    **kwargs: Any,
+) -> dict[str, jax.Array]:
+    """Start where all chains end that walk to the typical set together.
+
+    It is the first phase of LAPS (Robnik et al., 2025): microcanonical steps without a correction,
+    the more exact the nearer the chains have come, until their means no longer move.
+
+    Args:
+        rng_key: one key.
+        model: a NumPyro model.
+        num_chains: number of chains C to come; 64 or more know well where they are.
+        *args: arguments of the model.
+        max_steps: the most steps of each chain; a step costs a gradient.
+        init_strategy: where the chains' walk begins.
+        **kwargs: keyword arguments of the model.
+
+    Example:
+        >>> import jax, numpyro, numpyro.distributions as dist
+        >>> from numpyro_ensemble.mcmc import starts
+        >>> def model():
+        ...     numpyro.sample("x", dist.Normal(0.0, 1.0).expand([3]))
+        >>> starts.from_microcanonical(jax.random.key(0), model, 64)["x"].shape
+        (64, 3)
+    """
+    counts = {"num_chains": num_chains, "max_steps": max_steps}
+    target = _checked(model, init_strategy, args, kwargs, **counts)
+    key = one_key(rng_key)
+    return microcanonical(target, key, num_chains, args, kwargs, max_steps=max_steps)
 
 
 @checked_keywords

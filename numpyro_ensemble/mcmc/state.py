@@ -60,6 +60,11 @@ class ChainsState(_Fields):
 
     __slots__ = ()
 
+    @property
+    def energy_var(self) -> Any:
+        """The energy errors of a kernel that accepts every step, as `MCMC` collects them."""
+        return self.adapt_state.energy_var
+
     def _replace(self, /, **changes: Any) -> ChainsState:  # type: ignore[override]
         """Replace fields, as MCMC does to go on with another key, and perhaps with other data.
 

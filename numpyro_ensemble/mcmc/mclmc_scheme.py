@@ -1,0 +1,247 @@
+"""The pure step of MCLMC (Robnik et al., 2023), whose step size bounds the energy error."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from blackjax.mcmc import mclmc
+from blackjax.mcmc.integrators import IntegratorState, isokinetic_velocity_verlet
+
+from numpyro_ensemble.mcmc.counted import counted, with_stand_ins
+from numpyro_ensemble.mcmc.mams_scheme import averaged, time_unit, widest, widths_of
+from numpyro_ensemble.mcmc.metric import SharedMetric
+from numpyro_ensemble.mcmc.mixing import CollectedEnergy
+from numpyro_ensemble.mcmc.progress import Progress
+from numpyro_ensemble.mcmc.target import all_finite, choose, per_chain, shared
+
+# The variance of the energy change grows with the sixth power of the step size.
+_POWER = 6.0
+_CHANGE = 1.0  # of the logarithm of the step size, in one iteration at most
+_DIVERGED = 1000.0  # change of energy, as in BlackJAX's HMC
+# BlackJAX's mclmc_find_L_and_step_size, for chains that are adapted alone:
+_MEMORY = 149.0 / 151.0  # of 150 effective steps
+_TRUST = 1.5  # how far from what is wanted a step's energy change still tells of the step size
+_FIRST_STEP = 0.25  # of the time unit
+_WINDOWS = (1 / 8, 1 / 4, 1 / 2, 3 / 4)  # of warm-up, after which a chain's own metric is renewed
+_FEWEST = 10  # positions that tell it
+
+
+class Alone(NamedTuple):
+    """What each chain has seen alone: its metric, and sums that it and the step size come from."""
+
+    variance: jax.Array  # (C, d), the metric
+    weight: jax.Array  # (C,)
+    curvature: jax.Array  # (C,), sum of energy variances over the sixth power of the step size
+    number: jax.Array  # (C,), of positions
+    mean: jax.Array  # (C, d)
+    squares: jax.Array  # (C, d), sum of squared differences from the mean
+
+
+class MCLMCAdaptation(NamedTuple):
+    """What MCLMC adapts, for each chain.
+
+    Attributes:
+        step_size: `(C,)`, in coordinates in which the metric is the identity, as all lengths.
+        decoherence_length: `(C,)`, how far a chain goes until it has forgotten its direction.
+        metric: the metric that all chains share, or None.
+        widths: `(C, d)`, variances of the directions in which each coordinate moves.
+        curvature: `(C,)`, sum over the last half of warm-up of `error / step_size**6`.
+        error: `(C,)`, the mean square of the last steps' energy changes, per dimension.
+        desired: `(C,)`, what it is adapted to.
+        progress: how far warm-up has come.
+        alone: what each chain has seen alone, or None.
+    """
+
+    step_size: jax.Array
+    decoherence_length: jax.Array
+    metric: SharedMetric | None
+    widths: jax.Array
+    curvature: jax.Array
+    error: jax.Array
+    desired: jax.Array
+    progress: Progress
+    alone: Alone | None = None
+
+    @property
+    def energy_var(self) -> Any:
+        """`error`, in the form that is checked at a run's end."""
+        return CollectedEnergy({"": self.error, "asked": self.desired}, "MCLMC")
+
+
+class Scheme(NamedTuple):
+    """The constants of the scheme."""
+
+    desired_energy_var: float = 5e-4
+    length_factor: float = 1.0
+    each: bool = False
+    metric: str | int = "auto"
+
+
+_move = mclmc.build_kernel(integrator=isokinetic_velocity_verlet)
+
+
+class Outcome(NamedTuple):
+    """What is known of steps of all chains: each field is `(C,)`."""
+
+    error: jax.Array  # mean square of the energy changes
+    num_divergences: jax.Array
+
+
+def mclmc_start(
+    rows: jax.Array, log_density: jax.Array, grad: jax.Array, progress: Progress, scheme: Scheme
+) -> MCLMCAdaptation:
+    """Return the adaptation of chains that have not moved yet, from positions `(C, D)`."""
+    num_chains, size = rows.shape
+    unit, none = jnp.asarray(time_unit(size), rows.dtype), jnp.zeros(num_chains, rows.dtype)
+    counts = counted(log_density, size)
+    metric, alone, widths = None, None, jnp.ones(size, rows.dtype)
+    if scheme.each:
+        step_size = _FIRST_STEP * unit
+        zeros = jnp.zeros_like(rows)
+        alone = Alone(jnp.ones_like(rows), none, none, none, zeros, zeros)
+    else:
+        metric = SharedMetric.among(rows, counts, scheme.metric)
+        step_size = unit * metric.first_step_size(grad, counts)
+        widths = widths_of(rows, counts, metric)
+    length = scheme.length_factor * unit * widest(widths)
+    first = jax.tree.map(lambda x: x.astype(rows.dtype), (step_size, length, widths))
+    step_size, length, widths = per_chain(first, num_chains)
+    desired = none + scheme.desired_energy_var
+    return MCLMCAdaptation(step_size, length, metric, widths, none, none, desired, progress, alone)
+
+
+def mclmc_step(
+    keys: jax.Array,
+    chains: IntegratorState,
+    a: MCLMCAdaptation,
+    log_density: Callable,
+    scheme: Scheme,
+) -> tuple[IntegratorState, MCLMCAdaptation, Outcome]:
+    """Make one iteration: one step in warm-up, else one step for each row of keys.
+
+    Args:
+        keys: `(S, C)`.
+        chains: BlackJAX's state, with a leading chain axis and positions in rows.
+        a: the state of the scheme.
+        log_density: of one chain's row.
+        scheme: its constants.
+
+    Returns:
+        Chains, adaptation, and what is known of the steps.
+    """
+    warming = a.progress.warming
+    num_steps = jnp.where(warming, 1, keys.shape[0])
+    zeros = jnp.zeros_like(chains.logdensity)
+
+    def body(j: jax.Array, carry: tuple) -> tuple:
+        chains, so_far = carry
+        new, this = move(keys[j], chains, a, log_density)
+        return new, jax.tree.map(jnp.add, so_far, this)
+
+    nothing = Outcome(zeros, jnp.zeros(zeros.shape, int))
+    new, outcome = jax.lax.fori_loop(0, num_steps, body, (chains, nothing))
+    outcome = outcome._replace(error=outcome.error / num_steps)
+    a = a._replace(error=outcome.error / chains.position.shape[1])
+    adapt = _adapt_each if scheme.each else _adapt_all
+    a = jax.lax.cond(warming, lambda a: adapt(new, outcome, a, scheme), lambda a: a, a)
+    return new, a, outcome
+
+
+def move(
+    keys: jax.Array, chains: IntegratorState, a: MCLMCAdaptation, log_density: Callable
+) -> tuple[IntegratorState, Outcome]:
+    """Make one step of BlackJAX's MCLMC with every chain.
+
+    A chain whose step ends at no finite density or gradient stays, with a new direction.
+    """
+    metric: Any = a.alone.variance if a.alone is not None else None
+    if a.metric is not None:
+        metric = a.metric.inverse_mass
+    step = jax.vmap(_move, in_axes=(0, 0, None, None if a.alone is None else 0, 0, 0))
+    new, info = step(keys, chains, log_density, metric, a.decoherence_length, a.step_size)
+    whole = all_finite(new.logdensity_grad) & info.nonans
+    new = choose(whole, new, chains._replace(momentum=-chains.momentum))
+    change = jnp.where(whole, info.energy_change, 0.0)
+    diverged = ~whole | (jnp.abs(change) > _DIVERGED)
+    return new, Outcome(change**2, diverged.astype(int))
+
+
+def _adapt_all(
+    chains: IntegratorState, outcome: Outcome, a: MCLMCAdaptation, scheme: Scheme
+) -> MCLMCAdaptation:
+    """Adapt step size, metric and length from all chains, as LAPS does in its first phase."""
+    assert a.metric is not None
+    step_size, widths, curvature = shared((a.step_size, a.widths, a.curvature))
+    counts = counted(chains.logdensity, chains.position.shape[1])
+    lost = (outcome.num_divergences > 0) & counts
+    error = a.error.mean(where=counts & ~lost)
+    factor = (jnp.log(scheme.desired_energy_var) - jnp.log(error)) / _POWER
+    factor = jnp.clip(jnp.nan_to_num(factor, nan=0.0), -_CHANGE, _CHANGE)
+    many = lost.sum() > 0.02 * counts.sum()
+    # errors have heavy tails: draws are made with a step whose mean error is right
+    half = a.progress.total // 2
+    late = (a.progress.iteration[0] >= half) & ~many
+    curvature = curvature + jnp.where(late, jnp.nan_to_num(error / step_size**_POWER), 0.0)
+    mean = curvature / (a.progress.total - half)
+    settled = (scheme.desired_energy_var / mean) ** (1.0 / _POWER)
+    now = step_size * jnp.exp(jnp.where(many, jnp.log(0.5), factor))
+    ending = a.progress.ending & jnp.isfinite(settled) & (mean > 0.0)
+    step_size = jnp.where(ending, settled, now)
+    widths = averaged(widths, widths_of(chains.position, counts, a.metric), a.progress)
+    length = scheme.length_factor * time_unit(len(widths)) * widest(widths)
+    new = per_chain((step_size, length, widths, curvature), len(counts))
+    old = a.step_size, a.decoherence_length, a.widths, a.curvature
+    step_size, length, widths, curvature = (
+        x.astype(before.dtype) for x, before in zip(new, old, strict=True)
+    )
+    return a._replace(
+        step_size=step_size,
+        decoherence_length=length,
+        metric=a.metric.observe(with_stand_ins(chains.position, counts), a.progress),
+        widths=widths,
+        curvature=curvature,
+        progress=a.progress.next(),
+    )
+
+
+def _adapt_each(
+    chains: IntegratorState, outcome: Outcome, a: MCLMCAdaptation, scheme: Scheme
+) -> MCLMCAdaptation:
+    """Adapt step size and metric of each chain alone, as BlackJAX's `mclmc_find_L_and_step_size`.
+
+    Its metric is that of the window before, and the step size is found anew in it.
+    """
+    assert a.alone is not None
+    seen, step, total = a.alone, a.progress.iteration[0] + 1, a.progress.total
+    lost = outcome.num_divergences > 0
+    ratio = a.error / scheme.desired_energy_var + 1e-8
+    trust = jnp.exp(-0.5 * (jnp.log(ratio) / (_POWER * _TRUST)) ** 2) * ~lost
+    curvature = _MEMORY * seen.curvature + trust * ratio / a.step_size**_POWER
+    weight = _MEMORY * seen.weight + trust
+    found = (weight / jnp.maximum(curvature, jnp.finfo(weight.dtype).tiny)) ** (1.0 / _POWER)
+    found = jnp.where(weight > 0.0, found, a.step_size)
+    step_size = jnp.where(lost, 0.8 * a.step_size, found)
+    # Welford's sums since the last renewal
+    number = seen.number + 1.0
+    apart = chains.position - seen.mean
+    mean = seen.mean + apart / number[:, None]
+    squares = seen.squares + apart * (chains.position - mean)
+    due = jnp.stack([step == jnp.ceil(part * total) for part in _WINDOWS]).any()
+    switch = due & (number[0] >= _FEWEST)
+    own = squares / number[:, None]
+    own = jnp.where((own > 0.0) & jnp.isfinite(own), own, seen.variance)
+    change = jnp.sqrt((own / seen.variance).mean(axis=1))
+    step_size = jnp.where(switch, step_size / change, step_size)
+    sums = jax.tree.map(
+        lambda x: jnp.where(switch, 0.0, x).astype(x.dtype),
+        (weight, curvature, number, mean, squares),
+    )
+    variance = jnp.where(switch, own, seen.variance)
+    return a._replace(
+        step_size=step_size.astype(a.step_size.dtype),
+        progress=a.progress.next(),
+        alone=Alone(variance, *sums),
+    )

@@ -1,0 +1,106 @@
+"""Trajectories of all chains in step: each is a quasi-random part of one longest length."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from blackjax.mcmc import dynamic_hmc
+from blackjax.mcmc.dynamic_hmc import DynamicHMCState
+
+from numpyro_ensemble.mcmc.checks import check_part, check_positive
+from numpyro_ensemble.mcmc.kernel import ManyChainKernel
+from numpyro_ensemble.mcmc.state import ChainsState
+from numpyro_ensemble.mcmc.target import all_finite, choose
+
+# The step size follows the harmonic mean over chains, which one chain that accepts nothing makes 0.
+LEAST_ACCEPTED = 0.1  # one such chain of 64 lowers the mean by an eighth at most
+_BITS = 30  # of the Halton sequence: those that a shorter run has no need of add nothing
+_ALIKE = DynamicHMCState(0, 0, 0, None)  # chains make the same number of steps
+
+
+def halton(index: jax.Array) -> jax.Array:
+    """Return the number between 0 and 1 at a place of the Halton sequence."""
+    return dynamic_hmc.halton_sequence(index, _BITS)
+
+
+def leapfrogs(index: jax.Array, most: jax.Array) -> jax.Array:
+    """Return how many of `most` steps the trajectory at a place of the sequence has."""
+    return jnp.ceil(halton(index) * most).astype(int)
+
+
+def make_trajectories(
+    dynamics: Callable, keys: jax.Array, chains: DynamicHMCState, log_density: Callable, *given: Any
+) -> tuple[DynamicHMCState, Any]:
+    """Make one trajectory of every chain; one that ends at no finite density is a divergence.
+
+    Args:
+        dynamics: a function of one chain's key, its state, the log density and `given`, which
+            returns its new state and BlackJAX's account of the trajectory.
+        keys: `(C,)`.
+        chains: BlackJAX's state, with a leading chain axis but for `random_generator_arg`, and
+            positions in rows.
+        log_density: of one chain's row.
+        *given: the same for all chains.
+    """
+    axes = (0, _ALIKE, None, *(None for _ in given))
+    move = jax.vmap(dynamics, in_axes=axes, out_axes=(_ALIKE, 0))
+    new, info = move(keys, chains, log_density, *given)
+    whole = all_finite(new.logdensity, new.logdensity_grad)
+    new = DynamicHMCState(*choose(whole, new[:3], chains[:3]), new.random_generator_arg)
+    info = info._replace(
+        is_divergent=info.is_divergent | ~whole, is_accepted=info.is_accepted & whole
+    )
+    return new, info
+
+
+class TrajectoryKernel(ManyChainKernel):
+    """A kernel of trajectories of one length.
+
+    A subclass names its scheme, makes one step of it, and says what the energy of its chains is.
+    """
+
+    def _check_options(self, step_size: float | None, target_accept_prob: float) -> None:
+        if step_size is not None:
+            check_positive("step_size", step_size)
+        if check_part("target_accept_prob", target_accept_prob) in (0.0, 1.0):
+            raise ValueError(f"target_accept_prob lies between 0 and 1, got {target_accept_prob}.")
+
+    def _check_chains(self, num_chains: int) -> None:
+        if num_chains < 4:
+            raise ValueError(
+                f"num_chains={num_chains} is too few for {type(self).__name__}, which adapts over "
+                f"all chains. Run 4 chains or more: 64, say."
+            )
+
+    def _iterate(self, keys: jax.Array, state: ChainsState, log_density: Callable) -> ChainsState:
+        adaptation = state.adapt_state
+        place = adaptation.place[0]
+        chains = DynamicHMCState(state.z, -state.potential_energy, -state.z_grad, place)
+        chains, new, info = self._step(keys, chains, adaptation, log_density)
+        return state._replace(
+            z=chains.position,
+            z_grad=-chains.logdensity_grad,
+            potential_energy=-chains.logdensity,
+            energy=self._energy(state, info),
+            num_steps=info.num_integration_steps.astype(state.num_steps.dtype),
+            accept_prob=info.acceptance_rate,
+            diverging=info.is_divergent,
+            num_divergences=info.is_divergent.astype(state.num_divergences.dtype),
+            adapt_state=new,
+        )
+
+    # What a subclass adds -----------------------------------------------------------------------
+
+    @abstractmethod
+    def _step(
+        self, keys: jax.Array, chains: DynamicHMCState, adaptation: Any, log_density: Callable
+    ) -> tuple[DynamicHMCState, Any, Any]:
+        """Return chains and adaptation after one iteration, and BlackJAX's account of it."""
+
+    @abstractmethod
+    def _energy(self, state: ChainsState, info: Any) -> jax.Array:
+        """Return the energies of the chains after a trajectory from a state."""
