@@ -137,7 +137,8 @@ def first_steps(kernel, shape):
     start = jax.random.permutation(keys[0], near) * jnp.ones((CHAINS, *shape))
     start += 0.1 * jax.random.normal(keys[1], start.shape)
     # several leapfrog steps of ChEES, so that the first one beyond the edge makes later ones NaN
-    sampler = kernel(normals, **({} if kernel is MEADS else {"step_size": 0.02}))
+    options = {MEADS: {}, MAMS: {"step_size": 0.02, "metric": "diagonal"}}
+    sampler = kernel(normals, **options.get(kernel, {"step_size": 0.02}))
     state = sampler.init(keys, 50, {"z": start}, (np.inf,))
 
     @jax.jit
