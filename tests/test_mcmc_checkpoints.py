@@ -257,7 +257,8 @@ def test_kill_9_at_any_moment(tmp_path, name):
         assert max(kept(folder)) >= seen
     before = max(kept(folder))
     lines = finish(started(name, folder, tmp_path / "other.npz")).splitlines()
-    assert int(lines[1].split()[1]) == before + 20, "it went on, and did not begin anew"
+    if before < 600:  # else it was killed at its very end
+        assert int(lines[1].split()[1]) == before + 20, "it went on, and did not begin anew"
     one, other = (np.load(tmp_path / f"{which}.npz") for which in ("one", "other"))
     assert one.files == other.files
     for field in one.files:
