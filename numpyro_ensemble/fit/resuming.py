@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -35,12 +36,17 @@ _SETTINGS = (
 
 @contextmanager
 def keeping(call: FitCall, keys: jax.Array, options: RunOptions) -> Iterator[Keeper | None]:
-    """Open the checkpoints of a run, if it has some."""
+    """Open the checkpoints of a run, if it has some.
+
+    Raises:
+        ValueError: for checkpoints that are in use, or processes that run different things.
+    """
+    placement, told = call.problem.placement, cache(partial(_fingerprint, call, keys, options))
+    placement.check_alike(told)
     if options.checkpoint is None:
         yield None
         return
-    placement = call.problem.placement
-    keeper = Keeper(options.checkpoint, fingerprint(call, keys, options), placement)
+    keeper = Keeper(options.checkpoint, told(), placement)
     try:
         yield keeper
     finally:
@@ -66,7 +72,7 @@ def resume(call: FitCall, carry: Carry, keeper: Keeper) -> tuple[Carry, np.ndarr
     return carry._replace(state=state, stop=stop), np.asarray(tree["losses"])
 
 
-def fingerprint(call: FitCall, keys: jax.Array, options: RunOptions) -> dict[str, dict[str, str]]:
+def _fingerprint(call: FitCall, keys: jax.Array, options: RunOptions) -> dict[str, dict[str, str]]:
     """Return what the checkpoints of a run are told from others by."""
     problem = call.problem
     forms = Leaves.of(call.forms.state)

@@ -24,7 +24,7 @@ from numpyro_ensemble.fit.loop import (
     train,
 )
 from numpyro_ensemble.fit.options import RunOptions
-from numpyro_ensemble.fit.resuming import fingerprint, keeping, kept, resume
+from numpyro_ensemble.fit.resuming import keeping, kept, resume
 from numpyro_ensemble.fit.state import SetupValues, check_size, check_state, plain, with_setup
 from numpyro_ensemble.fit.stopping import first_stop, without_stopped
 from numpyro_ensemble.handlers import warn
@@ -67,7 +67,6 @@ def fit(
         carry, losses = _traced(call, start, num_steps, options)
         stopped = taken = None
     else:
-        call.problem.placement.check_alike(partial(fingerprint, call, keys, options))
         interrupts = Interrupts(options.checkpoint is not None, call.problem.placement.mesh)
         with keeping(call, keys, options) as keeper:
             carry, losses, stopped, taken = _loop(
