@@ -135,7 +135,7 @@ class ManyChainKernel(MCMCKernel):
                 f"mcmc.post_warmup_state to the state of a run that had one."
             )
         num_chains = rng_key.shape[0]
-        self._check_chains(num_chains)
+        self._check_chains(num_chains, num_warmup)
         self.placement.check(num_chains, "chains")
         self._target.latent_names(args, kwargs)
         self.placement.check_alike(lambda: self._called_with(rng_key, init_params, args, kwargs))
@@ -313,8 +313,8 @@ class ManyChainKernel(MCMCKernel):
         return 1.0
 
     @abstractmethod
-    def _check_chains(self, num_chains: int) -> None:
-        """Raise a ValueError where so many chains cannot be adapted together."""
+    def _check_chains(self, num_chains: int, num_warmup: int) -> None:
+        """Raise a ValueError where so many chains cannot be adapted in so many iterations."""
 
     @abstractmethod
     def _first_adaptation(

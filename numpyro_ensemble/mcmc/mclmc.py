@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -120,27 +119,12 @@ class MCLMC(ManyChainKernel):
             f"var={error:.1e}, {diverged} divergences in {state.i.shape[0]} chains"
         )
 
-    def init(
-        self,
-        rng_key: jax.Array,
-        num_warmup: int,
-        init_params: Any = None,
-        model_args: tuple = (),
-        model_kwargs: dict | None = None,
-    ) -> ChainsState:
-        """Find the chains' start, or check the one that is given, and return their state.
-
-        Raises:
-            ValueError: for chains that cannot be adapted, or cannot start where they are.
-        """
-        if self._scheme.each and 0 < num_warmup < _FEWEST_STEPS:
+    def _check_chains(self, num_chains: int, num_warmup: int) -> None:
+        if self._scheme.each and num_warmup < _FEWEST_STEPS:
             raise ValueError(
                 f"num_warmup={num_warmup} is too short for adapt='each', by which a chain finds "
                 f"its step size and scale alone. Give {_FEWEST_STEPS} or more: 500, say."
             )
-        return super().init(rng_key, num_warmup, init_params, model_args, model_kwargs)
-
-    def _check_chains(self, num_chains: int) -> None:
         if num_chains < _FEWEST and not self._scheme.each:
             raise ValueError(
                 f"num_chains={num_chains} is too few for MCLMC(model, adapt='all'), which adapts "

@@ -95,7 +95,7 @@ class MEADS(ManyChainKernel):
         "where directions differ in width"
     )
 
-    def _check_chains(self, num_chains: int) -> None:
+    def _check_chains(self, num_chains: int, num_warmup: int) -> None:
         num_folds = self._scheme.num_folds
         if num_chains % num_folds:
             next_one = num_chains - num_chains % num_folds + num_folds

@@ -69,7 +69,7 @@ class TrajectoryKernel(ManyChainKernel):
         if check_part("target_accept_prob", target_accept_prob) in (0.0, 1.0):
             raise ValueError(f"target_accept_prob lies between 0 and 1, got {target_accept_prob}.")
 
-    def _check_chains(self, num_chains: int) -> None:
+    def _check_chains(self, num_chains: int, num_warmup: int) -> None:
         if num_chains < 4:
             raise ValueError(
                 f"num_chains={num_chains} is too few for {type(self).__name__}, which adapts over "
