@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -79,9 +80,14 @@ class Scheme(NamedTuple):
         )
 
 
-_hmc = dynamic_hmc.build_kernel(
+_move = dynamic_hmc.build_kernel(
     next_random_arg_fn=lambda index: index + 1, integration_steps_fn=leapfrogs
 )
+
+
+def _hmc(*given: Any) -> tuple[DynamicHMCState, Any]:
+    """Make one trajectory of dynamic HMC, whose most steps BlackJAX takes in a tuple."""
+    return _move(*given[:-1], given[-1:])
 
 
 def first_metric(rows: jax.Array, counts: jax.Array, scheme: Scheme) -> SharedMetric:
@@ -118,34 +124,13 @@ def chees_step(
     log_density: Callable,
     scheme: Scheme,
 ) -> tuple[DynamicHMCState, ChEESAdaptation, Any]:
-    """Make one iteration of all chains, and in warm-up one step of the scheme.
-
-    Args:
-        keys: `(C,)`.
-        chains: BlackJAX's state, with a leading chain axis but for `random_generator_arg`, and
-            positions in rows.
-        adaptation: the state of the scheme.
-        log_density: of one chain's row.
-        scheme: its constants.
-
-    Returns:
-        Chains, adaptation, and BlackJAX's account of the step.
-    """
-    step_size, length = shared(adaptation[:2])
-    given = step_size, adaptation.metric.inverse_mass, (length / step_size,)
-    new, info = make_trajectories(_hmc, keys, chains, log_density, *given)
-    adaptation = adaptation._replace(place=adaptation.place + 1)
-    adaptation = jax.lax.cond(
-        adaptation.progress.warming,
-        lambda a: _adapt(chains, new.position, info, a, scheme),
-        lambda a: a,
-        adaptation,
-    )
-    return new, adaptation, info
+    """Make one iteration of all chains, see `make_trajectories`."""
+    adapt = partial(_adapt, scheme=scheme)
+    return make_trajectories(_hmc, adapt, keys, chains, adaptation, log_density)
 
 
 def _adapt(
-    chains: DynamicHMCState, after: jax.Array, info: Any, a: ChEESAdaptation, scheme: Scheme
+    chains: DynamicHMCState, after: DynamicHMCState, info: Any, a: ChEESAdaptation, scheme: Scheme
 ) -> ChEESAdaptation:
     """Make one step of the scheme from one step of the chains."""
     inner, num_chains = shared(a.inner), a.step_size.shape[0]
@@ -174,7 +159,7 @@ def _adapt(
         log_step_size = a.log_step_size[0] + weight * (log_step_size - a.log_step_size[0])
         log_length = a.log_length[0] + weight * (jnp.log(inner.trajectory_length) - a.log_length[0])
         inner = inner._replace(step=step + 1)
-        metric = metric.observe(with_stand_ins(after, counts[:, 0]), a.progress)
+        metric = metric.observe(with_stand_ins(after.position, counts[:, 0]), a.progress)
     ending = a.progress.ending
     step_size = jnp.where(ending, jnp.exp(log_step_size), inner.step_size)
     longest = scheme.max_leapfrog_steps * step_size  # the two were averaged apart

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -155,33 +156,14 @@ def mams_step(
     log_density: Callable,
     scheme: Scheme,
 ) -> tuple[DynamicHMCState, MAMSAdaptation, Any]:
-    """Make one iteration of all chains, and in warm-up one step of the scheme.
-
-    Args:
-        keys: `(C,)`.
-        chains: BlackJAX's state, with a leading chain axis but for `random_generator_arg`, and
-            positions in rows.
-        adaptation: the state of the scheme.
-        log_density: of one chain's row.
-        scheme: its constants.
-
-    Returns:
-        Chains, adaptation, and BlackJAX's account of the step.
-    """
-    step_size, length = shared(adaptation[:2])
-    given = step_size, adaptation.metric.inverse_mass, length / step_size
-    new, info = make_trajectories(microcanonical, keys, chains, log_density, *given)
-    adaptation = adaptation._replace(place=adaptation.place + 1)
-    adaptation = jax.lax.cond(
-        adaptation.progress.warming,
-        lambda a: _adapt(new, info, a, scheme),
-        lambda a: a,
-        adaptation,
-    )
-    return new, adaptation, info
+    """Make one iteration of all chains, see `make_trajectories`."""
+    adapt = partial(_adapt, scheme=scheme)
+    return make_trajectories(microcanonical, adapt, keys, chains, adaptation, log_density)
 
 
-def _adapt(chains: DynamicHMCState, info: Any, a: MAMSAdaptation, scheme: Scheme) -> MAMSAdaptation:
+def _adapt(
+    before: DynamicHMCState, chains: DynamicHMCState, info: Any, a: MAMSAdaptation, scheme: Scheme
+) -> MAMSAdaptation:
     """Make one step of the scheme from one step of the chains."""
     widths, inner = shared((a.widths, a.inner))
     counts = counted(chains.logdensity, chains.position.shape[1])

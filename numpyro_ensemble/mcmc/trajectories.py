@@ -14,7 +14,7 @@ from blackjax.mcmc.dynamic_hmc import DynamicHMCState
 from numpyro_ensemble.mcmc.checks import check_part, check_positive
 from numpyro_ensemble.mcmc.kernel import ManyChainKernel
 from numpyro_ensemble.mcmc.state import ChainsState
-from numpyro_ensemble.mcmc.target import all_finite, choose
+from numpyro_ensemble.mcmc.target import all_finite, choose, shared
 
 # The step size follows the harmonic mean over chains, which one chain that accepts nothing makes 0.
 LEAST_ACCEPTED = 0.1  # one such chain of 64 lowers the mean by an eighth at most
@@ -33,28 +33,48 @@ def leapfrogs(index: jax.Array, most: jax.Array) -> jax.Array:
 
 
 def make_trajectories(
-    dynamics: Callable, keys: jax.Array, chains: DynamicHMCState, log_density: Callable, *given: Any
-) -> tuple[DynamicHMCState, Any]:
-    """Make one trajectory of every chain; one that ends at no finite density is a divergence.
+    dynamics: Callable,
+    adapt: Callable,
+    keys: jax.Array,
+    chains: DynamicHMCState,
+    adaptation: Any,
+    log_density: Callable,
+) -> tuple[DynamicHMCState, Any, Any]:
+    """Make one iteration of all chains, and in warm-up one step of their scheme.
+
+    A trajectory that ends at no finite density is a divergence.
 
     Args:
-        dynamics: a function of one chain's key, its state, the log density and `given`, which
-            returns its new state and BlackJAX's account of the trajectory.
+        dynamics: a function of one chain's key, its state, the log density, step size, metric, and
+            the most steps, which returns its new state and BlackJAX's account of the trajectory.
+        adapt: a function of the chains before and after, BlackJAX's account and the adaptation,
+            which returns the next one.
         keys: `(C,)`.
         chains: BlackJAX's state, with a leading chain axis but for `random_generator_arg`, and
             positions in rows.
+        adaptation: the state of the scheme.
         log_density: of one chain's row.
-        *given: the same for all chains.
+
+    Returns:
+        Chains, adaptation, and BlackJAX's account of the iteration.
     """
-    axes = (0, _ALIKE, None, *(None for _ in given))
-    move = jax.vmap(dynamics, in_axes=axes, out_axes=(_ALIKE, 0))
+    step_size, length = shared((adaptation.step_size, adaptation.trajectory_length))
+    given = step_size, adaptation.metric.inverse_mass, length / step_size
+    move = jax.vmap(dynamics, in_axes=(0, _ALIKE, None, None, None, None), out_axes=(_ALIKE, 0))
     new, info = move(keys, chains, log_density, *given)
     whole = all_finite(new.logdensity, new.logdensity_grad)
     new = DynamicHMCState(*choose(whole, new[:3], chains[:3]), new.random_generator_arg)
     info = info._replace(
         is_divergent=info.is_divergent | ~whole, is_accepted=info.is_accepted & whole
     )
-    return new, info
+    adaptation = adaptation._replace(place=adaptation.place + 1)
+    adaptation = jax.lax.cond(
+        adaptation.progress.warming,
+        lambda a: adapt(chains, new, info, a),
+        lambda a: a,
+        adaptation,
+    )
+    return new, adaptation, info
 
 
 class TrajectoryKernel(ManyChainKernel):
