@@ -29,7 +29,7 @@ from numpyro_ensemble.storage import (
     without_key,
 )
 
-_FORMAT = 1
+_FORMAT = 2
 _LOCK = "in_use"
 
 
@@ -168,6 +168,8 @@ class Keeper:
             )
         self._compare(told["fingerprint"])
         arrays = self._orbax.load(step)
+        for name, (dtype, shape) in told["empty"].items():
+            arrays[name] = np.empty(shape, dtype)
         leaves = [np.asarray(arrays[f"leaf_{i}"]) for i in range(len(told["paths"]))]
         for path, leaf, form in zip(told["paths"], leaves, told["forms"], strict=True):
             if describe(leaf) != form:
@@ -211,17 +213,20 @@ class Keeper:
         leaves = Leaves.of(tree)
         plain = [without_key(leaf) for leaf in leaves.leaves]
         arrays = [np.array(array) for array, _ in plain]  # the next steps take the buffers over
+        named = {f"leaf_{i}": array for i, array in enumerate(arrays)}
+        empty = {k: [v.dtype.name, list(v.shape)] for k, v in named.items() if not v.size}
         told = {
             "format": _FORMAT,
             "fingerprint": self.fingerprint,
             "paths": list(leaves.paths),
             "forms": [describe(array) for array in arrays],
             "keys": [kind for _, kind in plain],
+            "empty": empty,
         }
         told["digest"] = _digest_of(told)
         try:
-            named = {f"leaf_{i}": array for i, array in enumerate(arrays)}
-            self._orbax.save_async(step, named, force=True, custom_metadata=told)
+            full = {k: v for k, v in named.items() if k not in empty}  # Orbax takes no empty arrays
+            self._orbax.save_async(step, full, force=True, custom_metadata=told)
         except Exception as error:  # of this one, or of the one before it
             self._failed(f"that of step {step}", error)
 
