@@ -69,8 +69,8 @@ def vi_data():
 def test_groups_dims_and_attributes(vi_data):
     runner, result, data = vi_data
     assert groups_of(data) == {
-        "posterior", "posterior_predictive", "log_likelihood", "prior", "prior_predictive",
-        "observed_data", "constant_data", "sample_stats", "training",
+        "posterior", "posterior_predictive", "log_likelihood", "log_prior", "prior",
+        "prior_predictive", "observed_data", "constant_data", "sample_stats", "training",
     }  # fmt: skip
     posterior = data["posterior"]
     assert {name: v.dims[2:] for name, v in posterior.data_vars.items()} == {
@@ -254,7 +254,9 @@ def test_factors_improper_priors_and_no_data(key):
         numpyro.sample("mu", dist.Normal(0.0, 1.0))
 
     runner, result = fit_map(free, key)
-    assert groups_of(to_arviz(runner, result)) == {"posterior", "sample_stats", "training"}
+    assert groups_of(to_arviz(runner, result)) == {
+        "posterior", "log_prior", "sample_stats", "training",
+    }  # fmt: skip
 
 
 def test_failed_members_are_left_out(key):

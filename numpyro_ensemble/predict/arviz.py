@@ -15,7 +15,7 @@ from numpyro_ensemble.calls.keywords import check_call
 from numpyro_ensemble.handlers import check_count, one_key, warn
 from numpyro_ensemble.predict.assembly import assemble
 from numpyro_ensemble.predict.collect import Draws, Sites, check_sites
-from numpyro_ensemble.predict.densities import Computed, compute
+from numpyro_ensemble.predict.densities import Computed, Wanted, compute
 from numpyro_ensemble.predict.predictive import EnsemblePredictive
 from numpyro_ensemble.predict.streamed import Cut, Streamed
 from numpyro_ensemble.results import name_members
@@ -34,6 +34,7 @@ def to_arviz(
     prior: bool | int = False,
     posterior_predictive: bool = True,
     log_likelihood: bool = True,
+    log_prior: bool = True,
     predictions: Mapping[str, Any] | None = None,
     constant_data: Mapping[str, Any] | None = None,
     coords: Mapping[str, Any] | None = None,
@@ -60,6 +61,7 @@ def to_arviz(
         prior: add prior and prior predictive draws, 500 or as many as said.
         posterior_predictive: add predictions of the observed sites.
         log_likelihood: add the log likelihood of each observation.
+        log_prior: add the log prior density of each latent value, as large as the posterior.
         predictions: predictions for other data, leading with `(E, S)` or `(E * S,)`.
         constant_data: the group of that name.
         coords: coordinates by dimension.
@@ -117,6 +119,7 @@ def to_arviz(
     check_sites(draws, sites)
     _check_dims(dims or {}, sites, {**(predictions or {}), **(constant_data or {})})
     with_likelihood = log_likelihood and bool(sites.observed) and not sites.discrete
+    wanted = Wanted.of(draws, sites, with_likelihood, log_prior)
     _tell(draws, sites, with_likelihood)
     if sites.subsampled:
         model = handlers.substitute(model, data=sites.subsampled)
@@ -146,14 +149,16 @@ def to_arviz(
 
     if store is not None:
         placement.check_store()
-        streamed = Streamed(
-            cut, draws, sites, predictive, with_likelihood, keys, options, placement
-        )
+        streamed = Streamed(cut, draws, sites, predictive, wanted, keys, options, placement)
         return streamed.write(store, assembled)
     drawn = (rng_key, draws.samples, draws.params, draws.model, args, kwargs)
     placement.check_alike(partial(call_digests, *drawn))
-    values = compute(draws, sites, keys[1], with_likelihood, args, kwargs, placement)
-    groups = {"log_likelihood": values.pointwise, "observed_data": sites.observed}
+    values = compute(draws, sites, wanted, keys[1], args, kwargs, placement)
+    groups = {
+        "log_likelihood": values.log_likelihood,
+        "log_prior": values.log_prior,
+        "observed_data": sites.observed,
+    }
     if predictive is not None:
         groups["posterior_predictive"] = predictive(keys[2], *args, **kwargs)
     if prior:

@@ -10,6 +10,8 @@ import numpyro
 
 from numpyro_ensemble.predict.collect import Draws
 
+_LATER_GROUPS = ("log_prior", "unconstrained_posterior")  # of which `from_dict` knows less
+
 
 def assemble(groups: dict[str, dict[str, Any]], draws: Draws, dims: dict, coords: dict) -> Any:
     """Make ArviZ data of the groups, of whichever kind the installed ArviZ has."""
@@ -40,10 +42,15 @@ def assemble(groups: dict[str, dict[str, Any]], draws: Draws, dims: dict, coords
     with warnings.catch_warnings():
         for text in ("More chains", "Found chain dimension"):  # there are many members on purpose
             warnings.filterwarnings("ignore", text)
+        later = {name: groups[name] for name in _LATER_GROUPS if name in groups}
+        first = {name: group for name, group in groups.items() if name not in later}
         if makes_inference_data():
-            data = az.from_dict(**groups, coords=coords, dims=dims)  # type: ignore[arg-type]
+            data = az.from_dict(**first, coords=coords, dims=dims)  # type: ignore[arg-type]
         else:
-            data = az.from_dict(groups, coords=coords, dims=dims)
+            data = az.from_dict(first, coords=coords, dims=dims)
+        for name, group in later.items():
+            own = az.dict_to_dataset(group, coords=coords, dims=dims, skip_event_dims=True)
+            _add_group(data, name, own)
     for name in groups:
         data[name].attrs.update(attrs)
     if draws.losses is not None:
@@ -65,12 +72,19 @@ def _add_training(data: Any, draws: Draws, attrs: dict) -> None:
     losses = xr.Dataset(
         {"loss": (("chain", "step"), draws.losses)}, coords={"chain": draws.members}, attrs=attrs
     )
+    _add_group(data, "training", losses)
+
+
+def _add_group(data: Any, name: str, dataset: Any) -> None:
+    """Add a group to ArviZ data of either line."""
+    import xarray as xr
+
     if hasattr(data, "add_groups"):
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "The group training is not defined")
-            data.add_groups({"training": losses})
+            warnings.filterwarnings("ignore", f"The group {name} is not defined")
+            data.add_groups({name: dataset})
     else:
-        data["training"] = xr.DataTree(losses)
+        data[name] = xr.DataTree(dataset)
 
 
 def read_arviz(store: Any) -> Any:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from numpyro import handlers
-from numpyro.infer import util
+from numpyro.infer.util import compute_log_probs
 
 from numpyro_ensemble.calls.tracing import tracing_alone
-from numpyro_ensemble.density import fill_model
 from numpyro_ensemble.handlers import unwrapped
 from numpyro_ensemble.hosts import home
 from numpyro_ensemble.mapping import map_member_draws, pick
@@ -23,41 +23,83 @@ class Computed(NamedTuple):
 
     deterministic: dict[str, Any]
     density: Any
-    pointwise: dict[str, Any]
+    log_likelihood: dict[str, Any]
+    log_prior: dict[str, Any]
+
+
+class Wanted(NamedTuple):
+    """The sites of which something is wanted: their values, or their log densities."""
+
+    deterministic: tuple[str, ...]
+    log_likelihood: tuple[str, ...]
+    log_prior: tuple[str, ...]
+
+    @classmethod
+    def of(cls, draws: Draws, sites: Sites, log_likelihood: bool, log_prior: bool) -> Wanted:
+        """Return those of a call; deterministic sites are given where draws have them."""
+        return cls(
+            tuple(name for name in sites.deterministic if name not in draws.samples),
+            tuple(sites.observed) if log_likelihood else (),
+            tuple(sites.latent) if log_prior else (),
+        )
+
+
+class OfDraw(NamedTuple):
+    """What the model says of one draw.
+
+    Attributes:
+        posterior: deterministic sites.
+        log_likelihood: terms of each observation.
+        log_prior: terms of each latent value.
+        terms: all terms of the log density, by site, or their sum.
+    """
+
+    posterior: dict[str, Any]
+    log_likelihood: dict[str, Any]
+    log_prior: dict[str, Any]
+    terms: Any
+
+
+def of_draw(
+    model: Callable, key: jax.Array, known: dict, wanted: Wanted, args: tuple, kwargs: dict
+) -> OfDraw:
+    """Run the model once on what is known of a draw."""
+    terms, trace = compute_log_probs(
+        handlers.seed(model, key), args, kwargs, known, sum_log_prob=False
+    )
+    return OfDraw(
+        {name: trace[name]["value"] for name in wanted.deterministic},
+        {name: each_value(trace[name]) for name in wanted.log_likelihood},
+        {name: each_value(trace[name]) for name in wanted.log_prior},
+        terms,
+    )
 
 
 def compute(
     draws: Draws,
     sites: Sites,
+    wanted: Wanted,
     rng_key: jax.Array,
-    pointwise: bool,
     args: tuple,
     kwargs: dict,
     placement: Placement | None = None,
 ) -> Computed:
-    """Compute deterministic sites, log densities and pointwise log likelihoods in one program.
+    """Compute deterministic sites, log densities and their terms in one program.
 
     What depends on discrete sites that were summed out is left out.
     """
     if sites.discrete:
-        return Computed({}, None, {})
+        return Computed({}, None, {}, {})
     given = {name: draws.samples[name] for name in sites.deterministic if name in draws.samples}
+    hidden = frozenset(sites.deterministic)
 
     def one(where: tuple) -> Computed:
         key, e, s = where
         known = {**pick(draws.params, e), **pick(draws.samples, e, s)}
-        trace = fill_model(draws.model, key, known, args, kwargs)
-        names = [name for name in sites.deterministic if name not in given]
-        deterministic = {name: trace[name]["value"] for name in names}
-        model = handlers.seed(draws.model, key)
-        known = {name: value for name, value in known.items() if name not in sites.deterministic}
-        density, _ = util.log_density(model, args, kwargs, known)
-        if not pointwise:
-            return Computed(deterministic, density, {})
-        filled = handlers.substitute(model, data=known)
-        terms = util.log_likelihood(filled, {}, *args, batch_ndims=0, **kwargs)
-        terms = {n: each_value(trace[n], terms[n]) for n in sites.observed}
-        return Computed(deterministic, density, terms)
+        known = {name: value for name, value in known.items() if name not in hidden}
+        found = of_draw(draws.model, key, known, wanted, args, kwargs)
+        density = sum((term.sum() for term in found.terms.values()), jnp.zeros(()))
+        return Computed(found.posterior, density, found.log_likelihood, found.log_prior)
 
     keys = jax.random.split(rng_key, draws.shape)
     mapped = jax.jit(tracing_alone(lambda keys: map_member_draws(one, keys, placement)))
@@ -65,14 +107,16 @@ def compute(
     return values._replace(deterministic=given | values.deterministic)
 
 
-def each_value(site: dict[str, Any], joint: Any) -> Any:
+def each_value(site: dict[str, Any]) -> Any:
     """Return the log densities of a site's values, each given all others where they depend.
 
-    A Gaussian process is one event, whose log density tells nothing of its single values.
+    A Gaussian process is one event, whose log density tells nothing of its single values. Weights,
+    of a scale or of plates that draw some of their rows, are left out, as NumPyro's
+    `log_likelihood` does.
     """
     process: Any = unwrapped(site["fn"])
-    if not hasattr(process, "pointwise_log_prob"):
-        return joint
+    if not site["is_observed"] or not hasattr(process, "pointwise_log_prob"):
+        return site["fn"].log_prob(site["value"])
     value = jnp.asarray(site["value"])
     rows = value.reshape(-1, value.shape[-1])
     terms = jax.vmap(process.pointwise_log_prob)(rows).reshape(value.shape)

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from numpyro import handlers
-from numpyro.infer.util import compute_log_probs
 
 from numpyro_ensemble.calls.programs import Programs
 from numpyro_ensemble.density import fill_model
 from numpyro_ensemble.mapping import map_draws, pick
 from numpyro_ensemble.predict.collect import Draws, Sites
-from numpyro_ensemble.predict.densities import each_value
+from numpyro_ensemble.predict.densities import OfDraw, Wanted, of_draw
 from numpyro_ensemble.predict.program import RowBlock
 from numpyro_ensemble.sharding import Placement
 from numpyro_ensemble.streaming.blocks import Block, Grid, Output, room_in_block
@@ -24,21 +22,8 @@ from numpyro_ensemble.streaming.independence import check_independent, tried_num
 from numpyro_ensemble.streaming.rows import REMEDY, Rows
 from numpyro_ensemble.streaming.trial import check_given, outputs_of, rows_that_fit, stored_name
 
+GROUPS = ("posterior", "log_likelihood", "log_prior")  # of what is computed
 SUMS = "sample_stats/lp_of_blocks"  # the terms of each block of rows in the log densities
-
-
-class OfDraw(NamedTuple):
-    """What the model says of one draw.
-
-    Attributes:
-        posterior: deterministic sites.
-        log_likelihood: terms of each observation.
-        terms: all terms of the log density, by site, or their sum.
-    """
-
-    posterior: dict[str, Any]
-    log_likelihood: dict[str, Any]
-    terms: Any
 
 
 class Densities:
@@ -47,8 +32,8 @@ class Densities:
     Args:
         draws: of members.
         sites: of the model.
+        wanted: the sites of which something is wanted.
         rng_key: of what the model draws itself.
-        pointwise: whether log likelihoods are wanted.
         args: arguments of the model.
         kwargs: its keyword arguments.
         rows: the rows of the call, where they are cut.
@@ -65,8 +50,8 @@ class Densities:
         self,
         draws: Draws,
         sites: Sites,
+        wanted: Wanted,
         rng_key: jax.Array,
-        pointwise: bool,
         args: tuple,
         kwargs: dict,
         rows: Rows | None,
@@ -77,9 +62,7 @@ class Densities:
         self.draws, self.rows, self.call = draws, rows, (args, kwargs)
         self.few = self.call if rows is None else rows.at(rows.tried)
         self.keys = jax.random.split(rng_key, draws.shape)
-        self.computed = [n for n in sites.deterministic if n not in draws.samples]
-        self.hidden = frozenset(sites.deterministic)
-        self.observed = list(sites.observed) if pointwise else []
+        self.wanted, self.hidden = wanted, frozenset(sites.deterministic)
         self.plan: RowPlan | None = None
         self.axes: dict[str, int | None] = {}  # of the rows, in the terms of the density
         self.programs = Programs()
@@ -101,14 +84,7 @@ class Densities:
     def _of_draw(self, call: tuple, first: tuple, places: Any) -> OfDraw:
         key, sample, params = first
         known = self._known(sample, params, places)
-        model = handlers.seed(self.draws.model, key)
-        terms, trace = compute_log_probs(model, *call, known, sum_log_prob=False)
-        pointwise = {
-            name: each_value(trace[name], trace[name]["fn"].log_prob(trace[name]["value"]))
-            for name in self.observed
-        }
-        posterior = {name: trace[name]["value"] for name in self.computed}
-        return OfDraw(posterior, pointwise, terms)
+        return of_draw(self.draws.model, key, known, self.wanted, *call)
 
     @property
     def _first(self) -> tuple:
@@ -125,12 +101,11 @@ class Densities:
             lambda terms: sum((x.sum() for x in terms.values()), jnp.zeros(())), values.terms
         ).dtype
         outputs = []
-        for group, of_group in (
-            ("posterior", values.posterior), ("log_likelihood", values.log_likelihood),
-        ):  # fmt: skip
+        for group in GROUPS:
+            of_group = getattr(values, group)
             forms = {n: SiteForm("", x.shape, _dims(sites, n, x.ndim)) for n, x in of_group.items()}
             plan = self.plan
-            if plan is not None and group == "log_likelihood":
+            if plan is not None and group != "posterior":
                 axes = {n: axis for n in of_group if (axis := self.axes[n]) is not None}
                 plan = RowPlan(forms, axes, plan.known)
             if of_group:
@@ -143,13 +118,14 @@ class Densities:
         """Find the rows of each site and term, and raise a ValueError where they are not apart."""
         samples = self.draws.samples
         known = samples.keys() - self.hidden
-        self.plan = row_plan(forms, rows.few, known, lambda name: name in self.computed)
+        self.plan = row_plan(forms, rows.few, known, lambda name: name in self.wanted.deterministic)
         check_given(self.plan, {n: np.shape(x)[2:] for n, x in samples.items()}, rows)
         half = rows.cut(self.few, slice(rows.few))
         large = self._shapes(self.few, 2 * rows.few)
         small = self._shapes(half, rows.few)
         for few_terms, terms in (
             (small.terms, large.terms), (small.log_likelihood, large.log_likelihood),
+            (small.log_prior, large.log_prior),
         ):  # fmt: skip
             for name, term in terms.items():
                 pairs = list(zip(few_terms[name].shape, term.shape, strict=False))
@@ -174,7 +150,7 @@ class Densities:
                 return fill_model(self.draws.model, first[0], {**known, **values}, *call)
 
             def compared(name: str, site: dict) -> bool:
-                return site["type"] == "sample" or name in self.computed
+                return site["type"] == "sample" or name in self.wanted.deterministic
 
             return tried_numbers(run, rows, plan, call, compared)
 
@@ -228,12 +204,11 @@ class Densities:
             )  # fmt: skip
 
             def wait() -> dict[str, Any]:
-                groups = {"posterior": found.posterior, "log_likelihood": found.log_likelihood}
                 shape = (grid.chain_size, grid.draw_size)
                 arrays = {
                     f"{group}/{stored_name(name)}": np.asarray(x).reshape(*shape, *x.shape[1:])
-                    for group, of_group in groups.items()
-                    for name, x in of_group.items()
+                    for group in GROUPS
+                    for name, x in getattr(found, group).items()
                 }
                 return {**arrays, SUMS: np.asarray(found.terms).reshape(*shape, 1)}
 

@@ -13,7 +13,7 @@ from numpyro.infer.autoguide import AutoGuide
 from numpyro_ensemble.predict.assembly import read_arviz
 from numpyro_ensemble.predict.blocks import Predictions
 from numpyro_ensemble.predict.collect import Draws, Sites, collect
-from numpyro_ensemble.predict.densities import Computed
+from numpyro_ensemble.predict.densities import Computed, Wanted
 from numpyro_ensemble.predict.density_blocks import SUMS, Densities
 from numpyro_ensemble.sharding import Placement
 from numpyro_ensemble.streaming.blocks import Block, Grid, Output, grid_for
@@ -125,7 +125,7 @@ class Streamed:
         draws: of members.
         sites: of the model.
         predictive: makes predictions, if they are wanted.
-        pointwise: whether log likelihoods are wanted.
+        wanted: the sites of which something is wanted.
         keys: for densities the second one, for predictions the third.
         options: how the user wants it.
         placement: the devices that draws are spread over.
@@ -137,7 +137,7 @@ class Streamed:
         draws: Draws,
         sites: Sites,
         predictive: Any,
-        pointwise: bool,
+        wanted: Wanted,
         keys: jax.Array,
         options: StoreOptions,
         placement: Placement,
@@ -148,9 +148,7 @@ class Streamed:
         self.densities: Densities | None = None
         self.predictions: Predictions | None = None
         if not sites.discrete:
-            self.densities = Densities(
-                draws, sites, keys[1], pointwise, *call, cut.forms, placement
-            )
+            self.densities = Densities(draws, sites, wanted, keys[1], *call, cut.forms, placement)
         if predictive is not None:
             self.predictions = Predictions(predictive, keys[2], *call, "posterior_predictive")
 
@@ -232,12 +230,12 @@ class Streamed:
         assembled: Callable[[Computed, dict], Any],
     ) -> None:
         """Write the groups that fit into memory, and what streamed ones lack."""
-        draws, values = self.draws, Computed({}, None, {})
+        draws, values = self.draws, Computed({}, None, {}, {})
         if self.densities is not None:
             given = {n: draws.samples[n] for n in self.sites.deterministic if n in draws.samples}
             # a call that was stopped in here has them added up
             density = opened.read(SUMS).sum(axis=-1) if opened.has(SUMS) else opened.read(_LP)
-            values = Computed(given, density, {})
+            values = Computed(given, density, {}, {})
         data = assembled(values, {"observed_data": self.cut.observed(draws.model, draws, grid)})
         groups = list(data.children) if hasattr(data, "children") else data.groups()
         attrs = dict(data[groups[0]].attrs)
