@@ -3,7 +3,7 @@
 Run `python benchmarks/budget.py FOLDER problem [chains] [kernels]` for "irt", "credit" or
 "brownian". FOLDER holds the data and the moments of inference-gym, from the repository of
 TensorFlow Probability: files of `internal/datasets` as they are, files of `targets/ground_truth`
-with `truth_` before their names, and `german.data-numeric` with commas and a line of names.
+with `truth_` before their names, and the `german.data-numeric` of the UCI repository.
 
 The bias of a parameter x is `b^2 = (mean of x^2 - E[x^2])^2 / Var[x^2]`, with the mean over the
 chains at one time, or over all draws so far, E of inference-gym, Var of the draws. The largest one
@@ -56,7 +56,7 @@ def irt(folder):
 
 def credit(folder):
     """Logistic regression on 24 columns, with a scale for each of them and one for all."""
-    table = np.genfromtxt(Path(folder) / "german.data-numeric", delimiter=",", skip_header=1)
+    table = np.loadtxt(Path(folder) / "german.data-numeric")
     x = (table[:, :-1] - table[:, :-1].mean(0)) / table[:, :-1].std(0)
     x = np.concatenate([x, np.ones((len(x), 1))], axis=1)
 

@@ -51,10 +51,10 @@ LAYERS = [
     {"predict.predictive", "predict.streamed"},
     {"predict.arviz"},
     {"scoring"},
-    {"laplace_modes"},
+    {"laplace_modes", "calibration"},
     {"plotting"},
 ]
-WHOLE = {"gp", "mcmc", "scoring", "streaming"}  # folders that have one place
+WHOLE = {"calibration", "gp", "mcmc", "scoring", "streaming"}  # folders that have one place
 SIDES = {"mcmc", "gp"}
 ON_SIDES = {"pathfinder": {"mcmc"}}  # what stands on a folder besides
 

@@ -6,9 +6,9 @@ import warnings
 from typing import Any
 
 import numpy as np
-import numpyro
 
 from numpyro_ensemble.predict.collect import Draws
+from numpyro_ensemble.streaming.writing import library_attributes
 
 _LATER_GROUPS = ("log_prior", "unconstrained_posterior")  # of which `from_dict` knows less
 
@@ -17,13 +17,7 @@ def assemble(groups: dict[str, dict[str, Any]], draws: Draws, dims: dict, coords
     """Make ArviZ data of the groups, of whichever kind the installed ArviZ has."""
     import arviz as az  # NumPyro has been imported by now: the other order breaks ArviZ's adapter
 
-    import numpyro_ensemble
-
-    attrs = {
-        "inference_library": "numpyro_ensemble",
-        "inference_library_version": numpyro_ensemble.__version__,
-        "numpyro_version": numpyro.__version__,
-    }
+    attrs: dict[str, Any] = dict(library_attributes())
     if draws.seconds is not None:
         attrs["sampling_time"] = draws.seconds
     attrs["ensemble_size"] = draws.ensemble_size
@@ -55,6 +49,23 @@ def assemble(groups: dict[str, dict[str, Any]], draws: Draws, dims: dict, coords
         data[name].attrs.update(attrs)
     if draws.losses is not None:
         _add_training(data, draws, attrs)
+    return data
+
+
+def single_group(
+    name: str, values: dict[str, Any], dims: dict[str, list[str]], attrs: dict[str, Any]
+) -> Any:
+    """Make ArviZ data of one group, of arrays that lead with `(chain, draw)`."""
+    import arviz as az
+    import xarray as xr
+
+    named = {site: dims[site] for site in values if site in dims}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "More chains")
+        dataset = az.dict_to_dataset(values, dims=named, skip_event_dims=True)
+    dataset.attrs.update(library_attributes() | attrs)
+    data = az.InferenceData() if makes_inference_data() else xr.DataTree()
+    _add_group(data, name, dataset)
     return data
 
 

@@ -1,0 +1,226 @@
+"""Simulation-based calibration: all simulated data sets are fitted in one program."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from numpyro_ensemble.calibration.fitting import draws_of
+from numpyro_ensemble.calibration.simulating import DataSites
+from numpyro_ensemble.calibration.uniformity import uniformity
+from numpyro_ensemble.calls.keywords import check_call, checked_keywords
+from numpyro_ensemble.calls.tracing import tracing_alone
+from numpyro_ensemble.density import log_joint
+from numpyro_ensemble.handlers import check_count, one_key, warn
+from numpyro_ensemble.predict.assembly import single_group
+
+_LIKELIHOOD = "log_likelihood"
+_LEAST = 10  # data sets, of which a test of uniformity can say something
+_ALARM = 0.01  # a p-value below which a quantity is called miscalibrated
+
+
+class Calibration(NamedTuple):
+    """Ranks of true values among draws, and whether they are as those of an exact posterior.
+
+    Attributes:
+        data: ArviZ data with the group `prior_sbc`: for each quantity the ranks as numbers between
+            0 and 1, `(1, D, ...)`, uniform for an exact posterior.
+        ranks: by quantity, `(D, ...)`, how many draws are below the true value.
+        p_values: by quantity, `(...)`, of the test that ranks are uniform.
+        miscalibrated: quantities whose smallest p-value is below 0.01 over their size.
+        truths: the latents that the data were simulated with, `(D, ...)`.
+        failed: numbers of the data sets that were left out.
+    """
+
+    data: Any
+    ranks: dict[str, np.ndarray]
+    p_values: dict[str, np.ndarray]
+    miscalibrated: list[str]
+    truths: dict[str, np.ndarray]
+    failed: np.ndarray
+
+
+class _Counts(NamedTuple):
+    """How many draws of each quantity are below the true value, and equal to it."""
+
+    below: dict[str, jax.Array]
+    equal: dict[str, jax.Array]
+    finite: jax.Array
+
+
+@checked_keywords
+def sbc(
+    model: Callable,
+    fit: Any,
+    *args: Any,
+    rng_key: jax.Array,
+    num_datasets: int = 200,
+    num_draws: int = 99,
+    num_steps: int | None = None,
+    run_options: Mapping[str, Any] | None = None,
+    data_sites: Mapping[str, str | int] | Collection[str] | str | None = None,
+    quantities: Callable | None = None,
+    batch_size: int | None = None,
+    on_failed: str = "warn",
+    **kwargs: Any,
+) -> Calibration:
+    """Simulate data from the prior, fit all of them, and rank the true values among the draws.
+
+    Of an exact posterior the ranks are uniform (Talts et al., 2018). Which way they are not tells
+    what is wrong: draws that are too narrow have true values at both ends, shifted ones at one.
+
+    Args:
+        model: a NumPyro model.
+        fit: an `EnsembleVI`, of which each data set is one member's; an `MCMC`, with any kernel;
+            or a function of a key and a call of the model that returns draws by site.
+        *args: arguments of the model, with data of the shape that is to be simulated.
+        rng_key: one key.
+        num_datasets: how many data sets D are simulated.
+        num_draws: draws of each fit that a true value is ranked among; those of chains are taken
+            equally far apart.
+        num_steps: steps of a variational fit.
+        run_options: of the `run` of a variational fit.
+        data_sites: names of the observed sites, or the name or position of the argument that
+            holds the data of each; needed where there are several, or no argument is equal to them.
+        quantities: of the latents and the model's arguments, returns more numbers to rank by name.
+            The log likelihood is always one: it finds what the latents alone do not.
+        batch_size: how many data sets are fitted at once (default: all).
+        on_failed: "warn" leaves out data sets that are not finite, or whose fits are not, "raise"
+            raises.
+        **kwargs: keyword arguments of the model.
+
+    Returns:
+        A `Calibration`. `az.plot_ecdf_pit(calibration.data)` draws it in ArviZ 1.0 and later,
+        `plotting.plot_ranks(calibration)` in all.
+
+    Raises:
+        TypeError: if `fit` is none of these.
+        ValueError: for a model that data cannot be simulated from, or options that do not fit.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, numpyro, numpyro.distributions as dist
+        >>> from numpyro_ensemble.calibration import sbc
+        >>> def model(y):
+        ...     mu = numpyro.sample("mu", dist.Normal(0.0, 1.0))
+        ...     with numpyro.plate("data", 3):
+        ...         numpyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+        >>> def exact(key, y):
+        ...     return {"mu": y.sum() / 4 + 0.5 * jax.random.normal(key, (99,))}
+        >>> found = sbc(model, exact, jnp.zeros(3), rng_key=jax.random.key(0), num_datasets=500)
+        >>> found.miscalibrated, found.ranks["mu"].shape
+        ([], (500,))
+    """
+    check_count("num_datasets", num_datasets)
+    if num_datasets < _LEAST:
+        raise ValueError(f"num_datasets must be at least {_LEAST}, got {num_datasets}.")
+    check_count("num_draws", num_draws)
+    if on_failed not in ("warn", "raise"):
+        raise ValueError(f'on_failed takes "warn" or "raise", got {on_failed!r}.')
+    if batch_size is not None:
+        check_count("batch_size", batch_size)
+    check_call(model, args, kwargs)
+    sites = DataSites.of(model, args, kwargs, data_sites)
+    draw = draws_of(fit, num_draws, num_steps, run_options or {})
+    simulate_key, fit_key, tie_key = jax.random.split(one_key(rng_key), 3)
+    truths, data = sites.simulate(jax.random.split(simulate_key, num_datasets), {})
+    simulated = _finite(truths) & _finite(data)
+
+    def one(given: tuple) -> _Counts:
+        key, truth, values = given
+        return _counted(sites, draw, quantities, key, truth, values)
+
+    keys = jax.random.split(fit_key, num_datasets)
+    program = jax.jit(
+        tracing_alone(partial(jax.lax.map, one, batch_size=batch_size or num_datasets))
+    )
+    counts = jax.tree.map(np.asarray, program((keys, truths, data)))
+    good = simulated & counts.finite
+    _tell(simulated, counts.finite, on_failed)
+    kept = jax.tree.map(lambda x: np.asarray(x)[good], (truths, counts.below, counts.equal))
+    truths, below, equal = kept
+    ties = _uniform(tie_key, below)
+    shares = {k: (below[k] + ties[k] * (equal[k] + 1)) / (num_draws + 1) for k in below}
+    p_values = {name: uniformity(values) for name, values in shares.items()}
+    wrong = [name for name, p in p_values.items() if p.size and p.min() * p.size < _ALARM]
+    group = single_group(
+        "prior_sbc", {name: values[None] for name, values in shares.items()}, sites.dims,
+        {"num_draws": num_draws, "num_datasets": num_datasets},
+    )  # fmt: skip
+    return Calibration(group, below, p_values, wrong, truths, np.flatnonzero(~good))
+
+
+def _counted(
+    sites: DataSites,
+    draw: Callable,
+    quantities: Callable | None,
+    key: jax.Array,
+    truth: dict[str, jax.Array],
+    data: dict[str, jax.Array],
+) -> _Counts:
+    """Fit one data set, and count the draws below and at the true values."""
+    args, kwargs = sites.call(data)
+    draws = draw(key, args, kwargs)
+    known = [name for name in sites.latent if name in draws]
+    latents = {name: draws[name] for name in known}
+    density = log_joint(sites.model)
+
+    def more(values: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        found = {} if quantities is None else dict(quantities(values, *args, **kwargs))
+        clash = sorted(found.keys() & {*values, _LIKELIHOOD})
+        if clash:
+            raise ValueError(f"quantities returns {clash}, which are ranked already.")
+        if known == list(sites.latent):
+            found[_LIKELIHOOD] = density(values, *args, **kwargs)[0]
+        return {name: jnp.asarray(value) for name, value in found.items()}
+
+    own = {name: truth[name] for name in known}
+    expected, every = own | more(own), latents | jax.vmap(more)(latents)
+    below = {name: (every[name] < expected[name][None]).sum(axis=0) for name in every}
+    equal = {name: (every[name] == expected[name][None]).sum(axis=0) for name in every}
+    return _Counts(below, equal, _all_finite(every))
+
+
+def _all_finite(values: dict[str, jax.Array]) -> jax.Array:
+    """Say whether all numbers are finite."""
+    return jnp.stack([jnp.isfinite(x).all() for x in values.values()]).all()
+
+
+def _finite(values: dict[str, jax.Array]) -> np.ndarray:
+    """Say of each data set whether all its numbers are finite."""
+    flags = [np.isfinite(np.asarray(x)).reshape(len(x), -1).all(axis=1) for x in values.values()]
+    return np.all(flags, axis=0)
+
+
+def _tell(simulated: np.ndarray, fitted: np.ndarray, on_failed: str) -> None:
+    """Name the data sets that are left out, or raise."""
+    parts = []
+    for text, bad in (
+        ("simulated data that are not finite", ~simulated),
+        ("draws or densities that are not finite", simulated & ~fitted),
+    ):
+        numbers = np.flatnonzero(bad)
+        if numbers.size:
+            named = ", ".join(map(str, numbers[:10])) + (", ..." if numbers.size > 10 else "")
+            parts.append(f"{numbers.size} of {bad.size} data sets have {text}: {named}")
+    if not parts:
+        return
+    message = "; ".join(parts)
+    if on_failed == "raise" or (simulated & fitted).sum() < _LEAST:
+        raise RuntimeError(
+            f"{message}. on_failed='warn' leaves them out, where {_LEAST} others are left."
+        )
+    warn(f"{message}. They are left out: ranks are of the others, and tell nothing of these.")
+
+
+def _uniform(key: jax.Array, shapes: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Return a uniform number for each rank, which places it between two draws."""
+    keys = jax.random.split(key, len(shapes))
+    return {
+        name: np.asarray(jax.random.uniform(k, value.shape))
+        for k, (name, value) in zip(keys, shapes.items(), strict=True)
+    }

@@ -1,0 +1,105 @@
+"""Whether numbers between 0 and 1 are uniform: one simultaneous test of their distribution."""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+from numpy.typing import ArrayLike
+from scipy import stats
+
+from numpyro_ensemble.handlers import check_count
+
+_PLACES = 100  # at which the distribution functions are compared, at most
+_SIMULATED = 2000  # sets of uniform numbers that the test is calibrated with
+
+
+def uniformity(values: ArrayLike) -> np.ndarray:
+    """Test that values are uniform between 0 and 1 by their whole distribution function at once.
+
+    At each of 100 places the number of values below is binomial; the test takes the least
+    probable of these numbers, and compares it with those of simulated uniform values (Säilynoja,
+    Bürkner and Vehtari, 2022).
+
+    Args:
+        values: `(N, ...)`, N independent values of each quantity.
+
+    Returns:
+        p-values `(...)`; a small one says that the values are not uniform.
+
+    Raises:
+        ValueError: for values outside 0 and 1, or fewer than 10.
+
+    Example:
+        >>> import numpy as np
+        >>> from numpyro_ensemble.calibration import uniformity
+        >>> u = np.random.default_rng(0).random(200)
+        >>> bool(uniformity(u) > 0.05), bool(uniformity(u**2) < 0.001)
+        (True, True)
+    """
+    values = np.asarray(values, float)
+    if values.ndim == 0 or len(values) < 10:
+        raise ValueError(f"a test of uniformity needs 10 values, got shape {values.shape}.")
+    if not ((values >= 0.0) & (values <= 1.0)).all():
+        raise ValueError("values must be between 0 and 1, and finite.")
+    flat = values.reshape(len(values), -1)
+    found = np.array([_least_probable(column[None])[0] for column in flat.T])
+    below = np.searchsorted(_simulated(len(values)), found, side="right")
+    return ((1.0 + below) / (1.0 + _SIMULATED)).reshape(values.shape[1:])
+
+
+def ecdf_band(number: int, level: float = 0.95) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the band in which the distribution function of uniform values lies as a whole.
+
+    Args:
+        number: of values.
+        level: the probability that it does.
+
+    Returns:
+        Places between 0 and 1, and the lower and upper end of the band at each.
+
+    Raises:
+        ValueError: if level is not between 0 and 1.
+    """
+    check_count("number", number)
+    if not 0.0 < level < 1.0:
+        raise ValueError(f"level must be between 0 and 1, got {level}.")
+    tail = np.quantile(_simulated(number), 1.0 - level)
+    places = _places(number)
+    lower = stats.binom.ppf(tail, number, places)
+    upper = stats.binom.isf(tail, number, places)
+    return places, lower / number, upper / number
+
+
+def _places(number: int) -> np.ndarray:
+    count = min(number, _PLACES)
+    return np.arange(1, count) / count
+
+
+def _least_probable(values: np.ndarray) -> np.ndarray:
+    """Return of each row `(R, N)` the smallest tail probability of its counts below the places."""
+    number = values.shape[1]
+    places = _places(number)
+    edges = np.concatenate([[0.0], places, [1.0]])
+    cells = np.clip(np.searchsorted(edges, values, side="right") - 1, 0, len(places))
+    rows = np.arange(len(values))[:, None] * (len(places) + 1)
+    counts = np.bincount((rows + cells).ravel(), minlength=len(values) * (len(places) + 1))
+    below = counts.reshape(len(values), -1)[:, :-1].cumsum(axis=1)
+    lower, upper = _tails(number)
+    where = np.arange(len(places))
+    return np.minimum(lower[where, below], upper[where, below]).min(axis=1)
+
+
+@functools.lru_cache(maxsize=16)
+def _tails(number: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the probabilities of so few, and of so many, values below each place."""
+    count, places = np.arange(number + 1), _places(number)[:, None]
+    return stats.binom.cdf(count, number, places), stats.binom.sf(count - 1, number, places)
+
+
+@functools.lru_cache(maxsize=16)
+def _simulated(number: int) -> np.ndarray:
+    """Return the sorted smallest tail probabilities of sets of uniform values."""
+    rng = np.random.default_rng(0)
+    parts = [_least_probable(rng.random((100, number))) for _ in range(_SIMULATED // 100)]
+    return np.sort(np.concatenate(parts))
