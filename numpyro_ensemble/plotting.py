@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from jax.typing import ArrayLike
 
+from numpyro_ensemble.calibration import ecdf_band
 from numpyro_ensemble.handlers import check_count
 from numpyro_ensemble.scoring import calibration_curve, interval
 
@@ -175,4 +176,38 @@ def plot_weights(weights: ArrayLike, *, ax: Any = None) -> Any:
     ax.bar(np.arange(len(values)), values, color=_NARROW, edgecolor=_INK)
     ax.axhline(1 / len(values), color="0.3", ls="--", lw=1, label="even")
     ax.set(xlabel="member", ylabel="weight")
+    return ax
+
+
+def plot_ranks(calibration: Any, *, level: float = 0.95, max_lines: int = 8, ax: Any = None) -> Any:
+    """Draw how far the ranks' distribution functions are from those of an exact posterior.
+
+    Quantities whose ranks are not uniform are dashed and named with their p-values.
+
+    Args:
+        calibration: what `calibration.sbc` returned.
+        level: the probability that a curve of uniform ranks lies in the band as a whole.
+        max_lines: of a quantity with many numbers those with the smallest p-values are drawn.
+        ax: matplotlib axes.
+
+    Returns:
+        The axes.
+    """
+    check_count("max_lines", max_lines)
+    ax, number = _axes(ax), len(next(iter(calibration.ranks.values())))
+    places, lower, upper = ecdf_band(number, level)
+    ax.fill_between(places, lower - places, upper - places, step="mid", color=_WIDE, label="exact")
+    group = calibration.data["prior_sbc"]
+    for i, (name, p_values) in enumerate(calibration.p_values.items()):
+        values = group[name].values[0].reshape(number, -1)
+        style, _ = _STYLES[i % len(_STYLES)]
+        wrong = name in calibration.miscalibrated
+        for j, k in enumerate(np.argsort(p_values, axis=None)[:max_lines]):
+            curve = (values[:, k, None] <= places).mean(axis=0) - places
+            label = None if j else f"{name}, p = {np.min(p_values):.3g}"
+            color = _FAILED if wrong else _INK
+            ax.plot(places, curve, style, color=color, linewidth=1.8 if wrong else 1.0, label=label)
+    ax.axhline(0.0, color=_INK, linewidth=0.5)
+    ax.set(xlabel="rank, as a share of the draws", ylabel="distribution less uniform")
+    ax.legend(fontsize="small")
     return ax

@@ -14,7 +14,7 @@ from numpyro.infer import MCMC, NUTS, Trace_ELBO
 from numpyro.infer.autoguide import AutoLaplaceApproximation, AutoMultivariateNormal, AutoNormal
 from scipy import stats
 
-from numpyro_ensemble import EnsembleMAP, EnsembleVI
+from numpyro_ensemble import EnsembleMAP, EnsembleVI, plotting
 from numpyro_ensemble.calibration import ecdf_band, sbc, uniformity
 from numpyro_ensemble.mcmc import ChEES
 from numpyro_ensemble.predict.assembly import makes_inference_data
@@ -275,3 +275,13 @@ SHOP = np.arange(9) % 3
 def test_bad_input(call, said):
     with pytest.raises((TypeError, ValueError), match=said):
         call({"rng_key": KEY, "num_datasets": 10})
+
+
+def test_the_picture_names_what_is_wrong():
+    found = calibrated(lambda key, x, z: posterior(key, x, z, width=0.5), number=200)
+    ax = plotting.plot_ranks(found)
+    labels = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert "exact" in labels and any(text.startswith("w, p = 0.0") for text in labels)
+    band = ax.collections[0].get_paths()[0].vertices[:, 1]
+    outside = [np.abs(line.get_ydata()).max() > band.max() for line in ax.lines[:2]]
+    assert all(outside)
