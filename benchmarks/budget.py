@@ -1,8 +1,8 @@
 """How many gradients, one after another, many chains need until their second moments are known.
 
-Run `python benchmarks/budget.py FOLDER problem [chains] [kernels]` for "irt", "credit" or
-"brownian". FOLDER holds the data and the moments of inference-gym, from the repository of
-TensorFlow Probability: files of `internal/datasets` as they are, files of `targets/ground_truth`
+Run `python benchmarks/budget.py FOLDER problem [chains] [iterations] [kernels]` for "irt",
+"credit" or "brownian". FOLDER holds the data and the moments of inference-gym, from the repository
+of TensorFlow Probability: files of `internal/datasets` as they are, files of `targets/ground_truth`
 with `truth_` before their names, and the `german.data-numeric` of the UCI repository.
 
 The bias of a parameter x is `b^2 = (mean of x^2 - E[x^2])^2 / Var[x^2]`, with the mean over the
@@ -139,8 +139,9 @@ def walked(model, args, chains):
     return start, sum(numbers)
 
 
-def budget(folder, problem="brownian", chains="4096", *names, warmup=150, draws=150):
+def budget(folder, problem="brownian", chains="4096", iterations="150", *names):
     """Show after how many gradients the chains know all second moments."""
+    warmup = draws = int(iterations)
     model, args, name = {"irt": irt, "credit": credit, "brownian": brownian}[problem](folder)
     start, steps = walked(model, args, int(chains))
     print(f"{problem}: {steps} steps of the start", flush=True)

@@ -1,8 +1,9 @@
 """Many-chain kernels against NumPyro's NUTS: speed, convergence, correctness, calibration.
 
 Run `python benchmarks/mcmc.py speed irt [repeats]` (or `radon`) for effective draws a second,
-compilation included, in turns with NUTS; `chains irt` for 16 to 1,024 chains; `moments [problem]`
-for means and standard deviations against theory or a long NUTS run; `sbc` for calibration;
+compilation included, in turns with NUTS; `chains irt` for 16 to 1,024 chains; `moments
+[problems] [kernels]` for means and standard deviations against theory or a long NUTS run; `sbc`
+for calibration;
 `traps [kernel] [seeds] [problem]` for runs some of whose starts are found where nothing is;
 `starts [kernel] [seeds] [problem]` for the starts against each other;
 `gradients irt [start] [kernels]` for effective draws a gradient.
@@ -126,17 +127,19 @@ def gradients(problem="irt", start="microcanonical", *names):
         )
 
 
-def moments(*problems):
+def moments(*names):
     """Compare means and standard deviations with theory, or with a long run of NUTS."""
     known = known_moments()
-    for problem in problems or PROBLEMS:
+    problems = [name for name in names if name not in KERNELS] or PROBLEMS
+    kernels = [name for name in names if name in KERNELS] or [*KERNELS]
+    for problem in problems:
         reference = known.get(problem)
         longest = None
         if reference is None:
             better = "decentred schools" if problem == "schools" else problem
             longest, *_ = run("NUTS", better, jax.random.key(99), 4, 2000, 5000)
-        for name in ("MEADS", "ChEES", "NUTS"):
-            options = SMALL_STEPS[name] if problem == "schools" else {}
+        for name in kernels:
+            options = SMALL_STEPS.get(name, {}) if problem == "schools" else {}
             draws, *_ = run(name, problem, jax.random.key(1), **options)
             scores = np.concatenate(
                 [
