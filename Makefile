@@ -78,11 +78,11 @@ test: $(call ready,test) ## check format, lint, types and doctests, and run all 
 	XLA_FLAGS="$(QUICK)" JAX_CHECK_TRACER_LEAKS=1 $(PYTEST) --junitxml=$(CACHE)/reports/leaks.xml -m leaks $(LEAKS)
 	@$(BIN)/python -c "$$count_tests" $(CACHE)/reports/*.xml
 
-# LONG_TURN=0 to LONG_TURN=3 take one quarter of the long tests each, and QUICK_TURN=0 and 1 one half
+# LONG_TURN=0 to LONG_TURN=7 take one eighth of the long tests each, and QUICK_TURN=0 and 1 one half
 # of those that `make test` runs.
 long: $(call ready,test) ## run what `make test` leaves out: long tests, the core in float64, processes in float32
 	XLA_FLAGS="$(QUICK)" $(PYTEST) -m "(core or long) and not single and not leaks"
-	XLA_FLAGS="$(QUICK)" JAX_ENABLE_X64=0 $(PYTEST) -m "long and single" || [ $$? -eq 5 ] # a quarter may have none
+	XLA_FLAGS="$(QUICK)" JAX_ENABLE_X64=0 $(PYTEST) -m "long and single" || [ $$? -eq 5 ] # an eighth may have none
 	XLA_FLAGS="$(QUICK)" JAX_ENABLE_X64=0 $(PYTEST) -m "not core and not long" $(addprefix tests/test_gp_,$(addsuffix .py,calls features paths))
 
 # NumPyro's examples are tested where NUMPYRO_CHECKOUT names a checkout of its tag. Each model goes
