@@ -7,5 +7,15 @@ from numpyro_ensemble.mcmc.diagnostics import rhat_nested
 from numpyro_ensemble.mcmc.mams import MAMS
 from numpyro_ensemble.mcmc.mclmc import MCLMC
 from numpyro_ensemble.mcmc.meads import MEADS
+from numpyro_ensemble.mcmc.sgmcmc import SGMCMC
 
-__all__ = ["MAMS", "MCLMC", "MEADS", "ChEES", "rhat_nested", "run_checkpointed", "starts"]
+__all__ = [
+    "MAMS",
+    "MCLMC",
+    "MEADS",
+    "SGMCMC",
+    "ChEES",
+    "rhat_nested",
+    "run_checkpointed",
+    "starts",
+]

@@ -20,6 +20,7 @@ from numpyro_ensemble.checkpoint import describe, describe_all, describe_argumen
 from numpyro_ensemble.hosts import home
 from numpyro_ensemble.mcmc.checks import Survey, check_start, check_values, is_frozen, survey
 from numpyro_ensemble.mcmc.mixing import Advice, CollectedDraws, collected
+from numpyro_ensemble.mcmc.positions import Coordinates
 from numpyro_ensemble.mcmc.progress import Progress
 from numpyro_ensemble.mcmc.searches import STARTS, given
 from numpyro_ensemble.mcmc.state import ChainsState, in_rows, in_sites
@@ -255,7 +256,7 @@ class ManyChainKernel(MCMCKernel):
         """Return the state with density and gradient for other arguments of the model."""
         call = model_args, model_kwargs or {}
         coordinates = self._target.coordinates(state.z, *call)
-        log_density = self._target.log_density(*call, coordinates)
+        log_density = self._followed(*call, coordinates)
         return in_sites(self._refreshed(in_rows(state, coordinates), log_density), coordinates)
 
     def _refreshed(self, state: ChainsState, log_density: Callable) -> ChainsState:
@@ -278,7 +279,7 @@ class ManyChainKernel(MCMCKernel):
             raise ValueError(self._alone())
         progress = state.adapt_state.progress
         coordinates = self._target.coordinates(state.z, model_args, model_kwargs)
-        log_density = self._target.log_density(model_args, model_kwargs, coordinates)
+        log_density = self._followed(model_args, model_kwargs, coordinates)
         state = in_rows(state, coordinates)
         # of other data than those of the state's density every proposal might be rejected
         state = jax.lax.cond(
@@ -311,6 +312,10 @@ class ManyChainKernel(MCMCKernel):
     def _speed(self, size: int) -> float:
         """Return how fast each of so many coordinates moves, in scales and units of time."""
         return 1.0
+
+    def _followed(self, args: tuple, kwargs: dict, coordinates: Coordinates) -> Any:
+        """Return what `_refreshed` and `_iterate` are given: the log density of a row."""
+        return self._target.log_density(args, kwargs, coordinates)
 
     @abstractmethod
     def _check_chains(self, num_chains: int, num_warmup: int) -> None:

@@ -161,6 +161,12 @@ class SharedMetric(NamedTuple):
         scaled = positions / jnp.broadcast_to(sigma, positions.shape)
         return _stretched(scaled, directions, eigenvalues**-0.5)
 
+    def colour(self, positions: jax.Array) -> jax.Array:
+        """Undo `whiten`."""
+        sigma, directions, eigenvalues = self.inverse_mass
+        stretched = _stretched(positions, directions, eigenvalues**0.5)
+        return stretched * jnp.broadcast_to(sigma, positions.shape)
+
     def whiten_as_blackjax(self, positions: jax.Array) -> jax.Array:
         """Do the same as BlackJAX's MEADS, where sigma divides last.
 

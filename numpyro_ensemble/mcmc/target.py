@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -14,7 +14,7 @@ from numpyro.infer.util import constrain_fn, initialize_model, potential_energy
 
 from numpyro_ensemble.calls.identity import captured
 from numpyro_ensemble.calls.programs import Programs
-from numpyro_ensemble.density import anatomy, unchecked_trace
+from numpyro_ensemble.density import Site, anatomy, unchecked_trace
 from numpyro_ensemble.enumeration import (
     as_marked,
     check_funsor,
@@ -56,6 +56,7 @@ class Target:
         if not callable(init_strategy):
             raise TypeError(f"init_strategy takes a NumPyro strategy, got {init_strategy!r}.")
         self.model, self.potential_fn, self.init_strategy = model, potential_fn, init_strategy
+        self._traced = model  # the model as it is run
         self.placement = placement or Placement()
         self._programs = Programs()
 
@@ -92,10 +93,7 @@ class Target:
     def _density(
         self, fixed: dict[str, Any], sums: int | None, args: tuple, kwargs: dict, z: Any
     ) -> jax.Array:
-        model = self._with(fixed)
-        if sums is None:
-            return -potential_energy(model, args, kwargs, z)
-        return -potential_energy(enumerated(as_marked(model), sums), args, kwargs, z, enum=True)
+        return density_of(self._with(fixed), sums, args, kwargs, z)
 
     def why_not_finite(self, z: Any, args: tuple, kwargs: dict) -> str:
         """Return the likely cause of a density that is not finite, and what to do about it.
@@ -130,6 +128,7 @@ class Target:
         fixed, sums = self._settled(args, kwargs)
         model = self._with(fixed)
         unknown = set() if sums is None else depends_on_sums(model, args, kwargs)
+        unknown |= self._of_some_rows(args, kwargs)
 
         def constrain(z: Any) -> dict[str, Any]:
             sites = constrain_fn(model, args, kwargs, z, return_deterministic=True)
@@ -139,11 +138,11 @@ class Target:
 
     def initial(self, keys: jax.Array, args: tuple, kwargs: dict) -> tuple[Any, jax.Array]:
         """Draw one start for each key by the initialisation strategy, and say which are valid."""
-        assert self.model is not None
+        assert self._traced is not None
         _, sums = self._settled(args, kwargs)
         info = initialize_model(
             keys,
-            self.model if sums is None else as_marked(self.model),
+            self._traced if sums is None else as_marked(self._traced),
             init_strategy=self.init_strategy,
             dynamic_args=True,
             model_args=args,
@@ -162,8 +161,8 @@ class Target:
 
         That is the number of axes that plates take, or None where there is no discrete latent.
         """
-        assert self.model is not None
-        trace = unchecked_trace(self.model, args, kwargs)
+        assert self._traced is not None
+        trace = unchecked_trace(self._traced, args, kwargs)
         fixed = {k: v["value"] for k, v in trace.items() if v["type"] in ("param", "mutable")}
         if not any(map(is_discrete_latent, trace.values())):
             return fixed, None
@@ -171,7 +170,7 @@ class Target:
         return fixed, num_plate_dims(trace)
 
     def _with(self, fixed: dict[str, Any]) -> Callable:
-        return handlers.seed(handlers.substitute(self.model, data=fixed), jax.random.key(0))
+        return with_values(self._traced, fixed)
 
     def coordinates(self, z: Any, args: tuple, kwargs: dict) -> Coordinates:
         """Return the order of all chains' unconstrained values in rows."""
@@ -183,9 +182,11 @@ class Target:
         Raises:
             ValueError: for a latent site that no gradient can move, or a model without any.
         """
-        if self.model is None:
+        if self._traced is None:
             return ()
-        sites = anatomy(self.model, args, kwargs).values()
+        found = self._sites(args, kwargs)
+        self._check_plates(found)
+        sites = found.values()
         discrete = [site.name for site in sites if site.kind == "discrete"]
         if discrete:
             check_funsor(discrete)
@@ -201,12 +202,6 @@ class Target:
                 raise ValueError(
                     f"latent site {site.name!r} is a Delta, which has no density to sample. Write "
                     f"numpyro.deterministic({site.name!r}, value) instead."
-                )
-            if site.drawn_from is not None:
-                raise ValueError(
-                    f"plate {site.name!r} takes {site.shape[0]} of its {site.drawn_from} rows at "
-                    f"random, and these kernels need the density of all rows. Leave subsample_size "
-                    f"out; NumPyro's HMCECS(NUTS(model)) samples with subsamples."
                 )
         latents = [site for site in sites if site.kind == "latent"]
         if latents and not any(np.prod(site.shape) for site in latents):
@@ -226,6 +221,25 @@ class Target:
             )
         return names
 
+    def _sites(self, args: tuple, kwargs: dict) -> dict[str, Site]:
+        assert self._traced is not None
+        return anatomy(self._traced, args, kwargs)
+
+    def _check_plates(self, sites: Mapping[str, Site]) -> None:
+        """Raise a ValueError for a plate that takes some of its rows."""
+        for site in sites.values():
+            if site.drawn_from is not None:
+                raise ValueError(
+                    f"plate {site.name!r} takes {site.shape[0]} of its {site.drawn_from} rows at "
+                    f"random, and these kernels need the density of all rows. Leave subsample_size "
+                    f"out, or take SGMCMC(model), which follows the gradients of such rows; "
+                    f"NumPyro's HMCECS(NUTS(model)) samples with subsamples."
+                )
+
+    def _of_some_rows(self, args: tuple, kwargs: dict) -> set[str]:
+        """Return the deterministic sites that a draw has no value for, since they are of rows."""
+        return set()
+
     def shapes(self, num_chains: int, args: tuple, kwargs: dict) -> dict[str, tuple[int, ...]]:
         """Return the shapes of the unconstrained values of so many chains, by latent site."""
         keys = jax.random.split(jax.random.key(0), num_chains)
@@ -237,6 +251,18 @@ class Target:
         surroundings = captured((self.init_strategy, self.potential_fn))
         others = (name, surroundings)
         return self._programs.call(fn, inputs, self.model, args, kwargs, *others)
+
+
+def with_values(model: Callable | None, fixed: dict[str, Any]) -> Callable:
+    """Give a model a key, and some of its sites values."""
+    return handlers.seed(handlers.substitute(model, data=fixed), jax.random.key(0))
+
+
+def density_of(model: Callable, sums: int | None, args: tuple, kwargs: dict, z: Any) -> jax.Array:
+    """Return the log density of unconstrained values, where plates take so many axes for sums."""
+    if sums is None:
+        return -potential_energy(model, args, kwargs, z)
+    return -potential_energy(enumerated(as_marked(model), sums), args, kwargs, z, enum=True)
 
 
 def per_chain(tree: Any, num_chains: int) -> Any:

@@ -1,0 +1,182 @@
+"""The density of some rows of a model's plates, which kernels of stochastic gradients follow."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from numpyro.primitives import Messenger
+
+from numpyro_ensemble.density import Site, anatomy, is_subsampled, unchecked_trace
+from numpyro_ensemble.handlers import check_count
+from numpyro_ensemble.mcmc.target import Target, density_of, with_values
+
+BatchSize = int | Mapping[str, int] | None
+
+
+def check_batch_size(batch_size: Any) -> None:
+    """Raise where a batch size is neither None, nor a number, nor numbers by plate."""
+    if isinstance(batch_size, Mapping):
+        for name, number in batch_size.items():
+            check_count(f"batch_size[{name!r}]", number)
+    elif batch_size is not None:
+        check_count("batch_size", batch_size)
+
+
+def drawn_rows(key: jax.Array, size: int, number: int) -> jax.Array:
+    """Draw some of so many rows, each equally likely, one of each of `number` equal strata.
+
+    The strata of rows in no order have the variance of a draw without replacement, and of rows
+    that are sorted less. NumPyro's draw takes a time that is proportional to `size`. Where `number`
+    does not divide `size`, a row that two strata share may be drawn by both.
+    """
+    first, rest = np.divmod(np.arange(number) * size, number)  # stratum b begins at b size / number
+    places = jax.random.randint(key, (number,), 0, size)
+    return jnp.asarray(first) + (jnp.asarray(rest) + places) // number
+
+
+class Rows(Messenger):
+    """Give plates that take some of their rows those that a key draws, or all of them.
+
+    Args:
+        fn: the model.
+        batch_size: how many rows: None for those that the model takes, a number for all plates that
+            take some, or numbers by the names of plates.
+        key: a key, or None for all rows.
+    """
+
+    def __init__(self, fn: Callable, batch_size: BatchSize, key: jax.Array | None) -> None:
+        self.batch_size, self.key = batch_size, key
+        super().__init__(fn)
+
+    def process_message(self, msg: dict[str, Any]) -> None:
+        """Set the rows of a plate: the same for plates of one name."""
+        if msg["type"] != "plate":
+            return
+        name, (size, asked) = msg["name"], msg["args"]
+        number = self._number(name, asked)
+        if number is None:
+            return
+        if number > size:
+            raise ValueError(
+                f"batch_size asks for {number} rows of plate {name!r}, which has {size}. Give "
+                f"batch_size={{{name!r}: ...}}, {size} or fewer."
+            )
+        if self.key is None or number == size:
+            msg["args"], msg["value"] = (size, size), jnp.arange(size)
+            return
+        key = jax.random.fold_in(self.key, zlib.crc32(name.encode()))
+        msg["args"], msg["value"] = (size, number), drawn_rows(key, size, number)
+
+    def _number(self, name: str, asked: int | None) -> int | None:
+        if isinstance(self.batch_size, Mapping):
+            return self.batch_size.get(name, asked)
+        return asked if self.batch_size is None or asked is None else self.batch_size
+
+
+class _AtFixedRows:
+    """A model whose plates take rows that are always the same."""
+
+    def __init__(self, model: Callable, batch_size: BatchSize) -> None:
+        self.model, self.batch_size = model, batch_size
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return Rows(self.model, self.batch_size, jax.random.key(0))(*args, **kwargs)
+
+
+class MinibatchTarget(Target):
+    """A model of which some rows are seen at a time.
+
+    What `Target` has is the density of rows that are always the same: it is for starts.
+    """
+
+    def __init__(self, model: Callable, batch_size: BatchSize, init_strategy: Callable) -> None:
+        super().__init__(model, init_strategy=init_strategy)
+        self.batch_size = batch_size
+        self._traced = _AtFixedRows(model, batch_size)
+
+    def density_of_rows(self, args: tuple, kwargs: dict) -> Callable[[Any, Any], jax.Array]:
+        """Return the log density over unconstrained values and a key: None is for all rows.
+
+        Its mean over keys is the log density of all rows, and so is that of its gradient.
+        """
+        fixed, sums = self._settled(args, kwargs)
+
+        def density(z: Any, key: jax.Array | None) -> jax.Array:
+            assert self.model is not None
+            model = with_values(Rows(self.model, self.batch_size, key), fixed)
+            return density_of(model, sums, args, kwargs, z)
+
+        return density
+
+    def _sites(self, args: tuple, kwargs: dict) -> dict[str, Site]:
+        if self.batch_size is None:
+            return super()._sites(args, kwargs)
+        assert self.model is not None
+        anatomy(self.model, args, kwargs)  # whose errors are its own
+        try:
+            return super()._sites(args, kwargs)
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"the model cannot take the rows that batch_size={self.batch_size!r} asks for: "
+                f"{error} Its data must follow the plate, by numpyro.subsample(y, event_dim=0) or "
+                f"by the indices that the plate gives: with numpyro.plate(...) as rows: y[rows]."
+            ) from error
+
+    def _check_plates(self, sites: Mapping[str, Site]) -> None:
+        """Raise a ValueError for plates that do not take some of their rows, or that hold latents.
+
+        Raises:
+            ValueError: also where a site of one row has all rows for its data.
+        """
+        plates = {name: site for name, site in sites.items() if site.kind == "plate"}
+        asked = self.batch_size if isinstance(self.batch_size, Mapping) else {}
+        unknown = [name for name in asked if name not in plates]
+        if unknown:
+            raise ValueError(
+                f"batch_size names {unknown}, and the plates of the model are {list(plates)}."
+            )
+        some = {name: site for name, site in plates.items() if site.drawn_from is not None}
+        if not some:
+            raise ValueError(
+                f"no plate of the model takes some of its rows (plates: {list(plates)}), so that "
+                f"there is no minibatch. Write numpyro.plate('data', N, subsample_size=100) around "
+                f"the data and numpyro.subsample(y, event_dim=0) in it, or name a plate whose data "
+                f"are taken so: SGMCMC(model, batch_size={{'data': 100}}). For gradients of all "
+                f"rows take MCLMC(model)."
+            )
+        for site in sites.values():
+            for name in [name for name, _ in site.plates if name in some]:
+                _check_inside(site, some[name])
+
+    def _of_some_rows(self, args: tuple, kwargs: dict) -> set[str]:
+        trace = unchecked_trace(self._traced, args, kwargs)
+        some = {name for name, site in trace.items() if is_subsampled(site)}
+
+        def within(site: dict[str, Any]) -> bool:
+            return any(frame.name in some for frame in site["cond_indep_stack"])
+
+        return {k for k, v in trace.items() if v["type"] == "deterministic" and within(v)}
+
+
+def _check_inside(site: Site, plate: Site) -> None:
+    """Raise a ValueError for a site that cannot be in a plate of which some rows are taken."""
+    taken, rows = plate.shape[0], plate.drawn_from
+    if site.kind in ("latent", "discrete"):
+        raise ValueError(
+            f"latent site {site.name!r} is in plate {plate.name!r}, of which {taken} of {rows} "
+            f"rows are taken at random: the next step would see others of its values. Sum or "
+            f"integrate it out of the model, leave the plate whole, or take "
+            f"MCLMC(model) or MAMS(model) with all rows."
+        )
+    batch = site.shape[: len(site.shape) - site.event_dim]
+    if site.kind == "observed" and taken == 1 and rows in batch:
+        raise ValueError(
+            f"site {site.name!r} has the data of all {rows} rows in plate {plate.name!r}, of which "
+            f"one is taken. Write numpyro.subsample(y, event_dim=0), or y[rows] with the indices "
+            f"that the plate gives."
+        )

@@ -1,0 +1,241 @@
+"""The pure step of SGNHT (Ding et al., 2014), whose noise and step size come from all chains.
+
+Chains move in coordinates in which their metric is the identity, by BlackJAX's step. Three things
+are beside it:
+
+- Its gradient is taken where the position of the same step is, which makes the step symplectic.
+- The gradient's noise is measured in warm-up, and the step adds only what it lacks (`beta`). The
+  thermostat takes care of what is left.
+- Then the mean of `-x . gradient` is `(1 - friction * step_size / 2)` times the mean square of the
+  momentum, for any density: multiply the step's covariances out. The thermostat holds the latter at
+  the inverse of that factor, so that the former is 1 for each coordinate, as in the posterior.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from blackjax.sgmcmc import diffusions
+
+from numpyro_ensemble.mcmc.counted import counted, largest_eigenvalue
+from numpyro_ensemble.mcmc.mams_scheme import averaged
+from numpyro_ensemble.mcmc.metric import SharedMetric
+from numpyro_ensemble.mcmc.progress import Progress
+from numpyro_ensemble.mcmc.target import all_finite, choose, per_chain
+
+_FRICTION = 1.0  # in units of the slowest direction's time: directions are critical at 2
+_NOISE = 0.8  # of the friction's noise, which the noisiest coordinate's gradient may make
+_RENEWALS = (0.0, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4)  # of the centre, in parts of warm-up
+
+
+class Noise(NamedTuple):
+    """Second moments of the gradient's noise, `(C, d)`, averaged over chains and warm-up.
+
+    They are those at the chains' positions, at the centre for the same rows, and of both.
+    """
+
+    here: jax.Array
+    centre: jax.Array
+    both: jax.Array
+
+
+class SGMCMCAdaptation(NamedTuple):
+    """What SGMCMC adapts, for each chain.
+
+    Attributes:
+        step_size: `(C,)`, in coordinates in which the metric is the identity.
+        xi: `(C,)`, the friction that each chain's thermostat has found: 1 on average where the
+            gradient's noise is what warm-up measured.
+        noise: `(C, d)`, the variance of the gradient's noise in these coordinates.
+        weight: `(C,)`, the part of the control variate that makes the least noise.
+        centre: `(C, d)`, where the control variate is, or None.
+        slope: `(C, d)`, the gradient of all rows there, or None.
+        moments: what noise and weight are computed from.
+        bound: `(C,)`, the step size that the curvature bounds.
+        metric: the metric that all chains share.
+        progress: how far warm-up has come.
+    """
+
+    step_size: jax.Array
+    xi: jax.Array
+    noise: jax.Array
+    weight: jax.Array
+    centre: jax.Array | None
+    slope: jax.Array | None
+    moments: Noise
+    bound: jax.Array
+    metric: SharedMetric
+    progress: Progress
+
+
+class Scheme(NamedTuple):
+    """The constants of the scheme."""
+
+    step_size: float = 0.25
+    control_variates: bool = True
+    metric: str | int = "auto"
+
+
+class Walkers(NamedTuple):
+    """Chains, in rows."""
+
+    position: jax.Array  # (C, d)
+    momentum: jax.Array  # (C, d), in coordinates in which the metric is the identity
+    log_density: jax.Array  # (C,), as the last step's rows have it
+
+
+def sgmcmc_start(
+    rows: jax.Array, log_density: jax.Array, progress: Progress, scheme: Scheme
+) -> SGMCMCAdaptation:
+    """Return the adaptation of chains that have not moved yet, from positions `(C, d)`."""
+    num_chains, size = rows.shape
+    metric = SharedMetric.among(rows, counted(log_density, size), scheme.metric)
+    none, zeros = jnp.zeros(num_chains, rows.dtype), jnp.zeros_like(rows)
+    centre = zeros if scheme.control_variates else None
+    moments = Noise(zeros, zeros, zeros)
+    xi = none + _FRICTION
+    return SGMCMCAdaptation(none, xi, zeros, none, centre, centre, moments, none, metric, progress)
+
+
+def slope_at_centre(a: SGMCMCAdaptation, density: Callable) -> SGMCMCAdaptation:
+    """Return the adaptation with the gradient of all rows at the centre."""
+    if a.centre is None:
+        return a
+    slope = jax.grad(density)(a.centre[0], None)
+    return a._replace(slope=per_chain(slope.astype(a.centre.dtype), len(a.centre)))
+
+
+def sgmcmc_step(
+    keys: jax.Array, chains: Walkers, a: SGMCMCAdaptation, density: Callable, scheme: Scheme
+) -> tuple[Walkers, SGMCMCAdaptation, jax.Array]:
+    """Make one iteration: one step for each row of keys but the first, and adapt before it.
+
+    Args:
+        keys: `(S + 1, C)`; every chain draws its own rows in every step.
+        chains: positions and momenta.
+        a: the state of the scheme.
+        density: of one chain's row and a key for rows of the data, None for all.
+        scheme: its constants.
+
+    Returns:
+        Chains, adaptation, and how many steps of each chain were lost.
+    """
+    a = jax.lax.cond(
+        a.progress.warming,
+        lambda a: _adapted(keys[0], chains.position, a, density, scheme),
+        lambda a: a,
+        a,
+    )
+    step = jax.vmap(_step(a, density), in_axes=(0, 0, 0, 0, 0))
+    origin, zeros = chains.position, jnp.zeros_like(chains.position)
+
+    def body(j: jax.Array, carry: tuple) -> tuple:
+        moved, momentum, xi, value, lost = carry
+        new = step(keys[j + 1], origin, moved, momentum, xi)
+        whole = all_finite(*new)
+        kept = moved, -momentum, jnp.full_like(xi, _FRICTION), value
+        return (*choose(whole, new, kept), lost + ~whole)
+
+    first = zeros, chains.momentum, a.xi, chains.log_density, jnp.zeros(len(zeros), int)
+    moved, momentum, xi, value, lost = jax.lax.fori_loop(0, len(keys) - 1, body, first)
+    chains = Walkers(origin + a.metric.colour(moved), momentum, value)
+    a = a._replace(xi=xi)
+
+    def observed(a: SGMCMCAdaptation) -> SGMCMCAdaptation:
+        metric = a.metric.observe(chains.position, a.progress)
+        return a._replace(metric=metric, progress=a.progress.next())
+
+    return chains, jax.lax.cond(a.progress.warming, observed, lambda a: a, a), lost
+
+
+def _gradient(a: SGMCMCAdaptation, density: Callable) -> Callable:
+    """Return a function of a row and a key: log density, and gradient in the metric's coordinates.
+
+    The mean of the gradient over keys is that of all rows, whatever the centre and the weight.
+    """
+    both = jax.value_and_grad(density)
+
+    def gradient(row: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        value, grad = both(row, key)
+        if a.centre is not None:
+            known = jax.grad(density)(a.centre[0], key) - a.slope[0]
+            grad = grad - a.weight[0] * known
+        return value, a.metric.whiten_gradients(grad)
+
+    return gradient
+
+
+def _step(a: SGMCMCAdaptation, density: Callable) -> Callable:
+    """Return one step of one chain, from where it has moved from an origin in this iteration."""
+    gradient, step_size = _gradient(a, density), a.step_size[0]
+    temperature = 1.0 / (1.0 - 0.5 * _FRICTION * step_size)
+    # BlackJAX adds noise of variance h T (2 alpha - h T beta), and the gradient's is h^2 noise
+    beta = jnp.minimum(a.noise[0] / temperature, 2.0 * _FRICTION / step_size) / temperature
+    move = diffusions.sgnht(_FRICTION, beta)
+
+    def step(
+        key: jax.Array, origin: jax.Array, moved: jax.Array, momentum: jax.Array, xi: jax.Array
+    ) -> tuple[jax.Array, ...]:
+        rows_key, noise_key = jax.random.split(key)
+        there = origin + a.metric.colour(moved + step_size * momentum)
+        value, grad = gradient(there, rows_key)
+        state = moved, momentum, xi, grad, step_size, temperature
+        moved, momentum, xi = move(noise_key, *state)
+        # a chain that comes from far away is fast: its thermostat may stop it, but not turn it
+        return moved, momentum, jnp.clip(xi, -_FRICTION, 1.0 / step_size), value
+
+    return step
+
+
+def _adapted(
+    keys: jax.Array, rows: jax.Array, a: SGMCMCAdaptation, density: Callable, scheme: Scheme
+) -> SGMCMCAdaptation:
+    """Renew the centre, measure the noise of the gradients, and find the step size."""
+    start = a.progress.iteration[0]
+    due = jnp.stack([start == jnp.ceil(part * a.progress.total) for part in _RENEWALS]).any()
+    if a.centre is not None:
+
+        def renewed(a: SGMCMCAdaptation) -> SGMCMCAdaptation:
+            centre = per_chain(rows.mean(axis=0), len(rows))
+            return slope_at_centre(a._replace(centre=centre), density)
+
+        a = jax.lax.cond(due, renewed, lambda a: a, a)
+    pairs = jax.vmap(jax.random.split)(keys)
+    grad = jax.vmap(jax.grad(density), in_axes=(0, 0))
+    white = a.metric.whiten_gradients
+    here = [white(grad(rows, pairs[:, i])) for i in range(2)]
+    centre = [jnp.zeros_like(rows)] * 2
+    if a.centre is not None:
+        slope = a.slope
+        centre = [white(grad(a.centre, pairs[:, i]) - slope) for i in range(2)]
+    # half the square of the difference of two has the noise's variance for its mean
+    noise, at_centre = (0.5**0.5 * (x - y) for x, y in (here, centre))
+    now = Noise(noise**2, at_centre**2, noise * at_centre)
+    sound = all_finite(*now)
+    now = jax.tree.map(lambda x: x.mean(axis=0, where=sound[:, None]), now)
+
+    def average(before: jax.Array, now: jax.Array) -> jax.Array:
+        now = jnp.where(jnp.isfinite(now), now, before[0])
+        mean = jnp.where(start == 0, now, averaged(before[0], now, a.progress))
+        return per_chain(mean.astype(before.dtype), len(before))
+
+    moments = jax.tree.map(average, a.moments, now)
+    tiny = jnp.finfo(rows.dtype).tiny
+    weight = jnp.clip(moments.both[0].sum() / jnp.maximum(moments.centre[0].sum(), tiny), 0.0, 1.0)
+    left = moments.here - 2.0 * weight * moments.both + weight**2 * moments.centre
+    left = jnp.maximum(left, 0.0)
+    mean = 0.5 * sum(x - weight * y for x, y in zip(here, centre, strict=True))
+    mean = jnp.where(sound[:, None], mean, 0.0)
+    steepest = jnp.maximum(largest_eigenvalue(mean, sound), 1.0)
+    bound = average(a.bound, scheme.step_size / jnp.sqrt(steepest))
+    step_size = jnp.minimum(bound, _NOISE * 2.0 * _FRICTION / jnp.maximum(left.max(), tiny))
+    return a._replace(
+        step_size=step_size.astype(rows.dtype),
+        noise=left,
+        weight=per_chain(weight.astype(rows.dtype), len(rows)),
+        moments=moments,
+        bound=bound,
+    )
