@@ -31,11 +31,18 @@ def drawn_rows(key: jax.Array, size: int, number: int) -> jax.Array:
     """Draw some of so many rows, each equally likely, one of each of `number` equal strata.
 
     The strata of rows in no order have the variance of a draw without replacement, and of rows
-    that are sorted less. NumPyro's draw takes a time that is proportional to `size`. Where `number`
-    does not divide `size`, a row that two strata share may be drawn by both.
+    that are sorted less. NumPyro's draw takes a time that is proportional to `size`.
     """
-    first, rest = np.divmod(np.arange(number) * size, number)  # stratum b begins at b size / number
-    places = jax.random.randint(key, (number,), 0, size)
+    return rows_at(jax.random.randint(key, (number,), 0, size), size)
+
+
+def rows_at(places: jax.Array, size: int) -> jax.Array:
+    """Return the row at a place of each stratum: of `size` places, a row has one for each draw.
+
+    Where strata share a row, both may draw it.
+    """
+    number = places.shape[0]
+    first, rest = np.divmod(np.arange(number) * size, number)  # b * size / number: where b begins
     return jnp.asarray(first) + (jnp.asarray(rest) + places) // number
 
 
@@ -154,6 +161,7 @@ class MinibatchTarget(Target):
                 _check_inside(site, some[name])
 
     def _of_some_rows(self, args: tuple, kwargs: dict) -> set[str]:
+        assert self._traced is not None
         trace = unchecked_trace(self._traced, args, kwargs)
         some = {name for name, site in trace.items() if is_subsampled(site)}
 

@@ -160,7 +160,7 @@ def _gradient(a: SGMCMCAdaptation, density: Callable) -> Callable:
 
     def gradient(row: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
         value, grad = both(row, key)
-        if a.centre is not None:
+        if a.centre is not None and a.slope is not None:
             known = jax.grad(density)(a.centre[0], key) - a.slope[0]
             grad = grad - a.weight[0] * known
         return value, a.metric.whiten_gradients(grad)
@@ -168,13 +168,23 @@ def _gradient(a: SGMCMCAdaptation, density: Callable) -> Callable:
     return gradient
 
 
+def thermal(step_size: jax.Array, noise: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Return temperature, `alpha` and `beta` of BlackJAX's step for gradients of so much noise.
+
+    It adds noise of variance `h T (2 alpha - h T beta)` to that of the gradient, `h**2 noise`. With
+    this `alpha` a normal density of scale 1 keeps the temperature at a friction of just 1.
+    """
+    temperature = 1.0 / (1.0 - 0.5 * _FRICTION * step_size)
+    alpha = _FRICTION * (1.0 - 0.5 * _FRICTION * step_size) - 0.25 * step_size**2 / _FRICTION
+    beta = jnp.minimum(noise / temperature, 2.0 * alpha / step_size) / temperature
+    return temperature, alpha, beta
+
+
 def _step(a: SGMCMCAdaptation, density: Callable) -> Callable:
     """Return one step of one chain, from where it has moved from an origin in this iteration."""
     gradient, step_size = _gradient(a, density), a.step_size[0]
-    temperature = 1.0 / (1.0 - 0.5 * _FRICTION * step_size)
-    # BlackJAX adds noise of variance h T (2 alpha - h T beta), and the gradient's is h^2 noise
-    beta = jnp.minimum(a.noise[0] / temperature, 2.0 * _FRICTION / step_size) / temperature
-    move = diffusions.sgnht(_FRICTION, beta)
+    temperature, alpha, beta = thermal(step_size, a.noise[0])
+    move = diffusions.sgnht(alpha, beta)
 
     def step(
         key: jax.Array, origin: jax.Array, moved: jax.Array, momentum: jax.Array, xi: jax.Array

@@ -1,0 +1,357 @@
+"""Stochastic gradients of subsampled plates: no bias of theirs, and that of the draws is small."""
+
+import itertools
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import pytest
+from blackjax.sgmcmc import diffusions
+from numpyro.infer import MCMC
+from numpyro.infer.util import log_density, potential_energy
+
+from numpyro_ensemble.mcmc import MCLMC, SGMCMC, minibatches
+from numpyro_ensemble.mcmc.minibatches import MinibatchTarget, rows_at
+from numpyro_ensemble.mcmc.progress import Progress
+from numpyro_ensemble.mcmc.sgmcmc_scheme import Scheme, _gradient, _step, sgmcmc_start, thermal
+
+CHAINS, ROWS = 64, 400
+rng = np.random.default_rng(0)
+X = rng.normal(size=(ROWS, 3))
+X[:, 1] += 2.0 * X[:, 0]  # correlated, and slopes of unequal scale
+Y = X @ np.array([1.0, -0.5, 0.0]) + 0.3 + rng.normal(size=ROWS)
+
+
+def regression(x, y, batch=20):
+    """A vector before a scalar, in no order, and a deterministic site of some rows."""
+    w = numpyro.sample("w", dist.Normal(0.0, 1.0).expand([3]).to_event(1))
+    b = numpyro.sample("a", dist.Normal(0.0, 1.0))
+    numpyro.deterministic("twice", 2 * b)
+    with numpyro.plate("data", len(y), subsample_size=batch) as rows:
+        mean = numpyro.deterministic("mean", x[rows] @ w + b)
+        numpyro.sample("y", dist.Normal(mean, 1.0), obs=numpyro.subsample(y, event_dim=0))
+
+
+def posterior(x=X, y=Y):
+    design = np.c_[x, np.ones(len(y))]
+    covariance = np.linalg.inv(design.T @ design + np.eye(4))
+    return covariance @ design.T @ y, covariance
+
+
+def sampler(kernel, draws=100, warmup=100, **options):
+    options = {"chain_method": "vectorized", "progress_bar": False, "num_chains": CHAINS} | options
+    return MCMC(kernel, num_warmup=warmup, num_samples=draws, **options)
+
+
+def start(seed=0, widths=3.0):
+    """Return starts that are off by three standard deviations, and as much too wide."""
+    mean, covariance = posterior()
+    factor = widths * np.linalg.cholesky(covariance)
+    z = mean + (np.random.default_rng(seed).normal(size=(CHAINS, 4)) + 1.0) @ factor.T
+    return {"w": jnp.asarray(z[:, :3]), "a": jnp.asarray(z[:, 3])}
+
+
+def two_plates(counts, x):
+    """Plates that cross, of which both take some rows, around counts of integers."""
+    rate = numpyro.sample("rate", dist.Gamma(2.0, 1.0).expand([2]).to_event(1))
+    bias = numpyro.sample("bias", dist.Normal(0.0, 1.0))
+    columns = numpyro.plate("columns", 3, subsample_size=2, dim=-1)
+    with numpyro.plate("rows", 4, subsample_size=3, dim=-2) as i, columns as j:
+        expected = rate[0] * jnp.exp(bias * x[i][:, j]) + rate[1]
+        numpyro.sample("n", dist.Poisson(expected), obs=counts[i][:, j])
+
+
+COUNTS = rng.poisson(2.0, size=(4, 3))
+
+
+@pytest.mark.core
+@pytest.mark.parametrize(("size", "number"), [(5, 2), (6, 3), (7, 3), (4, 4), (3, 1)])
+def test_every_row_is_drawn_as_often(size, number):
+    places = jnp.array(list(itertools.product(range(size), repeat=number)))
+    rows = jax.vmap(lambda p: rows_at(p, size))(places)
+    assert (np.bincount(rows.ravel(), minlength=size) * size == rows.size).all()
+    assert (jnp.diff(rows, axis=1) >= 0).all()  # a stratum each
+    if size % number == 0:
+        assert (jnp.diff(rows, axis=1) > 0).all()
+
+
+@pytest.mark.core
+def test_rows_of_millions_do_not_overflow(key):
+    rows = minibatches.drawn_rows(key, 2**30, 100_000)
+    assert (jnp.diff(rows) >= 0).all() and rows[0] < 2**15 and 2**30 - 2**15 < rows[-1] < 2**30
+
+
+def test_the_gradient_has_no_bias(monkeypatch):
+    """Its mean over all draws of rows of both plates is the gradient of all rows."""
+    data = jnp.asarray(COUNTS), jnp.asarray(rng.normal(size=(4, 3)))
+    target = MinibatchTarget(two_plates, None, numpyro.infer.init_to_uniform)
+    density = target.density_of_rows(data, {})
+    z = {"rate": jnp.array([0.3, -0.2]), "bias": jnp.asarray(0.4)}
+    kinds = [itertools.product(range(n), repeat=b) for n, b in ((4, 3), (3, 2))]
+    places = [jnp.array(list(kind)) for kind in kinds]
+    drawn = {}
+    monkeypatch.setattr(minibatches, "drawn_rows", lambda key, size, _: rows_at(drawn[size], size))
+
+    def of_rows(of_four, of_three):
+        drawn.update({4: of_four, 3: of_three})
+        return jax.value_and_grad(density)(z, jax.random.key(0))
+
+    every = jax.vmap(jax.vmap(of_rows, (None, 0)), (0, None))
+    found = jax.jit(every)(*places)
+    expected = jax.value_and_grad(lambda z: density(z, None))(z)
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x.mean(axis=(0, 1)), y, rtol=1e-10),
+        found,
+        expected,
+    )
+    whole = numpyro.handlers.substitute(two_plates, data={})
+    resized = minibatches.Rows(whole, {"rows": 4, "columns": 3}, None)
+    seeded = numpyro.handlers.seed(resized, jax.random.key(0))
+    np.testing.assert_allclose(expected[0], -potential_energy(seeded, data, {}, z), rtol=1e-10)
+    # the scale of rows that was forgotten is no small matter
+    assert abs(found[0] - expected[0]).max() > 1.0 and found[0].shape == (64, 9)
+
+
+def adaptation(density, rows, centre, weight):
+    scheme = Scheme(metric="dense")
+    a = sgmcmc_start(rows, jnp.zeros(len(rows)), Progress.start(9, len(rows)), scheme)
+    wide = jnp.broadcast_to
+    slope = jax.grad(density)(centre, None)
+    return a._replace(
+        step_size=a.step_size + 0.2,
+        noise=a.noise + jnp.linspace(0.5, 3.0, rows.shape[1])[None],
+        weight=a.weight + weight,
+        centre=wide(centre, rows.shape),
+        slope=wide(slope, rows.shape),
+    )
+
+
+def in_rows(batch=20):
+    target = MinibatchTarget(regression, {"data": batch}, numpyro.infer.init_to_uniform)
+    density = target.density_of_rows((jnp.asarray(X), jnp.asarray(Y)), {})
+    return lambda row, key: density({"w": row[:3], "a": row[3]}, key)
+
+
+def test_control_variates_change_no_mean_and_take_the_noise(key):
+    density = in_rows()
+    mean, covariance = map(jnp.asarray, posterior())
+    rows = mean[None] + jax.random.normal(key, (CHAINS, 4)) @ jnp.linalg.cholesky(covariance).T
+    noise = {}
+    for weight in (0.0, 0.7, 1.0):
+        a = adaptation(density, rows, mean + 0.01, weight)
+        gradient = _gradient(a, density)
+        keys = jax.random.split(key, 4000)
+        found = jax.jit(jax.vmap(gradient, (None, 0)))(rows[0], keys)[1]
+        full = a.metric.whiten_gradients(jax.grad(density)(rows[0], None))
+        error = found.std(axis=0) / len(keys) ** 0.5
+        assert (abs(found.mean(axis=0) - full) < 4.5 * error).all()
+        noise[weight] = found.var(axis=0).mean()
+    assert abs(noise[0.0] - ROWS / 20) < 7.0  # N / B in the posterior's scale
+    assert noise[1.0] < 1.5 and noise[1.0] < noise[0.7] < noise[0.0]
+
+
+@pytest.mark.core
+def test_the_step_is_blackjax(key):
+    density = in_rows()
+    mean, covariance = map(jnp.asarray, posterior())
+    rows = mean[None] + jax.random.normal(key, (CHAINS, 4)) @ jnp.linalg.cholesky(covariance).T
+    rows = rows.astype(mean.dtype)
+    a = adaptation(density, rows, mean, 1.0)
+    origin, momentum, xi = rows[3], jnp.array([1.0, -2.0, 0.5, 0.0]), jnp.asarray(0.7)
+    new = jax.jit(_step(a, density))(key, origin, jnp.zeros(4), momentum, xi)
+    rows_key, noise_key = jax.random.split(key)
+    sigma, turn, lam = a.metric.inverse_mass
+    colour = jnp.diag(sigma) @ (jnp.eye(4) + turn @ jnp.diag(jnp.sqrt(lam) - 1.0) @ turn.T)
+    there = origin + colour @ (0.2 * momentum)
+    grad = jax.grad(density)
+    known = grad(mean, rows_key) - grad(mean, None)
+    temperature, alpha, beta = thermal(0.2, a.noise[0])
+    state = jnp.zeros(4), momentum, xi, colour.T @ (grad(there, rows_key) - known)
+    expected = diffusions.sgnht(alpha, beta)(noise_key, *state, 0.2, temperature)
+    for ours, theirs in zip(new[:3], expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(new[3], density(there, rows_key), rtol=1e-3)
+
+
+@pytest.mark.parametrize("step_size", [0.05, 0.25, 0.5])
+@pytest.mark.parametrize("noise", [0.0, 1.5, 3.0])
+def test_a_normal_density_keeps_its_scale(step_size, noise):
+    """The stationary covariance of one coordinate's step, which is linear, is solved for."""
+    temperature, alpha, beta = map(float, thermal(step_size, jnp.asarray(noise)))
+
+    def scale(temperature, alpha, beta):
+        added = step_size * temperature * (2 * alpha - step_size * temperature * beta)
+        added += step_size**2 * noise
+        move = np.array([[1.0, step_size], [-step_size, 1.0 - step_size - step_size**2]])
+        noises = np.array([0.0, 0.0, 0.0, added])
+        covariance = np.linalg.solve(np.eye(4) - np.kron(move, move), noises)
+        return covariance[0], covariance[3]
+
+    x, p = scale(temperature, alpha, beta)
+    np.testing.assert_allclose([x, p], [1.0, temperature], rtol=1e-6)
+    assert abs(scale(1.0, 1.0, noise)[0] - 1.0) > 0.9 * step_size**2 / 4
+    if noise:  # which nobody took into account
+        assert scale(temperature, alpha, 0.0)[0] - 1.0 > 0.4 * step_size * noise
+
+
+@pytest.fixture(scope="module")
+def fitted():
+    mcmc = sampler(SGMCMC(regression))
+    fields = ("adapt_state.xi", "adapt_state.noise", "adapt_state.weight", "num_steps")
+    with jax.numpy_rank_promotion("raise"), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        mcmc.run(jax.random.key(1), X, Y, init_params=start(), extra_fields=fields)
+    return mcmc
+
+
+def errors(mcmc, mean, covariance):
+    """Return errors of means in standard deviations, and variances over true ones."""
+    draws = mcmc.get_samples(group_by_chain=True)
+    z = np.concatenate([draws["w"], draws["a"][..., None]], axis=-1)
+    scale = np.sqrt(np.diag(covariance))
+    return (z.mean(axis=(0, 1)) - mean) / scale, z.var(axis=(0, 1)) / scale**2
+
+
+@pytest.mark.core
+def test_draws_are_near_the_posterior(fitted):
+    off, spread = errors(fitted, *posterior())
+    assert abs(off).max() < 0.1 and abs(spread - 1.0).max() < 0.15
+    # the posterior of 20 rows, by gradients whose scale was forgotten
+    few = errors(fitted, posterior()[0], ROWS / 20 * posterior()[1])
+    assert abs(few[1] - 1.0).min() > 0.9
+    draws = fitted.get_samples(group_by_chain=True)
+    assert set(draws) == {"w", "a", "twice"}  # and no mean of rows
+    assert draws["w"].shape == (CHAINS, 100, 3)
+    fields = fitted.get_extra_fields(group_by_chain=True)
+    assert abs(fields["adapt_state.xi"].mean() - 1.0) < 0.1
+    assert fields["adapt_state.noise"].shape == (CHAINS, 100, 4)
+    assert (fields["adapt_state.weight"] > 0.9).all() and (fields["num_steps"] == 8).all()
+    assert not fields["diverging"].any()
+    line = fitted.sampler.get_diagnostics_str(fitted.last_state)
+    assert line.startswith("8 steps of size") and "gradient noise=" in line
+
+
+def test_a_state_goes_on_with_other_data(fitted):
+    """The gradient of all rows at the centre is that of the data that a run is given."""
+    last = fitted.post_warmup_state = fitted.last_state
+    other = Y + 0.02
+    fitted.run(last.rng_key, X, other)
+    state = fitted.last_state
+    assert (state.i == last.i + 100).all()
+    off, spread = errors(fitted, *posterior(y=other))
+    assert abs(off).max() < 0.15 and abs(spread - 1.0).max() < 0.2
+    assert abs(errors(fitted, *posterior())[0][3]) > 0.3  # 0.02 is 0.4 standard deviations
+    first = fitted.get_samples()["a"]
+    fitted.run(last.rng_key, X, other)
+    np.testing.assert_array_equal(first, fitted.get_samples()["a"])
+
+
+def test_chains_draw_rows_of_their_own(fitted):
+    """Where all chains are alike, one step takes them to the same place, of other rows."""
+    kernel = SGMCMC(regression, steps_per_draw=1)
+    last = fitted.last_state
+    alike = {"z": last.z, "r": last.r, "potential_energy": last.potential_energy}
+    alike = jax.tree.map(lambda x: jnp.broadcast_to(x[:1], x.shape), alike)
+    state = last._replace(rng_key=jax.random.split(jax.random.key(3), CHAINS), **alike)
+
+    @jax.jit
+    def step(state):
+        return kernel.sample(state, (jnp.asarray(X), jnp.asarray(Y)), {})
+
+    new = step(state)
+    assert (abs(new.z["w"] - new.z["w"][0]) < 1e-12).all()
+    assert len(np.unique(new.potential_energy)) == CHAINS
+    assert len(np.unique(new.r["a"])) == CHAINS
+    # a chain that is lost takes no other one with it
+    bad = state._replace(z=state.z | {"a": state.z["a"].at[5].set(jnp.nan)})
+    lost = step(bad)
+    others = jnp.arange(CHAINS) != 5
+    assert lost.diverging[5] and not lost.diverging[others].any()
+    for name in ("w", "a"):
+        np.testing.assert_array_equal(lost.z[name][others], new.z[name][others])
+        np.testing.assert_array_equal(lost.r[name][others], new.r[name][others])
+
+
+def test_rows_that_are_asked_for():
+    z = {"w": jnp.array([0.3, -0.2, 1.0]), "a": jnp.asarray(0.4)}
+    data = jnp.asarray(X), jnp.asarray(Y)
+
+    def whole(x, y):
+        return regression(x, y, batch=None)
+
+    full = log_density(numpyro.handlers.seed(whole, jax.random.key(0)), data, {}, z)[0]
+    sizes = []
+
+    def watched(x, y):
+        w = numpyro.sample("w", dist.Normal(0.0, 1.0).expand([3]).to_event(1))
+        a = numpyro.sample("a", dist.Normal(0.0, 1.0))
+        with numpyro.plate("data", len(y)):
+            rows, seen = numpyro.subsample(x, event_dim=1), numpyro.subsample(y, event_dim=0)
+            sizes.append(len(seen))
+            numpyro.sample("y", dist.Normal(rows @ w + a, 1.0), obs=seen)
+
+    for model, asked, number in (
+        (regression, 7, None), (regression, None, None), (watched, {"data": 9}, 9)
+    ):  # fmt: skip
+        kernel = SGMCMC(model, batch_size=asked)
+        np.testing.assert_allclose(kernel.get_potential_fn(data)(z), -full, rtol=1e-6)
+        density = kernel._rows.density_of_rows(data, {})
+        assert abs(density(z, jax.random.key(0)) - full) > 1.0
+        if number:
+            assert sizes[-1] == number
+    # rows of a plate that was sorted by its data are all alike
+    ordered = np.sort(Y)
+    flat = SGMCMC(regression, batch_size=100)._rows.density_of_rows((0.0 * X, ordered), {})
+    values = jax.vmap(lambda key: flat(z, key))(jax.random.split(jax.random.key(0), 50))
+    assert values.std() < 15.0  # 60 without strata
+
+
+def test_what_is_refused():
+    data = jnp.asarray(X), jnp.asarray(Y)
+    keys = jax.random.split(jax.random.key(0), 8)
+
+    def refused(message, model=regression, **options):
+        with pytest.raises(ValueError, match=message):
+            SGMCMC(model, **options).init(keys, 10, None, data)
+
+    def local(x, y):
+        with numpyro.plate("data", len(y), subsample_size=5) as rows:
+            u = numpyro.sample("u", dist.Normal(0.0, 1.0))
+            numpyro.sample("y", dist.Normal(u, 1.0), obs=y[rows])
+
+    def whole(x, y):
+        m = numpyro.sample("m", dist.Normal(0.0, 1.0))
+        with numpyro.plate("data", len(y)):
+            numpyro.sample("y", dist.Normal(m, 1.0), obs=y)
+
+    refused("latent site 'u' is in plate 'data', of which 5 of 400 rows are taken", local)
+    refused(
+        r"no plate of the model takes some of its rows \(plates: \['data'\]\).*subsample", whole
+    )
+    refused(r"batch_size names \['rows'\], and the plates .* \['data'\]", batch_size={"rows": 3})
+    refused("asks for 401 rows of plate 'data', which has 400", batch_size=401)
+    refused("no plate of the model takes some", batch_size=400)
+    refused(
+        "cannot take the rows that batch_size=.*numpyro.subsample", whole, batch_size={"data": 5}
+    )
+    refused("data of all 400 rows in plate 'data', of which one", whole, batch_size={"data": 1})
+    for value in (0.0, np.inf, 1.5):
+        with pytest.raises(ValueError, match="step_size takes"):
+            SGMCMC(regression, step_size=value)
+    with pytest.raises(TypeError, match=r"batch_size\['data'\] takes an integer, got 2.5"):
+        SGMCMC(regression, batch_size={"data": 2.5})
+    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
+        SGMCMC(regression, batch_size=0)
+    with pytest.raises(TypeError, match="control_variates takes True or False, got 1"):
+        SGMCMC(regression, control_variates=1)
+    with pytest.raises(ValueError, match="one of model and potential_fn"):
+        SGMCMC(None)
+    with pytest.raises(ValueError, match="num_chains=2 is too few for SGMCMC"):
+        SGMCMC(regression).init(keys[:2], 10, None, data)
+    with pytest.raises(ValueError, match="given one alone"):
+        SGMCMC(regression).init(keys[0], 10, None, data)
+    with pytest.raises(ValueError, match="plate 'data' takes 20 of its 400 .*SGMCMC"):
+        MCLMC(regression).init(keys, 10, None, data)
