@@ -60,6 +60,12 @@ class Rows(Messenger):
         self.batch_size, self.key = batch_size, key
         super().__init__(fn)
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the model with arrays of JAX, which alone can be indexed by rows that are drawn."""
+        with jax.ensure_compile_time_eval():
+            args, kwargs = jax.tree.map(_as_jax, (args, kwargs))
+        return super().__call__(*args, **kwargs)
+
     def process_message(self, msg: dict[str, Any]) -> None:
         """Set the rows of a plate: the same for plates of one name."""
         if msg["type"] != "plate":
@@ -83,6 +89,11 @@ class Rows(Messenger):
         if isinstance(self.batch_size, Mapping):
             return self.batch_size.get(name, asked)
         return asked if self.batch_size is None or asked is None else self.batch_size
+
+
+def _as_jax(leaf: Any) -> Any:
+    is_numeric = isinstance(leaf, np.ndarray) and leaf.dtype.kind in "biufc"
+    return jnp.asarray(leaf) if is_numeric else leaf
 
 
 class _AtFixedRows:
@@ -181,10 +192,12 @@ def _check_inside(site: Site, plate: Site) -> None:
             f"integrate it out of the model, leave the plate whole, or take "
             f"MCLMC(model) or MAMS(model) with all rows."
         )
+    if site.kind != "observed":
+        return
     batch = site.shape[: len(site.shape) - site.event_dim]
-    if site.kind == "observed" and taken == 1 and rows in batch:
+    if batch.count(rows) > [size for _, size in site.plates].count(rows):
         raise ValueError(
             f"site {site.name!r} has the data of all {rows} rows in plate {plate.name!r}, of which "
-            f"one is taken. Write numpyro.subsample(y, event_dim=0), or y[rows] with the indices "
-            f"that the plate gives."
+            f"{taken} are taken. Write numpyro.subsample(y, event_dim=0), or y[rows] with the "
+            f"indices that the plate gives."
         )
