@@ -92,6 +92,14 @@ def is_subsampled(site: dict[str, Any]) -> bool:
     return site["type"] == "plate" and len(site["value"]) < site["args"][0]
 
 
+def plate_of(frame: str, plates: Collection[str]) -> str | None:
+    """Return the plate that a frame around a site belongs to, None for one that is not among them.
+
+    A scope puts its prefix before the name of a plate that was made outside of it.
+    """
+    return max((name for name in plates if frame.endswith(name)), key=len, default=None)
+
+
 def named_axes(site: dict[str, Any]) -> list[str] | None:
     """Name the axes of a site by its plates and event dims; None where there are no names."""
     shape = np.shape(site["value"])

@@ -13,12 +13,12 @@ import numpyro.distributions as dist
 from numpyro import handlers
 from numpyro.primitives import Messenger
 
-from numpyro_ensemble.density import filled
+from numpyro_ensemble.density import filled, plate_of
 from numpyro_ensemble.gp.inputs import check_values
 from numpyro_ensemble.gp.messages import SUFFIX
 from numpyro_ensemble.gp.noise import normal_at
 from numpyro_ensemble.gp.process import Process, check_copies
-from numpyro_ensemble.gp.subsampling import Dependents, KnownRows, plate_of
+from numpyro_ensemble.gp.subsampling import Dependents, KnownRows
 from numpyro_ensemble.gp.weights import (
     mask_of,
     site_weight,

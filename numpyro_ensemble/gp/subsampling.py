@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -45,14 +45,6 @@ class KnownRows(Messenger):
         start = size - number if name == self.moved else 0
         with jax.ensure_compile_time_eval():
             msg["value"] = jnp.arange(start, start + number)
-
-
-def plate_of(frame: str, plates: Collection[str]) -> str | None:
-    """Return the plate that a frame around a site belongs to, None for one that is not among them.
-
-    A scope puts its prefix before the name of a plate that was made outside of it.
-    """
-    return max((name for name in plates if frame.endswith(name)), key=len, default=None)
 
 
 class Dependents(NamedTuple):

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpyro.distributions as dist
 
 from numpyro_ensemble.calls.arguments import has_tracers
+from numpyro_ensemble.density import plate_of
 from numpyro_ensemble.gp.process import Process
-from numpyro_ensemble.gp.subsampling import plate_of
 from numpyro_ensemble.handlers import is_zero
 
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from numpyro.primitives import Messenger
 
-from numpyro_ensemble.density import Site, anatomy, is_subsampled, unchecked_trace
+from numpyro_ensemble.density import Site, anatomy, is_subsampled, plate_of, unchecked_trace
 from numpyro_ensemble.handlers import check_count
 from numpyro_ensemble.mcmc.target import Target, density_of, with_values
 
@@ -168,8 +168,10 @@ class MinibatchTarget(Target):
                 f"rows take MCLMC(model)."
             )
         for site in sites.values():
-            for name in [name for name, _ in site.plates if name in some]:
-                _check_inside(site, some[name])
+            for frame, _ in site.plates:
+                plate = plate_of(frame, some)
+                if plate is not None:
+                    _check_inside(site, some[plate])
 
     def _of_some_rows(self, args: tuple, kwargs: dict) -> set[str]:
         assert self._traced is not None
@@ -177,14 +179,14 @@ class MinibatchTarget(Target):
         some = {name for name, site in trace.items() if is_subsampled(site)}
 
         def within(site: dict[str, Any]) -> bool:
-            return any(frame.name in some for frame in site["cond_indep_stack"])
+            return any(plate_of(frame.name, some) for frame in site["cond_indep_stack"])
 
         return {k for k, v in trace.items() if v["type"] == "deterministic" and within(v)}
 
 
 def _check_inside(site: Site, plate: Site) -> None:
     """Raise a ValueError for a site that cannot be in a plate of which some rows are taken."""
-    taken, rows = plate.shape[0], plate.drawn_from
+    taken, rows = plate.shape[0], plate.drawn_from or 0
     if site.kind in ("latent", "discrete"):
         raise ValueError(
             f"latent site {site.name!r} is in plate {plate.name!r}, of which {taken} of {rows} "

@@ -1,0 +1,261 @@
+"""Samplers on stochastic gradients: bias and effective draws at equal numbers of gradients.
+
+Run `python benchmarks/minibatches.py steps linear` (or `logistic`) for steps of SGHMC, SGNHT and
+MCLMC on one regression, in coordinates in which its posterior has the identity for covariance; and
+`python benchmarks/minibatches.py kernel 100000 [batch]` for `SGMCMC` on a logistic regression of so
+many rows, with and without control variates, and MCLMC on all rows; `draws 100000` for the time
+that drawing rows takes.
+"""
+
+import sys
+import time
+import warnings
+
+import arviz as az
+import blackjax.sgmcmc.sghmc as sghmc
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+from blackjax.mcmc import mclmc
+from blackjax.mcmc.integrators import IntegratorState, isokinetic_velocity_verlet
+from blackjax.sgmcmc import diffusions
+from blackjax.util import generate_unit_vector
+from numpyro.diagnostics import effective_sample_size
+from numpyro.infer import MCMC
+
+from numpyro_ensemble.mcmc import MCLMC, SGMCMC
+from numpyro_ensemble.mcmc.minibatches import drawn_rows
+from numpyro_ensemble.mcmc.sgmcmc_scheme import thermal
+
+CHAINS, GRADIENTS, EVERY = 256, 4000, 20
+ROWS, SIZE, BATCH = 2000, 6, 50
+
+
+def regression(kind):
+    """Return a likelihood of rows, data, and the posterior's mean and covariance."""
+    rng = np.random.default_rng(0)
+    x = rng.standard_t(5, size=(ROWS, SIZE)) @ (np.eye(SIZE) + 0.5 * rng.normal(size=(SIZE, SIZE)))
+    x[:, 0] = 1.0
+    w = rng.normal(size=SIZE) * 0.5
+    if kind == "linear":  # whose noise is not that of the model
+        y = x @ w + rng.normal(size=ROWS) * (0.5 + (np.abs(x[:, 1]) > 1))
+        covariance = np.linalg.inv(x.T @ x + np.eye(SIZE))
+        mean = covariance @ x.T @ y
+        return lambda w, x, y: -0.5 * (y - x @ w) ** 2, (x, y), mean, covariance
+    y = (rng.uniform(size=ROWS) < 1 / (1 + np.exp(-x @ w))).astype(float)
+
+    def likelihood(w, x, y):
+        return y * (x @ w) - jnp.logaddexp(0.0, x @ w)
+
+    def density(w):
+        return likelihood(w, x, y).sum() - 0.5 * (w**2).sum()
+
+    mode = jnp.zeros(SIZE)
+    for _ in range(30):
+        mode = mode - jnp.linalg.solve(jax.hessian(density)(mode), jax.grad(density)(mode))
+    factor = np.linalg.cholesky(np.linalg.inv(-np.asarray(jax.hessian(density)(mode))))
+    # importance sampling from Student's t
+    number, freedom = 400_000, 10
+    z = rng.normal(size=(number, SIZE))
+    z /= np.sqrt(rng.chisquare(freedom, size=(number, 1)) / freedom)
+    places = np.asarray(mode) + z @ factor.T
+    parts = [np.asarray(jax.vmap(density)(jnp.asarray(part))) for part in np.split(places, 400)]
+    logs = np.concatenate(parts) + 0.5 * (freedom + SIZE) * np.log1p((z**2).sum(1) / freedom)
+    weights = np.exp(logs - logs.max()) / np.exp(logs - logs.max()).sum()
+    mean = weights @ places
+    off = places - mean
+    return likelihood, (x, y), mean, off.T @ (off * weights[:, None])
+
+
+def gradients(likelihood, data, mean, covariance):
+    """Return stochastic gradients `(row, key)` in whitened coordinates, plain and with a centre."""
+    x, y = map(jnp.asarray, data)
+    factor, mean = jnp.linalg.cholesky(jnp.asarray(covariance)), jnp.asarray(mean)
+
+    def density(z, rows):
+        w = mean + factor @ z
+        return ROWS / len(rows) * likelihood(w, x[rows], y[rows]).sum() - 0.5 * (w**2).sum()
+
+    grad, centre = jax.grad(density), jnp.zeros(SIZE)
+    whole = grad(centre, jnp.arange(ROWS))
+
+    def plain(z, key):
+        return grad(z, drawn_rows(key, ROWS, BATCH))
+
+    def centred(z, key):
+        rows = drawn_rows(key, ROWS, BATCH)
+        return grad(z, rows) - grad(centre, rows) + whole
+
+    return {"plain": plain, "control variates": centred}
+
+
+def methods(grad, noise):
+    """Return steps `(key, state, step_size)`, first states, and gradients a step."""
+    ten = sghmc.build_kernel(1.0, 0.0)
+    inverse = isokinetic_velocity_verlet
+    micro = mclmc.build_kernel(integrator=inverse)
+
+    def blackjax_sghmc(key, state, h):
+        rows = jax.random.fold_in(key, 3)
+        return (ten(key, state[0], grad, rows, h, 10),)
+
+    def corrected_sghmc(key, state, h):
+        step_key, rows = jax.random.split(key)
+        move = diffusions.sghmc(1.0, jnp.minimum(noise, 2.0 / h))
+        return move(step_key, *state, grad(state[0] + h * state[1], rows), h)
+
+    def blackjax_sgnht(key, state, h):
+        step_key, rows = jax.random.split(key)
+        return diffusions.sgnht(1.0, 0.0)(step_key, *state, grad(state[0], rows), h)
+
+    def ours(key, state, h):
+        step_key, rows = jax.random.split(key)
+        temperature, alpha, beta = thermal(h, noise)
+        there = grad(state[0] + h * state[1], rows)
+        return diffusions.sgnht(alpha, beta)(step_key, *state, there, h, temperature)
+
+    def microcanonical(key, state, h):
+        step_key, rows = jax.random.split(key)
+
+        @jax.custom_jvp
+        def density(z):
+            return jnp.zeros(())
+
+        @density.defjvp
+        def slope(z, tangent):
+            return jnp.zeros(()), (grad(z[0], rows) * tangent[0]).sum()
+
+        before = IntegratorState(state[0], state[1], jnp.zeros(()), state[2])
+        unit = SIZE**0.5
+        new, _ = micro(step_key, before, density, 1.0, unit, h * unit)
+        return new.position, new.momentum, new.logdensity_grad
+
+    def normal(key):
+        return jax.random.normal(jax.random.fold_in(key, 1), (SIZE,))
+
+    return {
+        "SGHMC, BlackJAX's kernel": (blackjax_sghmc, lambda z, key: (z,), 10),
+        "SGHMC, noise taken off": (corrected_sghmc, lambda z, key: (z, normal(key)), 1),
+        "SGNHT, BlackJAX's kernel": (
+            blackjax_sgnht, lambda z, key: (z, normal(key), jnp.ones(())), 1
+        ),
+        "SGNHT, as in SGMCMC": (ours, lambda z, key: (z, normal(key), jnp.ones(())), 1),
+        "MCLMC": (
+            microcanonical, lambda z, key: (z, generate_unit_vector(key, z), grad(z, key)), 1
+        ),
+    }  # fmt: skip
+
+
+def walk(step, init, each, h):
+    """Return positions of all chains, from draws of a normal, without the first fifth."""
+
+    def one(key):
+        start_key, key = jax.random.split(key)
+        state = init(jax.random.normal(start_key, (SIZE,)), start_key)
+
+        def draw(state, key):
+            keys = jax.random.split(key, EVERY // each)
+            state = jax.lax.scan(lambda s, key: (step(key, s, h), None), state, keys)[0]
+            return state, state[0]
+
+        keys = jax.random.split(key, GRADIENTS // EVERY)
+        return jax.lax.scan(draw, state, keys)[1][len(keys) // 5 :]
+
+    return jax.vmap(one)(jax.random.split(jax.random.key(1), CHAINS))
+
+
+def compare_steps(kind):
+    """Print errors of means and variances, and effective draws for 1,000 gradients of a chain."""
+    for name, grad in gradients(*regression(kind)).items():
+        z, keys = jax.random.normal(jax.random.key(6), (4000, SIZE)), jax.random.key(5)
+        pairs = jax.random.split(keys, (2, 4000))
+        differ = jax.jit(jax.vmap(lambda z, a, b, grad=grad: grad(z, a) - grad(z, b)))(z, *pairs)
+        noise = 0.5 * (differ**2).mean(axis=0)
+        print(f"{kind}, {name}: variance of the gradient {noise.min():.2g} to {noise.max():.2g}")
+        for method, (step, init, each) in methods(grad, noise).items():
+            run = jax.jit(lambda h, args=(step, init, each): walk(*args, h))
+            for h in (0.01, 0.02) if name == "plain" else (0.1, 0.2, 0.3):
+                draws = np.asarray(run(h))
+                sizes, squares = effective_sample_size(draws), effective_sample_size(draws**2)
+                off, spread = abs(draws.mean((0, 1))).max(), draws.var((0, 1))
+                each_thousand = 1000 / (0.8 * GRADIENTS * CHAINS)
+                print(
+                    f"{method:25s} h {h}: mean {off:.3f} ({sizes.min() ** -0.5:.3f}), variance "
+                    f"{spread.mean():.3f} ({spread.min():.3f} to {spread.max():.3f}; "
+                    f"{(2 / squares.min()) ** 0.5:.3f}), ESS {sizes.min() * each_thousand:.1f}, of "
+                    f"squares {squares.min() * each_thousand:.1f}",
+                    flush=True,
+                )
+
+
+def logistic(x, y, batch=None):
+    """Regress a yes or no on columns, some rows at a time."""
+    w = numpyro.sample("w", dist.Normal(0.0, 1.0).expand([x.shape[1]]).to_event(1))
+    with numpyro.plate("data", len(y), subsample_size=batch) as rows:
+        numpyro.sample("y", dist.Bernoulli(logits=x[rows] @ w), obs=y[rows])
+
+
+def compare_kernels(rows, batch):
+    """Print what 64 chains find in a logistic regression of many rows."""
+    rng = np.random.default_rng(1)
+    x = rng.normal(size=(rows, 10)) @ (np.eye(10) + 0.4 * rng.normal(size=(10, 10)))
+    y = (rng.uniform(size=rows) < 1 / (1 + np.exp(-x @ (0.3 * rng.normal(size=10))))).astype(int)
+    x, y = jnp.asarray(x, float), jnp.asarray(y)
+    truth = None
+    for name, kernel in {
+        "MCLMC": MCLMC(logistic, start="microcanonical"),
+        "SGMCMC": SGMCMC(logistic),
+        "SGMCMC, plain": SGMCMC(logistic, control_variates=False),
+    }.items():
+        size = () if name == "MCLMC" else (batch,)
+        mcmc = MCMC(
+            kernel, num_warmup=300, num_samples=100 if name == "MCLMC" else 500, num_chains=64,
+            chain_method="vectorized", progress_bar=False,
+        )  # fmt: skip
+        begin = time.perf_counter()
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            mcmc.run(jax.random.key(0), x, y, *size)
+        seconds = time.perf_counter() - begin
+        draws = mcmc.get_samples(group_by_chain=True)
+        data = az.convert_to_dataset({"w": np.asarray(draws["w"])})
+        rhat, bulk = float(az.rhat(data)["w"].max()), float(az.ess(data)["w"].min())
+        w = np.asarray(draws["w"], np.float64)
+        mean, scale = w.mean((0, 1)), w.std((0, 1))
+        truth = truth or (mean, scale)
+        off, spread = abs((mean - truth[0]) / truth[1]).max(), (scale / truth[1]) ** 2
+        print(
+            f"{name}: {seconds:.1f} s, R-hat {rhat:.4f}, bulk {bulk:.0f}, means off by {off:.3f}, "
+            f"variances {spread.min():.3f} to {spread.max():.3f}, step size "
+            f"{float(mcmc.last_state.adapt_state.step_size[0]):.2g}; {len(said)} warnings",
+            flush=True,
+        )
+
+
+def time_draws(rows, batch):
+    """Print how long 64 chains take to draw rows, by NumPyro and here."""
+
+    def theirs(key):
+        with numpyro.handlers.seed(rng_seed=key):
+            return numpyro.plate("data", rows, subsample_size=batch)._indices
+
+    keys = jax.random.split(jax.random.key(0), 64)
+    for name, draw in {"NumPyro": theirs, "strata": lambda k: drawn_rows(k, rows, batch)}.items():
+        run = jax.jit(jax.vmap(draw))
+        jax.block_until_ready(run(keys))
+        begin = time.perf_counter()
+        for _ in range(5):
+            jax.block_until_ready(run(keys))
+        print(f"{name}: {(time.perf_counter() - begin) / 5 * 1e3:.2f} ms")
+
+
+if __name__ == "__main__":
+    what, *rest = sys.argv[1:]
+    if what == "steps":
+        numpyro.enable_x64()
+        compare_steps(*rest)
+    else:
+        task = {"kernel": compare_kernels, "draws": time_draws}[what]
+        task(int(rest[0]), int(rest[1]) if len(rest) > 1 else 100)
