@@ -17,7 +17,14 @@ from numpyro_ensemble import Checkpoint
 from numpyro_ensemble.mcmc import MCLMC, SGMCMC, minibatches, run_checkpointed
 from numpyro_ensemble.mcmc.minibatches import MinibatchTarget, rows_at
 from numpyro_ensemble.mcmc.progress import Progress
-from numpyro_ensemble.mcmc.sgmcmc_scheme import Scheme, _gradient, _step, sgmcmc_start, thermal
+from numpyro_ensemble.mcmc.sgmcmc_scheme import (
+    Scheme,
+    _gradient,
+    _step,
+    recentred,
+    sgmcmc_start,
+    thermal,
+)
 
 CHAINS, ROWS = 64, 400
 rng = np.random.default_rng(0)
@@ -157,6 +164,19 @@ def test_control_variates_change_no_mean_and_take_the_noise(key):
     plain, some, least = noise.mean(axis=1)
     assert abs(plain - ROWS / 20) < 7.0  # N / B in the posterior's scale
     assert least < 1.5 and least < some < plain
+
+
+def test_a_start_on_some_rows_is_moved_to_all_of_them(key):
+    """Chains of a third of the scale that are off by 30 of it end at the mode, as wide as before."""
+    mean, covariance = posterior()
+    factor = jnp.linalg.cholesky(jnp.asarray(covariance))
+    rows = (mean + 30.0 * factor[:, 2])[None] + 0.3 * jax.random.normal(key, (CHAINS, 4)) @ factor.T
+    moved = jax.jit(lambda rows: recentred(rows, in_rows(), Scheme()))(rows)
+    off = (moved.mean(axis=0) - mean) / np.sqrt(np.diag(covariance))
+    assert abs(off).max() < 0.5
+    np.testing.assert_allclose(moved - moved[:1], rows - rows[:1], atol=1e-10)
+    lost = recentred(rows.at[0, 0].set(jnp.nan), in_rows(), Scheme())
+    assert jnp.isnan(lost[0, 0])  # and the search ends
 
 
 @pytest.mark.core

@@ -15,6 +15,8 @@ from numpyro_ensemble.density import Site, anatomy, is_subsampled, plate_of, unc
 from numpyro_ensemble.handlers import check_count
 from numpyro_ensemble.mcmc.target import Target, density_of, with_values
 
+_START_ROWS = 1000  # that starts see at least: 10 latents are known to a tenth of their scale or so
+
 BatchSize = int | Mapping[str, int] | None
 
 
@@ -54,10 +56,13 @@ class Rows(Messenger):
         batch_size: how many rows: None for those that the model takes, a number for all plates that
             take some, or numbers by the names of plates.
         key: a key, or None for all rows.
+        fewest: how many rows are drawn at least, where a plate has as many.
     """
 
-    def __init__(self, fn: Callable, batch_size: BatchSize, key: jax.Array | None) -> None:
-        self.batch_size, self.key = batch_size, key
+    def __init__(
+        self, fn: Callable, batch_size: BatchSize, key: jax.Array | None, fewest: int = 0
+    ) -> None:
+        self.batch_size, self.key, self.fewest = batch_size, key, fewest
         super().__init__(fn)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -79,6 +84,7 @@ class Rows(Messenger):
                 f"batch_size asks for {number} rows of plate {name!r}, which has {size}. Give "
                 f"batch_size={{{name!r}: ...}}, {size} or fewer."
             )
+        number = max(number, min(self.fewest, size))
         if self.key is None or number == size:
             msg["args"], msg["value"] = (size, size), jnp.arange(size)
             return
@@ -99,23 +105,28 @@ def _as_jax(leaf: Any) -> Any:
 class _AtFixedRows:
     """A model whose plates take rows that are always the same."""
 
-    def __init__(self, model: Callable, batch_size: BatchSize) -> None:
-        self.model, self.batch_size = model, batch_size
+    def __init__(self, model: Callable, batch_size: BatchSize, fewest: int = 0) -> None:
+        self.model, self.batch_size, self.fewest = model, batch_size, fewest
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return Rows(self.model, self.batch_size, jax.random.key(0))(*args, **kwargs)
+        rows = Rows(self.model, self.batch_size, jax.random.key(0), self.fewest)
+        return rows(*args, **kwargs)
 
 
 class MinibatchTarget(Target):
     """A model of which some rows are seen at a time.
 
-    What `Target` has is the density of rows that are always the same: it is for starts.
+    What `Target` has is the density of 1,000 rows that are always the same: it is for starts.
     """
 
     def __init__(self, model: Callable, batch_size: BatchSize, init_strategy: Callable) -> None:
         super().__init__(model, init_strategy=init_strategy)
         self.batch_size = batch_size
         self._traced = _AtFixedRows(model, batch_size)
+
+    def _with(self, fixed: dict[str, Any]) -> Callable:
+        assert self.model is not None
+        return with_values(_AtFixedRows(self.model, self.batch_size, _START_ROWS), fixed)
 
     def density_of_rows(self, args: tuple, kwargs: dict) -> Callable[[Any, Any], jax.Array]:
         """Return the log density over unconstrained values and a key: None is for all rows.

@@ -21,6 +21,7 @@ from numpyro_ensemble.mcmc.progress import Progress
 from numpyro_ensemble.mcmc.sgmcmc_scheme import (
     Scheme,
     Walkers,
+    recentred,
     sgmcmc_start,
     sgmcmc_step,
     slope_at_centre,
@@ -36,7 +37,8 @@ class SGMCMC(ManyChainKernel):
     For `MCMC(SGMCMC(model), num_chains=64, chain_method="vectorized", ...)` and models whose data
     are in plates of which some rows are taken, `numpyro.plate("data", N, subsample_size=100)`.
     Every step of every chain draws rows of its own. Nothing is rejected: draws have a bias, which
-    falls with the step size. The kernel finds its start alone, on one draw of the rows.
+    falls with the step size. The kernel finds its start alone: on 1,000 rows, from where the chains
+    go together to the mode of all rows.
 
     Args:
         model: a NumPyro model whose latents are continuous, and outside of such plates.
@@ -107,6 +109,17 @@ class SGMCMC(ManyChainKernel):
         "more warm-up (num_warmup=1000 or more); a larger batch_size; more steps_per_draw, or "
         "thinning; MCLMC(model) with all rows"
     )
+
+    def _find_start(self, key: jax.Array, num_chains: int, args: tuple, kwargs: dict) -> Any:
+        z = super()._find_start(key, num_chains, args, kwargs)
+        if callable(self._start):
+            return z
+        return self._target.run("recentred", self._recentred, (z,), args, kwargs)
+
+    def _recentred(self, call: tuple[tuple, dict], z: Any) -> Any:
+        coordinates = self._target.coordinates(z, *call)
+        density = self._followed(*call, coordinates)
+        return coordinates.tree(recentred(coordinates.rows(z), density, self._scheme))
 
     def get_potential_fn(
         self, model_args: tuple = (), model_kwargs: dict | None = None

@@ -28,6 +28,7 @@ from numpyro_ensemble.mcmc.target import all_finite, choose, per_chain
 
 _FRICTION = 1.0  # in units of the slowest direction's time: directions are critical at 2
 _NOISE = 0.8  # of the friction's noise, which the noisiest coordinate's gradient may make
+_NEWTON, _NEAR = 30, 0.1  # steps of the chains' mean at most, and how near to the mode they end
 _RENEWALS = (0.0, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4)  # of the centre, in parts of warm-up
 
 
@@ -98,6 +99,37 @@ def sgmcmc_start(
     moments = Noise(zeros, zeros, zeros)
     xi = none + _FRICTION
     return SGMCMCAdaptation(none, xi, zeros, none, centre, centre, moments, none, metric, progress)
+
+
+def recentred(rows: jax.Array, density: Callable, scheme: Scheme) -> jax.Array:
+    """Move chains together, without a change of their spread, to where all rows are likely.
+
+    A start on some of the rows has about the spread of the posterior, but is off by many of its
+    scales. Their mean goes up the density of all rows by Newton's steps, the chains' covariance for
+    the inverse of the Hessian.
+    """
+    metric = SharedMetric.among(rows, jnp.ones(len(rows), bool), scheme.metric)
+    both = jax.value_and_grad(lambda row: density(row, None))
+    centre = rows.mean(axis=0)
+
+    def unfinished(walk: tuple) -> jax.Array:
+        number, _, _, slope, _ = walk
+        left = jnp.square(metric.whiten_gradients(slope)).mean()  # 1 is a standard deviation away
+        return (number < _NEWTON) & (left > _NEAR**2)
+
+    def body(walk: tuple) -> tuple:
+        number, at, value, slope, length = walk
+        there = at + length * metric.colour(metric.whiten_gradients(slope))
+        new_value, new_slope = both(there)
+        better = (new_value > value) & jnp.isfinite(new_slope).all()
+        new = there, new_value, new_slope, jnp.minimum(2.0 * length, 1.0)
+        old = at, value, slope, 0.25 * length
+        return number + 1, *(jnp.where(better, x, y) for x, y in zip(new, old, strict=True))
+
+    value, slope = both(centre)
+    first = jnp.zeros((), int), centre, value, slope, jnp.ones((), rows.dtype)
+    at = jax.lax.while_loop(unfinished, body, first)[1]
+    return rows + (at - centre)[None]
 
 
 def slope_at_centre(a: SGMCMCAdaptation, density: Callable) -> SGMCMCAdaptation:
