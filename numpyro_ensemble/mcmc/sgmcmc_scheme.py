@@ -28,7 +28,7 @@ from numpyro_ensemble.mcmc.target import all_finite, choose, per_chain
 
 _FRICTION = 1.0  # in units of the slowest direction's time: directions are critical at 2
 _NOISE = 0.8  # of the friction's noise, which the noisiest coordinate's gradient may make
-_NEWTON, _NEAR = 30, 0.1  # steps of the chains' mean at most, and how near to the mode they end
+_CLIMBS, _NEAR = 30, 0.1  # steps to the mode of all rows at most, and how near to it they end
 _RENEWALS = (0.0, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4)  # of the centre, in parts of warm-up
 
 
@@ -105,25 +105,29 @@ def recentred(rows: jax.Array, density: Callable, scheme: Scheme) -> jax.Array:
     """Move chains together, without a change of their spread, to where all rows are likely.
 
     A start on some of the rows has about the spread of the posterior, but is off by many of its
-    scales. Their mean goes up the density of all rows by Newton's steps, the chains' covariance for
-    the inverse of the Hessian.
+    scales. Their mean goes up the gradient of all rows, in coordinates in which they have no
+    correlation.
     """
     metric = SharedMetric.among(rows, jnp.ones(len(rows), bool), scheme.metric)
-    both = jax.value_and_grad(lambda row: density(row, None))
     centre = rows.mean(axis=0)
+
+    def both(row: jax.Array) -> tuple[jax.Array, jax.Array]:
+        value, slope = jax.value_and_grad(lambda row: density(row, None))(row)
+        return value, metric.whiten_gradients(slope)
 
     def unfinished(walk: tuple) -> jax.Array:
         number, _, _, slope, _ = walk
-        left = jnp.square(metric.whiten_gradients(slope)).mean()  # 1 is a standard deviation away
-        return (number < _NEWTON) & (left > _NEAR**2)
+        return (number < _CLIMBS) & (jnp.square(slope).mean() > _NEAR**2)
 
     def body(walk: tuple) -> tuple:
         number, at, value, slope, length = walk
-        there = at + length * metric.colour(metric.whiten_gradients(slope))
+        there = at + length * metric.colour(slope)
         new_value, new_slope = both(there)
         better = (new_value > value) & jnp.isfinite(new_slope).all()
-        new = there, new_value, new_slope, jnp.minimum(2.0 * length, 1.0)
-        old = at, value, slope, 0.25 * length
+        # Barzilai and Borwein's length: 1 where the spread is that of all rows
+        bent = (slope * (slope - new_slope)).sum() / (slope**2).sum()
+        longer = jnp.where(bent > 0.25, length / bent, 4.0 * length)
+        new, old = (there, new_value, new_slope, longer), (at, value, slope, 0.25 * length)
         return number + 1, *(jnp.where(better, x, y) for x, y in zip(new, old, strict=True))
 
     value, slope = both(centre)
