@@ -2,7 +2,7 @@
 
 Run `python benchmarks/minibatches.py steps linear` (or `logistic`) for steps of SGHMC, SGNHT and
 MCLMC on one regression, in coordinates in which its posterior has the identity for covariance; and
-`python benchmarks/minibatches.py kernel 100000 [batch]` for `SGMCMC` on a logistic regression of so
+`python benchmarks/minibatches.py kernel 100000 [batch] [names]` for `SGMCMC` on a logistic regression of so
 many rows, with and without control variates, and MCLMC on all rows; `draws 100000` for the time
 that drawing rows takes.
 """
@@ -197,18 +197,19 @@ def logistic(x, y, batch=None):
         numpyro.sample("y", dist.Bernoulli(logits=x[rows] @ w), obs=y[rows])
 
 
-def compare_kernels(rows, batch):
+def compare_kernels(rows, batch, *names):
     """Print what 64 chains find in a logistic regression of many rows."""
     rng = np.random.default_rng(1)
     x = rng.normal(size=(rows, 10)) @ (np.eye(10) + 0.4 * rng.normal(size=(10, 10)))
     y = (rng.uniform(size=rows) < 1 / (1 + np.exp(-x @ (0.3 * rng.normal(size=10))))).astype(int)
     x, y = jnp.asarray(x, float), jnp.asarray(y)
     truth = None
-    for name, kernel in {
+    kernels = {
         "MCLMC": MCLMC(logistic, start="microcanonical"),
         "SGMCMC": SGMCMC(logistic),
-        "SGMCMC, plain": SGMCMC(logistic, control_variates=False),
-    }.items():
+        "plain": SGMCMC(logistic, control_variates=False),
+    }
+    for name, kernel in ((name, kernels[name]) for name in names or kernels):
         size = () if name == "MCLMC" else (batch,)
         mcmc = MCMC(
             kernel, num_warmup=300, num_samples=100 if name == "MCLMC" else 500, num_chains=64,
@@ -258,4 +259,4 @@ if __name__ == "__main__":
         compare_steps(*rest)
     else:
         task = {"kernel": compare_kernels, "draws": time_draws}[what]
-        task(int(rest[0]), int(rest[1]) if len(rest) > 1 else 100)
+        task(int(rest[0]), int(rest[1]) if len(rest) > 1 else 100, *rest[2:])
