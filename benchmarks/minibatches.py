@@ -1,10 +1,10 @@
 """Samplers on stochastic gradients: bias and effective draws at equal numbers of gradients.
 
 Run `python benchmarks/minibatches.py steps linear` (or `logistic`) for steps of SGHMC, SGNHT and
-MCLMC on one regression, in coordinates in which its posterior has the identity for covariance; and
-`python benchmarks/minibatches.py kernel 100000 [batch] [names]` for `SGMCMC` on a logistic regression of so
-many rows, with and without control variates, and MCLMC on all rows; `draws 100000` for the time
-that drawing rows takes.
+MCLMC on one regression, in coordinates in which its posterior has the identity for covariance;
+`kernel 100000 [batch] [names]` for `SGMCMC` on a logistic regression of so many rows, with and
+without control variates, and MCLMC on all rows; `draws 100000 [batch]` for the time that drawing
+rows takes.
 """
 
 import sys

@@ -142,6 +142,7 @@ def in_rows(batch=20):
     return lambda row, key: density({"w": row[:3], "a": row[3]}, key)
 
 
+@pytest.mark.long
 def test_control_variates_change_no_mean_and_take_the_noise(key):
     density = in_rows()
     mean, covariance = map(jnp.asarray, posterior())
@@ -185,21 +186,21 @@ def test_the_step_is_blackjax(key):
     mean, covariance = map(jnp.asarray, posterior())
     rows = mean[None] + jax.random.normal(key, (CHAINS, 4)) @ jnp.linalg.cholesky(covariance).T
     rows = rows.astype(mean.dtype)
-    a = adaptation(density, rows, mean, 1.0)
+    a = jax.jit(lambda rows: adaptation(density, rows, mean, 1.0))(rows)
     origin, momentum, xi = rows[3], jnp.array([1.0, -2.0, 0.5, 0.0]), jnp.asarray(0.7)
     new = jax.jit(_step(a, density))(key, origin, jnp.zeros(4), momentum, xi)
     rows_key, noise_key = jax.random.split(key)
     sigma, turn, lam = a.metric.inverse_mass
     colour = jnp.diag(sigma) @ (jnp.eye(4) + turn @ jnp.diag(jnp.sqrt(lam) - 1.0) @ turn.T)
     there = origin + colour @ (0.2 * momentum)
-    grad = jax.grad(density)
+    grad = jax.jit(jax.grad(density))
     known = grad(mean, rows_key) - grad(mean, None)
     temperature, alpha, beta = thermal(0.2, a.noise[0])
     state = jnp.zeros(4), momentum, xi, colour.T @ (grad(there, rows_key) - known)
     expected = diffusions.sgnht(alpha, beta)(noise_key, *state, 0.2, temperature)
     for ours, theirs in zip(new[:3], expected, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-3)
-    np.testing.assert_allclose(new[3], density(there, rows_key), rtol=1e-3)
+    np.testing.assert_allclose(new[3], jax.jit(density)(there, rows_key), rtol=1e-3)
 
 
 @pytest.mark.parametrize("step_size", [0.05, 0.25, 0.5])
@@ -260,6 +261,7 @@ def test_draws_are_near_the_posterior(fitted):
     assert line.startswith("8 steps of size") and "gradient noise=" in line
 
 
+@pytest.mark.long
 def test_a_state_goes_on_with_other_data(fitted):
     """The gradient of all rows at the centre is that of the data that a run is given."""
     last = fitted.post_warmup_state = fitted.last_state
@@ -364,6 +366,23 @@ def test_what_is_refused():
             u = numpyro.sample("u", dist.Normal(0.0, 1.0))
             numpyro.sample("y", dist.Normal(u, 1.0), obs=y[rows])
 
+    def scoped(x, y):
+        plate = numpyro.plate("data", len(y), subsample_size=5)
+        with numpyro.handlers.scope(prefix="inner"), plate as rows:
+            u = numpyro.sample("u", dist.Normal(0.0, 1.0))
+            numpyro.sample("y", dist.Normal(u, 1.0), obs=y[rows])
+
+    def outside(x, y):
+        m = numpyro.sample("m", dist.Normal(0.0, 1.0))
+        rows = numpyro.plate("data", len(y), subsample_size=5)._indices
+        numpyro.sample("y", dist.Normal(m, 1.0).expand([5]).to_event(1), obs=y[rows])
+
+    def mixed(x, y):
+        m = numpyro.sample("m", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
+        with numpyro.plate("data", len(y), subsample_size=5) as rows:
+            kind = numpyro.sample("kind", dist.Bernoulli(0.5), infer={"enumerate": "parallel"})
+            numpyro.sample("y", dist.Normal(m[kind], 1.0), obs=y[rows])
+
     def whole(x, y):
         m = numpyro.sample("m", dist.Normal(0.0, 1.0))
         with numpyro.plate("data", len(y)):
@@ -375,6 +394,9 @@ def test_what_is_refused():
             numpyro.sample("y", dist.Normal(x @ w, 1.0), obs=numpyro.subsample(y, event_dim=0))
 
     refused("latent site 'u' is in plate 'data', of which 5 of 400 rows are taken", local)
+    refused(r"'y' depends on the rows that plates \['data'\] take, and is in none", outside)
+    refused("latent site 'inner/u' is in plate 'data', of which 5", scoped)
+    refused("latent site 'kind' is in plate 'data', of which 5", mixed)
     refused(
         r"no plate of the model takes some of its rows \(plates: \['data'\]\).*subsample", whole
     )

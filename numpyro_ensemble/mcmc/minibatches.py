@@ -15,6 +15,10 @@ from numpyro_ensemble.density import Site, anatomy, is_subsampled, plate_of, unc
 from numpyro_ensemble.handlers import check_count
 from numpyro_ensemble.mcmc.target import Target, density_of, with_values
 
+_FOLLOW = (
+    "Its data must follow the plate, by numpyro.subsample(y, event_dim=0) or by the indices that "
+    "the plate gives: with numpyro.plate(...) as rows: y[rows]."
+)
 _START_ROWS = 1000  # that starts see at least: 10 latents are known to a tenth of their scale or so
 
 BatchSize = int | Mapping[str, int] | None
@@ -143,18 +147,29 @@ class MinibatchTarget(Target):
         return density
 
     def _sites(self, args: tuple, kwargs: dict) -> dict[str, Site]:
-        if self.batch_size is None:
-            return super()._sites(args, kwargs)
         assert self.model is not None
-        anatomy(self.model, args, kwargs)  # whose errors are its own
+        anatomy(_AtFixedRows(self.model, None), args, kwargs)  # whose errors are its own
         try:
-            return super()._sites(args, kwargs)
+            sites = super()._sites(args, kwargs)
+            whole = anatomy(Rows(self.model, self.batch_size, None), args, kwargs)
         except (TypeError, ValueError) as error:
+            if self.batch_size is None:
+                raise
             raise ValueError(
                 f"the model cannot take the rows that batch_size={self.batch_size!r} asks for: "
-                f"{error} Its data must follow the plate, by numpyro.subsample(y, event_dim=0) or "
-                f"by the indices that the plate gives: with numpyro.plate(...) as rows: y[rows]."
+                f"{error} {_FOLLOW}"
             ) from error
+        some = [name for name, site in sites.items() if site.drawn_from is not None]
+        for name, site in sites.items():
+            inside = any(plate_of(frame, some) for frame, _ in site.plates)
+            if site.role and not inside and site.shape != whole[name].shape:
+                raise ValueError(
+                    f"site {name!r} depends on the rows that plates {some} take, and is in none of "
+                    f"them, so that nothing makes up for the other rows: its shape is "
+                    f"{site.shape}, and {whole[name].shape} for all of them. Put it inside, one "
+                    f"draw for each row (without to_event)."
+                )
+        return sites
 
     def _check_plates(self, sites: Mapping[str, Site]) -> None:
         """Raise a ValueError for plates that do not take some of their rows, or that hold latents.
@@ -211,6 +226,5 @@ def _check_inside(site: Site, plate: Site) -> None:
     if batch.count(rows) > [size for _, size in site.plates].count(rows):
         raise ValueError(
             f"site {site.name!r} has the data of all {rows} rows in plate {plate.name!r}, of which "
-            f"{taken} are taken. Write numpyro.subsample(y, event_dim=0), or y[rows] with the "
-            f"indices that the plate gives."
+            f"{taken} are taken. {_FOLLOW}"
         )
