@@ -24,7 +24,6 @@ from numpyro_ensemble.mcmc.sgmcmc_scheme import (
     recentred,
     sgmcmc_start,
     sgmcmc_step,
-    slope_at_centre,
 )
 from numpyro_ensemble.mcmc.state import ChainsState
 
@@ -160,7 +159,8 @@ class SGMCMC(ManyChainKernel):
 
     def _refreshed(self, state: ChainsState, log_density: Callable) -> ChainsState:
         # each step draws rows anew, so that the centre's gradient alone can be of other data
-        adapted = slope_at_centre(state.adapt_state, log_density)
+        adapted = state.adapt_state
+        adapted = adapted._replace(stale=jnp.ones_like(adapted.stale))
         return state._replace(adapt_state=adapted, known=jnp.ones_like(state.known))
 
     def _iterate(self, keys: jax.Array, state: ChainsState, log_density: Callable) -> ChainsState:

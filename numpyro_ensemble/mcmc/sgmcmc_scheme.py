@@ -54,6 +54,7 @@ class SGMCMCAdaptation(NamedTuple):
         weight: `(C,)`, the part of the control variate that makes the least noise.
         centre: `(C, d)`, where the control variate is, or None.
         slope: `(C, d)`, the gradient of all rows there, or None.
+        stale: `(C,)`, whether that may be of other data.
         moments: what noise and weight are computed from.
         bound: `(C,)`, the step size that the curvature bounds.
         metric: the metric that all chains share.
@@ -66,6 +67,7 @@ class SGMCMCAdaptation(NamedTuple):
     weight: jax.Array
     centre: jax.Array | None
     slope: jax.Array | None
+    stale: jax.Array
     moments: Noise
     bound: jax.Array
     metric: SharedMetric
@@ -97,8 +99,9 @@ def sgmcmc_start(
     none, zeros = jnp.zeros(num_chains, rows.dtype), jnp.zeros_like(rows)
     centre = zeros if scheme.control_variates else None
     moments = Noise(zeros, zeros, zeros)
-    xi = none + _FRICTION
-    return SGMCMCAdaptation(none, xi, zeros, none, centre, centre, moments, none, metric, progress)
+    stale, xi = jnp.zeros(num_chains, bool), none + _FRICTION
+    known = none, xi, zeros, none, centre, centre, stale, moments, none
+    return SGMCMCAdaptation(*known, metric, progress)
 
 
 def recentred(rows: jax.Array, density: Callable, scheme: Scheme) -> jax.Array:
@@ -136,14 +139,6 @@ def recentred(rows: jax.Array, density: Callable, scheme: Scheme) -> jax.Array:
     return rows + (at - centre)[None]
 
 
-def slope_at_centre(a: SGMCMCAdaptation, density: Callable) -> SGMCMCAdaptation:
-    """Return the adaptation with the gradient of all rows at the centre."""
-    if a.centre is None:
-        return a
-    slope = jax.grad(density)(a.centre[0], None)
-    return a._replace(slope=per_chain(slope.astype(a.centre.dtype), len(a.centre)))
-
-
 def sgmcmc_step(
     keys: jax.Array, chains: Walkers, a: SGMCMCAdaptation, density: Callable, scheme: Scheme
 ) -> tuple[Walkers, SGMCMCAdaptation, jax.Array]:
@@ -159,6 +154,7 @@ def sgmcmc_step(
     Returns:
         Chains, adaptation, and how many steps of each chain were lost.
     """
+    a = _centred(chains.position, a, density)
     a = jax.lax.cond(
         a.progress.warming,
         lambda a: _adapted(keys[0], chains.position, a, density, scheme),
@@ -195,11 +191,13 @@ def _gradient(a: SGMCMCAdaptation, density: Callable) -> Callable:
     both = jax.value_and_grad(density)
 
     def gradient(row: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-        value, grad = both(row, key)
-        if a.centre is not None and a.slope is not None:
-            known = jax.grad(density)(a.centre[0], key) - a.slope[0]
-            grad = grad - a.weight[0] * known
-        return value, a.metric.whiten_gradients(grad)
+        if a.centre is None or a.slope is None:
+            value, grad = both(row, key)
+            return value, a.metric.whiten_gradients(grad)
+        places = jnp.stack([row, a.centre[0]])
+        values, grads = jax.vmap(both, in_axes=(0, None))(places, key)  # of the same rows
+        grad = grads[0] - a.weight[0] * (grads[1] - a.slope[0])
+        return values[0], a.metric.whiten_gradients(grad)
 
     return gradient
 
@@ -236,27 +234,41 @@ def _step(a: SGMCMCAdaptation, density: Callable) -> Callable:
     return step
 
 
+def _centred(rows: jax.Array, a: SGMCMCAdaptation, density: Callable) -> SGMCMCAdaptation:
+    """Renew the centre where that is due, and its gradient then and where data may be others."""
+    if a.centre is None:
+        return a
+    start, total = a.progress.iteration[0], a.progress.total
+    due = jnp.stack([start == jnp.ceil(part * total) for part in _RENEWALS]).any()
+    due &= a.progress.warming
+
+    def renewed(a: SGMCMCAdaptation) -> SGMCMCAdaptation:
+        assert a.centre is not None
+        centre = jnp.where(due, rows.mean(axis=0), a.centre[0])
+        slope = jax.grad(density)(centre, None).astype(centre.dtype)
+        centre, slope = per_chain((centre, slope), len(rows))
+        return a._replace(centre=centre, slope=slope, stale=jnp.zeros_like(a.stale))
+
+    return jax.lax.cond(due | a.stale[0], renewed, lambda a: a, a)
+
+
 def _adapted(
     keys: jax.Array, rows: jax.Array, a: SGMCMCAdaptation, density: Callable, scheme: Scheme
 ) -> SGMCMCAdaptation:
-    """Renew the centre, measure the noise of the gradients, and find the step size."""
+    """Measure the noise of the gradients, and find the step size."""
     start = a.progress.iteration[0]
-    due = jnp.stack([start == jnp.ceil(part * a.progress.total) for part in _RENEWALS]).any()
+    places = rows[:, None]  # (C, 1 or 2, d)
     if a.centre is not None:
-
-        def renewed(a: SGMCMCAdaptation) -> SGMCMCAdaptation:
-            centre = per_chain(rows.mean(axis=0), len(rows))
-            return slope_at_centre(a._replace(centre=centre), density)
-
-        a = jax.lax.cond(due, renewed, lambda a: a, a)
+        places = jnp.stack([rows, a.centre], axis=1)
     pairs = jax.vmap(jax.random.split)(keys)
-    grad = jax.vmap(jax.grad(density), in_axes=(0, 0))
+    of_places = jax.vmap(jax.grad(density), in_axes=(0, None))
+    of_pairs = jax.vmap(of_places, in_axes=(None, 0))
+    grads = jax.vmap(of_pairs)(places, pairs)  # (C, 2, 1 or 2, d)
     white = a.metric.whiten_gradients
-    here = [white(grad(rows, pairs[:, i])) for i in range(2)]
+    here = [white(grads[:, i, 0]) for i in range(2)]
     centre = [jnp.zeros_like(rows)] * 2
-    if a.centre is not None:
-        slope = a.slope
-        centre = [white(grad(a.centre, pairs[:, i]) - slope) for i in range(2)]
+    if a.slope is not None:
+        centre = [white(grads[:, i, 1] - a.slope) for i in range(2)]
     # half the square of the difference of two has the noise's variance for its mean
     noise, at_centre = (0.5**0.5 * (x - y) for x, y in (here, centre))
     now = Noise(noise**2, at_centre**2, noise * at_centre)
