@@ -12,7 +12,8 @@ from arviz import rhat as arviz_rhat
 from numpyro.infer import MCMC
 
 from numpyro_ensemble.mcmc import MAMS, MEADS, ChEES
-from numpyro_ensemble.mcmc.mixing import Advice, check_mixing, robust_rhat, split_rhat
+from numpyro_ensemble.mcmc.diagnostics import robust_rhat, split_rhat
+from numpyro_ensemble.mcmc.mixing import Advice, check_mixing
 
 CHAINS = 64
 
