@@ -27,6 +27,7 @@ _TRUST = 1.5  # how far from what is wanted a step's energy change still tells o
 _FIRST_STEP = 0.25  # of the time unit
 _WINDOWS = (1 / 8, 1 / 4, 1 / 2, 3 / 4)  # of warm-up, after which a chain's own metric is renewed
 _FEWEST = 10  # positions that tell it
+_OUTERMOST = 1000.0  # times the error that is asked for: what one step counts for at most
 
 
 class Alone(NamedTuple):
@@ -48,7 +49,8 @@ class MCLMCAdaptation(NamedTuple):
         decoherence_length: `(C,)`, how far a chain goes until it has forgotten its direction.
         metric: the metric that all chains share, or None.
         widths: `(C, d)`, variances of the directions in which each coordinate moves.
-        curvature: `(C,)`, sum over the last half of warm-up of `error / step_size**6`.
+        curvature: `(C,)`, sum of `error / step_size**6` over the last half of warm-up, or over its
+            last quarter where each chain is adapted alone.
         error: `(C,)`, the mean square of the last steps' energy changes, per dimension.
         desired: `(C,)`, what it is adapted to.
         progress: how far warm-up has come.
@@ -240,8 +242,18 @@ def _adapt_each(
         (weight, curvature, number, mean, squares),
     )
     variance = jnp.where(switch, own, seen.variance)
+    # errors have heavy tails, which `trust` leaves out: draws are made with a step whose mean error
+    # is right, but for the outermost ones
+    start = jnp.ceil(_WINDOWS[-1] * total)
+    late = (step > start) & ~lost
+    error = jnp.minimum(a.error, _OUTERMOST * scheme.desired_energy_var)
+    errors = a.curvature + jnp.where(late, jnp.nan_to_num(error / a.step_size**_POWER), 0.0)
+    settled = (scheme.desired_energy_var * (total - start) / errors) ** (1.0 / _POWER)
+    ending = a.progress.ending & jnp.isfinite(settled) & (errors > 0.0)
+    step_size = jnp.where(ending, settled, step_size)
     return a._replace(
         step_size=step_size.astype(a.step_size.dtype),
+        curvature=errors.astype(a.curvature.dtype),
         progress=a.progress.next(),
         alone=Alone(variance, *sums),
     )

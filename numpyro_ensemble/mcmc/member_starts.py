@@ -121,8 +121,10 @@ def _check_parameters(
     """Warn where members have fitted parameters, which chains keep at their initial values."""
 
     def differs(initial: Any, fitted: Any) -> bool:
-        pairs = zip(jax.tree.leaves(initial), jax.tree.leaves(fitted), strict=False)
-        return any(bool((np.asarray(x)[None] != np.asarray(y)[chosen]).any()) for x, y in pairs)
+        # a weight with a prior has no initial value, and stays where it was in the fit
+        own = dict(jax.tree_util.tree_leaves_with_path(fitted))
+        pairs = [(x, own.get(path)) for path, x in jax.tree_util.tree_leaves_with_path(initial)]
+        return any(y is not None and (y[chosen] != np.asarray(x)[None]).any() for x, y in pairs)
 
     fitted = [
         name

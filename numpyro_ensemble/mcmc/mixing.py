@@ -236,7 +236,7 @@ def _unmixed(seen: _Seen, advice: Advice) -> str:
     return (
         f"{len(chains)} of {len(over)} chains of {advice.kernel}, each of which is judged alone, "
         f"have not settled: {listed(chains)}. Their second halves are not where their first "
-        f"halves are: {where} latent values of chains. Do not use their draws. "
+        f"halves are: {where} latent values of chains. "
     )
 
 
