@@ -177,6 +177,20 @@ def test_chains_alone_stay_in_modes_of_their_own():
     assert (abs(jnp.log(scale / widths[which])) < 0.7).all()  # all together have 30
 
 
+def test_the_first_step_does_not_lead_out_of_a_narrow_mode():
+    """It is a quarter of the root of 60 dimensions, 190 widths, and another mode is wide."""
+
+    def potential(z):
+        narrow = 0.5 * ((z / 0.01) ** 2).sum() + len(z) * jnp.log(0.01)
+        wide = 0.5 * ((z - 3.0) ** 2).sum()
+        return -jax.nn.logsumexp(jnp.stack([-narrow, -wide]))
+
+    mcmc = sampler(MCLMC(potential_fn=potential, adapt="each"), 40, 300, num_chains=4)
+    mcmc.run(jax.random.key(0), init_params=jnp.zeros((4, 60)))  # at the mode, all alike
+    draws = np.asarray(mcmc.get_samples())
+    assert abs(draws.mean(axis=1)).max() < 0.01 and abs(draws.std() / 0.01 - 1.0) < 0.1
+
+
 def test_what_is_refused():
     for value in (0.0, -1e-3, np.nan):
         with pytest.raises(ValueError, match="desired_energy_var takes a finite number above 0"):

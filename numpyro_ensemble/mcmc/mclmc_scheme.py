@@ -28,6 +28,8 @@ _FIRST_STEP = 0.25  # of the time unit
 _WINDOWS = (1 / 8, 1 / 4, 1 / 2, 3 / 4)  # of warm-up, after which a chain's own metric is renewed
 _FEWEST = 10  # positions that tell it
 _OUTERMOST = 1000.0  # times the error that is asked for: what one step counts for at most
+_HOPELESS = 1e4  # times that error: a chain alone does not make such a step, which leads out of all
+# modes, as the first one does from a narrow mode of many dimensions
 
 
 class Alone(NamedTuple):
@@ -140,9 +142,12 @@ def mclmc_step(
 
     def body(j: jax.Array, carry: tuple) -> tuple:
         chains, so_far = carry
-        new, this = move(keys[j], chains, a, log_density)
+        new, this = move(keys[j], chains, a, log_density, cutoff)
         return new, jax.tree.map(jnp.add, so_far, this)
 
+    cutoff: jax.Array | None = None
+    if scheme.each:
+        cutoff = jnp.sqrt(_HOPELESS * scheme.desired_energy_var * chains.position.shape[1])
     nothing = Outcome(zeros, jnp.zeros(zeros.shape, int))
     new, outcome = jax.lax.fori_loop(0, num_steps, body, (chains, nothing))
     outcome = outcome._replace(error=outcome.error / num_steps)
@@ -153,11 +158,16 @@ def mclmc_step(
 
 
 def move(
-    keys: jax.Array, chains: IntegratorState, a: MCLMCAdaptation, log_density: Callable
+    keys: jax.Array,
+    chains: IntegratorState,
+    a: MCLMCAdaptation,
+    log_density: Callable,
+    cutoff: jax.Array | None = None,
 ) -> tuple[IntegratorState, Outcome]:
     """Make one step of BlackJAX's MCLMC with every chain.
 
-    A chain whose step ends at no finite density or gradient stays, with a new direction.
+    A chain whose step ends at no finite density or gradient, or changes the energy by more than the
+    cutoff, stays, with a new direction.
     """
     metric: Any = a.alone.variance if a.alone is not None else None
     if a.metric is not None:
@@ -165,6 +175,8 @@ def move(
     step = jax.vmap(_move, in_axes=(0, 0, None, None if a.alone is None else 0, 0, 0))
     new, info = step(keys, chains, log_density, metric, a.decoherence_length, a.step_size)
     whole = all_finite(new.logdensity_grad) & info.nonans
+    if cutoff is not None:
+        whole &= jnp.abs(info.energy_change) <= cutoff
     new = choose(whole, new, chains._replace(momentum=-chains.momentum))
     change = jnp.where(whole, info.energy_change, 0.0)
     diverged = ~whole | (jnp.abs(change) > _DIVERGED)
