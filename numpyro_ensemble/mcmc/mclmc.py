@@ -45,7 +45,8 @@ class MCLMC(ManyChainKernel):
             step size is adapted to. The bias falls with its third root or faster. The extra field
             `energy_var` holds the mean square of the energy changes of each draw's steps.
         adapt: "all" adapts over all chains at once; "each" adapts every chain alone, for chains
-            that stay in modes of their own, such as the members of an ensemble.
+            that stay in modes of their own, such as the members of an ensemble
+            (`starts.from_ensemble`), and judges each alone at the run's end.
         length_factor: of the distance in which a direction is forgotten.
         steps_per_draw: steps between two draws; a draw costs so many gradients.
         metric: with adapt="all": "dense", which knows all correlations, "low_rank", which knows the

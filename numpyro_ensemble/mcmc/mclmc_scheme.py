@@ -27,9 +27,9 @@ _TRUST = 1.5  # how far from what is wanted a step's energy change still tells o
 _FIRST_STEP = 0.25  # of the time unit
 _WINDOWS = (1 / 8, 1 / 4, 1 / 2, 3 / 4)  # of warm-up, after which a chain's own metric is renewed
 _FEWEST = 10  # positions that tell it
-_OUTERMOST = 1000.0  # times the error that is asked for: what one step counts for at most
-_HOPELESS = 1e4  # times that error: a chain alone does not make such a step, which leads out of all
-# modes, as the first one does from a narrow mode of many dimensions
+# Times the error that is asked for: a chain alone makes no such step. From a narrow mode of many
+# dimensions the first one would lead out of all modes.
+_HOPELESS = 1e4
 
 
 class Alone(NamedTuple):
@@ -51,8 +51,7 @@ class MCLMCAdaptation(NamedTuple):
         decoherence_length: `(C,)`, how far a chain goes until it has forgotten its direction.
         metric: the metric that all chains share, or None.
         widths: `(C, d)`, variances of the directions in which each coordinate moves.
-        curvature: `(C,)`, sum of `error / step_size**6` over the last half of warm-up, or over its
-            last quarter where each chain is adapted alone.
+        curvature: `(C,)`, sum over the last half of warm-up of `error / step_size**6`.
         error: `(C,)`, the mean square of the last steps' energy changes, per dimension.
         desired: `(C,)`, what it is adapted to.
         progress: how far warm-up has come.
@@ -139,15 +138,14 @@ def mclmc_step(
     warming = a.progress.warming
     num_steps = jnp.where(warming, 1, keys.shape[0])
     zeros = jnp.zeros_like(chains.logdensity)
+    most = _HOPELESS * scheme.desired_energy_var * chains.position.shape[1]
+    cutoff = most**0.5 if scheme.each else jnp.inf
 
     def body(j: jax.Array, carry: tuple) -> tuple:
         chains, so_far = carry
         new, this = move(keys[j], chains, a, log_density, cutoff)
         return new, jax.tree.map(jnp.add, so_far, this)
 
-    cutoff: jax.Array | None = None
-    if scheme.each:
-        cutoff = jnp.sqrt(_HOPELESS * scheme.desired_energy_var * chains.position.shape[1])
     nothing = Outcome(zeros, jnp.zeros(zeros.shape, int))
     new, outcome = jax.lax.fori_loop(0, num_steps, body, (chains, nothing))
     outcome = outcome._replace(error=outcome.error / num_steps)
@@ -162,7 +160,7 @@ def move(
     chains: IntegratorState,
     a: MCLMCAdaptation,
     log_density: Callable,
-    cutoff: jax.Array | None = None,
+    cutoff: float = jnp.inf,
 ) -> tuple[IntegratorState, Outcome]:
     """Make one step of BlackJAX's MCLMC with every chain.
 
@@ -174,9 +172,7 @@ def move(
         metric = a.metric.inverse_mass
     step = jax.vmap(_move, in_axes=(0, 0, None, None if a.alone is None else 0, 0, 0))
     new, info = step(keys, chains, log_density, metric, a.decoherence_length, a.step_size)
-    whole = all_finite(new.logdensity_grad) & info.nonans
-    if cutoff is not None:
-        whole &= jnp.abs(info.energy_change) <= cutoff
+    whole = all_finite(new.logdensity_grad) & info.nonans & (jnp.abs(info.energy_change) <= cutoff)
     new = choose(whole, new, chains._replace(momentum=-chains.momentum))
     change = jnp.where(whole, info.energy_change, 0.0)
     diverged = ~whole | (jnp.abs(change) > _DIVERGED)
@@ -254,18 +250,8 @@ def _adapt_each(
         (weight, curvature, number, mean, squares),
     )
     variance = jnp.where(switch, own, seen.variance)
-    # errors have heavy tails, which `trust` leaves out: draws are made with a step whose mean error
-    # is right, but for the outermost ones
-    start = jnp.ceil(_WINDOWS[-1] * total)
-    late = (step > start) & ~lost
-    error = jnp.minimum(a.error, _OUTERMOST * scheme.desired_energy_var)
-    errors = a.curvature + jnp.where(late, jnp.nan_to_num(error / a.step_size**_POWER), 0.0)
-    settled = (scheme.desired_energy_var * (total - start) / errors) ** (1.0 / _POWER)
-    ending = a.progress.ending & jnp.isfinite(settled) & (errors > 0.0)
-    step_size = jnp.where(ending, settled, step_size)
     return a._replace(
         step_size=step_size.astype(a.step_size.dtype),
-        curvature=errors.astype(a.curvature.dtype),
         progress=a.progress.next(),
         alone=Alone(variance, *sums),
     )
