@@ -26,7 +26,7 @@ from numpyro_ensemble.mcmc import MCLMC, starts
 from numpyro_ensemble.mcmc.diagnostics import within_rhat
 
 WIDTHS = (16, 16, 16, 16, 2)
-ENERGY_VAR = 0.1  # as the package ends with
+ENERGY_VAR = 0.5  # as the package begins with
 STEPS_PER_DRAW = 100  # as many as it makes for 10 draws of which it keeps one
 LEFT_OUT = ["cnt", "casual", "registered", "instant", "dteday"]
 

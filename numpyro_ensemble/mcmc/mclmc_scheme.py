@@ -27,6 +27,7 @@ _TRUST = 1.5  # how far from what is wanted a step's energy change still tells o
 _FIRST_STEP = 0.25  # of the time unit
 _WINDOWS = (1 / 8, 1 / 4, 1 / 2, 3 / 4)  # of warm-up, after which a chain's own metric is renewed
 _FEWEST = 10  # positions that tell it
+_UNKNOWN = 5.0  # independent positions that the metric before counts for, as in Stan's adaptation
 # Times the error that is asked for: a chain alone makes no such step. From a narrow mode of many
 # dimensions the first one would lead out of all modes.
 _HOPELESS = 1e4
@@ -243,6 +244,12 @@ def _adapt_each(
     switch = due & (number[0] >= _FEWEST)
     own = squares / number[:, None]
     own = jnp.where((own > 0.0) & jnp.isfinite(own), own, seen.variance)
+    # a chain that has not gone around its mode, as in thousands of dimensions, knows no widths yet:
+    # on a straight way of length l the variances add up to l**2 / 12
+    straight = jnp.sqrt(12.0 * (own / seen.variance).sum(axis=1))
+    turns = number * a.step_size / jnp.minimum(straight, time_unit(own.shape[1]))
+    known = (turns / (turns + _UNKNOWN))[:, None]
+    own = jnp.exp(known * jnp.log(own) + (1.0 - known) * jnp.log(seen.variance))
     change = jnp.sqrt((own / seen.variance).mean(axis=1))
     step_size = jnp.where(switch, step_size / change, step_size)
     sums = jax.tree.map(
