@@ -247,7 +247,8 @@ def _adapt_each(
     # a chain that has not gone around its mode, as in thousands of dimensions, knows no widths yet:
     # on a straight way of length l the variances add up to l**2 / 12
     straight = jnp.sqrt(12.0 * (own / seen.variance).sum(axis=1))
-    turns = number * a.step_size / jnp.minimum(straight, time_unit(own.shape[1]))
+    ways = number * a.step_size / jnp.minimum(straight, time_unit(own.shape[1]))
+    turns = jnp.maximum(ways - 1.0, 0.0)
     known = (turns / (turns + _UNKNOWN))[:, None]
     own = jnp.exp(known * jnp.log(own) + (1.0 - known) * jnp.log(seen.variance))
     change = jnp.sqrt((own / seen.variance).mean(axis=1))
