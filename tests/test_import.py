@@ -44,7 +44,7 @@ LAYERS = [
     {"fit.cache", "fit.curvature", "fit.resuming"},
     {"fit.run"},
     {"fit.ensemble"},
-    {"map", "vi"},
+    {"map", "vi", "predict.chains"},
     {"predict.checks", "predict.given", "predict.collect", "predict.program"},
     {"predict.assembly", "predict.blocks", "predict.densities"},
     {"predict.density_blocks", "predict.stored"},

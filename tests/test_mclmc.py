@@ -166,7 +166,8 @@ def test_chains_alone_stay_in_modes_of_their_own():
         jax.random.key(1), (CHAINS, 3)
     )
     mcmc = sampler(MCLMC(potential_fn=potential, adapt="each"), 200, 600)
-    with pytest.warns(UserWarning, match="hardly moved"):  # in all chains' widths
+    with warnings.catch_warnings():  # each chain is judged in its own width
+        warnings.simplefilter("error")
         mcmc.run(jax.random.key(0), init_params=start)
     draws = np.asarray(mcmc.get_samples(group_by_chain=True))
     centred = draws - np.where(which == 0, -30.0, 30.0)[:, None, None]
@@ -174,6 +175,20 @@ def test_chains_alone_stay_in_modes_of_their_own():
         assert abs(centred[i::2].std() / width - 1.0) < 0.15
     scale = jnp.sqrt(mcmc.last_state.adapt_state.alone.variance).mean(axis=1)
     assert (abs(jnp.log(scale / widths[which])) < 0.7).all()  # all together have 30
+
+
+def test_the_first_step_does_not_lead_out_of_a_narrow_mode():
+    """It is a quarter of the root of 60 dimensions, 190 widths, and another mode is wide."""
+
+    def potential(z):
+        narrow = 0.5 * ((z / 0.01) ** 2).sum() + len(z) * jnp.log(0.01)
+        wide = 0.5 * ((z - 3.0) ** 2).sum()
+        return -jax.nn.logsumexp(jnp.stack([-narrow, -wide]))
+
+    mcmc = sampler(MCLMC(potential_fn=potential, adapt="each"), 40, 300, num_chains=4)
+    mcmc.run(jax.random.key(0), init_params=jnp.zeros((4, 60)))  # at the mode, all alike
+    draws = np.asarray(mcmc.get_samples())
+    assert abs(draws.mean(axis=1)).max() < 0.01 and abs(draws.std() / 0.01 - 1.0) < 0.1
 
 
 def test_what_is_refused():

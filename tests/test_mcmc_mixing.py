@@ -12,7 +12,8 @@ from arviz import rhat as arviz_rhat
 from numpyro.infer import MCMC
 
 from numpyro_ensemble.mcmc import MAMS, MEADS, ChEES
-from numpyro_ensemble.mcmc.mixing import Advice, check_mixing, robust_rhat, split_rhat
+from numpyro_ensemble.mcmc.diagnostics import limit_alone, robust_rhat, split_rhat, within_rhat
+from numpyro_ensemble.mcmc.mixing import Advice, check_mixing
 
 CHAINS = 64
 
@@ -137,6 +138,60 @@ def test_chains_that_do_not_mix_are_named():
     one["zeta"][5] = one["zeta"][5, 0] + 1e-3 * one["zeta"][5]
     with pytest.warns(UserWarning, match="2 of 8 chains of MEADS hardly moved in 40 draws: 3, 5"):
         check_mixing(one, ADVICE)
+
+
+ALONE = Advice("MCLMC", ("zeta", "at"), "this", "that", alone=True)
+
+
+def modes(num_draws=60):
+    """Return draws of chains in three modes, with widths from 1e-4 to 1."""
+    rng = np.random.default_rng(2)
+    widths = np.geomspace(1e-4, 1.0, 6)[:, None, None, None]
+    centres = 10.0 * (np.arange(6) % 3)[:, None]
+    return {
+        "zeta": rng.normal(size=(6, num_draws)) + centres,
+        "at": rng.normal(size=(6, num_draws, 2, 2)) * widths,
+    }
+
+
+def test_chains_in_modes_of_their_own_are_judged_alone():
+    with pytest.warns(UserWarning, match="have not mixed"):
+        check_mixing(modes(), ALONE._replace(alone=False))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_mixing(modes(), ALONE)
+        check_mixing({name: 0.0 * x for name, x in modes().items()}, ALONE)  # never collected
+        few = modes(19)
+        few["zeta"][2] += np.arange(19.0)
+        check_mixing(few, ALONE)  # too few to tell
+    second = np.arange(60) >= 30
+    draws = modes()
+    draws["zeta"][2] += np.linspace(0.0, 6.0, 60)
+    draws["at"][4, second] += 9.0
+    said = r"2 of 6 chains of MCLMC.*judged alone.*settled: 2, 4\. .*'at'.* of chain 4.*order: this"
+    with pytest.warns(UserWarning, match=said):
+        check_mixing(draws, ALONE)
+    draws = modes()
+    draws["at"][5, second, 1, 0] *= 1000.0  # as wide as that
+    with pytest.warns(
+        UserWarning, match=r"settled: 5\. .*at 'at'\[1, 0\] of chain 5.* for 1 of 30"
+    ):
+        check_mixing(draws, ALONE)
+    for x in draws.values():
+        x[3] = x[3, 0]
+    said = r"1 of 6 chains of MCLMC did not move in 60 draws: 3\. .*after warm-up\. .*order: that"
+    with pytest.warns(UserWarning, match=said):
+        check_mixing(draws, ALONE)
+
+
+def test_good_chains_alone_are_seldom_told_of():
+    rng = np.random.default_rng(3)
+    normal = [rng.normal(size=(8, n, 30)) for n in (20, 40, 200) for _ in range(30)]
+    heavy = [rng.standard_cauchy(size=(8, n, 30)) for n in (20, 40, 200) for _ in range(30)]
+    for runs in (normal, heavy):
+        told = [within_rhat(x).max() > limit_alone(8 * 30, x.shape[1] // 2) for x in runs]
+        assert np.mean(told) <= 0.04  # 0.01 are expected; R-hat of 1.05 would tell of all
+        assert all(within_rhat(x).max() > 1.05 for x in runs[:30])
 
 
 def test_blocks_of_values_are_named_right(monkeypatch):

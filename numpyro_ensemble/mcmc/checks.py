@@ -70,7 +70,9 @@ def survey(log_density: Any, rows: jax.Array, num_folds: int) -> tuple[jax.Array
     return values, slopes, Survey(finite, varies, eigenvalues, virial)
 
 
-def check_start(name: str, coordinates: Coordinates, found: Survey, remedy: str) -> None:
+def check_start(
+    name: str, coordinates: Coordinates, found: Survey, remedy: str, alone: bool = False
+) -> None:
     """Raise or warn where chains cannot start, or would not get away from, where they are.
 
     Args:
@@ -78,6 +80,7 @@ def check_start(name: str, coordinates: Coordinates, found: Survey, remedy: str)
         coordinates: of their positions.
         found: what is known of where they are.
         remedy: what to do about it.
+        alone: whether each chain is adapted alone, so that nothing depends on their spread.
 
     Raises:
         ValueError: if a chain has no finite density, or all agree in a coordinate.
@@ -91,6 +94,8 @@ def check_start(name: str, coordinates: Coordinates, found: Survey, remedy: str)
             f"{len(wrong)} of {len(finite)} chains start where the log density or its gradient is "
             f"not finite: {listed(wrong)}. {remedy}"
         )
+    if alone:
+        return
     varies = np.asarray(found.varies)
     if not varies.all():
         site = coordinates.site_of(int(np.flatnonzero(~varies)[0]))

@@ -1,4 +1,4 @@
-"""Convergence of many short chains."""
+"""Convergence: of many short chains, and of chains alone."""
 
 from __future__ import annotations
 
@@ -8,9 +8,13 @@ import jax
 import numpy as np
 from jax.typing import ArrayLike
 from scipy.special import ndtri
+from scipy.stats import f as f_ratio
 from scipy.stats import rankdata
 
 _METHODS = ("rank", "identity")
+_FOR_MEDIANS = 50  # draws of a chain
+_EFFECTIVE = 10  # draws in half of a chain that is judged alone
+_CHANCE = 0.01  # of a warning about good chains that are judged alone
 
 
 def rhat_nested(samples: Any, superchains: ArrayLike, *, method: str = "rank") -> Any:
@@ -92,3 +96,49 @@ def _nested(draws: np.ndarray, groups: np.ndarray) -> float:
     if means.shape[1] > 1:  # equation 7
         within = within + means.var(axis=1, ddof=1)
     return float(np.sqrt(1.0 + means.mean(axis=1).var(ddof=1) / within.mean()))
+
+
+def robust_rhat(draws: np.ndarray) -> np.ndarray:
+    """Return split R-hat of draws `(C, N, k)`, of where chains are or of how wide, the larger one.
+
+    It is near to the rank-normalised R-hat of Vehtari et al. (2021), without sorting: distances
+    from the median, in its median distances, are shrunk by arsinh, so that heavy tails do not hide
+    what is in the middle.
+    """
+    median, width = median_and_width(draws)
+    shrunk = np.arcsinh((draws - median) / np.where(width > 0.0, width, 1.0))
+    return np.maximum(split_rhat(shrunk), split_rhat(np.abs(shrunk)))
+
+
+def within_rhat(draws: np.ndarray) -> np.ndarray:
+    """Return the same of each chain alone, `(C, k)`: of its two halves."""
+    return np.stack([robust_rhat(chain[None]) for chain in draws])
+
+
+def limit_alone(number: int, half: int) -> float:
+    """Return the R-hat that one of so many values exceeds in one run of 100.
+
+    It is that of two halves of 10 independent draws each, or fewer, of where they are and of how
+    wide: the variance between them over that within them is an F ratio.
+    """
+    effective = min(half, _EFFECTIVE)
+    ratio = f_ratio.isf(0.5 * _CHANCE / number, 1, 2 * (effective - 1))
+    return float(np.sqrt(1.0 + ratio / effective))
+
+
+def median_and_width(draws: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the median, and the median distance from it, of some draws `(C, N, k)`."""
+    some = draws[:, :: max(1, draws.shape[1] // _FOR_MEDIANS)].reshape(-1, draws.shape[2])
+    median = np.median(some, axis=0)
+    return median, np.median(np.abs(some - median), axis=0)
+
+
+def split_rhat(draws: np.ndarray) -> np.ndarray:
+    """Return split R-hat of draws `(C, N, k)`: 1 where a value is the same in all draws."""
+    half = draws.shape[1] // 2
+    halves = np.concatenate([draws[:, :half], draws[:, -half:]]).astype(float)
+    within = halves.var(axis=1, ddof=1).mean(axis=0)
+    between = halves.mean(axis=1).var(axis=0, ddof=1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        rhat = np.sqrt((half - 1) / half + between / within)
+    return np.where(between + within > 0.0, rhat, 1.0)

@@ -93,7 +93,8 @@ class ManyChainKernel(MCMCKernel):
             latents = tuple(z) if self._target.model is not None else ()
             draws = self._target.run("constrain", self._constrain, (z,), args, kwargs)
             start = f"another start ({self._other_start()}); {_REMEDIES}"
-            advice = Advice(type(self).__name__, latents, f"{self._remedies}; {start}", start)
+            remedies = f"{self._remedies}; {start}"
+            advice = Advice(type(self).__name__, latents, remedies, start, self._adapts_alone)
             return collected(draws, advice)
 
         return constrain
@@ -150,7 +151,8 @@ class ManyChainKernel(MCMCKernel):
         state, found = self._target.run(
             ("first", num_warmup), first, (init_params, keys), args, kwargs
         )
-        check_start(name, self._target.coordinates(state.z, args, kwargs), home(found), remedy)
+        coordinates = self._target.coordinates(state.z, args, kwargs)
+        check_start(name, coordinates, home(found), remedy, self._adapts_alone)
         return state
 
     def _called_with(
@@ -308,6 +310,7 @@ class ManyChainKernel(MCMCKernel):
 
     _num_folds = 1
     _remedies = ""  # what helps chains of this kernel that have not mixed
+    _adapts_alone = False  # whether each chain is adapted alone, and may have a mode of its own
 
     def _speed(self, size: int) -> float:
         """Return how fast each of so many coordinates moves, in scales and units of time."""

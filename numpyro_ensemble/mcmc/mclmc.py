@@ -23,6 +23,10 @@ from numpyro_ensemble.mcmc.state import ChainsState
 
 _FEWEST = 4  # chains that are adapted together
 _FEWEST_STEPS = 30  # of warm-up, where each chain is adapted alone
+_REMEDIES_ALONE = (
+    "more warm-up (num_warmup=1000 or more); more steps_per_draw; R-hat of predictions, where "
+    "latents can trade places, as the weights of a network"
+)
 
 
 class MCLMC(ManyChainKernel):
@@ -41,7 +45,8 @@ class MCLMC(ManyChainKernel):
             step size is adapted to. The bias falls with its third root or faster. The extra field
             `energy_var` holds the mean square of the energy changes of each draw's steps.
         adapt: "all" adapts over all chains at once; "each" adapts every chain alone, for chains
-            that stay in modes of their own, such as the members of an ensemble.
+            that stay in modes of their own, such as the members of an ensemble
+            (`starts.from_ensemble`), and judges each alone at the run's end.
         length_factor: of the distance in which a direction is forgotten.
         steps_per_draw: steps between two draws; a draw costs so many gradients.
         metric: with adapt="all": "dense", which knows all correlations, "low_rank", which knows the
@@ -97,6 +102,8 @@ class MCLMC(ManyChainKernel):
             raise ValueError(f"adapt='each' has a diagonal metric alone, got metric={metric!r}.")
         self._scheme = Scheme(desired_energy_var, length_factor, adapt == "each", metric)
         self._steps_per_draw = steps_per_draw
+        if adapt == "each":
+            self._adapts_alone, self._remedies = True, _REMEDIES_ALONE
 
     _remedies = (
         "more warm-up (num_warmup=1000 or more); more steps_per_draw; MAMS(model), which rejects "

@@ -27,6 +27,10 @@ _TRUST = 1.5  # how far from what is wanted a step's energy change still tells o
 _FIRST_STEP = 0.25  # of the time unit
 _WINDOWS = (1 / 8, 1 / 4, 1 / 2, 3 / 4)  # of warm-up, after which a chain's own metric is renewed
 _FEWEST = 10  # positions that tell it
+_UNKNOWN = 5.0  # independent positions that the metric before counts for, as in Stan's adaptation
+# Times the error that is asked for: a chain alone makes no such step. From a narrow mode of many
+# dimensions the first one would lead out of all modes.
+_HOPELESS = 1e4
 
 
 class Alone(NamedTuple):
@@ -135,10 +139,12 @@ def mclmc_step(
     warming = a.progress.warming
     num_steps = jnp.where(warming, 1, keys.shape[0])
     zeros = jnp.zeros_like(chains.logdensity)
+    most = _HOPELESS * scheme.desired_energy_var * chains.position.shape[1]
+    cutoff = most**0.5 if scheme.each else jnp.inf
 
     def body(j: jax.Array, carry: tuple) -> tuple:
         chains, so_far = carry
-        new, this = move(keys[j], chains, a, log_density)
+        new, this = move(keys[j], chains, a, log_density, cutoff)
         return new, jax.tree.map(jnp.add, so_far, this)
 
     nothing = Outcome(zeros, jnp.zeros(zeros.shape, int))
@@ -151,18 +157,23 @@ def mclmc_step(
 
 
 def move(
-    keys: jax.Array, chains: IntegratorState, a: MCLMCAdaptation, log_density: Callable
+    keys: jax.Array,
+    chains: IntegratorState,
+    a: MCLMCAdaptation,
+    log_density: Callable,
+    cutoff: float = jnp.inf,
 ) -> tuple[IntegratorState, Outcome]:
     """Make one step of BlackJAX's MCLMC with every chain.
 
-    A chain whose step ends at no finite density or gradient stays, with a new direction.
+    A chain whose step ends at no finite density or gradient, or changes the energy by more than the
+    cutoff, stays, with a new direction.
     """
     metric: Any = a.alone.variance if a.alone is not None else None
     if a.metric is not None:
         metric = a.metric.inverse_mass
     step = jax.vmap(_move, in_axes=(0, 0, None, None if a.alone is None else 0, 0, 0))
     new, info = step(keys, chains, log_density, metric, a.decoherence_length, a.step_size)
-    whole = all_finite(new.logdensity_grad) & info.nonans
+    whole = all_finite(new.logdensity_grad) & info.nonans & (jnp.abs(info.energy_change) <= cutoff)
     new = choose(whole, new, chains._replace(momentum=-chains.momentum))
     change = jnp.where(whole, info.energy_change, 0.0)
     diverged = ~whole | (jnp.abs(change) > _DIVERGED)
@@ -233,6 +244,13 @@ def _adapt_each(
     switch = due & (number[0] >= _FEWEST)
     own = squares / number[:, None]
     own = jnp.where((own > 0.0) & jnp.isfinite(own), own, seen.variance)
+    # a chain that has not gone around its mode, as in thousands of dimensions, knows no widths yet:
+    # on a straight way of length l the variances add up to l**2 / 12
+    straight = jnp.sqrt(12.0 * (own / seen.variance).sum(axis=1))
+    ways = number * a.step_size / jnp.minimum(straight, time_unit(own.shape[1]))
+    turns = jnp.maximum(ways - 1.0, 0.0)
+    known = (turns / (turns + _UNKNOWN))[:, None]
+    own = jnp.exp(known * jnp.log(own) + (1.0 - known) * jnp.log(seen.variance))
     change = jnp.sqrt((own / seen.variance).mean(axis=1))
     step_size = jnp.where(switch, step_size / change, step_size)
     sums = jax.tree.map(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
@@ -13,12 +13,18 @@ from numpyro.infer import MCMC
 from numpyro_ensemble.handlers import warn
 from numpyro_ensemble.hosts import home
 from numpyro_ensemble.mcmc.checks import frames_outside_jax, listed
+from numpyro_ensemble.mcmc.diagnostics import (
+    limit_alone,
+    median_and_width,
+    robust_rhat,
+    within_rhat,
+)
 
+_FEWEST_ALONE = 20  # draws of a chain that is judged alone
 _FEWEST_DRAWS = 10  # a chain that accepts 0.8 of its proposals rejects 9 in a row once in 2 million
 _MIXED = 1.05  # R-hat of 20 effective draws a chain, 1,280 of 64 chains
 _SHORTNESS = 1.5  # over the draws in half a chain: what short chains of good draws may have more
 _HARDLY = 0.01  # of the width of all draws
-_FOR_MEDIANS = 50  # draws of a chain
 _BLOCK = 4_000_000  # numbers that are taken to double precision at once
 
 _ENERGY = 1.5  # times the energy error that was asked for: short runs know theirs no better
@@ -33,6 +39,7 @@ class Advice(NamedTuple):
     latents: tuple[str, ...]  # none: all that is collected
     unmixed: str  # for chains that have not mixed
     frozen: str  # for chains that did not move
+    alone: bool = False  # whether each chain may have a mode of its own, and is judged alone
 
 
 class CollectedDraws(dict):
@@ -141,6 +148,17 @@ def finished(collected: dict[str, Any]) -> dict[str, Any]:
     return {field: plain(draws) for field, draws in collected.items()}
 
 
+class _Seen(NamedTuple):
+    """What draws of all latents show: of chains `(C,)`, and R-hat of each latent value."""
+
+    num_draws: int
+    varies: bool  # whether any two draws differ: zeros are what is collected of nothing
+    moved: np.ndarray
+    walked: np.ndarray  # whether a chain moved by more than next to nothing
+    rhat: np.ndarray  # (k,), or (C, k) of chains that are judged alone
+    name: Callable[[int], str]  # of a latent value
+
+
 def check_mixing(draws: dict[str, Any], advice: Advice) -> None:
     """Warn where chains stood still, or else where they have not mixed.
 
@@ -148,41 +166,78 @@ def check_mixing(draws: dict[str, Any], advice: Advice) -> None:
         draws: by site, `(C, N, ...)`.
         advice: whose they are.
     """
-    moved: Any = False
-    walked: Any = False
-    rhats, names = [], []
-    latents = {name: draws[name] for name in advice.latents or draws if name in draws}
-    for name, block in _blocks(latents):
-        if block.shape[1] < _FEWEST_DRAWS:
-            return
-        moved = moved | (block != block[:, :1]).any(axis=(1, 2))
-        walked = walked | _walked(block)
-        rhats.append(robust_rhat(block))
-        names.append(name)
-        num_draws = block.shape[1]
-    if not rhats or not any((rhat > 1.0).any() for rhat in rhats):
-        return  # nothing was collected: zeros, as in MCMC.warmup
-    largest = [float(np.max(rhat)) for rhat in rhats]
-    worst = int(np.argmax(largest))
-    where = f"R-hat is up to {largest[worst]:.3g}, at {names[worst](int(np.argmax(rhats[worst])))}"
-    limit = _MIXED + _SHORTNESS / (num_draws // 2)
-    remedy = advice.unmixed
-    if not walked.all():
-        frozen, remedy = np.flatnonzero(~walked), advice.frozen
-        did = "hardly moved" if moved[frozen].any() else "did not move"
-        message = (
-            f"{len(frozen)} of {len(moved)} chains of {advice.kernel} {did} in {num_draws} draws: "
-            f"{listed(frozen)}. Their draws are where they were after warm-up ({where}). "
-        )
-    elif largest[worst] > limit:
-        rhat = np.concatenate(rhats)
-        message = (
-            f"The chains of {advice.kernel} have not mixed: {where}, and above {limit:.2f} for "
-            f"{int((rhat > limit).sum())} of {rhat.size} latent values. Do not use these draws. "
-        )
-    else:
+    seen = _look_at(
+        {name: draws[name] for name in advice.latents or draws if name in draws}, advice
+    )
+    if seen is None or not seen.varies:
         return
-    warn(f"{message}Try, in this order: {remedy}.")
+    message, remedy = _unmixed(seen, advice), advice.unmixed
+    if not seen.walked.all():
+        frozen, remedy = np.flatnonzero(~seen.walked), advice.frozen
+        did = "hardly moved" if seen.moved[frozen].any() else "did not move"
+        where = "" if advice.alone else f" ({_largest(seen)})"
+        message = (
+            f"{len(frozen)} of {len(seen.moved)} chains of {advice.kernel} {did} in "
+            f"{seen.num_draws} draws: {listed(frozen)}. Their draws are where they were after "
+            f"warm-up{where}. "
+        )
+    if message:
+        warn(f"{message}Try, in this order: {remedy}.")
+
+
+def _look_at(latents: dict[str, Any], advice: Advice) -> _Seen | None:
+    """Return what draws show, None of none or of too few."""
+    varies, moved, walked = False, np.array(False), np.array(False)
+    rhats, names = [], []
+    fewest = _FEWEST_ALONE if advice.alone else _FEWEST_DRAWS
+    for name, block in _blocks(latents):
+        num_draws = block.shape[1]
+        if num_draws < fewest:
+            return None
+        varies = varies or bool((block != block[:1, :1]).any())
+        own = (block != block[:, :1]).any(axis=(1, 2))
+        moved = moved | own
+        walked = walked | (own if advice.alone else _walked(block))
+        rhats.append(within_rhat(block) if advice.alone else robust_rhat(block))
+        names.append(name)
+    if not rhats:
+        return None
+    ends = np.cumsum([rhat.shape[-1] for rhat in rhats])
+
+    def name_of(value: int) -> str:
+        part = int(np.searchsorted(ends, value, "right"))
+        return names[part](value - (ends[part] - rhats[part].shape[-1]))
+
+    rhat = np.concatenate(rhats, axis=-1)
+    return _Seen(num_draws, varies, moved, walked, rhat, name_of)
+
+
+def _largest(seen: _Seen) -> str:
+    """Return the largest R-hat and whose it is."""
+    place = np.unravel_index(int(np.argmax(seen.rhat)), seen.rhat.shape)
+    chain = f" of chain {place[0]}" if len(place) > 1 else ""
+    return f"R-hat is up to {seen.rhat[place]:.3g}, at {seen.name(int(place[-1]))}{chain}"
+
+
+def _unmixed(seen: _Seen, advice: Advice) -> str:
+    """Return what is wrong with chains that have not mixed, or nothing."""
+    half = seen.num_draws // 2
+    limit = limit_alone(seen.rhat.size, half) if advice.alone else _MIXED + _SHORTNESS / half
+    over = seen.rhat > limit
+    if not over.any():
+        return ""
+    where = f"{_largest(seen)}, and above {limit:.2f} for {over.sum()} of {over.size}"
+    if not advice.alone:
+        return (
+            f"The chains of {advice.kernel} have not mixed: {where} latent values. Do not use "
+            f"these draws. "
+        )
+    chains = np.flatnonzero(over.any(axis=1))
+    return (
+        f"{len(chains)} of {len(over)} chains of {advice.kernel}, each of which is judged alone, "
+        f"have not settled: {listed(chains)}. Their second halves are not where their first "
+        f"halves are: {where} latent values of chains. "
+    )
 
 
 def _blocks(draws: dict[str, Any]) -> Iterator[tuple[Any, np.ndarray]]:
@@ -205,37 +260,7 @@ def _blocks(draws: dict[str, Any]) -> Iterator[tuple[Any, np.ndarray]]:
             yield name, columns[:, :, first : first + width]
 
 
-def robust_rhat(draws: np.ndarray) -> np.ndarray:
-    """Return split R-hat of draws `(C, N, k)`, of where chains are or of how wide, the larger one.
-
-    It is near to the rank-normalised R-hat of Vehtari et al. (2021), without sorting: distances
-    from the median, in its median distances, are shrunk by arsinh, so that heavy tails do not hide
-    what is in the middle.
-    """
-    median, width = _median_and_width(draws)
-    shrunk = np.arcsinh((draws - median) / np.where(width > 0.0, width, 1.0))
-    return np.maximum(split_rhat(shrunk), split_rhat(np.abs(shrunk)))
-
-
-def _median_and_width(draws: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the median, and the median distance from it, of some draws `(C, N, k)`."""
-    some = draws[:, :: max(1, draws.shape[1] // _FOR_MEDIANS)].reshape(-1, draws.shape[2])
-    median = np.median(some, axis=0)
-    return median, np.median(np.abs(some - median), axis=0)
-
-
 def _walked(draws: np.ndarray) -> np.ndarray:
     """Return which chains moved, by a hundredth of the width of all draws `(C, N, k)` or more."""
     distance = draws.max(axis=1) - draws.min(axis=1)
-    return ((distance > 0.0) & (distance >= _HARDLY * _median_and_width(draws)[1])).any(axis=1)
-
-
-def split_rhat(draws: np.ndarray) -> np.ndarray:
-    """Return split R-hat of draws `(C, N, k)`: 1 where a value is the same in all draws."""
-    half = draws.shape[1] // 2
-    halves = np.concatenate([draws[:, :half], draws[:, -half:]]).astype(float)
-    within = halves.var(axis=1, ddof=1).mean(axis=0)
-    between = halves.mean(axis=1).var(axis=0, ddof=1)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        rhat = np.sqrt((half - 1) / half + between / within)
-    return np.where(between + within > 0.0, rhat, 1.0)
+    return ((distance > 0.0) & (distance >= _HARDLY * median_and_width(draws)[1])).any(axis=1)

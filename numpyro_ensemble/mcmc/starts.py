@@ -7,20 +7,18 @@ Each function returns unconstrained values by site with a leading chain axis: wh
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.flatten_util import ravel_pytree
 from numpyro.infer import init_to_uniform
-from numpyro.infer.util import unconstrain_fn
 
 from numpyro_ensemble.calls.arguments import has_tracers
 from numpyro_ensemble.calls.keywords import checked_keywords
 from numpyro_ensemble.handlers import check_count, one_key
 from numpyro_ensemble.mcmc.checks import check_scale
+from numpyro_ensemble.mcmc.member_starts import chain_members, from_ensemble
 from numpyro_ensemble.mcmc.pathfinding import choose
 from numpyro_ensemble.mcmc.searches import (
     MAX_STEPS,
@@ -33,8 +31,14 @@ from numpyro_ensemble.mcmc.searches import (
 from numpyro_ensemble.mcmc.target import Target
 from numpyro_ensemble.results import PathfinderResult
 
-_PROBES = 32  # random directions in which the curvature is measured
-_FLATTEST = 1e-4  # the least curvature of a mode that noise follows
+__all__ = [
+    "chain_members",
+    "from_ensemble",
+    "from_microcanonical",
+    "from_nuts",
+    "from_pathfinder",
+    "metric_from_pathfinder",
+]
 
 
 @checked_keywords
@@ -240,107 +244,3 @@ def from_microcanonical(
     target = _checked(model, init_strategy, args, kwargs, **counts)
     key = one_key(rng_key)
     return microcanonical(target, key, num_chains, args, kwargs, max_steps=max_steps)
-
-
-@checked_keywords
-def from_ensemble(
-    rng_key: jax.Array,
-    runner: Any,
-    result: Any,
-    *args: Any,
-    num_chains: int = 64,
-    jitter: float | None = None,
-    **kwargs: Any,
-) -> dict[str, jax.Array]:
-    """Start at the members of an ensemble of MAP or variational fits.
-
-    Chain c starts at member `c % E`, of those that are finite: at a draw of its guide, or at its
-    mode. Normal noise is added, scaled by the standard deviation of the guide or, at a mode, by
-    the curvature of the density.
-
-    Args:
-        rng_key: one key.
-        runner: an `EnsembleMAP` or `EnsembleVI`.
-        result: what its `run` returned.
-        *args: arguments of the model, those of the fit.
-        num_chains: number of chains C to come.
-        jitter: scale of the noise; None is 0.1 for draws of a guide and 1 for modes.
-        **kwargs: keyword arguments of the model.
-
-    Raises:
-        ValueError: if no member is finite.
-    """
-    check_count("num_chains", num_chains)
-    check_scale("jitter", 0.0 if jitter is None else jitter)
-    rng_key = one_key(rng_key)
-    draw_key, noise_key = jax.random.split(rng_key)
-    members = np.flatnonzero(np.asarray(result.finite))
-    if not members.size:
-        raise ValueError("No member of the result is finite, so that no chain can start at one.")
-    chosen = members[np.arange(num_chains) % members.size]
-    draws_guide = hasattr(runner, "sample_posterior")
-    each = -(-num_chains // members.size)
-    if draws_guide:
-        draws = runner.sample_posterior(
-            draw_key, result, *args, num_samples=max(each, _PROBES), group_by_member=True, **kwargs
-        )
-    else:
-        draws = jax.tree.map(lambda x: x[:, None], result.params)
-    target = Target(runner.model)
-    names = target.latent_names(args, kwargs)
-    draws = {name: draws[name] for name in names}
-    scale = 0.1 if draws_guide else 1.0
-    place = np.arange(num_chains) // members.size if draws_guide else np.zeros(num_chains, int)
-    deal = partial(_around, target=target, modes=not draws_guide)
-    inputs = noise_key, draws, chosen, place, jnp.asarray(scale if jitter is None else jitter)
-    return target.run(("ensemble", draws_guide), deal, inputs, args, kwargs)
-
-
-def _around(
-    call: tuple[tuple, dict],
-    key: jax.Array,
-    draws: Any,
-    chosen: jax.Array,
-    place: jax.Array,
-    jitter: jax.Array,
-    *,
-    target: Target,
-    modes: bool,
-) -> Any:
-    """Unconstrain draws `(E, n, ...)`, and add noise to those that chains start at."""
-    model, probe_key, *noise_keys = target.prepared(*call), *jax.random.split(key, 1 + len(draws))
-
-    def free(values: Any) -> Any:
-        return unconstrain_fn(model, *call, values)
-
-    z = jax.vmap(jax.vmap(free))(draws)
-    if modes:
-        keys = jax.random.split(probe_key, jax.tree.leaves(z)[0].shape[0])
-        at_modes = jax.tree.map(lambda x: x[:, 0], z)
-        scales = jax.vmap(partial(_widths, target.smooth_density(*call)))(keys, at_modes)
-    else:
-        scales = jax.tree.map(lambda x: x.std(axis=1), z)
-    leaf_keys = iter(noise_keys)
-
-    def deal(x: jax.Array, scale: jax.Array) -> jax.Array:
-        taken = x[chosen, place]
-        noise = jax.random.normal(next(leaf_keys), taken.shape, taken.dtype)
-        return taken + (jitter * scale[chosen] * noise).astype(taken.dtype)
-
-    return jax.tree.map(deal, z, scales)
-
-
-def _widths(log_density: Callable, key: jax.Array, z: Any) -> Any:
-    """Return how wide the density is along each coordinate, from its curvature there."""
-    row, unravel = ravel_pytree(z)
-    gradient = jax.grad(lambda row: log_density(unravel(row)))
-
-    def probe(key: jax.Array) -> jax.Array:
-        direction = jax.random.rademacher(key, row.shape, row.dtype)
-        return direction * jax.jvp(gradient, (row,), (direction,))[1]
-
-    # Hutchinson's estimate of the diagonal of the Hessian, no smaller than its error
-    probes = jax.vmap(probe)(jax.random.split(key, _PROBES))
-    error = probes.std(axis=0) / _PROBES**0.5
-    curvature = jnp.maximum(jnp.abs(probes.mean(axis=0)), error)
-    return unravel(1.0 / jnp.sqrt(jnp.maximum(curvature, _FLATTEST)))

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh
+from jax.typing import ArrayLike
 from numpyro import handlers
 
 from numpyro_ensemble.calls.keywords import check_call
@@ -40,6 +41,7 @@ def to_arviz(
     coords: Mapping[str, Any] | None = None,
     dims: Mapping[str, list[str]] | None = None,
     on_failed: str = "warn",
+    members: ArrayLike | None = None,
     store: Any = None,
     row_args: Iterable[str | int] | None = None,
     row_batch_size: int | None = None,
@@ -54,7 +56,8 @@ def to_arviz(
 
     Args:
         inference: an `EnsembleMAP`, an `EnsembleVI`, a `Pathfinder`, or a model.
-        result: what `run` returned; for a model, samples by site that lead with `(E, S)`.
+        result: what `run` returned; for a model, samples by site that lead with `(E, S)`, or a
+            `numpyro.infer.MCMC` that has run, whose extra fields become sample stats.
         *args: arguments of the model, the observed ones too.
         rng_key: for draws and predictions (default: key 0).
         num_samples: draws per member (default: 1 for MAP, 100 for variational fits).
@@ -67,6 +70,8 @@ def to_arviz(
         coords: coordinates by dimension.
         dims: dimensions by site; those of plates and `infer={"event_dims": ...}` are known.
         on_failed: "warn" leaves members that are not finite out with a warning, "raise" raises.
+        members: the member that each chain `(E,)` of samples or an `MCMC` started at, of
+            `mcmc.starts.chain_members`: a coordinate `member` of the dimension `chain`.
         store: a path, or a store of Zarr's, to write to block by block; what is returned reads from
             it. A call that was stopped goes on where it was when it is made again.
         row_args: names or positions of the arguments with rows along their leading axes, the
@@ -113,7 +118,7 @@ def to_arviz(
     fitted = getattr(inference, "model", inference)
     check_call(fitted, args, kwargs)
     cut = Cut.of(fitted, args, kwargs, options)
-    draws = cut.collect(inference, result, keys[0], num_samples, on_failed)
+    draws = cut.collect(inference, result, keys[0], num_samples, on_failed, members)
     model = draws.model
     sites = cut.sites(model, draws)
     check_sites(draws, sites)

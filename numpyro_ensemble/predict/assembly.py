@@ -12,6 +12,9 @@ from numpyro_ensemble.streaming.writing import library_attributes
 
 _LATER_GROUPS = ("log_prior", "unconstrained_posterior")  # of which `from_dict` knows less
 
+# groups whose chains are those of the draws
+OF_MEMBERS = ("posterior", "posterior_predictive", "log_likelihood", "sample_stats", "predictions")
+
 
 def assemble(groups: dict[str, dict[str, Any]], draws: Draws, dims: dict, coords: dict) -> Any:
     """Make ArviZ data of the groups, of whichever kind the installed ArviZ has."""
@@ -47,6 +50,8 @@ def assemble(groups: dict[str, dict[str, Any]], draws: Draws, dims: dict, coords
             _add_group(data, name, own)
     for name in groups:
         data[name].attrs.update(attrs)
+        if draws.origins is not None and name in OF_MEMBERS:
+            data[name].coords["member"] = ("chain", draws.origins)
     if draws.losses is not None:
         _add_training(data, draws, attrs)
     return data

@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
+from jax.typing import ArrayLike
+from numpyro.infer import MCMC
 
 from numpyro_ensemble._compat import distribution_mask
 from numpyro_ensemble.density import (
@@ -22,6 +24,7 @@ from numpyro_ensemble.fit.ensemble import Ensemble
 from numpyro_ensemble.fit.state import setup_of
 from numpyro_ensemble.handlers import is_factor, unwrapped
 from numpyro_ensemble.mapping import check_failed, finite_members, pick
+from numpyro_ensemble.predict.chains import chains_of, checked_members
 from numpyro_ensemble.results import EnsembleResult, PathfinderResult, check_gathered
 from numpyro_ensemble.vi import EnsembleVI
 
@@ -42,16 +45,14 @@ class Draws(NamedTuple):
     losses: Any = None
     seconds: float | None = None
     attrs: Mapping[str, Any] = MappingProxyType({})
+    origins: np.ndarray | None = None  # the member that each chain started at
 
     def without_failed(self) -> Draws:
         """Return the draws of the finite members."""
         places = np.flatnonzero(self.finite)
-        taken = (self.samples, self.params, self.stats, self.members, self.losses)
-        samples, params, stats, members, losses = pick(taken, places)
-        return self._replace(
-            samples=samples, params=params, stats=stats, members=members, losses=losses,
-            shape=(places.size, self.shape[1]), finite=self.finite[places],
-        )  # fmt: skip
+        names = ("samples", "params", "stats", "members", "losses", "finite", "origins")
+        taken = pick({name: getattr(self, name) for name in names}, places)
+        return self._replace(**taken, shape=(places.size, self.shape[1]))
 
 
 def collect(
@@ -62,10 +63,19 @@ def collect(
     args: tuple,
     kwargs: dict,
     on_failed: str,
+    members: ArrayLike | None = None,
 ) -> Draws:
     """Return the draws of what was fitted, a runner's or those given for a model."""
+    if members is not None and isinstance(result, EnsembleResult | PathfinderResult):
+        raise ValueError(
+            "members tells which member each chain of a model's draws started at: leave it out "
+            "where the draws are the members' own."
+        )
     if isinstance(result, PathfinderResult):
         draws = _of_paths(inference, result, num_samples, rng_key)
+    elif isinstance(result, MCMC):
+        samples, stats = chains_of(result)
+        draws = _given(inference, samples, num_samples)._replace(stats=stats)
     elif not isinstance(inference, Ensemble):
         draws = _given(inference, result, num_samples)
     elif not isinstance(result, EnsembleResult):
@@ -79,6 +89,8 @@ def collect(
             draws = _of_guides(inference, result, rng_key, num_samples or _VI_DRAWS, args, kwargs)
         else:
             draws = _of_points(inference, result, num_samples or 1, args, kwargs)
+    if members is not None:
+        draws = draws._replace(origins=checked_members(members, draws.shape[0]))
     check_failed(draws.finite, on_failed)
     return draws if draws.finite.all() else draws.without_failed()
 

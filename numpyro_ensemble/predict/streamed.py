@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from numpyro.infer.autoguide import AutoGuide
 
-from numpyro_ensemble.predict.assembly import read_arviz
+from numpyro_ensemble.predict.assembly import OF_MEMBERS, read_arviz
 from numpyro_ensemble.predict.blocks import Predictions
 from numpyro_ensemble.predict.collect import Draws, Sites, collect
 from numpyro_ensemble.predict.densities import Computed, Wanted
@@ -71,17 +71,23 @@ class Cut(NamedTuple):
         }
 
     def collect(
-        self, inference: Any, result: Any, key: jax.Array, number: int | None, on_failed: str
+        self,
+        inference: Any,
+        result: Any,
+        key: jax.Array,
+        number: int | None,
+        on_failed: str,
+        members: Any = None,
     ) -> Draws:
         """Return the draws of what was fitted; those of a guide do not need all of the rows."""
         call = self.few
         if self.rows is None or self.forms is None:
-            return collect(inference, result, key, number, *call, on_failed)
+            return collect(inference, result, key, number, *call, on_failed, members)
         own = [n for n in self.axes if self.forms[1][n].type == "sample"]
         latent = any(not self.forms[1][name].observed for name in own)
         if latent or not isinstance(getattr(inference, "guide", None), AutoGuide | None):
             call = (self.args, self.kwargs)
-        draws = collect(inference, result, key, number, *call, on_failed)
+        draws = collect(inference, result, key, number, *call, on_failed, members)
         if not isinstance(inference, EnsembleVI):
             return draws
         computed = {n for n, form in self.forms[1].items() if form.type == "deterministic"}
@@ -239,13 +245,18 @@ class Streamed:
         data = assembled(values, {"observed_data": self.cut.observed(draws.model, draws, grid)})
         groups = list(data.children) if hasattr(data, "children") else data.groups()
         attrs = dict(data[groups[0]].attrs)
-        for output in outputs:
-            opened.describe(output.path.rpartition("/")[0], attrs)
+        streamed = {output.path.rpartition("/")[0] for output in outputs}
+        for group in streamed:
+            opened.describe(group, attrs)
         for group in groups:
             dataset = data[group]
             opened.describe(group, dataset.attrs)
             for name, variable in dataset.variables.items():
                 opened.put(f"{group}/{name}", variable.dims, variable.values)
+        if draws.origins is not None:
+            for group in streamed.union(groups).intersection(OF_MEMBERS):
+                opened.put(f"{group}/member", ("chain",), draws.origins)
+                opened.describe(group, {"coordinates": "member"})
         opened.describe("", library_attributes())
         opened.delete(SUMS)
         opened.finish()
