@@ -48,6 +48,11 @@ def distribution_mask(fn: Any) -> Any:
     return fn._mask
 
 
+def call_of(mcmc: MCMC) -> tuple[tuple, dict[str, Any]]:
+    """Return the arguments of the model in the last run."""
+    return mcmc._args, dict(mcmc._kwargs)
+
+
 def collect_nothing(mcmc: MCMC) -> None:
     """Let the next `mcmc.run` start its chains, and collect zeros in place of one draw."""
     kernel = mcmc.sampler

@@ -1,5 +1,7 @@
 """What ArviZ's sensitivity and corrected leave-one-out are made from: log densities of draws."""
 
+import warnings
+
 import arviz as az
 import jax
 import jax.numpy as jnp
@@ -9,12 +11,13 @@ import numpyro.distributions as dist
 import pytest
 from numpy.testing import assert_allclose
 from numpyro import handlers
-from numpyro.infer import Trace_ELBO
+from numpyro.infer import MCMC, NUTS, Trace_ELBO
 from numpyro.infer.autoguide import AutoNormal
 from numpyro.infer.reparam import ExplicitReparam, LocScaleReparam
 from scipy import stats
 
 from numpyro_ensemble import EnsembleVI, to_arviz
+from numpyro_ensemble.mcmc import MEADS
 from numpyro_ensemble.predict.assembly import makes_inference_data
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*too few for az.loo")
@@ -90,6 +93,49 @@ def test_log_priors_are_those_of_scipy_and_complete_the_density(name):
     assert_allclose(total, data["sample_stats"]["lp"], rtol=1e-6)
     without = to_arviz(model, samples, *args, log_prior=False)
     assert "log_prior" not in (without.children if NEW else without.groups())
+
+
+@pytest.mark.promotes_ranks
+def test_unconstrained_latents_are_of_numpyros_transforms():
+    model, samples, args, _ = MODELS["a simplex and an integer"]
+    data = to_arviz(model, samples, *args, unconstrained=True)
+    group = data["unconstrained_posterior"]
+    expected = dist.transforms.StickBreakingTransform().inv(SHARE)
+    assert_allclose(group["share"], expected, rtol=1e-6)
+    assert group["share"].dims[:3] == ("chain", "draw", "kind") and group["share"].shape[3] == 2
+    assert_allclose(group["n"], N)
+
+
+@pytest.mark.parametrize("kernel", [NUTS, pytest.param(MEADS, marks=pytest.mark.long)])
+def test_a_run_of_chains_has_all_groups(kernel):
+    number = 2 if kernel is NUTS else 64
+    mcmc = MCMC(
+        kernel(by_shop), num_warmup=50, num_samples=30, num_chains=number, thinning=2,
+        chain_method="vectorized", progress_bar=False,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="an MCMC without draws: call its run first"):
+        to_arviz(mcmc)
+    with jax.numpy_rank_promotion("allow"), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The chains of MEADS|.*have not mixed")
+        mcmc.run(jax.random.key(0), SHOP, y=COUNTS, extra_fields=("accept_prob", "num_steps"))
+        data = to_arviz(mcmc, unconstrained=True)
+        theirs = az.from_numpyro(mcmc)
+        again = to_arviz(by_shop, mcmc, SHOP, y=COUNTS)
+    groups = set(data.children if NEW else data.groups())
+    assert groups >= {"posterior", "log_prior", "log_likelihood", "posterior_predictive"}
+    assert_allclose(data["posterior"]["level"], theirs["posterior"]["level"])
+    assert_allclose(data["log_prior"]["tau"], again["log_prior"]["tau"])
+    stats = data["sample_stats"]
+    assert {"lp", "acceptance_rate", "n_steps"} <= set(stats.data_vars)
+    total = stats["lp"].values
+    for group in ("log_prior", "log_likelihood"):
+        for values in data[group].data_vars.values():
+            total = total - values.values.reshape(*total.shape, -1).sum(-1)
+    assert_allclose(total, 0.0, atol=1e-4 * np.abs(stats["lp"]).max())
+    attrs = data["posterior"].attrs
+    assert (attrs["kernel"], attrs["num_warmup"], attrs["thinning"]) == (kernel.__name__, 50, 2)
+    with pytest.raises(TypeError, match=r"to_arviz\(model, mcmc, \*args\)"):
+        to_arviz(mcmc, None, SHOP)
 
 
 def test_the_prior_is_of_what_is_sampled():

@@ -11,10 +11,12 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.typing import ArrayLike
 from numpyro import handlers
+from numpyro.infer import MCMC
 
 from numpyro_ensemble.calls.keywords import check_call
 from numpyro_ensemble.handlers import check_count, one_key, warn
 from numpyro_ensemble.predict.assembly import assemble
+from numpyro_ensemble.predict.chains import Run
 from numpyro_ensemble.predict.collect import Draws, Sites, check_sites
 from numpyro_ensemble.predict.densities import Computed, Wanted, compute
 from numpyro_ensemble.predict.predictive import EnsemblePredictive
@@ -28,7 +30,7 @@ _PRIOR_DRAWS = 500
 
 def to_arviz(
     inference: Any,
-    result: Any,
+    result: Any = None,
     *args: Any,
     rng_key: jax.Array | None = None,
     num_samples: int | None = None,
@@ -36,6 +38,7 @@ def to_arviz(
     posterior_predictive: bool = True,
     log_likelihood: bool = True,
     log_prior: bool = True,
+    unconstrained: bool = False,
     predictions: Mapping[str, Any] | None = None,
     constant_data: Mapping[str, Any] | None = None,
     coords: Mapping[str, Any] | None = None,
@@ -55,7 +58,8 @@ def to_arviz(
     `num_samples` where a MAP ensemble has few members.
 
     Args:
-        inference: an `EnsembleMAP`, an `EnsembleVI`, a `Pathfinder`, or a model.
+        inference: an `EnsembleMAP`, an `EnsembleVI`, a `Pathfinder`, a model, or a
+            `numpyro.infer.MCMC` that has run, alone.
         result: what `run` returned; for a model, samples by site that lead with `(E, S)`, or a
             `numpyro.infer.MCMC` that has run, whose extra fields become sample stats.
         *args: arguments of the model, the observed ones too.
@@ -65,6 +69,7 @@ def to_arviz(
         posterior_predictive: add predictions of the observed sites.
         log_likelihood: add the log likelihood of each observation.
         log_prior: add the log prior density of each latent value, as large as the posterior.
+        unconstrained: add the latents in unconstrained space, `unconstrained_posterior`.
         predictions: predictions for other data, leading with `(E, S)` or `(E * S,)`.
         constant_data: the group of that name.
         coords: coordinates by dimension.
@@ -111,9 +116,11 @@ def to_arviz(
     if num_samples is not None:
         check_count("num_samples", num_samples)
     options = StoreOptions(row_args, row_batch_size, coords or {}, dims or {}, progress_bar)
-    _check_store(store, prior, options)
+    _check_store(store, prior, unconstrained, options)
     placement = Placement(mesh=as_mesh(mesh))
     keys = jax.random.split(rng_key, 4)
+    if isinstance(inference, MCMC):
+        inference, result, args, kwargs = Run.of(inference, result, args, kwargs)
     kwargs = {**kwargs, **getattr(inference, "static_kwargs", {})}
     fitted = getattr(inference, "model", inference)
     check_call(fitted, args, kwargs)
@@ -124,7 +131,7 @@ def to_arviz(
     check_sites(draws, sites)
     _check_dims(dims or {}, sites, {**(predictions or {}), **(constant_data or {})})
     with_likelihood = log_likelihood and bool(sites.observed) and not sites.discrete
-    wanted = Wanted.of(draws, sites, with_likelihood, log_prior)
+    wanted = Wanted.of(draws, sites, with_likelihood, log_prior, unconstrained)
     _tell(draws, sites, with_likelihood)
     if sites.subsampled:
         model = handlers.substitute(model, data=sites.subsampled)
@@ -162,6 +169,7 @@ def to_arviz(
     groups = {
         "log_likelihood": values.log_likelihood,
         "log_prior": values.log_prior,
+        "unconstrained_posterior": values.unconstrained,
         "observed_data": sites.observed,
     }
     if predictive is not None:
@@ -172,7 +180,7 @@ def to_arviz(
     return assembled(values, groups)
 
 
-def _check_store(store: Any, prior: bool | int, options: StoreOptions) -> None:
+def _check_store(store: Any, prior: bool | int, unconstrained: bool, options: StoreOptions) -> None:
     """Raise a ValueError for options that go with a store alone, or with none."""
     if store is None and (options.row_args is not None or options.row_batch_size is not None):
         raise ValueError("row_args and row_batch_size cut what is written to a store: give store=.")
@@ -181,6 +189,8 @@ def _check_store(store: Any, prior: bool | int, options: StoreOptions) -> None:
             "prior draws are not written to a store with the others: leave prior out, and write "
             "them by EnsemblePredictive(model, num_samples=500).to_zarr."
         )
+    if store is not None and unconstrained:
+        raise ValueError("unconstrained latents are not written to a store: leave them out.")
 
 
 def _check_dims(dims: Mapping[str, list[str]], sites: Sites, more: Mapping[str, Any]) -> None:

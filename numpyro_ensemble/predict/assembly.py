@@ -13,7 +13,10 @@ from numpyro_ensemble.streaming.writing import library_attributes
 _LATER_GROUPS = ("log_prior", "unconstrained_posterior")  # of which `from_dict` knows less
 
 # groups whose chains are those of the draws
-OF_MEMBERS = ("posterior", "posterior_predictive", "log_likelihood", "sample_stats", "predictions")
+OF_MEMBERS = (
+    "posterior", "posterior_predictive", "log_likelihood", "sample_stats", "predictions",
+    *_LATER_GROUPS,
+)  # fmt: skip
 
 
 def assemble(groups: dict[str, dict[str, Any]], draws: Draws, dims: dict, coords: dict) -> Any:

@@ -24,7 +24,7 @@ from numpyro_ensemble.fit.ensemble import Ensemble
 from numpyro_ensemble.fit.state import setup_of
 from numpyro_ensemble.handlers import is_factor, unwrapped
 from numpyro_ensemble.mapping import check_failed, finite_members, pick
-from numpyro_ensemble.predict.chains import chains_of, checked_members
+from numpyro_ensemble.predict.chains import chains_of, checked_members, settings_of
 from numpyro_ensemble.results import EnsembleResult, PathfinderResult, check_gathered
 from numpyro_ensemble.vi import EnsembleVI
 
@@ -75,7 +75,8 @@ def collect(
         draws = _of_paths(inference, result, num_samples, rng_key)
     elif isinstance(result, MCMC):
         samples, stats = chains_of(result)
-        draws = _given(inference, samples, num_samples)._replace(stats=stats)
+        draws = _given(inference, samples, num_samples)
+        draws = draws._replace(stats=stats, attrs=settings_of(result))
     elif not isinstance(inference, Ensemble):
         draws = _given(inference, result, num_samples)
     elif not isinstance(result, EnsembleResult):
@@ -190,10 +191,17 @@ def _of_fit(
     """Put together what a fit tells besides its draws."""
     params = {**own, **(result.state.mutable_state or {})}
     size, losses = runner.ensemble_size, np.asarray(result.losses)
+    attrs = {"runner": type(runner).__name__, "num_steps": losses.shape[-1]}
+    if isinstance(runner, EnsembleVI):
+        attrs |= {"guide": _name(runner.guide), "loss": _name(runner.loss)}
     return Draws(
         runner.model, samples, params, (size, number), stats, np.arange(size),
-        np.asarray(result.finite), size, losses, result.seconds,
+        np.asarray(result.finite), size, losses, result.seconds, attrs,
     )  # fmt: skip
+
+
+def _name(what: Any) -> str:
+    return getattr(what, "__name__", type(what).__name__)
 
 
 class Sites(NamedTuple):

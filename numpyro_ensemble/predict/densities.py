@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from numpyro import handlers
+from numpyro.distributions import biject_to
 from numpyro.infer.util import compute_log_probs
 
 from numpyro_ensemble.calls.tracing import tracing_alone
@@ -25,6 +26,7 @@ class Computed(NamedTuple):
     density: Any
     log_likelihood: dict[str, Any]
     log_prior: dict[str, Any]
+    unconstrained: dict[str, Any]
 
 
 class Wanted(NamedTuple):
@@ -33,14 +35,24 @@ class Wanted(NamedTuple):
     deterministic: tuple[str, ...]
     log_likelihood: tuple[str, ...]
     log_prior: tuple[str, ...]
+    unconstrained: tuple[str, ...]
 
     @classmethod
-    def of(cls, draws: Draws, sites: Sites, log_likelihood: bool, log_prior: bool) -> Wanted:
+    def of(
+        cls,
+        draws: Draws,
+        sites: Sites,
+        log_likelihood: bool,
+        log_prior: bool,
+        unconstrained: bool,
+    ) -> Wanted:
         """Return those of a call; deterministic sites are given where draws have them."""
+        latent = tuple(sites.latent)
         return cls(
             tuple(name for name in sites.deterministic if name not in draws.samples),
             tuple(sites.observed) if log_likelihood else (),
-            tuple(sites.latent) if log_prior else (),
+            latent if log_prior else (),
+            latent if unconstrained else (),
         )
 
 
@@ -51,12 +63,14 @@ class OfDraw(NamedTuple):
         posterior: deterministic sites.
         log_likelihood: terms of each observation.
         log_prior: terms of each latent value.
+        unconstrained: latents in unconstrained space.
         terms: all terms of the log density, by site, or their sum.
     """
 
     posterior: dict[str, Any]
     log_likelihood: dict[str, Any]
     log_prior: dict[str, Any]
+    unconstrained: dict[str, Any]
     terms: Any
 
 
@@ -71,8 +85,16 @@ def of_draw(
         {name: trace[name]["value"] for name in wanted.deterministic},
         {name: each_value(trace[name]) for name in wanted.log_likelihood},
         {name: each_value(trace[name]) for name in wanted.log_prior},
+        {name: _unconstrained(trace[name]) for name in wanted.unconstrained},
         terms,
     )
+
+
+def _unconstrained(site: dict[str, Any]) -> Any:
+    """Return a latent in unconstrained space; a discrete one is as it is."""
+    if site["fn"].is_discrete:
+        return site["value"]
+    return biject_to(site["fn"].support).inv(site["value"])
 
 
 def compute(
@@ -89,7 +111,7 @@ def compute(
     What depends on discrete sites that were summed out is left out.
     """
     if sites.discrete:
-        return Computed({}, None, {}, {})
+        return Computed({}, None, {}, {}, {})
     given = {name: draws.samples[name] for name in sites.deterministic if name in draws.samples}
     hidden = frozenset(sites.deterministic)
 
@@ -99,7 +121,7 @@ def compute(
         known = {name: value for name, value in known.items() if name not in hidden}
         found = of_draw(draws.model, key, known, wanted, args, kwargs)
         density = sum((term.sum() for term in found.terms.values()), jnp.zeros(()))
-        return Computed(found.posterior, density, found.log_likelihood, found.log_prior)
+        return Computed(found.posterior, density, *found[1:4])
 
     keys = jax.random.split(rng_key, draws.shape)
     mapped = jax.jit(tracing_alone(lambda keys: map_member_draws(one, keys, placement)))

@@ -236,12 +236,12 @@ class Streamed:
         assembled: Callable[[Computed, dict], Any],
     ) -> None:
         """Write the groups that fit into memory, and what streamed ones lack."""
-        draws, values = self.draws, Computed({}, None, {}, {})
+        draws, values = self.draws, Computed({}, None, {}, {}, {})
         if self.densities is not None:
             given = {n: draws.samples[n] for n in self.sites.deterministic if n in draws.samples}
             # a call that was stopped in here has them added up
             density = opened.read(SUMS).sum(axis=-1) if opened.has(SUMS) else opened.read(_LP)
-            values = Computed(given, density, {}, {})
+            values = Computed(given, density, {}, {}, {})
         data = assembled(values, {"observed_data": self.cut.observed(draws.model, draws, grid)})
         groups = list(data.children) if hasattr(data, "children") else data.groups()
         attrs = dict(data[groups[0]].attrs)
