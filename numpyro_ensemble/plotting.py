@@ -197,7 +197,8 @@ def plot_ranks(calibration: Any, *, level: float = 0.95, max_lines: int = 8, ax:
     ax, number = _axes(ax), len(next(iter(calibration.ranks.values())))
     places, lower, upper = ecdf_band(number, level)
     ax.fill_between(places, lower - places, upper - places, step="mid", color=_WIDE, label="exact")
-    group = calibration.data["prior_sbc"]
+    of_posterior = hasattr(calibration.data, "posterior_sbc")
+    group = calibration.data["posterior_sbc" if of_posterior else "prior_sbc"]
     for i, (name, p_values) in enumerate(calibration.p_values.items()):
         values = group[name].values[0].reshape(number, -1)
         style, _ = _STYLES[i % len(_STYLES)]

@@ -158,6 +158,43 @@ def test_chains(name):
     assert np.isfinite(mcmc.get_samples()["w"]).all()
 
 
+SEEN = X @ np.array([1.0, -1.0]) + NOISE * RNG.normal(size=8)
+
+
+def of_both(key, x, z):
+    """Draw from the posterior of both the data seen before and the simulated ones."""
+    precision = jnp.eye(2) + 2 * x.T @ x / NOISE**2
+    mean = jnp.linalg.solve(precision, x.T @ (z + SEEN) / NOISE**2)
+    root = jnp.linalg.cholesky(jnp.linalg.inv(precision))
+    return {"w": mean[None] + jax.random.normal(key, (99, 2)) @ root.T}
+
+
+def test_calibration_where_the_posterior_is():
+    before = posterior(KEY, X, SEEN, number=600)
+
+    def calibrated_there(make, **options):
+        return sbc(
+            regression, make, X, SEEN, rng_key=KEY, num_datasets=300, posterior_samples=before,
+            **options,
+        )  # fmt: skip
+
+    found = calibrated_there(lambda model: of_both)
+    assert found.miscalibrated == [] and "posterior_sbc" in str(found.data)
+    assert plotting.plot_ranks(found).get_legend() is not None
+    # the simulated data alone have another posterior
+    assert "w" in calibrated_there(lambda model: posterior).miscalibrated
+    # the model that fit is given has seen both
+    runner = calibrated_there(
+        lambda model: EnsembleVI(model, AutoMultivariateNormal(model), ADAM, Trace_ELBO(8)),
+        num_steps=800,
+    )
+    assert runner.miscalibrated == []
+    with pytest.raises(TypeError, match="fit takes a function of a model"):
+        calibrated_there(MCMC(NUTS(regression), num_warmup=1, num_samples=1))
+    with pytest.raises(ValueError, match=r"posterior_samples has no \['w'\]"):
+        sbc(regression, posterior, X, SEEN, rng_key=KEY, posterior_samples={"b": np.zeros(9)})
+
+
 def counts(shop, seen=None, sold=None):
     """Of ints and bools, with two observed sites and a latent integer."""
     rate = numpyro.sample("rate", dist.Gamma(2.0, 1.0))
@@ -259,7 +296,10 @@ SHOP = np.arange(9) % 3
             "2 arguments hold the values of site 'sold'",
         ),
         (lambda o: calibrated(posterior, num_steps=5), r"\['num_steps'\] are of variational fits"),
-        (lambda o: calibrated(posterior, num_draws=500), "return 500 draws of each site or more"),
+        (
+            lambda o: calibrated(posterior, num_draws=500),
+            "500 draws of each site or more are needed",
+        ),
         (lambda o: calibrated(posterior, number=3), "num_datasets must be at least 10, got 3"),
         (lambda o: calibrated(NUTS(regression)), r"fit takes an MCMC: MCMC\(NUTS\(model\)"),
         (lambda o: calibrated(EnsembleMAP(regression, ADAM)), "has no spread"),

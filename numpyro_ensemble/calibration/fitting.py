@@ -95,8 +95,6 @@ def thinned(draws: dict[str, Any], number: int) -> dict[str, jax.Array]:
     """Return so many draws that lie equally far apart."""
     total = {len(value) for value in draws.values()}
     if len(total) != 1 or min(total) < number:
-        raise ValueError(
-            f"fit has to return {number} draws of each site or more, got {sorted(total)}."
-        )
+        raise ValueError(f"{number} draws of each site or more are needed, got {sorted(total)}.")
     places = np.linspace(0, total.pop() - 1, number).round().astype(int)
     return {name: jnp.asarray(value)[places] for name, value in draws.items()}

@@ -9,15 +9,17 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from numpyro.infer import MCMC
 
-from numpyro_ensemble.calibration.fitting import draws_of
-from numpyro_ensemble.calibration.simulating import DataSites
+from numpyro_ensemble.calibration.fitting import draws_of, thinned
+from numpyro_ensemble.calibration.simulating import DataSites, with_data
 from numpyro_ensemble.calibration.uniformity import uniformity
 from numpyro_ensemble.calls.keywords import check_call, checked_keywords
 from numpyro_ensemble.calls.tracing import tracing_alone
 from numpyro_ensemble.density import log_joint
 from numpyro_ensemble.handlers import check_count, one_key, warn
 from numpyro_ensemble.predict.assembly import single_group
+from numpyro_ensemble.vi import EnsembleVI
 
 _LIKELIHOOD = "log_likelihood"
 _LEAST = 10  # data sets, of which a test of uniformity can say something
@@ -28,8 +30,8 @@ class Calibration(NamedTuple):
     """Ranks of true values among draws, and whether they are as those of an exact posterior.
 
     Attributes:
-        data: ArviZ data with the group `prior_sbc`: for each quantity the ranks as numbers between
-            0 and 1, `(1, D, ...)`, uniform for an exact posterior.
+        data: ArviZ data with the group `prior_sbc`, or `posterior_sbc`: for each quantity the ranks
+            as numbers between 0 and 1, `(1, D, ...)`, uniform for an exact posterior.
         ranks: by quantity, `(D, ...)`, how many draws are below the true value.
         p_values: by quantity, `(...)`, of the test that ranks are uniform.
         miscalibrated: quantities whose smallest p-value is below 0.01 over their size.
@@ -63,6 +65,7 @@ def sbc(
     num_draws: int = 99,
     num_steps: int | None = None,
     run_options: Mapping[str, Any] | None = None,
+    posterior_samples: Mapping[str, Any] | None = None,
     data_sites: Mapping[str, str | int] | Collection[str] | str | None = None,
     quantities: Callable | None = None,
     batch_size: int | None = None,
@@ -85,6 +88,10 @@ def sbc(
             equally far apart.
         num_steps: steps of a variational fit.
         run_options: of the `run` of a variational fit.
+        posterior_samples: draws `(S, ...)` of all latents from the posterior of the call's own
+            data: data are then simulated from these, and fitted together with the call's own,
+            which tells of the places that matter (posterior calibration; Säilynoja et al., 2025).
+            `fit` is then a function of a model that returns one of the above.
         data_sites: names of the observed sites, or the name or position of the argument that
             holds the data of each; needed where there are several, or no argument is equal to them.
         quantities: of the latents and the model's arguments, returns more numbers to rank by name.
@@ -125,9 +132,13 @@ def sbc(
         check_count("batch_size", batch_size)
     check_call(model, args, kwargs)
     sites = DataSites.of(model, args, kwargs, data_sites)
+    known: dict[str, jax.Array] = {}
+    if posterior_samples is not None:
+        known = _drawn_before(posterior_samples, sites, num_datasets)
+        fit = _made(fit, with_data(model, args, kwargs))
     draw = draws_of(fit, num_draws, num_steps, run_options or {})
     simulate_key, fit_key, tie_key = jax.random.split(one_key(rng_key), 3)
-    truths, data = sites.simulate(jax.random.split(simulate_key, num_datasets), {})
+    truths, data = sites.simulate(jax.random.split(simulate_key, num_datasets), known)
     simulated = _finite(truths) & _finite(data)
 
     def one(given: tuple) -> _Counts:
@@ -148,10 +159,33 @@ def sbc(
     p_values = {name: uniformity(values) for name, values in shares.items()}
     wrong = [name for name, p in p_values.items() if p.size and p.min() * p.size < _ALARM]
     group = single_group(
-        "prior_sbc", {name: values[None] for name, values in shares.items()}, sites.dims,
+        "posterior_sbc" if known else "prior_sbc",
+        {name: values[None] for name, values in shares.items()},
+        sites.dims,
         {"num_draws": num_draws, "num_datasets": num_datasets},
-    )  # fmt: skip
+    )
     return Calibration(group, below, p_values, wrong, truths, np.flatnonzero(~good))
+
+
+def _drawn_before(samples: Mapping[str, Any], sites: DataSites, number: int) -> dict[str, Any]:
+    """Return as many draws of all latents as there are data sets."""
+    missing = sorted(set(sites.latent) - samples.keys())
+    if missing:
+        raise ValueError(f"posterior_samples has no {missing}: it needs draws of all latents.")
+    try:
+        return thinned({name: samples[name] for name in sites.latent}, number)
+    except ValueError as error:
+        raise ValueError(f"posterior_samples has too few draws for num_datasets: {error}") from None
+
+
+def _made(make: Any, model: Callable) -> Any:
+    """Return the fit of a model that has seen the call's own data."""
+    if isinstance(make, EnsembleVI | MCMC) or not callable(make):
+        raise TypeError(
+            "with posterior_samples, fit takes a function of a model that has seen the data of "
+            "this call as well, and returns the fit: lambda model: MCMC(NUTS(model), ...)."
+        )
+    return make(model)
 
 
 def _counted(

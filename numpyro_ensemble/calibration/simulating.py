@@ -9,10 +9,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpyro
 from numpyro import handlers
 
 from numpyro_ensemble.calls.tracing import tracing_alone
-from numpyro_ensemble.density import named_axes, unchecked_trace
+from numpyro_ensemble.density import log_joint, named_axes, unchecked_trace
 from numpyro_ensemble.handlers import is_factor, unwrapped
 
 
@@ -98,6 +99,26 @@ class DataSites(NamedTuple):
         place = self.places[site]
         own = self.args[place] if isinstance(place, int) else self.kwargs[place]
         return jnp.asarray(value, jnp.asarray(own).dtype)
+
+
+def with_data(model: Callable, args: tuple, kwargs: dict[str, Any]) -> Callable:
+    """Return a model of a call that has seen the data of another call as well."""
+    density = log_joint(model)
+
+    def seen_both(*own: Any, **named: Any) -> Any:
+        with handlers.trace() as trace:
+            result = model(*own, **named)
+        latents = {
+            name: site["value"]
+            for name, site in trace.items()
+            if site["type"] == "sample" and not site["is_observed"]
+        }
+        with handlers.block():  # the handlers around this call are for its own sites
+            before, _ = density(latents, *args, **kwargs)
+        numpyro.factor("_data_seen_before", before)
+        return result
+
+    return seen_both
 
 
 def _check_generative(sampled: dict[str, Any], observed: dict[str, Any]) -> None:
