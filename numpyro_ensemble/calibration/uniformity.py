@@ -6,7 +6,6 @@ import functools
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy import stats
 
 from numpyro_ensemble.handlers import check_count
 
@@ -64,6 +63,8 @@ def ecdf_band(number: int, level: float = 0.95) -> tuple[np.ndarray, np.ndarray,
     check_count("number", number)
     if not 0.0 < level < 1.0:
         raise ValueError(f"level must be between 0 and 1, got {level}.")
+    from scipy import stats
+
     tail = np.quantile(_simulated(number), 1.0 - level)
     places = _places(number)
     lower = stats.binom.ppf(tail, number, places)
@@ -93,6 +94,8 @@ def _least_probable(values: np.ndarray) -> np.ndarray:
 @functools.lru_cache(maxsize=16)
 def _tails(number: int) -> tuple[np.ndarray, np.ndarray]:
     """Return the probabilities of so few, and of so many, values below each place."""
+    from scipy import stats
+
     count, places = np.arange(number + 1), _places(number)[:, None]
     return stats.binom.cdf(count, number, places), stats.binom.sf(count - 1, number, places)
 

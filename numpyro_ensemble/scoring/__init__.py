@@ -1,5 +1,6 @@
 """Proper scores, calibration, importance weights and the weights of members."""
 
+from numpyro_ensemble.scoring.folds import CrossValidation, cross_validate
 from numpyro_ensemble.scoring.scores import (
     calibration_curve,
     coverage,
@@ -22,9 +23,11 @@ from numpyro_ensemble.scoring.weights import (
 )
 
 __all__ = [
+    "CrossValidation",
     "Khat",
     "calibration_curve",
     "coverage",
+    "cross_validate",
     "crps",
     "energy_score",
     "importance_resample",

@@ -1,0 +1,254 @@
+"""Cross-validation: the fits of all folds in one program, rows held out by masks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+from numpyro.primitives import Messenger
+
+from numpyro_ensemble.calibration.fitting import draws_of
+from numpyro_ensemble.calls.keywords import check_call, checked_keywords
+from numpyro_ensemble.calls.tracing import tracing_alone
+from numpyro_ensemble.density import fill_model, is_subsampled, unchecked_trace
+from numpyro_ensemble.handlers import check_count, is_factor, one_key
+from numpyro_ensemble.predict.assembly import makes_inference_data
+
+
+class CrossValidation(NamedTuple):
+    """How well rows are predicted by fits that have not seen them.
+
+    Attributes:
+        elpd: the expected log predictive density of all rows that were held out.
+        se: its standard error.
+        elpd_i: `(N, ...)`, the terms of the rows, NaN where none was held out.
+        data: ArviZ's form of it, which `az.compare` takes; it cannot hold NaN.
+    """
+
+    elpd: float
+    se: float
+    elpd_i: np.ndarray
+    data: Any
+
+
+class _Kept(Messenger):
+    """Let the rows of one site that are kept alone count in the density.
+
+    It stands around a whole fit: the model is called within, by whatever fits it.
+    """
+
+    def __init__(self, site: str, keep: jax.Array) -> None:
+        self.site, self.keep = site, keep
+        super().__init__()
+
+    def process_message(self, msg: dict[str, Any]) -> None:
+        """Mask a site's distribution."""
+        if msg["type"] == "sample" and msg["name"] == self.site and msg["is_observed"]:
+            batch = np.ndim(msg["value"]) - msg["fn"].event_dim
+            msg["fn"] = msg["fn"].mask(self.keep.reshape(-1, *[1] * (batch - 1)))
+
+
+@checked_keywords
+def cross_validate(
+    model: Callable,
+    fit: Any,
+    *args: Any,
+    rng_key: jax.Array,
+    folds: int | ArrayLike | tuple[ArrayLike, ArrayLike] = 10,
+    num_draws: int = 200,
+    num_steps: int | None = None,
+    run_options: Mapping[str, Any] | None = None,
+    var_name: str | None = None,
+    batch_size: int | None = None,
+    **kwargs: Any,
+) -> CrossValidation:
+    """Fit a model without the rows of each fold, and score the predictions of these.
+
+    All folds are fitted in one program. Rows that are held out are masked and keep their places,
+    so that latents of single rows are drawn from what is known of them without their data.
+
+    Args:
+        model: a NumPyro model.
+        fit: an `EnsembleVI`, an `MCMC` with any kernel, or a function of a key and a call of the
+            model that returns draws by site.
+        *args: arguments of the model, with the data.
+        rng_key: one key.
+        folds: how many, of rows that are dealt by chance; or the number of each row's fold, `(N,)`,
+            as for groups; or which rows are fitted and which are scored, two of `(K, N)`, as to
+            leave the future out.
+        num_draws: draws of each fit.
+        num_steps: steps of a variational fit.
+        run_options: of its `run`.
+        var_name: the observed site, where there are several; its first axis is that of the rows.
+        batch_size: how many folds are fitted at once (default: all).
+        **kwargs: keyword arguments of the model.
+
+    Raises:
+        TypeError: if `fit` is none of these.
+        ValueError: for folds that do not fit the rows, that leave no row to fit or to score, or
+            for a site whose rows are one event.
+        RuntimeError: if the density of a row is not finite.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, numpyro, numpyro.distributions as dist
+        >>> from numpyro_ensemble import scoring
+        >>> def model(y):
+        ...     mu = numpyro.sample("mu", dist.Normal(0.0, 10.0))
+        ...     with numpyro.plate("data", 6):
+        ...         numpyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+        >>> def center(key, y):
+        ...     return {"mu": jnp.zeros(200)}
+        >>> found = scoring.cross_validate(
+        ...     model, center, jnp.zeros(6), rng_key=jax.random.key(0), folds=3)
+        >>> round(found.elpd, 3), found.elpd_i.shape
+        (-5.514, (6,))
+    """
+    check_count("num_draws", num_draws)
+    if batch_size is not None:
+        check_count("batch_size", batch_size)
+    check_call(model, args, kwargs)
+    site, shape = _rows_of(model, args, kwargs, var_name)
+    fold_key, fit_key = jax.random.split(one_key(rng_key))
+    fitted, scored = _masks(folds, shape[0], fold_key)
+    draw = draws_of(fit, num_draws, num_steps, run_options or {})
+
+    def one(given: tuple[jax.Array, jax.Array]) -> jax.Array:
+        key, keep = given
+        run_key, density_key = jax.random.split(key)
+        with _Kept(site, keep):
+            draws = draw(run_key, args, kwargs)
+
+        def terms(draw: dict[str, jax.Array]) -> jax.Array:
+            found = fill_model(model, density_key, draw, args, kwargs)[site]
+            return found["fn"].log_prob(found["value"])
+
+        return jax.nn.logsumexp(jax.lax.map(terms, draws, batch_size=16), axis=0)
+
+    keys = jax.random.split(fit_key, len(fitted))
+    program = jax.jit(
+        tracing_alone(partial(jax.lax.map, one, batch_size=batch_size or len(fitted)))
+    )
+    densities = np.asarray(program((keys, jnp.asarray(fitted)))) - np.log(num_draws)
+    return _scored(densities, scored, site, num_draws)
+
+
+def _rows_of(
+    model: Callable, args: tuple, kwargs: dict[str, Any], var_name: str | None
+) -> tuple[str, tuple[int, ...]]:
+    """Return the site whose rows are held out, and the shape of its terms."""
+    trace = unchecked_trace(model, args, kwargs)
+    some = [name for name, found in trace.items() if is_subsampled(found)]
+    if some:
+        raise ValueError(
+            f"the model draws some rows of the plates {some}: cross-validation needs all of them. "
+            f"Leave subsample_size out."
+        )
+    observed = [
+        name
+        for name, found in trace.items()
+        if found["type"] == "sample" and found["is_observed"] and not is_factor(found)
+    ]
+    if not observed:
+        raise ValueError("the model has no observed site: pass it the data, as to the fit.")
+    if var_name is None and len(observed) > 1:
+        raise ValueError(f"the model observes {observed}: say which one, var_name=...")
+    name = observed[0] if var_name is None else var_name
+    if name not in observed:
+        raise ValueError(f"var_name={name!r} is none of the observed sites, {observed}.")
+    found = trace[name]
+    shape = np.shape(found["value"])[: np.ndim(found["value"]) - found["fn"].event_dim]
+    if not shape:
+        raise ValueError(
+            f"site {name!r} is one event, so that its rows cannot be held out one by one: let them "
+            f"stand in a plate (without to_event)."
+        )
+    return name, shape
+
+
+def _masks(folds: Any, number: int, key: jax.Array) -> tuple[np.ndarray, np.ndarray]:
+    """Return which rows each fold is fitted to, and which it is scored on, `(K, N)`."""
+    if isinstance(folds, tuple):
+        fitted, scored = (np.asarray(part, bool) for part in folds)
+        if fitted.ndim != 2 or fitted.shape != scored.shape or fitted.shape[1] != number:
+            raise ValueError(
+                f"folds takes two masks (K, {number}), of the rows that are fitted and of those "
+                f"that are scored; got {fitted.shape} and {scored.shape}."
+            )
+        if (scored.sum(axis=0) > 1).any() or (fitted & scored).any():
+            raise ValueError("a row is scored twice, or in a fold that is fitted to it.")
+    else:
+        if np.ndim(folds) == 0:
+            check_count("folds", folds)
+            if not 2 <= folds <= number:
+                raise ValueError(f"folds takes 2 to {number} for {number} rows, got {folds}.")
+            labels = np.asarray(jax.random.permutation(key, number)) % int(folds)
+        else:
+            labels = np.asarray(folds)
+            if labels.shape != (number,):
+                raise ValueError(
+                    f"folds takes a number for each of {number} rows, got shape {labels.shape}."
+                )
+        names = np.unique(labels)
+        if len(names) < 2:
+            raise ValueError("folds has one fold alone, which leaves no row to fit.")
+        scored = labels[None] == names[:, None]
+        fitted = ~scored
+    for what, mask in (("fit", fitted), ("score", scored)):
+        empty = np.flatnonzero(~mask.any(axis=1))
+        if empty.size:
+            raise ValueError(f"the folds {empty.tolist()} leave no row to {what}.")
+    return fitted, scored
+
+
+def _scored(
+    densities: np.ndarray, scored: np.ndarray, site: str, num_draws: int
+) -> CrossValidation:
+    """Pick the terms of each row from the fold that has held it out."""
+    held = scored.any(axis=0)
+    terms = np.where(
+        held.reshape(-1, *[1] * (densities.ndim - 2)),
+        densities[scored.argmax(axis=0), np.arange(scored.shape[1])],
+        np.nan,
+    )
+    of_held = terms[held].ravel()
+    bad = np.flatnonzero(~np.isfinite(of_held))
+    if bad.size:
+        raise RuntimeError(
+            f"the predictive density of {bad.size} of {of_held.size} values is not finite: "
+            f"{bad[:10].tolist()}."
+        )
+    elpd, se = float(of_held.sum()), float(np.sqrt(of_held.size * of_held.var()))
+    return CrossValidation(elpd, se, terms, _as_arviz(of_held, elpd, se, len(scored), num_draws))
+
+
+def _as_arviz(terms: np.ndarray, elpd: float, se: float, folds: int, num_draws: int) -> Any:
+    """Return what `az.compare` of the installed line takes."""
+    import importlib
+
+    import xarray as xr
+
+    each = xr.DataArray(terms, dims=["row"])
+    if makes_inference_data():
+        old: Any = importlib.import_module("arviz.stats.stats_utils")
+        values = [elpd, se, np.nan, num_draws, terms.size, False, each, "log"]
+        names = [
+            "elpd_loo",
+            "se",
+            "p_loo",
+            "n_samples",
+            "n_data_points",
+            "warning",
+            "loo_i",
+            "scale",
+        ]
+        return old.ELPDData(data=values, index=names)
+    new: Any = importlib.import_module("arviz_stats.utils")
+    return new.ELPDDataLOOKFold(
+        elpd=elpd, se=se, p=np.nan, n_samples=num_draws, n_data_points=terms.size, scale="log",
+        warning=False, good_k=None, elpd_i=each, n_folds=folds,
+    )  # fmt: skip
