@@ -5,6 +5,7 @@ import warnings
 import arviz as az
 import jax
 import jax.numpy as jnp
+import matplotlib as mpl
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
@@ -21,6 +22,7 @@ from numpyro_ensemble.mcmc import MEADS
 from numpyro_ensemble.predict.assembly import makes_inference_data
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*too few for az.loo")
+mpl.use("Agg")
 NEW = not makes_inference_data()
 RNG = np.random.default_rng(1)
 ROWS = 18
@@ -216,3 +218,20 @@ def test_corrected_leave_one_out_is_that_of_refits(mean_field):
     log_p, log_q = (one["sample_stats"][name] for name in ("log_p", "log_q"))
     corrected = az.loo_approximate_posterior(one, log_p, log_q, pointwise=True)
     assert abs(corrected.elpd - exact.sum()) < corrected.se / 2
+
+
+CHECKS = ["plot_ppc_dist", "plot_ppc_pit", "plot_loo_pit"] if NEW else ["plot_ppc", "plot_loo_pit"]
+
+
+@pytest.mark.filterwarnings("ignore")  # those of ArviZ and pandas
+@pytest.mark.parametrize("name", CHECKS)
+def test_arviz_draws_predictive_checks(mean_field, name):
+    data = mean_field
+    drawn = getattr(az, name)(data, **({} if NEW else {"y": "y"} if "loo" in name else {}))
+    if NEW:
+        axes = [ax for ax in np.ravel(drawn.viz["figure"].item().axes)]
+    else:
+        axes = list(np.ravel(drawn))
+    lines = [line for ax in axes for line in ax.get_lines()]
+    curves = [np.asarray(line.get_ydata(), float) for line in lines]
+    assert any(len(curve) > 5 and np.isfinite(curve).all() for curve in curves)
