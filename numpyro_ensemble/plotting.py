@@ -182,7 +182,7 @@ def plot_weights(weights: ArrayLike, *, ax: Any = None) -> Any:
 def plot_ranks(calibration: Any, *, level: float = 0.95, max_lines: int = 8, ax: Any = None) -> Any:
     """Draw how far the ranks' distribution functions are from those of an exact posterior.
 
-    Quantities whose ranks are not uniform are dashed and named with their p-values.
+    Quantities are named with their p-values; lines are thicker where ranks are not uniform.
 
     Args:
         calibration: what `calibration.sbc` returned.
