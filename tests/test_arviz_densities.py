@@ -118,7 +118,7 @@ def test_a_run_of_chains_has_all_groups(kernel):
     with pytest.raises(ValueError, match="an MCMC without draws: call its run first"):
         to_arviz(mcmc)
     with jax.numpy_rank_promotion("allow"), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "The chains of MEADS|More chains")
+        warnings.filterwarnings("ignore", "The chains of MEADS|More chains|Found chain dimension")
         mcmc.run(jax.random.key(0), SHOP, y=COUNTS, extra_fields=("accept_prob", "num_steps"))
         data = to_arviz(mcmc, unconstrained=True)
         theirs = az.from_numpyro(mcmc)
