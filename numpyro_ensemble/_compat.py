@@ -53,6 +53,13 @@ def call_of(mcmc: MCMC) -> tuple[tuple, dict[str, Any]]:
     return mcmc._args, dict(mcmc._kwargs)
 
 
+def copy_of(mcmc: MCMC) -> MCMC:
+    """Return a copy with a kernel of its own that has started nothing yet."""
+    own = copy(mcmc)
+    own.sampler, own._cache = copy(mcmc.sampler), {}
+    return own
+
+
 def collect_nothing(mcmc: MCMC) -> None:
     """Let the next `mcmc.run` start its chains, and collect zeros in place of one draw."""
     kernel = mcmc.sampler

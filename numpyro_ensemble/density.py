@@ -92,6 +92,20 @@ def is_subsampled(site: dict[str, Any]) -> bool:
     return site["type"] == "plate" and len(site["value"]) < site["args"][0]
 
 
+def observed_sites(trace: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Return the sites of a trace that have data; factors have none."""
+    return {
+        name: site
+        for name, site in trace.items()
+        if site["type"] == "sample" and site["is_observed"] and not is_factor(site)
+    }
+
+
+def is_improper(site: dict[str, Any]) -> bool:
+    """Say whether a sample site cannot be drawn from."""
+    return type(unwrapped(site["fn"])).__name__ == "ImproperUniform"
+
+
 def plate_of(frame: str, plates: Collection[str]) -> str | None:
     """Return the plate that a frame around a site belongs to, None for one that is not among them.
 

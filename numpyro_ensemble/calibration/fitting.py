@@ -12,8 +12,11 @@ import numpy as np
 from numpyro.infer import MCMC
 from numpyro.infer.mcmc import MCMCKernel
 
+from numpyro_ensemble._compat import copy_of
+from numpyro_ensemble.calls.tracing import tracing_alone
 from numpyro_ensemble.fit.ensemble import Ensemble
 from numpyro_ensemble.handlers import check_count
+from numpyro_ensemble.mapping import map_draws
 from numpyro_ensemble.vi import EnsembleVI
 
 
@@ -82,13 +85,19 @@ def _by_chains(mcmc: MCMC, num_draws: int) -> Callable:
         )
 
     def draw(key: jax.Array, args: tuple, kwargs: dict) -> dict[str, jax.Array]:
-        own = copy.copy(mcmc)  # the user's keep nothing of what is traced here
-        own.sampler, own.progress_bar = copy.copy(mcmc.sampler), False
-        own._cache = {}
+        own = copy_of(mcmc)  # the user's keeps nothing of what is traced here
+        own.progress_bar = False
         own.run(key, *args, **kwargs)
         return thinned(own.get_samples(), num_draws)
 
     return draw
+
+
+def mapped_fits(one: Callable, given: Any, batch_size: int | None) -> Any:
+    """Map a function over what tells fits apart, in one program: so many at once, or all."""
+    number = len(jax.tree.leaves(given)[0])
+    program = jax.jit(tracing_alone(lambda given: map_draws(one, given, batch_size or number)))
+    return jax.tree.map(np.asarray, program(given))
 
 
 def thinned(draws: dict[str, Any], number: int) -> dict[str, jax.Array]:

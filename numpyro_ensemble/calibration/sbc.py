@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -11,14 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 from numpyro.infer import MCMC
 
-from numpyro_ensemble.calibration.fitting import draws_of, thinned
+from numpyro_ensemble.calibration.fitting import draws_of, mapped_fits, thinned
 from numpyro_ensemble.calibration.simulating import DataSites, with_data
 from numpyro_ensemble.calibration.uniformity import uniformity
 from numpyro_ensemble.calls.keywords import check_call, checked_keywords
-from numpyro_ensemble.calls.tracing import tracing_alone
 from numpyro_ensemble.density import log_joint
 from numpyro_ensemble.handlers import check_count, one_key, warn
+from numpyro_ensemble.mapping import finite_members
 from numpyro_ensemble.predict.assembly import single_group
+from numpyro_ensemble.results import name_members
 from numpyro_ensemble.vi import EnsembleVI
 
 _LIKELIHOOD = "log_likelihood"
@@ -139,17 +139,14 @@ def sbc(
     draw = draws_of(fit, num_draws, num_steps, run_options or {})
     simulate_key, fit_key, tie_key = jax.random.split(one_key(rng_key), 3)
     truths, data = sites.simulate(jax.random.split(simulate_key, num_datasets), known)
-    simulated = _finite(truths) & _finite(data)
+    simulated = finite_members((truths, data), num_datasets)
 
     def one(given: tuple) -> _Counts:
         key, truth, values = given
         return _counted(sites, draw, quantities, key, truth, values)
 
     keys = jax.random.split(fit_key, num_datasets)
-    program = jax.jit(
-        tracing_alone(partial(jax.lax.map, one, batch_size=batch_size or num_datasets))
-    )
-    counts = jax.tree.map(np.asarray, program((keys, truths, data)))
+    counts = mapped_fits(one, (keys, truths, data), batch_size)
     good = simulated & counts.finite
     _tell(simulated, counts.finite, on_failed)
     kept = jax.tree.map(lambda x: np.asarray(x)[good], (truths, counts.below, counts.equal))
@@ -224,12 +221,6 @@ def _all_finite(values: dict[str, jax.Array]) -> jax.Array:
     return jnp.stack([jnp.isfinite(x).all() for x in values.values()]).all()
 
 
-def _finite(values: dict[str, jax.Array]) -> np.ndarray:
-    """Say of each data set whether all its numbers are finite."""
-    flags = [np.isfinite(np.asarray(x)).reshape(len(x), -1).all(axis=1) for x in values.values()]
-    return np.all(flags, axis=0)
-
-
 def _tell(simulated: np.ndarray, fitted: np.ndarray, on_failed: str) -> None:
     """Name the data sets that are left out, or raise."""
     parts = []
@@ -237,10 +228,8 @@ def _tell(simulated: np.ndarray, fitted: np.ndarray, on_failed: str) -> None:
         ("simulated data that are not finite", ~simulated),
         ("draws or densities that are not finite", simulated & ~fitted),
     ):
-        numbers = np.flatnonzero(bad)
-        if numbers.size:
-            named = ", ".join(map(str, numbers[:10])) + (", ..." if numbers.size > 10 else "")
-            parts.append(f"{numbers.size} of {bad.size} data sets have {text}: {named}")
+        if bad.any():
+            parts.append(f"{bad.sum()} of {bad.size} data sets have {text}: {name_members(bad)}")
     if not parts:
         return
     message = "; ".join(parts)

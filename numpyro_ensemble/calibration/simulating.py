@@ -13,8 +13,14 @@ import numpyro
 from numpyro import handlers
 
 from numpyro_ensemble.calls.tracing import tracing_alone
-from numpyro_ensemble.density import log_joint, named_axes, unchecked_trace
-from numpyro_ensemble.handlers import is_factor, unwrapped
+from numpyro_ensemble.density import (
+    is_improper,
+    log_joint,
+    named_axes,
+    observed_sites,
+    unchecked_trace,
+)
+from numpyro_ensemble.handlers import is_factor
 
 
 class DataSites(NamedTuple):
@@ -52,11 +58,7 @@ class DataSites(NamedTuple):
         """
         trace = unchecked_trace(model, args, kwargs)
         sampled = {name: site for name, site in trace.items() if site["type"] == "sample"}
-        observed = {
-            name: site
-            for name, site in sampled.items()
-            if site["is_observed"] and not is_factor(site)
-        }
+        observed = observed_sites(trace)
         _check_generative(sampled, observed)
         places = {
             name: _place(name, observed[name]["value"], given, model, args, kwargs)
@@ -96,8 +98,7 @@ class DataSites(NamedTuple):
         return jax.jit(tracing_alone(jax.vmap(one)))(keys, dict(known))
 
     def _like(self, site: str, value: Any) -> jax.Array:
-        place = self.places[site]
-        own = self.args[place] if isinstance(place, int) else self.kwargs[place]
+        own = _by_place(self.args, self.kwargs)[self.places[site]]
         return jnp.asarray(value, jnp.asarray(own).dtype)
 
 
@@ -134,11 +135,7 @@ def _check_generative(sampled: dict[str, Any], observed: dict[str, Any]) -> None
             f"the model has factors {factors}, which are in its density, but cannot be drawn from: "
             f"say the same with numpyro.sample."
         )
-    improper = [
-        name
-        for name, site in sampled.items()
-        if type(unwrapped(site["fn"])).__name__ == "ImproperUniform"
-    ]
+    improper = [name for name, site in sampled.items() if is_improper(site)]
     if improper:
         raise ValueError(
             f"the prior of {improper} is improper, so that nothing can be simulated from it: give "
@@ -178,8 +175,7 @@ def _place(
     """Return where the data of a site stand among the arguments."""
     if given is not None:
         return _named_place(site, given, model, args, kwargs)
-    every: dict[int | str, Any] = dict(enumerate(args)) | kwargs
-    places = [place for place, own in every.items() if _is(own, value)]
+    places = [place for place, own in _by_place(args, kwargs).items() if _is(own, value)]
     if len(places) == 1:
         return places[0]
     found = f"{len(places)} arguments hold" if places else "no argument holds"
@@ -187,6 +183,11 @@ def _place(
         f"{found} the values of site {site!r}: say which one, data_sites={{{site!r}: 'its name'}}. "
         f"Data that a model computes anew from an argument cannot be replaced by simulated ones."
     )
+
+
+def _by_place(args: tuple, kwargs: dict[str, Any]) -> dict[int | str, Any]:
+    """Return arguments by position or keyword."""
+    return dict(enumerate(args)) | kwargs
 
 
 def _named_place(

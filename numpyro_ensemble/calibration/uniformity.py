@@ -42,8 +42,7 @@ def uniformity(values: ArrayLike) -> np.ndarray:
     if not ((values >= 0.0) & (values <= 1.0)).all():
         raise ValueError("values must be between 0 and 1, and finite.")
     flat = values.reshape(len(values), -1)
-    found = np.array([_least_probable(column[None])[0] for column in flat.T])
-    below = np.searchsorted(_simulated(len(values)), found, side="right")
+    below = np.searchsorted(_simulated(len(values)), _least_probable(flat.T), side="right")
     return ((1.0 + below) / (1.0 + _SIMULATED)).reshape(values.shape[1:])
 
 

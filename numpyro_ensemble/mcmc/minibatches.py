@@ -125,12 +125,11 @@ class MinibatchTarget(Target):
 
     def __init__(self, model: Callable, batch_size: BatchSize, init_strategy: Callable) -> None:
         super().__init__(model, init_strategy=init_strategy)
-        self.batch_size = batch_size
-        self._traced = _AtFixedRows(model, batch_size)
+        self.batch_size, self._whole = batch_size, model
+        self._traced = self._some = _AtFixedRows(model, batch_size)
 
     def _with(self, fixed: dict[str, Any]) -> Callable:
-        assert self.model is not None
-        return with_values(_AtFixedRows(self.model, self.batch_size, _START_ROWS), fixed)
+        return with_values(_AtFixedRows(self._whole, self.batch_size, _START_ROWS), fixed)
 
     def density_of_rows(self, args: tuple, kwargs: dict) -> Callable[[Any, Any], jax.Array]:
         """Return the log density over unconstrained values and a key: None is for all rows.
@@ -140,18 +139,16 @@ class MinibatchTarget(Target):
         fixed, sums = self._settled(args, kwargs)
 
         def density(z: Any, key: jax.Array | None) -> jax.Array:
-            assert self.model is not None
-            model = with_values(Rows(self.model, self.batch_size, key), fixed)
+            model = with_values(Rows(self._whole, self.batch_size, key), fixed)
             return density_of(model, sums, args, kwargs, z)
 
         return density
 
     def _sites(self, args: tuple, kwargs: dict) -> dict[str, Site]:
-        assert self.model is not None
-        anatomy(_AtFixedRows(self.model, None), args, kwargs)  # whose errors are its own
+        anatomy(_AtFixedRows(self._whole, None), args, kwargs)  # whose errors are its own
         try:
             sites = super()._sites(args, kwargs)
-            whole = anatomy(Rows(self.model, self.batch_size, None), args, kwargs)
+            whole = anatomy(Rows(self._whole, self.batch_size, None), args, kwargs)
         except (TypeError, ValueError) as error:
             if self.batch_size is None:
                 raise
@@ -200,8 +197,7 @@ class MinibatchTarget(Target):
                     _check_inside(site, some[plate])
 
     def _of_some_rows(self, args: tuple, kwargs: dict) -> set[str]:
-        assert self._traced is not None
-        trace = unchecked_trace(self._traced, args, kwargs)
+        trace = unchecked_trace(self._some, args, kwargs)
         some = {name for name, site in trace.items() if is_subsampled(site)}
 
         def within(site: dict[str, Any]) -> bool:

@@ -16,6 +16,7 @@ from numpyro.infer import MCMC
 from numpyro_ensemble._compat import distribution_mask
 from numpyro_ensemble.density import (
     anatomy,
+    is_improper,
     is_subsampled,
     named_axes,
     unchecked_trace,
@@ -244,7 +245,7 @@ class Sites(NamedTuple):
                 sites.discrete.append(name)
             else:
                 sites.latent[name] = site["value"]
-                if type(unwrapped(site["fn"])).__name__ == "ImproperUniform":
+                if is_improper(site):
                     sites.improper.append(name)
         return sites
 

@@ -121,7 +121,8 @@ def compute(
         known = {name: value for name, value in known.items() if name not in hidden}
         found = of_draw(draws.model, key, known, wanted, args, kwargs)
         density = sum((term.sum() for term in found.terms.values()), jnp.zeros(()))
-        return Computed(found.posterior, density, *found[1:4])
+        terms = found.log_likelihood, found.log_prior
+        return Computed(found.posterior, density, *terms, found.unconstrained)
 
     keys = jax.random.split(rng_key, draws.shape)
     mapped = jax.jit(tracing_alone(lambda keys: map_member_draws(one, keys, placement)))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -12,12 +11,15 @@ import numpy as np
 from jax.typing import ArrayLike
 from numpyro.primitives import Messenger
 
-from numpyro_ensemble.calibration.fitting import draws_of
+from numpyro_ensemble.calibration.fitting import draws_of, mapped_fits
 from numpyro_ensemble.calls.keywords import check_call, checked_keywords
-from numpyro_ensemble.calls.tracing import tracing_alone
-from numpyro_ensemble.density import fill_model, is_subsampled, unchecked_trace
-from numpyro_ensemble.handlers import check_count, is_factor, one_key
+from numpyro_ensemble.density import fill_model, is_subsampled, observed_sites, unchecked_trace
+from numpyro_ensemble.handlers import check_count, one_key
+from numpyro_ensemble.mapping import map_draws
 from numpyro_ensemble.predict.assembly import makes_inference_data
+from numpyro_ensemble.predict.densities import each_value
+
+_DRAWS_AT_ONCE = 16  # of each fold, whose terms are computed
 
 
 class CrossValidation(NamedTuple):
@@ -124,16 +126,12 @@ def cross_validate(
             draws = draw(run_key, args, kwargs)
 
         def terms(draw: dict[str, jax.Array]) -> jax.Array:
-            found = fill_model(model, density_key, draw, args, kwargs)[site]
-            return found["fn"].log_prob(found["value"])
+            return each_value(fill_model(model, density_key, draw, args, kwargs)[site])
 
-        return jax.nn.logsumexp(jax.lax.map(terms, draws, batch_size=16), axis=0)
+        return jax.nn.logsumexp(map_draws(terms, draws, _DRAWS_AT_ONCE), axis=0)
 
     keys = jax.random.split(fit_key, len(fitted))
-    program = jax.jit(
-        tracing_alone(partial(jax.lax.map, one, batch_size=batch_size or len(fitted)))
-    )
-    densities = np.asarray(program((keys, jnp.asarray(fitted)))) - np.log(num_draws)
+    densities = mapped_fits(one, (keys, jnp.asarray(fitted)), batch_size) - np.log(num_draws)
     return _scored(densities, scored, site, num_draws)
 
 
@@ -148,11 +146,7 @@ def _rows_of(
             f"the model draws some rows of the plates {some}: cross-validation needs all of them. "
             f"Leave subsample_size out."
         )
-    observed = [
-        name
-        for name, found in trace.items()
-        if found["type"] == "sample" and found["is_observed"] and not is_factor(found)
-    ]
+    observed = list(observed_sites(trace))
     if not observed:
         raise ValueError("the model has no observed site: pass it the data, as to the fit.")
     if var_name is None and len(observed) > 1:
