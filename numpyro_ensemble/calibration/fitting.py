@@ -16,7 +16,7 @@ from numpyro_ensemble._compat import copy_of
 from numpyro_ensemble.calls.tracing import tracing_alone
 from numpyro_ensemble.fit.ensemble import Ensemble
 from numpyro_ensemble.handlers import check_count
-from numpyro_ensemble.mapping import map_draws
+from numpyro_ensemble.mapping import compiler_options, map_draws
 from numpyro_ensemble.vi import EnsembleVI
 
 
@@ -96,8 +96,8 @@ def _by_chains(mcmc: MCMC, num_draws: int) -> Callable:
 def mapped_fits(one: Callable, given: Any, batch_size: int | None) -> Any:
     """Map a function over what tells fits apart, in one program: so many at once, or all."""
     number = len(jax.tree.leaves(given)[0])
-    program = jax.jit(tracing_alone(lambda given: map_draws(one, given, batch_size or number)))
-    return jax.tree.map(np.asarray, program(given))
+    fits = tracing_alone(lambda given: map_draws(one, given, batch_size or number))
+    return jax.tree.map(np.asarray, jax.jit(fits, compiler_options=compiler_options(2))(given))
 
 
 def thinned(draws: dict[str, Any], number: int) -> dict[str, jax.Array]:

@@ -242,8 +242,9 @@ def _tell(simulated: np.ndarray, fitted: np.ndarray, on_failed: str) -> None:
 
 def _uniform(key: jax.Array, shapes: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Return a uniform number for each rank, which places it between two draws."""
-    keys = jax.random.split(key, len(shapes))
+    sizes = [value.size for value in shapes.values()]
+    parts = np.split(np.asarray(jax.random.uniform(key, (sum(sizes),))), np.cumsum(sizes)[:-1])
     return {
-        name: np.asarray(jax.random.uniform(k, value.shape))
-        for k, (name, value) in zip(keys, shapes.items(), strict=True)
+        name: part.reshape(value.shape)
+        for part, (name, value) in zip(parts, shapes.items(), strict=True)
     }

@@ -21,6 +21,7 @@ from numpyro_ensemble.density import (
     unchecked_trace,
 )
 from numpyro_ensemble.handlers import is_factor
+from numpyro_ensemble.mapping import compiler_options
 
 
 class DataSites(NamedTuple):
@@ -95,7 +96,8 @@ class DataSites(NamedTuple):
             data = {name: self._like(name, trace[name]["value"]) for name in self.places}
             return latents, data
 
-        return jax.jit(tracing_alone(jax.vmap(one)))(keys, dict(known))
+        every = tracing_alone(jax.vmap(one))
+        return jax.jit(every, compiler_options=compiler_options(0))(keys, dict(known))
 
     def _like(self, site: str, value: Any) -> jax.Array:
         own = _by_place(self.args, self.kwargs)[self.places[site]]

@@ -35,11 +35,10 @@ from numpyro_ensemble.fit.setup import SetupTemplate, Static
 from numpyro_ensemble.fit.slots import drop_unread
 from numpyro_ensemble.fit.starts import all_alike, check_starts, kept
 from numpyro_ensemble.fit.state import STATE_AXES, VALUE_AXES, GuideValues, SetupValues
-from numpyro_ensemble.mapping import platform_of
+from numpyro_ensemble.mapping import compiler_options
 
 _PROGRAMS = 32  # of one form of arguments that are kept
 _NUMBERS = (float, int, np.ndarray, np.generic, jax.Array)
-_FAST_COMPILE = {"xla_backend_optimization_level": "0"}  # halves the time that starts compile
 
 
 class StartForms(NamedTuple):
@@ -231,7 +230,7 @@ class FitPrograms:
         fn: Any = self._programs.get(key)
         if fn is None:
             fn = tracing_alone(looking(build()))
-            options = _FAST_COMPILE if once and platform_of() == "cpu" else None
+            options = compiler_options(0) if once else None
             fn = jax.jit(fn, static_argnums=0, donate_argnums=donate, compiler_options=options)
             if self.executables is not None:
                 fn = self.executables.wrap(fn, statics=1)
