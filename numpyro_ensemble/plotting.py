@@ -210,5 +210,5 @@ def plot_ranks(calibration: Any, *, level: float = 0.95, max_lines: int = 8, ax:
             ax.plot(places, curve, style, color=color, linewidth=1.8 if wrong else 1.0, label=label)
     ax.axhline(0.0, color=_INK, linewidth=0.5)
     ax.set(xlabel="rank, as a share of the draws", ylabel="distribution less uniform")
-    ax.legend(fontsize="small")
+    ax.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2)
     return ax

@@ -380,7 +380,7 @@ def test_bad_input(fits, key):
     runner = EnsembleMAP(conjugate, numpyro.optim.Adam(0.1), ensemble_size=4)
     with pytest.warns(UserWarning, match="4 members of 1 draws each are too few for az.loo"):
         mapped = to_arviz(runner, runner.run(key, 3, DATA, progress_bar=False), DATA)
-    with pytest.raises(ValueError, match="LOO needs 25 draws per member.*num_samples=100"):
+    with pytest.raises(ValueError, match="LOO needs 25 draws at least, got 1: .*num_samples=100"):
         scoring.member_weights(mapped)
     with pytest.raises(ValueError, match="the draws of each member are all the same"):
         scoring.member_weights(

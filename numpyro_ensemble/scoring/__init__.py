@@ -1,6 +1,8 @@
 """Proper scores, calibration, importance weights and the weights of members."""
 
+from numpyro_ensemble.scoring.comparison import Comparison, compare, mix
 from numpyro_ensemble.scoring.folds import CrossValidation, cross_validate
+from numpyro_ensemble.scoring.leave_one_out import loo_pit
 from numpyro_ensemble.scoring.scores import (
     calibration_curve,
     coverage,
@@ -23,9 +25,11 @@ from numpyro_ensemble.scoring.weights import (
 )
 
 __all__ = [
+    "Comparison",
     "CrossValidation",
     "Khat",
     "calibration_curve",
+    "compare",
     "coverage",
     "cross_validate",
     "crps",
@@ -34,7 +38,9 @@ __all__ = [
     "interval",
     "interval_width",
     "khat",
+    "loo_pit",
     "member_weights",
+    "mix",
     "nll",
     "pit",
     "psis",

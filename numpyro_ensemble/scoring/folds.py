@@ -16,8 +16,8 @@ from numpyro_ensemble.calls.keywords import check_call, checked_keywords
 from numpyro_ensemble.density import fill_model, is_subsampled, observed_sites, unchecked_trace
 from numpyro_ensemble.handlers import check_count, one_key
 from numpyro_ensemble.mapping import map_draws
-from numpyro_ensemble.predict.assembly import makes_inference_data
 from numpyro_ensemble.predict.densities import each_value
+from numpyro_ensemble.scoring.elpd import as_elpd, standard_error
 
 _DRAWS_AT_ONCE = 16  # of each fold, whose terms are computed
 
@@ -216,33 +216,5 @@ def _scored(
             f"the predictive density of {bad.size} of {of_held.size} values is not finite: "
             f"{bad[:10].tolist()}."
         )
-    elpd, se = float(of_held.sum()), float(np.sqrt(of_held.size * of_held.var()))
-    return CrossValidation(elpd, se, terms, _as_arviz(of_held, elpd, se, len(scored), num_draws))
-
-
-def _as_arviz(terms: np.ndarray, elpd: float, se: float, folds: int, num_draws: int) -> Any:
-    """Return what `az.compare` of the installed line takes."""
-    import importlib
-
-    import xarray as xr
-
-    each = xr.DataArray(terms, dims=["row"])
-    if makes_inference_data():
-        old: Any = importlib.import_module("arviz.stats.stats_utils")
-        values = [elpd, se, np.nan, num_draws, terms.size, False, each, "log"]
-        names = [
-            "elpd_loo",
-            "se",
-            "p_loo",
-            "n_samples",
-            "n_data_points",
-            "warning",
-            "loo_i",
-            "scale",
-        ]
-        return old.ELPDData(data=values, index=names)
-    new: Any = importlib.import_module("arviz_stats.utils")
-    return new.ELPDDataLOOKFold(
-        elpd=elpd, se=se, p=np.nan, n_samples=num_draws, n_data_points=terms.size, scale="log",
-        warning=False, good_k=None, elpd_i=each, n_folds=folds,
-    )  # fmt: skip
+    data = as_elpd(of_held, num_draws, folds=len(scored))
+    return CrossValidation(float(of_held.sum()), standard_error(of_held), terms, data)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -11,11 +10,10 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from numpyro_ensemble.handlers import check_count, one_key, warn
-from numpyro_ensemble.predict.assembly import makes_inference_data
 from numpyro_ensemble.results import last_losses
-from numpyro_ensemble.scoring.reading import group_of, name_of
-
-_LEAST_DRAWS = 25  # fewer leave no tail that a Pareto distribution could be fitted to
+from numpyro_ensemble.scoring.comparison import compare, for_every_member
+from numpyro_ensemble.scoring.leave_one_out import LEAST_DRAWS, smoothed
+from numpyro_ensemble.scoring.reading import group_of
 
 Method = Literal["stacking", "pseudo-bma", "elbo", "uniform"]
 
@@ -34,20 +32,12 @@ def psis(log_ratios: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
         ValueError: if there are too few draws.
     """
     ratios = np.asarray(log_ratios, float)
-    if ratios.ndim < 1 or ratios.shape[-1] < _LEAST_DRAWS:
+    if ratios.ndim < 1 or ratios.shape[-1] < LEAST_DRAWS:
         raise ValueError(
-            f"PSIS needs {_LEAST_DRAWS} draws at least, got log_ratios of shape {ratios.shape}; "
+            f"PSIS needs {LEAST_DRAWS} draws at least, got log_ratios of shape {ratios.shape}; "
             f"draw more per member, num_samples=100 say."
         )
-    if makes_inference_data():
-        import arviz as az
-
-        smoothed, shape = az.psislw(ratios.copy())
-    else:
-        stats: Any = importlib.import_module("arviz_stats.base")
-        smoothed, shape = stats.array_stats.psislw(-ratios)  # it takes log likelihoods
-    smoothed = np.asarray(smoothed)
-    return smoothed - jax.nn.logsumexp(smoothed, axis=-1, keepdims=True), np.asarray(shape)
+    return smoothed(ratios)
 
 
 class Khat(NamedTuple):
@@ -163,42 +153,6 @@ def member_weights(
         score = np.array([last_losses(row) for row in training["loss"].values])
         values = np.asarray(jax.nn.softmax(-jnp.asarray(score)))
     else:
-        values = _by_loo(data, method, var_name)
-    every = np.zeros(posterior.attrs.get("ensemble_size", size))
-    if len(every) == size:
-        return values
-    every[posterior.coords["chain"].values] = values
-    return every
-
-
-def _by_loo(data: Any, method: str, var_name: str | None) -> np.ndarray:
-    import arviz as az
-
-    found = group_of(data, "log_likelihood")
-    if found is None:
-        raise ValueError(f"method={method!r} needs the group log_likelihood.")
-    terms = found[name_of(found, var_name)].values
-    size, number = terms.shape[:2]
-    if number > 1 and (np.ptp(terms, axis=1) == 0).all():
-        raise ValueError(
-            "the draws of each member are all the same, as MAP estimates are: LOO has nothing to "
-            'weigh within a member. Use method="elbo", or score held-out data.'
-        )
-    if number < _LEAST_DRAWS:
-        raise ValueError(
-            f"LOO needs {_LEAST_DRAWS} draws per member at least, got {number}: make the data of "
-            f"variational fits with more, to_arviz(..., num_samples=100). The members of a MAP "
-            f'ensemble have one each; method="elbo" weighs them by their losses.'
-        )
-    members, legacy = {}, makes_inference_data()
-    for e in range(size):
-        groups = {
-            "posterior": {"draw_number": np.arange(number)[None]},
-            "log_likelihood": {"y": terms[e][None]},
-        }
-        members[str(e)] = az.from_dict(**groups) if legacy else az.from_dict(groups)  # type: ignore[arg-type]
-    kind: Any = "pseudo-BMA" if method == "pseudo-bma" else "stacking"
-    plain: Any = {} if legacy else {"round_to": "none"}
-    table = az.compare(members, method=kind, **plain)
-    values = table["weight"].to_numpy(float)[np.argsort(table.index.astype(int))]
-    return values / values.sum()
+        found = compare({"": data}, members=True, method=method, var_name=var_name, corrected=False)
+        return found.weights[""]
+    return for_every_member(data, values)

@@ -1,0 +1,221 @@
+"""Models compared by what they predict, and their predictions mixed by weight."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+
+from numpyro_ensemble.handlers import check_count, one_key
+from numpyro_ensemble.mapping import check_mixture
+from numpyro_ensemble.predict.assembly import makes_inference_data
+from numpyro_ensemble.scoring.elpd import as_elpd
+from numpyro_ensemble.scoring.folds import CrossValidation
+from numpyro_ensemble.scoring.leave_one_out import LeftOut, Likelihoods, warn_of_unreliable
+from numpyro_ensemble.scoring.reading import group_of, observed
+
+Weighing = Literal["stacking", "pseudo-bma", "bb-pseudo-bma"]
+_METHODS = {
+    "stacking": "stacking", "pseudo-bma": "pseudo-BMA", "bb-pseudo-bma": "BB-pseudo-BMA",
+}  # fmt: skip
+
+
+class Comparison(NamedTuple):
+    """What each model predicts, and how to mix them.
+
+    Attributes:
+        table: a pandas frame, ArviZ's of `az.compare`, the best model first, with the largest shape
+            `pareto_k` of its importance ratios.
+        weights: by model the weights `(E,)` of its members, `()` for folds; those of all models add
+            up to 1. `EnsemblePredictive(..., weights=weights[name])` predicts by them, and
+            `scoring.mix` mixes what models predict.
+    """
+
+    table: Any
+    weights: dict[str, np.ndarray]
+
+
+def compare(
+    models: Mapping[str, Any],
+    *,
+    members: bool = False,
+    method: Weighing = "stacking",
+    var_name: str | Mapping[str, str] | None = None,
+    corrected: bool = True,
+) -> Comparison:
+    """Compare models by leave-one-out or by folds, and weigh them for predictions.
+
+    Unlike `az.compare` it corrects the draws of variational fits for their guides, tells models
+    apart that saw different data, and weighs members of ensembles.
+
+    Args:
+        models: by name, what `to_arviz` made of any runner or chains, or a `CrossValidation`.
+        members: weigh each member as a model of its own, instead of all members of one alike.
+        method: "stacking", "pseudo-bma", or "bb-pseudo-bma" (with the Bayesian bootstrap).
+        var_name: the observed site, where there are several; by model, where names differ.
+        corrected: weigh draws of guides towards the posterior, where their densities are known.
+
+    Raises:
+        TypeError: if models do not come by name.
+        ValueError: for fewer than two, an unknown method, models of different data, or data without
+            what leave-one-out needs.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, numpyro, numpyro.distributions as dist
+        >>> from numpyro_ensemble import scoring, to_arviz
+        >>> def model(y, scale=1.0):
+        ...     mu = numpyro.sample("mu", dist.Normal(0.0, 10.0))
+        ...     with numpyro.plate("data", 20):
+        ...         numpyro.sample("y", dist.Normal(mu, scale), obs=y)
+        >>> y = jax.random.normal(jax.random.key(1), (20,))
+        >>> draws = {"mu": y.mean() + jax.random.normal(jax.random.key(0), (2, 500)) / 20**0.5}
+        >>> found = scoring.compare(
+        ...     {"right": to_arviz(model, draws, y), "wide": to_arviz(model, draws, y, scale=3.0)})
+        >>> list(found.table.index), found.weights["right"].round(2)
+        (['right', 'wide'], array([0.5, 0.5]))
+    """
+    if not isinstance(models, Mapping):
+        raise TypeError(f"models takes a dict by model name, got {type(models).__name__}.")
+    if method not in _METHODS:
+        raise ValueError(f"method takes one of {list(_METHODS)}, got {method!r}.")
+    named: Any = var_name if isinstance(var_name, Mapping) else dict.fromkeys(models, var_name)
+    unknown = sorted(named.keys() - models.keys())
+    if unknown:
+        raise ValueError(f"var_name names {unknown}; the models are {list(models)}.")
+    parts: dict[
+        tuple[str, int | None], Any
+    ] = {}  # by model, and by member where they are told apart
+    unreliable: dict[str, LeftOut] = {}
+    for name, given in models.items():
+        if isinstance(given, CrossValidation):
+            parts[name, None] = given.data
+            continue
+        found = Likelihoods.of(given, named.get(name), corrected)
+        singles = range(len(found.terms)) if members else [None]
+        for index in singles:
+            left = (found if index is None else found.member(index)).left_out()
+            if left.unreliable:
+                unreliable[name if index is None else f"{name}, member {index}"] = left
+            parts[name, index] = as_elpd(
+                left.terms, left.log_weights.shape[1], pareto_k=left.pareto_k,
+                num_parameters=left.num_parameters,
+            )  # fmt: skip
+    if len(models) < 2 and not members:
+        raise ValueError("there is one model alone, with nothing to compare it with: give two.")
+    _check_alike(models, named, parts)
+    if unreliable:
+        warn_of_unreliable(unreliable)
+    table, shares = _compared(parts, method)
+    return Comparison(table, {name: _of_members(models[name], name, shares) for name in models})
+
+
+def _check_alike(models: Mapping[str, Any], named: Mapping[str, Any], parts: Mapping) -> None:
+    """Raise a ValueError for models that have seen different data."""
+    number = {name: part["n_data_points"] for (name, _), part in parts.items()}
+    if len(set(number.values())) > 1:
+        raise ValueError(f"the models are scored on different numbers of observations: {number}.")
+    values: dict[str, np.ndarray] = {}
+    for name, given in models.items():
+        if isinstance(given, CrossValidation):
+            continue
+        site = named.get(name) or next(iter(group_of(given, "log_likelihood").data_vars))
+        seen = observed(given, site)
+        if seen is not None:
+            values[name] = np.asarray(seen).ravel()
+    first = next(iter(values), None)
+    for name, seen in values.items():
+        if not np.array_equal(seen, values[first], equal_nan=True):  # type: ignore[index]
+            raise ValueError(
+                f"the models {first!r} and {name!r} have seen different observations, so that "
+                f"their scores cannot be compared."
+            )
+
+
+def _compared(parts: Mapping[tuple, Any], method: str) -> tuple[Any, dict[tuple, float]]:
+    """Return ArviZ's table, and the weight of each part."""
+    import arviz as az
+
+    rows = {name if index is None else f"{name}[{index}]": (name, index) for name, index in parts}
+    given = {row: parts[part] for row, part in rows.items()}
+    plain: Any = {} if makes_inference_data() else {"round_to": "none"}
+    table = az.compare(given, method=_METHODS[method], **plain)  # type: ignore[arg-type]
+    shapes = {row: getattr(part, "pareto_k", None) for row, part in given.items()}
+    largest = {row: np.nan if k is None else float(np.max(k)) for row, k in shapes.items()}
+    table["pareto_k"] = [largest[row] for row in table.index]
+    weights = np.maximum(table["weight"].to_numpy(float), 0.0)
+    weights = weights / weights.sum()
+    return table, {rows[row]: float(w) for row, w in zip(table.index, weights, strict=True)}
+
+
+def _of_members(data: Any, name: str, shares: Mapping[tuple, float]) -> np.ndarray:
+    """Return the weights of a model's members, those that were left out too."""
+    if isinstance(data, CrossValidation):
+        return np.asarray(shares[name, None])
+    size = group_of(data, "posterior").sizes["chain"]
+    if (name, None) in shares:
+        return for_every_member(data, np.full(size, shares[name, None] / size))
+    return for_every_member(data, np.array([shares[name, e] for e in range(size)]))
+
+
+def for_every_member(data: Any, weights: np.ndarray) -> np.ndarray:
+    """Return weights of all members of ArviZ data, 0 for those that were left out of it."""
+    posterior = group_of(data, "posterior")
+    every = np.zeros(posterior.attrs.get("ensemble_size", len(weights)))
+    if len(every) == len(weights):
+        return weights
+    every[posterior.coords["chain"].values] = weights
+    return every
+
+
+def mix(
+    rng_key: jax.Array,
+    predictions: Mapping[str, Any],
+    weights: Mapping[str, ArrayLike],
+    num_samples: int | None = None,
+) -> Any:
+    """Draw from the mixture of what several models predict.
+
+    Args:
+        rng_key: one key.
+        predictions: by model, draws that lead with `(S,)`, or such draws by site.
+        weights: by model, of `compare`; a model of weight 0 needs no predictions.
+        num_samples: number of draws (default: of the model that has most).
+
+    Raises:
+        ValueError: for predictions of different sites or shapes, or weights that are none.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from numpyro_ensemble import scoring
+        >>> draws = {"a": jnp.zeros((100, 3)), "b": jnp.ones((100, 3))}
+        >>> mixed = scoring.mix(jax.random.key(0), draws, {"a": 0.25, "b": [0.5, 0.25]}, 4000)
+        >>> mixed.shape, round(float(mixed.mean()), 1)
+        ((4000, 3), 0.8)
+    """
+    shares = {name: float(np.sum(value)) for name, value in weights.items()}
+    missing = sorted(name for name, share in shares.items() if share and name not in predictions)
+    unknown = sorted(predictions.keys() - shares.keys())
+    if missing or unknown:
+        raise ValueError(f"predictions lack the models {missing}, and weights lack {unknown}.")
+    names = [name for name in shares if name in predictions]
+    check = check_mixture([shares[name] for name in names], len(names), "models")
+    forms = {name: jax.tree.map(lambda x: jnp.shape(x)[1:], predictions[name]) for name in names}
+    if any(form != forms[names[0]] for form in forms.values()):
+        raise ValueError(f"the models predict different sites or shapes: {forms}.")
+    sizes = [len(jax.tree.leaves(predictions[name])[0]) for name in names]
+    number = max(sizes) if num_samples is None else num_samples
+    check_count("num_samples", number)
+    model_key, draw_key = jax.random.split(one_key(rng_key))
+    chosen = jax.random.categorical(model_key, jnp.log(check), shape=(number,))
+    places = jnp.zeros(number, int)
+    offsets = np.concatenate([[0], np.cumsum(sizes)[:-1]])
+    for i, size in enumerate(sizes):
+        order = jax.random.permutation(jax.random.fold_in(draw_key, i), size)
+        rank = jnp.cumsum(chosen == i) - 1  # each draw is taken once before one is taken twice
+        places = jnp.where(chosen == i, offsets[i] + order[rank % size], places)
+    parts = [predictions[name] for name in names]
+    return jax.tree.map(lambda *xs: jnp.concatenate(xs)[places], *parts)

@@ -1,0 +1,59 @@
+"""Log predictive densities of rows in the form that ArviZ compares."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import numpy as np
+
+from numpyro_ensemble.predict.assembly import makes_inference_data
+
+GOOD_K = 0.7  # a shape of the importance ratios above which a term is not to be trusted
+
+
+def standard_error(terms: np.ndarray) -> float:
+    """Return the standard error of a sum of terms."""
+    return float(np.sqrt(terms.size * terms.var()))
+
+
+def as_elpd(
+    terms: np.ndarray,
+    num_draws: int,
+    *,
+    folds: int | None = None,
+    pareto_k: np.ndarray | None = None,
+    num_parameters: float = np.nan,
+) -> Any:
+    """Return what `az.compare` of the installed line takes.
+
+    Args:
+        terms: `(N,)`, finite.
+        num_draws: that each is a mean of.
+        folds: of cross-validation; none for leave-one-out.
+        pareto_k: `(N,)`, of leave-one-out.
+        num_parameters: the effective number.
+    """
+    import xarray as xr
+
+    each = xr.DataArray(terms, dims=["row"])
+    shapes = None if pareto_k is None else xr.DataArray(pareto_k, dims=["row"])
+    elpd, se = float(terms.sum()), standard_error(terms)
+    unreliable = pareto_k is not None and bool((pareto_k > GOOD_K).any())
+    if makes_inference_data():
+        old: Any = importlib.import_module("arviz.stats.stats_utils")
+        values = {
+            "elpd_loo": elpd, "se": se, "p_loo": num_parameters, "n_samples": num_draws,
+            "n_data_points": terms.size, "warning": unreliable, "loo_i": each, "scale": "log",
+        }  # fmt: skip
+        if shapes is not None:
+            values |= {"pareto_k": shapes, "good_k": GOOD_K}
+        return old.ELPDData(data=list(values.values()), index=list(values))
+    new: Any = importlib.import_module("arviz_stats.utils")
+    common: Any = {
+        "elpd": elpd, "se": se, "p": num_parameters, "n_samples": num_draws, "scale": "log",
+        "n_data_points": terms.size, "warning": unreliable, "elpd_i": each,
+    }  # fmt: skip
+    if folds is not None:
+        return new.ELPDDataLOOKFold(**common, good_k=None, n_folds=folds)
+    return new.ELPDDataLOO(**common, good_k=GOOD_K, pareto_k=shapes)

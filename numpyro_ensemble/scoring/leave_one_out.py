@@ -1,0 +1,210 @@
+"""Leave-one-out by importance sampling, corrected for the guides that draws are of."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from numpyro_ensemble.handlers import warn
+from numpyro_ensemble.predict.assembly import makes_inference_data
+from numpyro_ensemble.scoring.elpd import GOOD_K
+from numpyro_ensemble.scoring.reading import group_of, name_of, observed
+
+LEAST_DRAWS = 25  # fewer leave no tail that a Pareto distribution could be fitted to
+
+
+def smoothed(log_ratios: np.ndarray, efficiency: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
+    """Return ArviZ's smoothed log weights, each row adding up to 1, and the shapes of its tail."""
+    if makes_inference_data():
+        import arviz as az
+
+        weights, shape = az.psislw(log_ratios.copy(), efficiency)
+    else:
+        stats: Any = importlib.import_module("arviz_stats.base")
+        # it takes log likelihoods
+        weights, shape = stats.array_stats.psislw(-log_ratios, r_eff=efficiency)
+    weights = np.asarray(weights)
+    return weights - jax.nn.logsumexp(weights, axis=-1, keepdims=True), np.asarray(shape)
+
+
+class Likelihoods(NamedTuple):
+    """Log likelihoods of draws, and how draws lie to the posterior.
+
+    Attributes:
+        name: of the observed site.
+        terms: `(E, S, N)`, of the observations that are not masked.
+        seen: `(...)`, which observations these are.
+        ratios: `(E, S)` log densities of the posterior less those of each member's own guide, None
+            for draws of the posterior itself.
+        mixture: the same, less those of the mixture of all guides.
+        efficiency: effective draws a draw, of draws of the posterior itself.
+    """
+
+    name: str
+    terms: np.ndarray
+    seen: np.ndarray
+    ratios: np.ndarray | None
+    mixture: np.ndarray | None
+    efficiency: float
+
+    @classmethod
+    def of(cls, data: Any, var_name: str | None, corrected: bool) -> Likelihoods:
+        """Read ArviZ data.
+
+        Raises:
+            ValueError: if it has no log likelihood, or of several sites and none is named.
+        """
+        found = group_of(data, "log_likelihood")
+        if found is None:
+            raise ValueError("leave-one-out needs the group log_likelihood, which the data lacks.")
+        name = name_of(found, var_name)
+        terms = found[name].values
+        values = observed(data, name)
+        seen = np.ones(terms.shape[2:], bool) if values is None else ~np.isnan(values)
+        stats = group_of(data, "sample_stats")
+        ratios = mixture = None
+        efficiency = 1.0
+        if corrected and stats is not None and "log_q" in stats:
+            ratios = stats["log_p"].values - stats["log_q"].values
+            if "log_q_mixture" in stats:
+                mixture = stats["log_p"].values - stats["log_q_mixture"].values
+            elif len(terms) == 1:
+                mixture = ratios
+            else:
+                warn(
+                    "the guide does not tell the density of one member's draw under another, so "
+                    "that leave-one-out of all members is not corrected for the guide."
+                )
+        elif terms.shape[0] > 1 and terms.shape[1] > 1:
+            efficiency = _efficiency(data, terms.shape[0] * terms.shape[1])
+        return cls(
+            name, terms[:, :, seen.reshape(terms.shape[2:])], seen, ratios, mixture, efficiency
+        )
+
+    def member(self, index: int) -> Likelihoods:
+        """Return those of one member alone."""
+        ratios = None if self.ratios is None else self.ratios[[index]]
+        return self._replace(
+            terms=self.terms[[index]], ratios=ratios, mixture=ratios, efficiency=1.0
+        )
+
+    def left_out(self) -> LeftOut:
+        """Weigh draws as if each observation had not been seen.
+
+        Raises:
+            ValueError: if there are too few draws, or they are all the same.
+        """
+        size, number = self.terms.shape[:2]
+        if size * number < LEAST_DRAWS:
+            raise ValueError(
+                f"LOO needs {LEAST_DRAWS} draws at least, got {size * number}: make the data of "
+                f"variational fits with more, to_arviz(..., num_samples=100). The members of a MAP "
+                f'ensemble have one each; member_weights(..., "elbo") weighs them by their losses.'
+            )
+        if number > 1 and (np.ptp(self.terms, axis=1) == 0).all() and size < LEAST_DRAWS:
+            raise ValueError(
+                "the draws of each member are all the same, as MAP estimates are: LOO has nothing "
+                'to weigh within a member. Use method="elbo", or score held-out data.'
+            )
+        terms = self.terms.reshape(size * number, -1).T
+        base = np.zeros(size * number) if self.mixture is None else self.mixture.reshape(-1)
+        log_weights, shapes = smoothed(base - terms, self.efficiency)
+        all_seen = smoothed(base)[0] if self.mixture is not None else -np.log(base.size)
+        elpd = np.asarray(jax.nn.logsumexp(log_weights + terms, axis=1))
+        lppd = np.asarray(jax.nn.logsumexp(all_seen + terms, axis=1))
+        return LeftOut(elpd, shapes, log_weights, float((lppd - elpd).sum()))
+
+
+class LeftOut(NamedTuple):
+    """Predictions of each observation by what was learnt from the others.
+
+    Attributes:
+        terms: `(N,)` log predictive densities.
+        pareto_k: `(N,)`, above 0.7 a term is not to be trusted.
+        log_weights: `(N, S)`, of the draws of all members.
+        num_parameters: the effective number.
+    """
+
+    terms: np.ndarray
+    pareto_k: np.ndarray
+    log_weights: np.ndarray
+    num_parameters: float
+
+    @property
+    def unreliable(self) -> int:
+        """Number of the observations whose terms are not to be trusted."""
+        return int((self.pareto_k > GOOD_K).sum())
+
+
+def _efficiency(data: Any, number: int) -> float:
+    """Return effective draws a draw as `az.loo` counts them."""
+    import arviz as az
+
+    ess: Any = az.ess(group_of(data, "posterior"), method="mean")
+    values = [np.asarray(ess[name]).ravel() for name in ess.data_vars]
+    return float(np.concatenate(values).mean() / number)
+
+
+def loo_pit(data: Any, *, var_name: str | None = None, corrected: bool = True) -> np.ndarray:
+    """Return the predictive probability below each observation, given the others.
+
+    Of a model that predicts well they are uniform: `calibration.uniformity` tests that. Draws that
+    are equal to an observation count half, so that those of counts are uniform only roughly.
+
+    Args:
+        data: what `to_arviz` made, with `num_samples=` draws enough of an ensemble.
+        var_name: the observed site, where there are several.
+        corrected: weigh draws of guides towards the posterior, where their densities are known.
+
+    Returns:
+        `(...)`, NaN where an observation is masked.
+
+    Raises:
+        ValueError: if the data lacks what it needs, or has too few draws.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, numpyro, numpyro.distributions as dist
+        >>> from numpyro_ensemble import scoring, to_arviz
+        >>> def model(y):
+        ...     mu = numpyro.sample("mu", dist.Normal(0.0, 10.0))
+        ...     with numpyro.plate("data", 2):
+        ...         numpyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+        >>> mu = jax.random.normal(jax.random.key(0), (4, 500)) / jnp.sqrt(2.0)
+        >>> values = scoring.loo_pit(to_arviz(model, {"mu": mu}, jnp.array([-1.0, 1.0])))
+        >>> bool(values[0] < 0.15 and values[1] > 0.85)
+        True
+    """
+    found = Likelihoods.of(data, var_name, corrected)
+    group = group_of(data, "posterior_predictive")
+    values = observed(data, found.name)
+    if group is None or found.name not in group or values is None:
+        raise ValueError(
+            f"the probabilities of {found.name!r} need its predictions and its observations: leave "
+            f"posterior_predictive=True in to_arviz."
+        )
+    left = found.left_out()
+    if left.unreliable:
+        warn_of_unreliable({found.name: left})
+    draws = group[found.name].values
+    draws = draws.reshape(-1, *draws.shape[2:])[:, found.seen].T
+    seen = values[found.seen][:, None]
+    below = (draws < seen) + 0.5 * (draws == seen)
+    result = np.full(values.shape, np.nan)
+    result[found.seen] = (np.exp(left.log_weights) * below).sum(axis=1)
+    return result
+
+
+def warn_of_unreliable(found: dict[str, LeftOut]) -> None:
+    """Warn of terms that are not to be trusted."""
+    parts = [
+        f"{name}: {left.unreliable} of {left.pareto_k.size} (the largest {left.pareto_k.max():.2f})"
+        for name, left in found.items()
+        if left.unreliable
+    ]
+    warn(
+        f"leave-one-out is not to be trusted where the shape k of the importance ratios is above "
+        f"{GOOD_K}, {'; '.join(parts)}. scoring.cross_validate fits anew instead."
+    )
