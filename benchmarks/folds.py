@@ -1,0 +1,90 @@
+"""Ten folds in one program beside one fit, and beside ten fits one after another, in turns.
+
+Run `python benchmarks/folds.py [repeats]`: a logistic regression of 1,000 rows and 5 coefficients,
+AutoNormal, 2,000 steps, 200 draws of each fit. Each part compiles anew in each turn, as a first
+call of a user's does; ten separate fits share one compilation, for their masks are arguments.
+"""
+
+import statistics
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+from numpyro.infer import SVI, Predictive, Trace_ELBO, log_likelihood
+from numpyro.infer.autoguide import AutoNormal
+
+from numpyro_ensemble import EnsembleVI, scoring
+
+RNG = np.random.default_rng(0)
+X = RNG.normal(size=(1000, 5))
+Y = RNG.binomial(1, 1 / (1 + np.exp(-X @ np.array([1.0, -1.0, 0.5, 0.0, 0.0]))))
+STEPS, DRAWS, FOLDS = 2000, 200, np.arange(1000) % 10
+
+
+def model(x, y=None, seen=True):
+    """Regress a yes or no."""
+    w = numpyro.sample("w", dist.Normal(0.0, 1.0).expand([5]).to_event(1))
+    with numpyro.plate("row", len(x)):
+        numpyro.sample("y", dist.Bernoulli(logits=x @ w).mask(seen), obs=y)
+
+
+def one_fit(key, seen, svi, guide):
+    """Fit by NumPyro's SVI and return the log predictive densities of all rows."""
+    result = svi.run(key, STEPS, X, Y, seen, progress_bar=False)
+    draws = Predictive(guide, params=result.params, num_samples=DRAWS)(key, X)
+    terms = log_likelihood(model, draws, X, Y)["y"]
+    return np.asarray(jax.nn.logsumexp(terms, axis=0)) - np.log(DRAWS)
+
+
+def separate(number):
+    """Return elpd by as many separate fits as are asked for."""
+    guide = AutoNormal(model)
+    svi = SVI(model, guide, numpyro.optim.Adam(0.01), Trace_ELBO())
+    total = 0.0
+    for k in range(number):
+        seen = FOLDS != k
+        total += one_fit(jax.random.key(k), jnp.asarray(seen), svi, guide)[~seen].sum()
+    return total
+
+
+def together():
+    """Return elpd by the folds of one program."""
+    runner = EnsembleVI(
+        model, AutoNormal(model), numpyro.optim.Adam(0.01), Trace_ELBO(), ensemble_size=1
+    )
+    found = scoring.cross_validate(
+        model, runner, X, Y, rng_key=jax.random.key(0), folds=FOLDS, num_steps=STEPS,
+        num_draws=DRAWS,
+    )  # fmt: skip
+    return found.elpd
+
+
+def main(repeats="3"):
+    """Time the three in turns."""
+    parts = {
+        "one fit (SVI)": lambda: separate(1),
+        "ten fits (SVI)": lambda: separate(10),
+        "ten folds": together,
+    }
+    times = {name: [] for name in parts}
+    for i in range(int(repeats)):
+        for name in list(parts)[:: 1 if i % 2 else -1]:
+            jax.clear_caches()
+            wall, cpu = time.perf_counter(), time.process_time()
+            elpd = parts[name]()
+            times[name].append((time.perf_counter() - wall, time.process_time() - cpu))
+            print(f"{name}: {times[name][-1][0]:.1f} s, processor {times[name][-1][1]:.1f} s, "
+                  f"elpd {elpd:.2f}", flush=True)  # fmt: skip
+    one = np.array(times["one fit (SVI)"])
+    for name in ("ten folds", "ten fits (SVI)"):
+        wall, cpu = (np.array(times[name]) / one).T
+        print(f"{name} / one fit: {statistics.median(wall):.2f} {np.sort(wall).round(2)} by the "
+              f"clock, {statistics.median(cpu):.2f} by the processor")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
