@@ -150,11 +150,23 @@ def moments(*names):
                 ]
             )
             rhat, bulk, _ = figures(draws)
+            ratios = variance_ratios(draws, reference, longest)
             print(
                 f"{problem:18} {name:6} largest |z| of {scores.size:4}: {np.abs(scores).max():5.2f}"
-                f", mean z^2 {np.mean(scores**2):5.2f}, R-hat {rhat:.4f}, ESS {bulk:.0f}",
+                f", mean z^2 {np.mean(scores**2):5.2f}, R-hat {rhat:.4f}, ESS {bulk:.0f}, "
+                f"variances {np.median(ratios):.3f} times ({ratios.min():.3f} to {ratios.max():.3f})",
                 flush=True,
             )
+
+
+def variance_ratios(draws, reference, longest):
+    """Return the variance of each number over the true one, or over that of a long run."""
+    if longest is None:
+        true = {name: np.square(sd) for name, (_, sd) in reference.items()}
+    else:
+        true = {name: value.var((0, 1)) for name, value in longest.items()}
+    known = [name for name in draws if name in true]
+    return np.concatenate([np.ravel(draws[name].var((0, 1)) / true[name]) for name in known])
 
 
 def z_scores(draws, truth, longest):
