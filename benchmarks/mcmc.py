@@ -154,7 +154,7 @@ def moments(*names):
             print(
                 f"{problem:18} {name:6} largest |z| of {scores.size:4}: {np.abs(scores).max():5.2f}"
                 f", mean z^2 {np.mean(scores**2):5.2f}, R-hat {rhat:.4f}, ESS {bulk:.0f}, "
-                f"variances {np.median(ratios):.3f} times ({ratios.min():.3f} to {ratios.max():.3f})",
+                f"variances {np.median(ratios):.3f} [{ratios.min():.3f}, {ratios.max():.3f}]",
                 flush=True,
             )
 
