@@ -24,7 +24,7 @@ from numpyro_ensemble import (
     to_arviz,
 )
 from numpyro_ensemble.gp import RBF, GaussianProcess, Pathwise
-from numpyro_ensemble.mcmc import MAMS, MEADS, ChEES
+from numpyro_ensemble.mcmc import MAMS, MCLMC, MEADS, ChEES
 from numpyro_ensemble.sharding import as_mesh
 
 RNG = np.random.default_rng(0)
@@ -194,6 +194,7 @@ CHAINS = {
     "ChEES of 6, grouped": (lambda **options: chees(grouped, **options), 6),
     "ChEES of rows": (lambda **options: chees(**options), 8),
     "MAMS of 8": (lambda **options: MAMS(model, start="init", max_steps=4, **options), 8),
+    "MCLMC of 8": (lambda **options: MCLMC(model, start="init", **options), 8),
 }
 
 

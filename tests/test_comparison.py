@@ -148,7 +148,7 @@ def test_scores_are_those_of_arviz_and_of_the_closed_form(case):
     assert_allclose(table.loc["one", column], loo_of(data).sum(), rtol=1e-8)
     assert abs(table.loc["one", column] - exact_terms(case).sum()) < 0.15
     assert_allclose(table.loc["one", "se"], az.loo(data).se, rtol=1e-6)
-    assert (table["pareto_k"] < 0.7).all()
+    assert (table["pareto_k"] < 0.7).all() and not table["corrected"].any()
     assert_allclose(sum(w.sum() for w in found.weights.values()), 1.0)
 
 
@@ -215,8 +215,10 @@ def test_guides_are_corrected(case):
     column = "elpd_loo" if makes_inference_data() else "elpd"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        right = scoring.compare({"a": data, "b": data}).table.loc["a", column]
+        table = scoring.compare({"a": data, "b": data}).table
+        right = table.loc["a", column]
         plain = scoring.compare({"a": data, "b": data}, corrected=False).table.loc["a", column]
+    assert table["corrected"].all()
     assert abs(right - exact.sum()) < 0.5 * abs(plain - exact.sum()) + 0.02
     if not makes_inference_data():
         stats = data["sample_stats"]

@@ -127,7 +127,7 @@ def test_a_hundred_of_a_thousand_that_fail(found_long, label):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("label", ["MEADS of 8", "MAMS of 8", "ChEES of 6, grouped"])
+@pytest.mark.parametrize("label", ["MEADS of 8", "MAMS of 8", "MCLMC of 8", "ChEES of 6, grouped"])
 def test_chains_of_a_mesh_draw_the_same(found_long, label):
     assert found_long[f"{label}, draws"] < 1e-8
     assert found_long[f"{label}, devices"] == 4

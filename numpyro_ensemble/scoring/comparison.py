@@ -29,7 +29,8 @@ class Comparison(NamedTuple):
 
     Attributes:
         table: a pandas frame, ArviZ's of `az.compare`, the best model first, with the largest shape
-            `pareto_k` of its importance ratios.
+            `pareto_k` of its importance ratios, and whether draws were `corrected` for their guide:
+            those of chains need it not, those of guides without a density cannot be.
         weights: by model the weights `(E,)` of its members, `()` for folds; those of all models add
             up to 1. `EnsemblePredictive(..., weights=weights[name])` predicts by them, and
             `scoring.mix` mixes what models predict.
@@ -90,6 +91,7 @@ def compare(
         tuple[str, int | None], Any
     ] = {}  # by model, and by member where they are told apart
     unreliable: dict[str, LeftOut] = {}
+    weighed = set()  # the parts whose draws were weighed towards the posterior
     for name, given in models.items():
         if isinstance(given, CrossValidation):
             parts[name, None] = given.data
@@ -100,6 +102,8 @@ def compare(
             left = (found if index is None else found.member(index)).left_out()
             if left.unreliable:
                 unreliable[name if index is None else f"{name}, member {index}"] = left
+            if left.corrected:
+                weighed.add((name, index))
             parts[name, index] = as_elpd(
                 left.terms, left.log_weights.shape[1], pareto_k=left.pareto_k,
                 num_parameters=left.num_parameters,
@@ -109,7 +113,7 @@ def compare(
     _check_alike(models, named, parts)
     if unreliable:
         warn_of_unreliable(unreliable)
-    table, shares = _compared(parts, method)
+    table, shares = _compared(parts, method, weighed)
     return Comparison(table, {name: _of_members(models[name], name, shares) for name in models})
 
 
@@ -135,7 +139,9 @@ def _check_alike(models: Mapping[str, Any], named: Mapping[str, Any], parts: Map
             )
 
 
-def _compared(parts: Mapping[tuple, Any], method: str) -> tuple[Any, dict[tuple, float]]:
+def _compared(
+    parts: Mapping[tuple, Any], method: str, weighed: set
+) -> tuple[Any, dict[tuple, float]]:
     """Return ArviZ's table, and the weight of each part."""
     import arviz as az
 
@@ -146,6 +152,7 @@ def _compared(parts: Mapping[tuple, Any], method: str) -> tuple[Any, dict[tuple,
     shapes = {row: getattr(part, "pareto_k", None) for row, part in given.items()}
     largest = {row: np.nan if k is None else float(np.max(k)) for row, k in shapes.items()}
     table["pareto_k"] = [largest[row] for row in table.index]
+    table["corrected"] = [rows[row] in weighed for row in table.index]
     weights = np.maximum(table["weight"].to_numpy(float), 0.0)
     weights = weights / weights.sum()
     return table, {rows[row]: float(w) for row, w in zip(table.index, weights, strict=True)}

@@ -115,7 +115,8 @@ class Likelihoods(NamedTuple):
         all_seen = smoothed(base)[0] if self.mixture is not None else -np.log(base.size)
         elpd = np.asarray(jax.nn.logsumexp(log_weights + terms, axis=1))
         lppd = np.asarray(jax.nn.logsumexp(all_seen + terms, axis=1))
-        return LeftOut(elpd, shapes, log_weights, float((lppd - elpd).sum()))
+        corrected = self.mixture is not None
+        return LeftOut(elpd, shapes, log_weights, float((lppd - elpd).sum()), corrected)
 
 
 class LeftOut(NamedTuple):
@@ -126,12 +127,14 @@ class LeftOut(NamedTuple):
         pareto_k: `(N,)`, above 0.7 a term is not to be trusted.
         log_weights: `(N, S)`, of the draws of all members.
         num_parameters: the effective number.
+        corrected: whether draws were weighed towards the posterior first.
     """
 
     terms: np.ndarray
     pareto_k: np.ndarray
     log_weights: np.ndarray
     num_parameters: float
+    corrected: bool
 
     @property
     def unreliable(self) -> int:
