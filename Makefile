@@ -101,7 +101,8 @@ print(f"{count['tests'] - failed - count['skipped']} passed, {failed} failed, {c
 endef
 export count_tests
 
-docs: $(call ready,docs) ## build the documentation, running its code, to docs/_build/html
+docs: $(call ready,docs) ## check spelling, and build the documentation, running its code, to docs/_build/html
+	$(BIN)/codespell
 	IPYTHONDIR=$(CACHE)/ipython XLA_FLAGS="$(FASTER)" $(BIN)/sphinx-build -j $(PAGES) -q -W --keep-going docs docs/_build/html
 	@echo "Open docs/_build/html/index.html"
 
