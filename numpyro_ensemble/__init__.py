@@ -2,6 +2,7 @@
 
 from numpyro_ensemble.checkpoint import Checkpoint
 from numpyro_ensemble.density import log_joint
+from numpyro_ensemble.fit.repulsion import Repulsion
 from numpyro_ensemble.fit.stopping import EarlyStopping
 from numpyro_ensemble.handlers import reweight
 from numpyro_ensemble.laplace_modes import LaplaceMixture, Modes, laplace, modes
@@ -33,6 +34,7 @@ __all__ = [
     "Modes",
     "Pathfinder",
     "PathfinderResult",
+    "Repulsion",
     "ensemble_init",
     "ensemble_loss",
     "ensemble_map",

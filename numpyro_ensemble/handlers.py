@@ -196,3 +196,34 @@ def check_weight(name: str, weight: ArrayLike) -> ArrayLike:
     if not math.isfinite(value) or value < 0:
         raise ValueError(f"{name} takes a finite weight of at least 0, got {weight}.")
     return value
+
+
+def weight_at(name: str, weight: Any, step: Any) -> ArrayLike:
+    """Return a weight at a step of the optimiser: the number itself, or that of a schedule."""
+    if not callable(weight):
+        return weight
+    return check_weight(name, _number_of(name, weight(step)))
+
+
+def check_schedule(name: str, schedule: Any, first: int, num_steps: int) -> None:
+    """Raise a ValueError where a schedule is negative, or not finite, in the steps of a run."""
+    if not callable(schedule):
+        return
+    steps = np.arange(first, first + num_steps)
+    values = np.asarray(jax.vmap(lambda step: _number_of(name, schedule(step)))(steps))
+    wrong = np.flatnonzero(~(np.isfinite(values) & (values >= 0)))
+    if wrong.size:
+        raise ValueError(
+            f"{name}'s schedule must be finite and not negative; at step {steps[wrong[0]]} it is "
+            f"{values[wrong[0]]}."
+        )
+
+
+def _number_of(name: str, weight: Any) -> Any:
+    """Return what a schedule gave for one step."""
+    if np.shape(weight) != ():
+        raise ValueError(
+            f"{name}'s schedule must return one number for a step; it returns an array of shape "
+            f"{np.shape(weight)}."
+        )
+    return weight

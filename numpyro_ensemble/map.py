@@ -6,7 +6,7 @@ import contextlib
 import copy
 import inspect
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -20,6 +20,7 @@ from numpyro_ensemble.fit.minimisers import default_minimiser
 from numpyro_ensemble.fit.optimisers import choose_optimizer
 from numpyro_ensemble.fit.point_guide import PointGuide
 from numpyro_ensemble.fit.problem import Problem
+from numpyro_ensemble.fit.repulsion import Repulsion
 from numpyro_ensemble.fit.state import GuideValues
 from numpyro_ensemble.fit.sums import check_sums
 from numpyro_ensemble.handlers import check_weight, reweight
@@ -33,16 +34,22 @@ class MAPProblem(Problem):
 
     Attributes:
         init_loc_fn: where latents start.
-        jacobian: whether the density is that of the unconstrained latents.
+        jacobian: whether the density is that of the unconstrained latents; None where only
+            members that repel each other ask for it.
     """
 
     init_loc_fn: Callable = init_to_uniform
-    jacobian: bool = False
+    jacobian: bool | None = None
+
+    @property
+    def with_jacobian(self) -> bool:
+        """Whether the density is that of the unconstrained latents."""
+        return self.repels if self.jacobian is None else self.jacobian
 
     @property
     def finds_modes(self) -> bool:
         """Whether a fit ends where a gradient is zero."""
-        return True
+        return not self.repels
 
     @property
     def sums_out(self) -> bool:
@@ -56,7 +63,7 @@ class MAPProblem(Problem):
         guide = PointGuide(
             self.model,
             init_loc_fn=self.init_loc_fn,
-            jacobian=self.jacobian,
+            jacobian=self.with_jacobian,
             init_values=latents,
             sums=any(site.kind == "discrete" for site in sites.values()),
         )
@@ -80,7 +87,7 @@ class MAPProblem(Problem):
     def current_guide(self, guide: Any) -> Any:
         """Return the point guide with the runner's model and objective."""
         guide = copy.copy(guide)
-        guide.model, guide.jacobian = self.model, self.jacobian
+        guide.model, guide.jacobian = self.model, self.with_jacobian
         return guide
 
     def constrains_with_arguments(self, guide: Any) -> bool:
@@ -90,6 +97,11 @@ class MAPProblem(Problem):
     def member_params(self, guide: Any, params: dict, args: tuple, kwargs: dict) -> dict:
         """Return constrained values by site name."""
         return guide.constrained(params, args, kwargs)
+
+    def check_run(self, first: int, num_steps: int) -> None:
+        """Raise a ValueError where the weight of the repulsion turns negative in a run."""
+        if self.repels:
+            self.repulsion.check_run(first, num_steps)
 
     def check_model(self, sites: dict) -> None:
         """Raise a ValueError for a discrete latent, or where there is nothing to fit."""
@@ -122,7 +134,10 @@ class EnsembleMAP(Ensemble):
             "all"; with an axis "data" too, rows of the data are spread over that one.
         prior_weight: weight of the prior; 1 is MAP, a Python 0 is maximum likelihood.
         init_loc_fn: a NumPyro initialisation strategy, `init_to_uniform(radius=0.5)` say.
-        jacobian: find modes of the density over unconstrained latents instead.
+        jacobian: whether the density is that over unconstrained latents. None is False, and True
+            where members repel each other, which then approximate the posterior.
+        repulsion: a `Repulsion` by which members push each other apart, each no longer a single
+            run; `optim` must follow a gradient then.
         prior_sites: names of `numpyro.factor` sites that belong to the prior.
         likelihood_sites: names of `factor` sites that may be rescaled with the batches.
 
@@ -160,15 +175,17 @@ class EnsembleMAP(Ensemble):
         mesh: Any = None,
         prior_weight: ArrayLike = 1.0,
         init_loc_fn: Callable = init_to_uniform,
-        jacobian: bool = False,
+        jacobian: bool | None = None,
+        repulsion: Repulsion | None = None,
         prior_sites: Collection[str] = (),
         likelihood_sites: Collection[str] = (),
     ) -> None:
         self.prior_weight = prior_weight
         self.init_loc_fn, self.jacobian = init_loc_fn, jacobian
+        self.repulsion = repulsion
         super().__init__(
             model,
-            PointGuide(model, init_loc_fn=init_loc_fn, jacobian=jacobian),
+            PointGuide(model, init_loc_fn=init_loc_fn),
             default_minimiser() if optim is None else optim,
             Trace_ELBO(),
             ensemble_size=ensemble_size,
@@ -184,6 +201,10 @@ class EnsembleMAP(Ensemble):
             return check_weight(name, value)
         if name == "init_loc_fn" and not callable(value):
             raise TypeError(f"init_loc_fn takes a NumPyro strategy, got {value!r}.")
+        if name == "repulsion" and not isinstance(value, Repulsion | None):
+            raise TypeError(
+                f"repulsion takes a Repulsion, Repulsion(weight=1.0) say; got {value!r}."
+            )
         return super().checked_setting(name, value)
 
     @classmethod
@@ -241,6 +262,24 @@ class _RawMAP(EnsembleMAP):
             raise TypeError(f"from_log_joint takes no {taken[0]}: log_joint says which is which.")
         options |= {"likelihood_sites": ("log_likelihood",), "prior_sites": ("log_prior",)}
         super().__init__(model, optim, **options)
+
+    def problem(self) -> Problem:
+        """Describe what is fitted; a function by which members repel takes whole members."""
+        problem = super().problem()
+        repulsion, shared = problem.repulsion, self._shared
+        if repulsion is None or not repulsion.in_function_space:
+            return problem
+        function = repulsion.function
+        if function is None:
+            raise ValueError(
+                f"Repulsion's site {repulsion.site!r}: a density has no sites. Pass "
+                f"function=, a callable of one member's parameters."
+            )
+
+        def of_whole(params: dict[str, Any]) -> Any:
+            return function(combine(params["params"], shared))
+
+        return replace(problem, repulsion=replace(repulsion, function=of_whole))
 
     def _starts(self, init_params: Any) -> Any:
         if init_params is None or callable(init_params):

@@ -187,6 +187,10 @@ class Placement:
             leaves.append(leaf)
         return arguments._replace(leaves=tuple(leaves))
 
+    def with_copies(self, tree: Any) -> Any:
+        """Return arrays with copies of the last member for those that are added."""
+        return jax.tree.map(self._padded, tree)
+
     def cut(self, tree: Any, axes: Any, total: int) -> Any:
         """Return arrays without the members that were added."""
         if self.number(total) == total:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import numpy as np
 from jax.typing import ArrayLike
 from numpyro import handlers
 from numpyro.infer import Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO
@@ -24,7 +23,14 @@ from numpyro_ensemble.fit.optimisers import choose_optimizer
 from numpyro_ensemble.fit.problem import Problem
 from numpyro_ensemble.fit.setup import SetupTemplate
 from numpyro_ensemble.fit.state import GuideValues, check_size, setup_of
-from numpyro_ensemble.handlers import check_count, check_weight, one_key, reweight
+from numpyro_ensemble.handlers import (
+    check_count,
+    check_schedule,
+    check_weight,
+    one_key,
+    reweight,
+    weight_at,
+)
 from numpyro_ensemble.results import EnsembleResult
 
 
@@ -41,9 +47,7 @@ class VIProblem(Problem):
 
     def weighted(self, guide: Callable, scale: float, step: Any) -> tuple[Callable, Callable]:
         """Return the model and the guide, weighted for one step of one member."""
-        weight = self.kl_weight
-        if callable(weight):
-            weight = check_weight("kl_weight", _number(weight(step)))
+        weight = weight_at("kl_weight", self.kl_weight, step)
         if self.tempered:
             guide = reweight(guide, prior=weight, likelihood=weight)
         return self.reweighted(weight, scale), guide
@@ -75,16 +79,7 @@ class VIProblem(Problem):
 
     def check_run(self, first: int, num_steps: int) -> None:
         """Raise a ValueError where a schedule turns negative in the steps of a run."""
-        schedule = self.kl_weight
-        if callable(schedule):
-            steps = np.arange(first, first + num_steps)
-            values = np.asarray(jax.vmap(lambda step: _number(schedule(step)))(steps))
-            wrong = np.flatnonzero(~(np.isfinite(values) & (values >= 0)))
-            if wrong.size:
-                raise ValueError(
-                    f"kl_weight's schedule must be finite and not negative; at step "
-                    f"{steps[wrong[0]]} it is {values[wrong[0]]}."
-                )
+        check_schedule("kl_weight", self.kl_weight, first, num_steps)
 
 
 class EnsembleVI(Ensemble):
@@ -283,16 +278,6 @@ class EnsembleVI(Ensemble):
         return SetupTemplate(
             object(), self.model, self.guide, nothing, None, (), {}, {}, ()
         ), nothing
-
-
-def _number(weight: Any) -> Any:
-    """Return what a schedule gave for one step."""
-    if np.shape(weight) != ():
-        raise ValueError(
-            f"kl_weight's schedule must return one number for a step; it returns an array of "
-            f"shape {np.shape(weight)}."
-        )
-    return weight
 
 
 def ensemble_vi(

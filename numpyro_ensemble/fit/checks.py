@@ -246,6 +246,16 @@ def check_values(problem: Problem, arguments: Arguments) -> None:
         jax.eval_shape(tracing_alone(look))
 
 
+def check_one_posterior(problem: Problem, arguments: Arguments) -> None:
+    """Raise a ValueError where members push each other apart that are fitted to different data."""
+    own = [label for label, _ in arguments.labelled(MEMBER, MEMBER_BATCH)]
+    if problem.repels and own:
+        raise ValueError(
+            f"member_args gives each member its own {own}, and repulsion is between members of one "
+            f"posterior: leave member_args out, or repulsion."
+        )
+
+
 def _is_key(leaf: Any) -> bool:
     return bool(jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key))
 

@@ -39,6 +39,7 @@ class Ensemble:
 
     kind: type[Problem] = Problem  # what it fills in from its attributes
     prior_weight: Any = 1.0
+    repulsion: Any = None
     data_sites: tuple[str, ...] = ()
     hint = ""
 
@@ -77,6 +78,8 @@ class Ensemble:
         """Describe what is fitted, with the settings of this moment."""
         problem = self.kind(**{f.name: getattr(self, f.name) for f in fields(self.kind)})
         problem.placement.check(self.ensemble_size)
+        if problem.repels:
+            problem.repulsion.check_size(self.ensemble_size)
         return problem
 
     def __setattr__(self, name: str, value: Any) -> None:

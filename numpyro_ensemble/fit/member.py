@@ -18,7 +18,9 @@ from numpyro.primitives import Messenger
 
 from numpyro_ensemble.calls.arguments import ROW_AXES, CallForm
 from numpyro_ensemble.fit.batches import Batches
+from numpyro_ensemble.fit.forces import Pull
 from numpyro_ensemble.fit.loop import keep_good
+from numpyro_ensemble.fit.optimisers import GradientOnly
 from numpyro_ensemble.fit.problem import Problem
 from numpyro_ensemble.fit.setup import SetupTemplate
 from numpyro_ensemble.fit.slots import filled_guide
@@ -86,14 +88,61 @@ class Member(NamedTuple):
         svi = self.svi(state, values, scale)
         step = svi.stable_update if stable else svi.update
         new, loss = step(state, *args, forward_mode_differentiation=forward, **kwargs)
+        return self._settled(state, new, loss, stable, rows is not None)
+
+    def _settled(
+        self, state: SVIState, new: SVIState, loss: jax.Array, stable: bool, counts: bool
+    ) -> tuple[SVIState, jax.Array]:
+        """Return the state after a step, held where the step failed or the member has ended."""
         if new.mutable_state is None:  # losses of several particles leave it alone
             new = new._replace(mutable_state=state.mutable_state)
         if stable:
-            new, loss = keep_good(state, new, loss, counts=rows is not None)
+            new, loss = keep_good(state, new, loss, counts)
         ended = converged(state)
         if ended is not None:  # nothing of the member moves any more, its key included
             new = jax.tree.map(lambda a, b: jnp.where(ended, a, b), state, new)
         return new, loss
+
+    def pull(
+        self, state: SVIState, values: SetupValues, dynamic: dict, rows: Any, forward: bool
+    ) -> Pull:
+        """Return what the member brings to a step in which it is pushed by others."""
+        args, kwargs, scale = self.arguments(dynamic, rows)
+        svi = self.svi(state, values, scale)
+        svi.optim = GradientOnly(svi.optim)
+        new, loss = svi.update(state, *args, forward_mode_differentiation=forward, **kwargs)
+        weight = self.problem.repulsion.weight_at(state.optim_state[0])
+        place = self.place(state, values, dynamic)
+        return Pull(new._replace(optim_state=None), loss, new.optim_state, place, weight)
+
+    def move(
+        self, state: SVIState, values: SetupValues, dynamic: dict, pull: Pull, gradient: Any,
+        push: Any, stable: bool, counts: bool,
+    ) -> tuple[SVIState, jax.Array]:  # fmt: skip
+        """Take the step along a gradient, less a push on the place where the member is."""
+        optim, params = self.problem.optim, self.problem.optim.get_params(state.optim_state)
+        (push,) = jax.vjp(self.place_at(state, values, dynamic), params)[1](push)
+        total = jax.tree.map(jnp.subtract, gradient, push)
+        optim_state = optim.update(total, state.optim_state, value=pull.loss)
+        new = pull.state._replace(optim_state=optim_state)
+        return self._settled(state, new, pull.loss, stable, counts)
+
+    def place_at(self, state: SVIState, values: SetupValues, dynamic: dict) -> Callable:
+        """Return what the member repels others by as a function of unconstrained parameters."""
+        repulsion = self.problem.repulsion
+        if not repulsion.in_function_space:
+            return lambda params: params
+
+        def place(params: dict) -> Any:
+            known = self.shown(state, values, dynamic, params)
+            return repulsion.outputs(self.problem.model, known, state.mutable_state or {})
+
+        return place
+
+    def place(self, state: SVIState, values: SetupValues, dynamic: dict) -> Any:
+        """Return what the member repels others by."""
+        params = self.problem.optim.get_params(state.optim_state)
+        return self.place_at(state, values, dynamic)(params)
 
     def loss_at(self, state: SVIState, values: SetupValues, dynamic: dict) -> Callable:
         """Return the loss as a function of unconstrained parameters, and of rows if there are any.
@@ -142,7 +191,13 @@ class Member(NamedTuple):
 
     def params(self, state: SVIState, values: SetupValues, dynamic: dict) -> dict[str, Any]:
         """Return the parameters, as users see them."""
+        return self.shown(state, values, dynamic, self.problem.optim.get_params(state.optim_state))
+
+    def shown(
+        self, state: SVIState, values: SetupValues, dynamic: dict, params: dict
+    ) -> dict[str, Any]:
+        """Return what users see of some unconstrained parameters."""
         args, kwargs = self.call.rebuild(dynamic)
-        params = self.svi(state, values).get_params(state)
+        params = self.svi(state, values).constrain_fn(params)
         guide = self.problem.current_guide(self.template.guide)
         return arrays_alone(self.problem.member_params(guide, params, args, kwargs))

@@ -16,7 +16,13 @@ _REMEDY = "Take an optimiser that needs no comparison, numpyro.optim.Adam(0.01) 
 
 
 def check_exact(
-    optim: Any, loss: Callable, state: SVIState, values: Any, dynamic: dict, batches: Batches | None
+    optim: Any,
+    loss: Callable,
+    state: SVIState,
+    values: Any,
+    dynamic: dict,
+    batches: Batches | None,
+    repels: bool = False,
 ) -> None:
     """Raise a ValueError where an optimiser compares losses and the loss is not exact.
 
@@ -27,10 +33,17 @@ def check_exact(
         values: those of what the start has set up.
         dynamic: arrays among the arguments.
         batches: how the data is cut, None where each step takes all of it.
+        repels: whether members push each other apart.
     """
     compares = getattr(optim, "compares_losses", None)
     if compares is None or not compares(state.optim_state[1]):
         return
+    if repels:
+        raise ValueError(
+            f"repulsion does not go with {optim!r}, which compares the losses of different points: "
+            f"members that push each other apart do not go where their own losses are lowest. Take "
+            f"an optimiser that follows a gradient, numpyro.optim.Adam(0.01) say."
+        )
     if batches is not None:
         raise ValueError(
             f"batch_size={batches.size} does not go with {optim!r}, which compares the losses of "

@@ -11,6 +11,7 @@ import jax
 import numpyro.optim
 import optax
 
+from numpyro_ensemble._compat import NumPyroOptimiser
 from numpyro_ensemble.fit.line_searches import OptaxSearch, WholeSearch
 from numpyro_ensemble.fit.minimisers import Minimiser, is_minimiser
 
@@ -37,6 +38,17 @@ class _Held:
     """A number that belongs to the structure of a state, not to its values."""
 
     value: int
+
+
+class GradientOnly(NumPyroOptimiser):
+    """An optimiser that takes no step: it hands on the gradient in the place of its next state."""
+
+    def __init__(self, optim: NumPyroOptimiser) -> None:
+        super().__init__(lambda: (optim.init_fn, None, optim.get_params_fn))
+
+    def update(self, g: Any, state: Any, value: Any = None) -> Any:
+        """Return the gradient."""
+        return g
 
 
 def adapted(optim: Any) -> Any:

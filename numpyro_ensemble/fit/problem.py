@@ -36,6 +36,7 @@ class Problem:
         member_batch_size: how many members go at once, on each device; None for all.
         mesh: devices that members are spread over.
         prior_weight: weight of the prior.
+        repulsion: how members push each other apart, None where each is fitted alone.
         prior_sites: factors that belong to the prior.
         likelihood_sites: factors that may be rescaled with the batches.
         data_sites: factors that must depend on the batch, though no user has said so.
@@ -50,6 +51,7 @@ class Problem:
     member_batch_size: int | None = None
     mesh: Any = field(default=None, metadata={"by": "identity"})
     prior_weight: Any = 1.0
+    repulsion: Any = None
     prior_sites: tuple[str, ...] = ()
     likelihood_sites: tuple[str, ...] = ()
     data_sites: tuple[str, ...] = ()
@@ -76,6 +78,11 @@ class Problem:
     def sums_out(self) -> bool:
         """Whether discrete latents are summed out, and not drawn by a guide."""
         return False
+
+    @property
+    def repels(self) -> bool:
+        """Whether a step of one member depends on the others."""
+        return self.repulsion is not None and not self.repulsion.is_off
 
     @property
     def placement(self) -> Placement:

@@ -26,7 +26,8 @@ from numpyro_ensemble.calls.identity import captured
 from numpyro_ensemble.calls.tracing import TRACING, looking, tracing_alone
 from numpyro_ensemble.density import Site
 from numpyro_ensemble.fit.batches import Batches, first_rows
-from numpyro_ensemble.fit.checks import check_values, model_sites
+from numpyro_ensemble.fit.checks import check_one_posterior, check_values, model_sites
+from numpyro_ensemble.fit.forces import forces
 from numpyro_ensemble.fit.guides import latent_order, note_alike
 from numpyro_ensemble.fit.member import Member, Noting
 from numpyro_ensemble.fit.noise import check_exact
@@ -96,6 +97,7 @@ class FitPrograms:
         if self.checked is None:
             self.checked = model_sites(self.problem, arguments, self.batches, self.starts)
             check_values(self.problem, arguments)
+            check_one_posterior(self.problem, arguments)
         if self.template is None:
             self.trace_start(arguments, call)
 
@@ -128,7 +130,11 @@ class FitPrograms:
                 self.template = template
             forms = StartForms(state, values)
         loss = self.over_members(call, "loss")
-        check_exact(self.problem.optim, loss, *forms, arguments.dynamic, self.batches)
+        repels = self.problem.repels
+        check_exact(self.problem.optim, loss, *forms, arguments.dynamic, self.batches, repels)
+        if repels:  # what the members are compared by is found wrong before anything is compiled
+            place = tracing_alone(looking(self.over_members(call, "place")))
+            jax.eval_shape(place, *forms, arguments.dynamic)
         self.forms = forms  # what has failed is checked again
 
     @property
@@ -209,7 +215,28 @@ class FitPrograms:
         def one(state: SVIState, values: SetupValues, dynamic: dict, rows: Any) -> tuple:
             return self.member(call).update(state, values, dynamic, rows, stable, forward)
 
-        return self.problem.placement.map(one, (*STATE_AXES, None if shared else 0))
+        axes = (*STATE_AXES, None if shared else 0)
+        if self.problem.repels:
+            return self._repelled_updates(call, axes, stable, forward)
+        return self.problem.placement.map(one, axes)
+
+    def _repelled_updates(
+        self, call: CallForm, axes: tuple, stable: bool, forward: bool
+    ) -> Callable:
+        """Return the same where members meet in the middle of a step: each needs all the others."""
+        placement, size = self.problem.placement, self.problem.ensemble_size
+
+        def pull(state: SVIState, values: SetupValues, dynamic: dict, rows: Any) -> Any:
+            return self.member(call).pull(state, values, dynamic, rows, forward)
+
+        def every(state: SVIState, values: SetupValues, dynamic: dict, rows: Any) -> tuple:
+            move = partial(self.member(call).move, stable=stable, counts=rows is not None)
+            pulls = placement.map(pull, axes)(state, values, dynamic, rows)
+            pushed = forces(self.problem.repulsion, placement.cut(pulls, 0, size))
+            inputs = (state, values, dynamic, pulls, *placement.with_copies(pushed))
+            return placement.map(move, (*STATE_AXES, 0, 0, 0))(*inputs)
+
+        return every
 
     def over_members(self, call: CallForm, name: str, **options: Any) -> Callable:
         """Return one of a member's functions, for all members."""

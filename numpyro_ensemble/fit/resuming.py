@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from functools import cache, partial
 from typing import Any
 
@@ -86,6 +87,7 @@ def _fingerprint(call: FitCall, keys: jax.Array, options: RunOptions) -> dict[st
         "guide": type(problem.guide).__name__,
         "loss": type(problem.loss).__name__,
         "prior_weight": describe(problem.prior_weight),
+        "repulsion": _of_repulsion(problem.repulsion),
         "kl_weight": describe(getattr(problem, "kl_weight", None)),
         "rng_key": describe(keys),
         "init_state": describe_all(options.init_state),
@@ -97,3 +99,12 @@ def _fingerprint(call: FitCall, keys: jax.Array, options: RunOptions) -> dict[st
         "part of the state": state,
         "setting": settings,
     }
+
+
+def _of_repulsion(repulsion: Any) -> str:
+    """Return a text that tells how members repel each other from other ways."""
+    if repulsion is None:
+        return "none"
+    return ", ".join(
+        f"{f.name}: {describe_all(getattr(repulsion, f.name))}" for f in fields(repulsion)
+    )
