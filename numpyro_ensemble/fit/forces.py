@@ -21,55 +21,56 @@ class Pull(NamedTuple):
         loss: at its present parameters.
         gradient: that of the loss in its unconstrained parameters.
         place: the parameters, or values of a function, by which it repels others.
-        weight: of the pushes.
+        step: the number of the optimiser's step.
     """
 
     state: SVIState
     loss: jax.Array
     gradient: Any
     place: Any
-    weight: jax.Array
+    step: jax.Array
 
 
 def forces(repulsion: Repulsion, pulls: Pull) -> tuple[Any, Any]:
-    """Return the gradient that each member follows, and the push on the place where it is.
+    """Return the gradient that each member follows, and a push on the values of its function.
 
-    A member with anything that is not finite pushes no other, and keeps its own gradient.
+    Where members repel by their parameters, the gradient has the push in it, and None is returned
+    for it. A member that is not finite pushes no other, and keeps its own gradient.
 
     Args:
         repulsion: how members push each other apart.
         pulls: of all members, each leaf with a leading `(E,)`.
     """
-    alive = _finite(pulls)
-    number = jnp.maximum(alive.sum(), 1)
-    places = jax.tree.map(lambda x: _centred(_wide(x), alive, number), pulls.place)
-    kernel, bandwidth = _kernel(repulsion, places, alive, number)
-    totals = jnp.where(alive, kernel.sum(axis=1), 1.0)
-    share = 1.0 / totals
+    alive = jnp.isfinite(pulls.loss) & _finite(pulls.place)
     if repulsion.mixes_gradients:
-        share = jnp.full_like(totals, 1.0) / number.astype(totals.dtype)
-    strength = 2.0 / bandwidth * share * pulls.weight.astype(totals.dtype)
+        alive = alive & _finite(pulls.gradient)
+    places = jax.tree.map(lambda leaf: _from_one(_wide(leaf), alive), pulls.place)
+    kernel, bandwidth = _kernel(repulsion, places, alive)
+    totals = jnp.where(alive, kernel.sum(axis=1), 1.0)
+    weight = repulsion.weight_at(pulls.step.max()).astype(totals.dtype)
+    slope = 2.0 * weight / bandwidth
+    if repulsion.mixes_gradients:
+        share = 1.0 / jnp.maximum(alive.sum(), 1).astype(totals.dtype)
 
-    def push(place: jax.Array, given: jax.Array) -> jax.Array:
-        apart = _column(totals, place) * place - _mixed(kernel, place)
-        # what is not finite stays so: no member fails in silence
-        moved = jnp.where(_column(alive, place), _column(strength, place) * apart, 0 * given)
-        return moved.astype(given.dtype)
+        def follow(own: jax.Array, place: jax.Array) -> jax.Array:
+            # kernel @ gradients less kernel slopes, as one product: most of what a step costs more
+            known = share * (_where(alive, _wide(own), 0.0) + slope * place)
+            total = _mixed(kernel, known) - _column(share * slope * totals, place) * place
+            return _where(alive, total, own).astype(own.dtype)
 
-    def follow(own: jax.Array) -> jax.Array:
-        known = jnp.where(_column(alive, own), _wide(own), 0.0)
-        mixed = _mixed(kernel, known) * _column(share, own).astype(known.dtype)
-        return jnp.where(_column(alive, own), mixed.astype(own.dtype), own)
+        return jax.tree.map(follow, pulls.gradient, places), None
+    pushing = (slope / totals)[:, None] * (jnp.diag(totals) - kernel)
+    pushes = jax.tree.map(lambda place: _mixed(pushing, place), places)
+    if not repulsion.in_function_space:
+        return jax.tree.map(lambda g, p: g - p.astype(g.dtype), pulls.gradient, pushes), None
 
-    pushes = jax.tree.map(push, places, pulls.place)
-    if not repulsion.mixes_gradients:
-        return pulls.gradient, pushes
-    return jax.tree.map(follow, pulls.gradient), pushes
+    def on_values(push: jax.Array, own: jax.Array) -> jax.Array:
+        return _where(alive, push, 0 * own).astype(own.dtype)  # no member fails in silence
+
+    return pulls.gradient, jax.tree.map(on_values, pushes, pulls.place)
 
 
-def _kernel(
-    repulsion: Repulsion, places: Any, alive: jax.Array, number: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+def _kernel(repulsion: Repulsion, places: Any, alive: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Return the kernel at all pairs, 0 where one is not alive, and the bandwidth."""
     inner = sum(_products(leaf) for leaf in jax.tree.leaves(places))
     squares = jnp.diag(inner)
@@ -77,18 +78,21 @@ def _kernel(
     squares = squares * (1.0 - jnp.eye(len(alive), dtype=squares.dtype))
     pairs = alive[:, None] & alive[None, :]
     if repulsion.bandwidth is None:
-        bandwidth = _median(jnp.sqrt(squares), pairs) ** 2 / jnp.log(jnp.maximum(number, 2))
+        number = jnp.maximum(alive.sum(), 2)
+        bandwidth = _median(jnp.sqrt(squares), pairs) ** 2 / jnp.log(number).astype(squares.dtype)
         bandwidth = bandwidth + jnp.finfo(squares.dtype).eps
     else:
         bandwidth = jnp.asarray(repulsion.bandwidth, squares.dtype)
     return jnp.where(pairs, jnp.exp(-squares / bandwidth), 0.0), bandwidth
 
 
-def _finite(pulls: Pull) -> jax.Array:
-    """Return which members have nothing but finite numbers."""
-    leaves = jax.tree.leaves((pulls.loss, pulls.gradient, pulls.place))
-    flags = [jnp.isfinite(_flat(leaf)).all(axis=1) for leaf in leaves]
-    return jnp.stack(flags).all(axis=0)
+def _finite(tree: Any) -> jax.Array:
+    """Return which members have nothing but finite numbers: other ones spoil the sum of all."""
+    sums = [
+        _flat(leaf) @ jnp.ones(_flat(leaf).shape[1], leaf.dtype)
+        for leaf in map(_wide, jax.tree.leaves(tree))
+    ]
+    return jnp.isfinite(jnp.stack(sums)).all(axis=0)
 
 
 def _wide(leaf: jax.Array) -> jax.Array:
@@ -96,29 +100,30 @@ def _wide(leaf: jax.Array) -> jax.Array:
     return leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
 
 
+def _flat(leaf: jax.Array) -> jax.Array:
+    return leaf.reshape(len(leaf), leaf.size // len(leaf))
+
+
 def _column(values: jax.Array, like: jax.Array) -> jax.Array:
     """Return one value for each member, with the axes of an array of all."""
     return values.reshape(-1, *[1] * (like.ndim - 1))
 
 
-def _centred(leaf: jax.Array, alive: jax.Array, number: jax.Array) -> jax.Array:
-    """Return places around their mean, so that squares of differences keep their digits."""
-    known = jnp.where(_column(alive, leaf), leaf, 0.0)
-    centre = known.sum(axis=0, keepdims=True) / number.astype(leaf.dtype)
-    return jnp.where(_column(alive, leaf), known - centre, 0.0)
+def _where(flags: jax.Array, one: jax.Array, other: Any) -> jax.Array:
+    return jnp.where(_column(flags, one), one, other)
 
 
-def _flat(leaf: jax.Array) -> jax.Array:
-    return leaf.reshape(len(leaf), leaf.size // len(leaf))
+def _from_one(leaf: jax.Array, alive: jax.Array) -> jax.Array:
+    """Return places from that of a member that is alive, so that differences keep their digits."""
+    return _where(alive, leaf - leaf[jnp.argmax(alive)][None], 0.0)
 
 
 def _products(leaf: jax.Array) -> jax.Array:
-    flat = _flat(leaf)
-    return jnp.matmul(flat, flat.T, precision=_HIGHEST)
+    return jnp.matmul(_flat(leaf), _flat(leaf).T, precision=_HIGHEST)
 
 
-def _mixed(kernel: jax.Array, leaf: jax.Array) -> jax.Array:
-    mixed = jnp.matmul(kernel.astype(leaf.dtype), _flat(leaf), precision=_HIGHEST)
+def _mixed(weights: jax.Array, leaf: jax.Array) -> jax.Array:
+    mixed = jnp.matmul(weights.astype(leaf.dtype), _flat(leaf), precision=_HIGHEST)
     return mixed.reshape(leaf.shape)
 
 
@@ -126,6 +131,5 @@ def _median(values: jax.Array, counted: jax.Array) -> jax.Array:
     """Return the median of the counted values, whose number is only known in the program."""
     ordered = jnp.sort(jnp.where(counted, values, jnp.inf).reshape(-1))
     number = jnp.maximum(counted.sum(), 1)
-    middle = ordered[(number - 1) // 2], ordered[number // 2]
-    median = 0.5 * (middle[0] + middle[1])
+    median = 0.5 * (ordered[(number - 1) // 2] + ordered[number // 2])
     return jnp.where(jnp.isfinite(median), median, 0.0)

@@ -111,19 +111,20 @@ class Member(NamedTuple):
         svi = self.svi(state, values, scale)
         svi.optim = GradientOnly(svi.optim)
         new, loss = svi.update(state, *args, forward_mode_differentiation=forward, **kwargs)
-        weight = self.problem.repulsion.weight_at(state.optim_state[0])
-        place = self.place(state, values, dynamic)
-        return Pull(new._replace(optim_state=None), loss, new.optim_state, place, weight)
+        place, step = self.place(state, values, dynamic), state.optim_state[0]
+        return Pull(new._replace(optim_state=None), loss, new.optim_state, place, step)
 
     def move(
         self, state: SVIState, values: SetupValues, dynamic: dict, pull: Pull, gradient: Any,
         push: Any, stable: bool, counts: bool,
     ) -> tuple[SVIState, jax.Array]:  # fmt: skip
-        """Take the step along a gradient, less a push on the place where the member is."""
-        optim, params = self.problem.optim, self.problem.optim.get_params(state.optim_state)
-        (push,) = jax.vjp(self.place_at(state, values, dynamic), params)[1](push)
-        total = jax.tree.map(jnp.subtract, gradient, push)
-        optim_state = optim.update(total, state.optim_state, value=pull.loss)
+        """Take the step along a gradient, less a push on the values of the member's function."""
+        optim = self.problem.optim
+        if push is not None:
+            params = optim.get_params(state.optim_state)
+            (push,) = jax.vjp(self.place_at(state, values, dynamic), params)[1](push)
+            gradient = jax.tree.map(jnp.subtract, gradient, push)
+        optim_state = optim.update(gradient, state.optim_state, value=pull.loss)
         new = pull.state._replace(optim_state=optim_state)
         return self._settled(state, new, pull.loss, stable, counts)
 
