@@ -91,12 +91,13 @@ def run_on_a_mesh(*words):
 MESHES = ["members", "members and rows"]
 KINDS = [
     "plain", "batches", "batches of its own", "data of its own", "batches of its own data",
-    "stopping", "starts",
+    "stopping", "starts", "repelled", "repelled by values",
 ]  # fmt: skip
 
 
 def test_a_mesh_changes_no_number(found):
     assert found["batches of its own data, members and rows"] < 1e-8
+    assert found["repelled, members and rows"] < 1e-8
     assert found["another key"] > 1e-5
     assert found["devices"] == 4
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import jax
@@ -78,7 +78,9 @@ class Ensemble:
         """Describe what is fitted, with the settings of this moment."""
         problem = self.kind(**{f.name: getattr(self, f.name) for f in fields(self.kind)})
         problem.placement.check(self.ensemble_size)
-        if problem.repels:
+        if problem.repulsion is not None:
+            if problem.repulsion.is_off:  # a plain fit, with its programs
+                return replace(problem, repulsion=None)
             problem.repulsion.check_size(self.ensemble_size)
         return problem
 

@@ -82,7 +82,7 @@ class Problem:
     @property
     def repels(self) -> bool:
         """Whether a step of one member depends on the others."""
-        return self.repulsion is not None and not self.repulsion.is_off
+        return self.repulsion is not None
 
     @property
     def placement(self) -> Placement:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,9 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
+from numpyro_ensemble.calls.arguments import has_tracers
 from numpyro_ensemble.calls.tracing import VALUES_WANTED
 from numpyro_ensemble.density import fill_model
 from numpyro_ensemble.handlers import check_schedule, check_weight, is_zero, weight_at
+from numpyro_ensemble.primitives import is_inexact
 
 _KERNELS, _METHODS = ("rbf",), ("svgd", "wgd")
 
@@ -157,12 +160,15 @@ class Repulsion:
         else:
             values, what = self._site_values(model, {**params, **mutable}), f"site {self.site!r}"
         leaves = jax.tree.leaves(values)
-        real = all(jnp.issubdtype(jnp.result_type(leaf), jnp.floating) for leaf in leaves)
+        real = all(is_inexact(leaf) and not jnp.iscomplexobj(leaf) for leaf in leaves)
         if not real or not sum(map(jnp.size, leaves)):
-            form = jax.tree.map(lambda x: f"{jnp.result_type(x)}{list(jnp.shape(x))}", values)
+            form = [
+                f"{leaf.dtype}{list(leaf.shape)}" if hasattr(leaf, "dtype") else repr(leaf)
+                for leaf in leaves
+            ]
             raise ValueError(
                 f"{what} is to give arrays of real numbers by which members are compared, and "
-                f"gives {form}."
+                f"gives {', '.join(form) or 'none'}."
             )
         return values
 
@@ -192,10 +198,12 @@ class Repulsion:
         site = trace[self.site]
         if site["type"] != "sample" or self.site in known:
             return site["value"]
-        try:
-            return site["fn"].mean
-        except NotImplementedError:
+        mean = None
+        with contextlib.suppress(NotImplementedError), jax.ensure_compile_time_eval():
+            mean = site["fn"].mean  # NumPyro has constants, NaN, where there is none
+        if mean is None or not (has_tracers(mean) or np.isfinite(mean).all()):
             raise ValueError(
                 f"Repulsion's site {self.site!r} ({type(site['fn']).__name__}) has no mean: name "
                 f"what it depends on, a numpyro.deterministic site of the model."
-            ) from None
+            )
+        return mean
