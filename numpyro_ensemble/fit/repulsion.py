@@ -38,8 +38,8 @@ class Repulsion:
         kernel: how nearness falls with the distance: "rbf", `exp(-distance**2 / bandwidth)`.
         method: "svgd" (Liu and Wang 2016) has each member follow the gradients of all, weighed by
             the kernel, and divides by the number of members, as `numpyro.contrib.einstein.SVGD`
-            does. "wgd" (D'Angelo and Fortuin 2021) has it follow its own, and adds the slope of
-            the kernel density estimate of all members. Members that repel by a function take "wgd",
+            does. "wgd" (D'Angelo and Fortuin 2021) has it follow its own, less the slope of the
+            log of the kernel density estimate of all members. Members that repel by a function take "wgd",
             the others "svgd", where nothing is given.
         bandwidth: of the kernel; None is NumPyro's rule, the squared median of all distances over
             the logarithm of the number of members, at each step.
