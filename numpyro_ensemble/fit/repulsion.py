@@ -36,11 +36,11 @@ class Repulsion:
         weight: of the pushes; a number, or a schedule of the optimiser's step. A Python 0 is a fit
             without any repulsion.
         kernel: how nearness falls with the distance: "rbf", `exp(-distance**2 / bandwidth)`.
-        method: "svgd" (Liu and Wang 2016) has each member follow the gradients of all, weighed by
-            the kernel, and divides by the number of members, as `numpyro.contrib.einstein.SVGD`
-            does. "wgd" (D'Angelo and Fortuin 2021) has it follow its own, less the slope of the
-            log of the kernel density estimate of all members. Members that repel by a function take "wgd",
-            the others "svgd", where nothing is given.
+        method: "svgd" (Liu and Wang 2016): each member follows the gradients of all, weighed by the
+            kernel and divided by the number of members, as in `numpyro.contrib.einstein.SVGD`.
+            "wgd" (D'Angelo and Fortuin 2021): its own gradient, less the slope of the log of the
+            kernel density estimate of all members. None is "wgd" for members that repel by a
+            function, and "svgd" for others.
         bandwidth: of the kernel; None is NumPyro's rule, the squared median of all distances over
             the logarithm of the number of members, at each step.
         site: a deterministic site of the model, a latent, or an observed one, whose mean is taken.
