@@ -12,6 +12,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from numpyro.contrib.einstein import SVGD, RBFKernel
 from numpyro.infer import init_to_uniform
 from scipy.special import digamma
+from zoo import jit_once
 
 from numpyro_ensemble import Checkpoint, EnsembleMAP, Repulsion
 from numpyro_ensemble.fit.forces import Pull, forces
@@ -151,14 +152,19 @@ def test_steps_are_those_of_numpyro(optim, steps):
         model, optim, RBFKernel(), num_stein_particles=SIZE,
         guide_kwargs={"init_loc_fn": init_to_uniform},
     )  # fmt: skip
-    state = svgd.init(jax.random.key(1), X, Y)
-    first = {name.removesuffix("_auto_loc"): v for name, v in svgd.get_params(state).items()}
-    update = jax.jit(svgd.update)
-    for _ in range(steps):
-        state, _ = update(state, X, Y)
+
+    @jit_once
+    def theirs(key):
+        state = svgd.init(key, X, Y)
+        last = jax.lax.fori_loop(0, steps, lambda _, state: svgd.update(state, X, Y)[0], state)
+        return svgd.get_params(state), svgd.get_params(last)
+
+    first, last = (
+        {name.removesuffix("_auto_loc"): value for name, value in params.items()}
+        for params in theirs(jax.random.key(1))
+    )
     result = fit(runner(optim=optim, jacobian=False), steps=steps, init_params=first)
-    for name, value in svgd.get_params(state).items():
-        name = name.removesuffix("_auto_loc")
+    for name, value in last.items():
         assert_allclose(result.params[name], value, rtol=1e-8)
         assert np.abs(value - first[name]).max() > 1e-4
 
@@ -185,6 +191,7 @@ def test_members_are_draws_of_the_posterior(method):
     assert abs(mean_log(repulsion=Repulsion(method=method)) - exact) < 0.1 < exact - without
 
 
+@pytest.mark.long
 def test_without_the_jacobian_it_is_another_density():
     wrong = mean_log(repulsion=Repulsion(), jacobian=False)
     assert abs(wrong - (digamma(2.0) - np.log(3.0))) < 0.1
@@ -214,6 +221,7 @@ def test_members_in_another_order_are_the_same(pushed):
     assert result.gradient_norm is None  # no member ends where its own loss is lowest
 
 
+@pytest.mark.long  # in groups, members repel by a function below
 def test_groups_of_members_are_the_members(pushed):
     ensemble, result = pushed
     close(fit(runner(member_batch_size=3)), result)
@@ -286,7 +294,7 @@ def test_members_repel_by_values_of_a_site(compile_count):
     by_site = runner(Repulsion(site="f", inputs=GRID))
     result = fit(by_site)
     scheduled = Repulsion(function=at_grid, weight=lambda step: 1.0 + 0.0 * step)
-    close(fit(runner(scheduled)), result, rtol=1e-7)
+    close(fit(runner(scheduled, member_batch_size=3)), result, rtol=1e-7)
     with compile_count() as compilations:
         fit(by_site, X + 1.0, Y)
     assert not [name for name in compilations.names if "chunk" in name]
