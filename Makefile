@@ -22,6 +22,7 @@ SOURCES := $(wildcard numpyro_ensemble tests docs/conf.py examples benchmarks)
 # takes over some of what others have left.
 PYTEST := $(BIN)/pytest -q -n $(JOBS) --dist worksteal
 LEAKS := $(shell grep -ls mark.leaks tests/*.py)
+CORE := $(shell grep -ls mark.core tests/*.py)
 # Sphinx deals out stretches of pages beforehand, so that twice as many keep all cores busy to the end.
 PAGES := $(shell expr 2 '*' $(JOBS))
 # Tests compile much and compute little: no optimisation, and each program in one piece, since two
@@ -74,7 +75,7 @@ test: $(call ready,test) ## check format, lint, types and doctests, and run all 
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/mypy
 	XLA_FLAGS="$(QUICK)" $(PYTEST) -m "not core and not long and not foreign" --junitxml=$(CACHE)/reports/float64.xml
-	XLA_FLAGS="$(QUICK)" JAX_ENABLE_X64=0 $(PYTEST) --junitxml=$(CACHE)/reports/float32.xml -m "core and not long and not foreign" --doctest-modules numpyro_ensemble tests
+	XLA_FLAGS="$(QUICK)" JAX_ENABLE_X64=0 $(PYTEST) --junitxml=$(CACHE)/reports/float32.xml -m "core and not long and not foreign" --doctest-modules numpyro_ensemble $(CORE)
 	XLA_FLAGS="$(QUICK)" JAX_CHECK_TRACER_LEAKS=1 $(PYTEST) --junitxml=$(CACHE)/reports/leaks.xml -m leaks $(LEAKS)
 	@$(BIN)/python -c "$$count_tests" $(CACHE)/reports/*.xml
 
@@ -82,7 +83,7 @@ test: $(call ready,test) ## check format, lint, types and doctests, and run all 
 # of those that `make test` runs.
 long: $(call ready,test) ## run what `make test` leaves out: long tests, the core in float64, processes in float32
 	XLA_FLAGS="$(QUICK)" $(PYTEST) -m "(core or long) and not single and not leaks"
-	XLA_FLAGS="$(QUICK)" JAX_ENABLE_X64=0 $(PYTEST) -m "long and single" || [ $$? -eq 5 ] # an eighth may have none
+	XLA_FLAGS="$(QUICK)" JAX_ENABLE_X64=0 $(PYTEST) -m "long and (core or single)" || [ $$? -eq 5 ] # an eighth may have none
 	XLA_FLAGS="$(QUICK)" JAX_ENABLE_X64=0 $(PYTEST) -m "not core and not long" $(addprefix tests/test_gp_,$(addsuffix .py,calls features paths))
 
 # NumPyro's examples are tested where NUMPYRO_CHECKOUT names a checkout of its tag. Each model goes

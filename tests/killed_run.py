@@ -1,7 +1,7 @@
 """A run with checkpoints that `test_checkpoints` kills: `killed_run.py directory every result`."""
 
 import sys
-from functools import partial
+from functools import cache, partial
 
 import jax
 import numpy as np
@@ -24,14 +24,19 @@ def model(y, scale=1.0):
         numpyro.sample("y", dist.Normal(w.sum(), a), obs=y)
 
 
+@cache
+def runner(scale, rate):
+    """Return the runner of these numbers, which has its programs from the second run on."""
+    fitted = partial(model, scale=scale)  # a number of the model's own
+    optim, loss = numpyro.optim.Adam(rate), Trace_ELBO()
+    return EnsembleVI(fitted, AutoNormal(fitted), optim, loss, ensemble_size=3)
+
+
 def fit(checkpoint=None, callback=None, data=Y, steps=STEPS, scale=1.0, rate=0.02, **options):
     """Run members on batches of their own, some of which stop early, with every option on."""
-    optim, loss = numpyro.optim.Adam(rate), Trace_ELBO()
-    fitted = partial(model, scale=scale)  # a number of the model's own
-    runner = EnsembleVI(fitted, AutoNormal(fitted), optim, loss, ensemble_size=3)
     options = {"batch_size": 16, "shared_batches": False, "stable_update": True} | options
     rule = EarlyStopping(patience=30, window=20)
-    return runner.run(
+    return runner(scale, rate).run(
         jax.random.key(0), steps, data, checkpoint=checkpoint, callback=callback,
         early_stopping=rule, progress_bar=False, **options,
     )  # fmt: skip

@@ -131,14 +131,18 @@ def compare_states():
     found["states, evaluate"] = apart(many.evaluate(states[1], X, Y), one.evaluate(states[0], X, Y))
     found["states, get_params"] = apart(many.get_params(states[1]), one.get_params(states[0]))
     found["states, leading"] = sorted({leaf.shape[0] for leaf in jax.tree.leaves(states[1][:3])})
+
+
+def compare_states_of_runs():
+    one, many = vi(AutoMultivariateNormal), vi(AutoMultivariateNormal, mesh="all")
     half = quiet(many, X, Y, steps=50)
     whole = quiet(one, X, Y)
     more = quiet(many, X, Y, steps=50, init_state=half.state)
-    found["states, gone on from"] = apart(more.params, whole.params)
+    found["runs, gone on from"] = apart(more.params, whole.params)
     draws = [r.sample_posterior(KEY, result, X, Y) for r, result in ((many, more), (one, whole))]
-    found["states, draws"] = apart(*draws)
+    found["runs, draws"] = apart(*draws)
     plain = quiet(one, X, Y, steps=50, init_state=jax.device_get(half.state))
-    found["states, taken home"] = apart(plain.params, whole.params)
+    found["runs, taken home"] = apart(plain.params, whole.params)
 
 
 def watch_failures():
@@ -340,6 +344,7 @@ if __name__ == "__main__":
     MESHES["members and rows"] = jax.make_mesh((2, 2), ("member", "data"))
     if "long" in sys.argv:
         compare_runs(RUNS, MESHES)
+        compare_states_of_runs()
         compare_chains(CHAINS)
         compare_predictions()
         compare_modes()

@@ -197,12 +197,9 @@ def test_predictions_for_other_data(vi_data):
         to_arviz(runner, result, GROUPS, Y, num_samples=5, predictions={"y_new": values[:7]})
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
-    "name",
-    chosen(
-        ["subsampled", "partly_observed", "batch_norm", "random_eqx_net"],
-        {"partly_observed"},
-    ),
+    "name", chosen(["subsampled", "partly_observed", "batch_norm", "random_eqx_net"])
 )
 @pytest.mark.promotes_ranks
 @pytest.mark.filterwarnings("ignore:All 2 members start")

@@ -99,10 +99,8 @@ def test_what_is_refused(key):
         starts.from_microcanonical(key, discrete, CHAINS)
 
 
-@pytest.mark.parametrize(
-    "kernel",
-    [MEADS, *(pytest.param(kernel, marks=pytest.mark.long) for kernel in (ChEES, MAMS, MCLMC))],
-)
+@pytest.mark.long
+@pytest.mark.parametrize("kernel", [MEADS, ChEES, MAMS, MCLMC])
 def test_kernels_start_there(kernel):
     mcmc = MCMC(
         kernel(model, start="microcanonical"),

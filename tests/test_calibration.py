@@ -89,7 +89,9 @@ def test_an_exact_posterior_passes():
     [
         ({"width": 0.5**0.5}, {"w", "log_likelihood"}),  # half the variance
         ({"shift": 0.3}, {"w"}),
-        ({"noise": 1.2}, {"w", "log_likelihood"}),  # a likelihood that is another than the data's
+        pytest.param(  # a likelihood that is another than the data's
+            {"noise": 1.2}, {"w", "log_likelihood"}, marks=pytest.mark.long
+        ),
     ],
 )
 def test_a_wrong_posterior_is_found(wrong, where):

@@ -101,7 +101,9 @@ def with_a_trap(row):
     return jnp.where(row[1] > 8.0, trapped, -0.5 * (row**2).sum())
 
 
-@pytest.mark.parametrize(("plain", "tiny"), [(False, False), (True, True)])
+@pytest.mark.parametrize(
+    ("plain", "tiny"), [(False, False), pytest.param(True, True, marks=pytest.mark.long)]
+)
 @pytest.mark.promotes_ranks  # BlackJAX does
 def test_a_chain_that_accepts_nothing_makes_no_steps_tiny(key, plain, tiny):
     rows = jax.random.normal(key, (64, 2)).at[0].set(jnp.array([0.0, 10.0]))

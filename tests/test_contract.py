@@ -47,6 +47,9 @@ def make(request):
 QUICK_IN_MAP = pytest.mark.parametrize(
     "make", ["map", pytest.param("vi", marks=pytest.mark.long)], indirect=True
 )
+QUICK_IN_VI = pytest.mark.parametrize(
+    "make", [pytest.param("map", marks=pytest.mark.long), "vi"], indirect=True
+)
 
 
 @pytest.fixture
@@ -144,6 +147,7 @@ def test_a_second_run_compiles_nothing(make, key, compile_count):
     assert second.count == 0, second.names
 
 
+@QUICK_IN_MAP
 def test_equal_shapes_suffice(make, key, compile_count):
     runner = on_ridge(make)
     first = quiet(runner, key, 6, X, Y)
@@ -165,6 +169,7 @@ def test_an_argument_changed_in_place_is_another(make, key):
     assert np.abs(after - before).min() > 0.1
 
 
+@QUICK_IN_MAP
 def test_data_that_a_model_takes_from_its_surroundings_is_never_stale(make, key):
     shift = np.zeros(8)
 
@@ -207,7 +212,7 @@ def test_a_model_that_looks_at_values_sees_them(make, key, compile_count):
     assert others.params.keys() == plain.params.keys()
 
 
-@pytest.mark.parametrize("given", [np.asarray, jnp.asarray])
+@pytest.mark.parametrize("given", [np.asarray, pytest.param(jnp.asarray, marks=pytest.mark.long)])
 def test_numpyros_checks_of_values_hold(make, given, key):
     """An observation outside its support is warned of, though data are inputs of the program."""
 
@@ -337,6 +342,7 @@ def test_both_key_styles_and_given_keys_agree(make):
     same(quiet(runner, 3, 3, X, Y), typed)
 
 
+@QUICK_IN_VI
 def test_keys_are_not_reused(make, key):
     """Members, and the batches of a run, draw from streams of their own."""
     seen = []
@@ -363,6 +369,7 @@ def test_keys_are_not_reused(make, key):
 
 
 @pytest.mark.leaks
+@pytest.mark.long  # the run for leaks has both
 def test_the_users_objects_stay_the_users(make, w, key):
     before = jax.tree.map(np.asarray, jax.tree.leaves(NNX))
     case = CASES["nnx_net"]
@@ -404,6 +411,7 @@ def test_dtypes_follow_jax(make, w, key):
     assert jax.config.jax_enable_x64 == (wanted == jnp.float64)
 
 
+@QUICK_IN_MAP
 def test_a_partial_model_and_keywords_run(make, key):
     plain = quiet(on_ridge(make), key, 3, X, Y)
     same(quiet(make(partial(ridge, X)), key, 3, Y), plain)

@@ -177,7 +177,7 @@ def test_a_keyword_of_a_raw_density_named_like_an_option(key):
         quiet(runner, key, 3, Y, member_args=["z"])
 
 
-@pytest.mark.parametrize("per_member", [False, True])
+@pytest.mark.parametrize("per_member", [pytest.param(False, marks=pytest.mark.long), True])
 def test_starts_outside_the_support(per_member, key):
     def model(y):
         numpyro.sample("p", dist.Dirichlet(jnp.ones(3)))

@@ -148,14 +148,11 @@ def test_paths_pass_through_slopes_and_have_them(key):
     place = jnp.array([0.7, 1.9])
     slopes = paths[0](numbered_inputs(jnp.zeros((0, 2)), place[None], place[None]))[0]
     assert_allclose(slopes, jax.grad(of_first)(place), rtol=1e-5, atol=1e-6)
-    parts = GP.draw_paths(key, VALUES, num_paths=2).components()
-    assert_allclose(
-        sum(part(X_NEW) for part in parts),
-        GP.draw_paths(key, VALUES, num_paths=2)(X_NEW),
-        rtol=1e-6,
-    )
+    two = GP.draw_paths(key, VALUES, num_paths=2)
+    assert_allclose(sum(part(X_NEW) for part in two.components()), two(X_NEW), rtol=1e-6)
 
 
+@pytest.mark.long
 def test_a_model_with_slopes(key):
     """A monotone curve, a slope observed at an end, a process whose prior has a weight."""
 
@@ -273,7 +270,13 @@ def test_means_of_whole_numbers_have_slopes():
         assert_allclose(GaussianProcess(Derivatives(RBF()), at, 0.1, mean).mean, [1.0, 1.0, 0.0])
 
 
-@pytest.mark.parametrize("at", [numbered_inputs([0.0, 1.0], [1.0]), numbered_inputs([0.0, 4.0])])
+@pytest.mark.parametrize(
+    "at",
+    [
+        numbered_inputs([0.0, 1.0], [1.0]),
+        pytest.param(numbered_inputs([0.0, 4.0]), marks=pytest.mark.long),
+    ],
+)
 def test_values_do_not_depend_on_slopes_of_the_mean(at):
     """A root has no slope at 0, where there is a value."""
     places, numbers = np.asarray(at).T
@@ -290,17 +293,20 @@ def test_values_do_not_depend_on_slopes_of_the_mean(at):
     assert_allclose(slope, by_height @ np.linalg.solve(K, y - 2.0 * by_height), rtol=1e-5)
 
 
-def test_where_functions_with_known_slopes_are_lowest(key):
+@pytest.mark.parametrize(
+    "bounds",
+    [(0.0, 2.0), pytest.param([(0.0, 2.0), (0.0, 0.0)], marks=pytest.mark.long)],
+)
+def test_where_functions_with_known_slopes_are_lowest(bounds, key):
     """The slopes at both ends say that there is a valley between."""
     known = numbered_inputs([0.0], [0.0, 2.0])
     paths = draw_paths(
         key, Derivatives(RBF()), known, np.array([0.0, -2.0, 2.0]), 1e-4, num_paths=3
     )
-    for bounds in ((0.0, 2.0), [(0.0, 2.0), (0.0, 0.0)]):
-        lowest = minimise(key, paths, bounds, num_points=64)
-        assert_allclose(lowest.place[:, 1], np.zeros(3))
-        assert (abs(lowest.place[:, 0] - 1.0) < 0.6).all()
-        assert (lowest.value < -0.3).all()
+    lowest = minimise(key, paths, bounds, num_points=64)
+    assert_allclose(lowest.place[:, 1], np.zeros(3))
+    assert (abs(lowest.place[:, 0] - 1.0) < 0.6).all()
+    assert (lowest.value < -0.3).all()
     with pytest.raises(ValueError, match=r"each of 2 columns of the inputs, shape \(2, 2\)"):
         minimise(key, paths, [(0.0, 1.0)] * 3)
 

@@ -91,8 +91,10 @@ def test_the_error_falls_with_the_features(kernel):
 
 @pytest.mark.parametrize(
     ("kernel", "one", "four"),
-    [(RBF(1.0, 0.25), 0.055, 0.025), (Matern52(1.0, 0.25), 0.12, 0.06)],
-    ids=["RBF", "Matern52"],
+    [
+        pytest.param(RBF(1.0, 0.25), 0.055, 0.025, id="RBF"),
+        pytest.param(Matern52(1.0, 0.25), 0.12, 0.06, id="Matern52", marks=pytest.mark.long),
+    ],
 )
 def test_tight_posteriors_are_within_the_target(kernel, one, four):
     X, X_new = inputs(512, 2, width=1.0), inputs(100, 2, seed=1, width=1.0)

@@ -31,22 +31,26 @@ def paths():
 
 
 @pytest.mark.core
-def test_no_point_of_a_grid_is_better(paths, key):
-    values = np.asarray(paths(GRID))
-    for find, sign in ((maximise, 1.0), (minimise, -1.0)):
-        found = find(key, paths, BOUNDS)
-        assert found.place.shape == (4, 2) and found.value.shape == (4,)
-        best = (sign * values).max(axis=1)
-        assert (sign * found.value >= best - 1e-5).all()
-        assert (sign * found.value - best < 0.1).all()  # a grid's cell is small
-        low, high = np.transpose(BOUNDS)
-        place = np.asarray(found.place)
-        assert ((place >= low) & (place <= high)).all()
-        near = within({"rtol": 1e-9}, {"rtol": 1e-3, "atol": 1e-4})
-        assert_allclose(paths.each(found.place[:, None])[:, 0], found.value, **near)
-        # the best of as many points without a search along the gradient falls short
-        rough = find(key, paths, BOUNDS, num_points=64, max_steps=1)
-        assert (sign * (found.value - rough.value)).max() > 1e-4
+@pytest.mark.parametrize(
+    ("find", "sign"), [(maximise, 1.0), pytest.param(minimise, -1.0, marks=pytest.mark.long)]
+)
+def test_no_point_of_a_grid_is_better(paths, find, sign, key, compile_count):
+    found = find(key, paths, BOUNDS)
+    assert found.place.shape == (4, 2) and found.value.shape == (4,)
+    best = (sign * np.asarray(paths(GRID))).max(axis=1)
+    assert (sign * found.value >= best - 1e-5).all()
+    assert (sign * found.value - best < 0.1).all()  # a grid's cell is small
+    low, high = np.transpose(BOUNDS)
+    place = np.asarray(found.place)
+    assert ((place >= low) & (place <= high)).all()
+    near = within({"rtol": 1e-9}, {"rtol": 1e-3, "atol": 1e-4})
+    assert_allclose(paths.each(found.place[:, None])[:, 0], found.value, **near)
+    # the best of as many points without a search along the gradient falls short
+    rough = find(key, paths, BOUNDS, num_points=64, max_steps=1)
+    assert (sign * (found.value - rough.value)).max() > 1e-4
+    with compile_count() as count:
+        find(jax.random.key(1), paths, [(0.0, 1.5), (0.0, 1.0)])
+    assert count.count <= 1, count.names  # the key itself
 
 
 @pytest.mark.long
@@ -62,6 +66,7 @@ def test_places_inside_have_no_slope_and_corners_are_found(paths, key):
     assert_allclose(minimise(key, steep, BOUNDS).place, np.tile([0.0, 1.0], (3, 1)), atol=1e-3)
 
 
+@pytest.mark.long
 def test_many_draws_one_dimension_and_jit(key, compile_count):
     def drawn(width):
         process = GaussianProcess(RBF(1.0, width), X[:, 0], 0.01)

@@ -67,7 +67,7 @@ Z = np.linspace(-0.5, 5.5, 15)[:, None]  # as many as there are points: one prog
 
 
 @pytest.mark.core
-@pytest.mark.parametrize("name", chosen(TESTED, {"RBF", "Matern52", "sum"}))
+@pytest.mark.parametrize("name", chosen(TESTED, {"RBF", "sum"}))
 def test_paths_are_draws_from_what_the_basis_implies(name):
     """Exact, latent and sparse: they differ in what is passed."""
     kernel = TESTED[name]
@@ -418,7 +418,7 @@ def test_conjugate_gradients_with_missing_values():
 @pytest.mark.single
 @pytest.mark.core
 def test_single_precision_has_no_nan():
-    points = inputs(2000, 2, width=1.0).astype(np.float32)
+    points = inputs(1000, 2, width=1.0).astype(np.float32)
     for lengthscale in (0.01, 0.3, 10.0):
         kernel = RBF(1.0, lengthscale)
         paths = draw_paths(

@@ -757,7 +757,7 @@ def test_what_a_guide_learns_is_told_from_its_settings(compile_count, key):
     assert_allclose(changed.losses, first.losses - 1.0, rtol=1e-6)
 
 
-@pytest.mark.parametrize("rank", [None, 1])
+@pytest.mark.parametrize("rank", [pytest.param(None, marks=pytest.mark.long), 1])
 def test_the_rank_of_a_guide_can_be_assigned(rank, key):
     def model(y):
         numpyro.sample("w", dist.Normal(0.0, 1.0).expand([4]).to_event(1))

@@ -77,6 +77,7 @@ def test_the_step_is_blackjax(key):
     assert new.random_generator_arg == state.random_generator_arg[0] == 5
 
 
+@pytest.mark.long
 @pytest.mark.core
 def test_steps_that_are_too_long_leave_no_bias(key):
     """The ends of trajectories alone are not from the density; those that are accepted are."""

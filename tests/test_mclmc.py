@@ -91,6 +91,7 @@ def test_draws_are_near_the_posterior(fitted):
     assert line.startswith("8 steps of size") and "energy var=" in line
 
 
+@pytest.mark.core
 def test_a_state_goes_on(fitted):
     last = fitted.post_warmup_state = fitted.last_state
     fitted.run(last.rng_key, Y)

@@ -73,6 +73,7 @@ def test_draws_agree_with_the_posterior(fitted):
     np.testing.assert_allclose(draws["twice"], 2 * draws["s"])
 
 
+@pytest.mark.core
 def test_what_mcmc_does_with_draws(fitted, capsys):
     fields = fitted.get_extra_fields(group_by_chain=True)
     assert {name: x.shape for name, x in fields.items()} == dict.fromkeys(FIELDS, (CHAINS, DRAWS))
@@ -100,6 +101,7 @@ def test_what_mcmc_does_with_draws(fitted, capsys):
     assert predictive(jax.random.key(2))["y"].shape == (CHAINS * DRAWS, 4)
 
 
+@pytest.mark.core
 def test_a_state_goes_on(fitted, compile_count):
     last = fitted.post_warmup_state = fitted.last_state
     keys = fitted.post_warmup_state.rng_key  # as NumPyro's documentation has it

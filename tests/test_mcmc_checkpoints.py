@@ -52,10 +52,8 @@ def kept(folder):
     return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit())
 
 
-LATER = [pytest.param(name, marks=pytest.mark.long) for name in KERNELS if name != "MEADS"]
-
-
-@pytest.mark.parametrize("name", ["MEADS", *LATER])
+@pytest.mark.long
+@pytest.mark.parametrize("name", KERNELS)
 def test_the_draws_are_those_of_one_run(tmp_path, name):
     """From no checkpoint, from one in warm-up, at its end, and among the draws."""
     fields = () if name in ("AIES", "Gibbs") else ("potential_energy",)
@@ -184,18 +182,31 @@ def test_what_is_no_run(tmp_path):
         run_checkpointed(mcmc.sampler, kept, jax.random.key(0), Y)
     with pytest.raises(TypeError, match="checkpoint takes a Checkpoint, got 'here'"):
         run_checkpointed(mcmc, "here", jax.random.key(0), Y)
-    mcmc.warmup(jax.random.key(0), Y)
+    mcmc.post_warmup_state = ()
     with pytest.raises(ValueError, match="mcmc has a post_warmup_state"):
         run_checkpointed(mcmc, kept, jax.random.key(0), Y)
 
 
-def test_a_start_that_fails_leaves_no_trace(tmp_path):
-    """And warm-up ends with a piece that is shorter than the thinning."""
-    mcmc = chains("one NUTS", 11, 10, thinning=5)
+def fail_to_start(mcmc, folder):
     with pytest.raises(AssertionError):  # of NumPyro, which lacks a latent
         wrong = {"a": 1.0}
-        kept = Checkpoint(tmp_path / "a", every=10)
+        kept = Checkpoint(folder, every=10)
         run_checkpointed(mcmc, kept, jax.random.key(0), Y[:, None, None], init_params=wrong)
+
+
+def test_a_start_that_fails_leaves_no_trace(tmp_path):
+    mcmc = chains("one NUTS", 11, 10, thinning=5)
+    before = (mcmc.num_warmup, mcmc.num_samples, mcmc.thinning, mcmc.post_warmup_state)
+    fail_to_start(mcmc, tmp_path)
+    assert (mcmc.num_warmup, mcmc.num_samples, mcmc.thinning, mcmc.post_warmup_state) == before
+    assert before == (11, 10, 5, None) and not kept(tmp_path)
+
+
+@pytest.mark.long
+def test_a_run_after_one_that_failed(tmp_path):
+    """And warm-up ends with a piece that is shorter than the thinning."""
+    mcmc = chains("one NUTS", 11, 10, thinning=5)
+    fail_to_start(mcmc, tmp_path / "a")
     run_checkpointed(mcmc, Checkpoint(tmp_path / "b", every=10), jax.random.key(0), Y)
     draws = mcmc.get_samples()["a"]
     assert draws.shape == (2,) and mcmc.thinning == 5
@@ -216,7 +227,7 @@ def test_chains_that_did_not_mix_are_named_once(tmp_path):
         kept = Checkpoint(tmp_path, every=20)
         run_checkpointed(mcmc, kept, jax.random.key(0), init_params=start)
     (said,) = caught  # and no checkpoint failed, although the metric has an empty array
-    assert "have not mixed" in str(said.message)
+    assert "have not mixed" in str(said.message) and "'the position'[0]" in str(said.message)
     draws = mcmc.get_samples(group_by_chain=True)
     assert draws.shape == (8, 40, 1)
     with pytest.warns(UserWarning, match="have not mixed"):

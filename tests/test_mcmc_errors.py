@@ -13,6 +13,7 @@ from numpyro_ensemble.mcmc import MAMS, MCLMC, MEADS, ChEES
 from numpyro_ensemble.mcmc.ghmc import ghmc_step
 
 KERNELS = [MEADS, ChEES, MAMS, MCLMC]
+FEW = [pytest.param(k, marks=[pytest.mark.long] * (k in (MEADS, MAMS))) for k in KERNELS]
 CHAINS = 64
 
 
@@ -52,7 +53,7 @@ def test_folds():
 
 
 @pytest.mark.filterwarnings("ignore:Out-of-support")
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", FEW)
 def test_models_that_cannot_be_sampled(kernel):
     def discrete():
         z = numpyro.sample("z", dist.Poisson(0.5))
@@ -97,6 +98,7 @@ def test_no_warm_up(kernel, key, compile_count):
     assert count.count == 0, count.names
 
 
+@pytest.mark.long
 def test_an_adapted_state_needs_no_warm_up(key):
     kernel = ChEES(model)
     before = run(kernel, 10, start())
@@ -111,7 +113,7 @@ def test_an_adapted_state_needs_no_warm_up(key):
     assert after.get_samples()["mu"].shape == (10 * CHAINS, 2)
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", FEW)
 def test_starts_that_cannot_be_used(kernel):
     bad = start()["mu"].at[jnp.array([3, 7]), 0].set(jnp.nan)
     with pytest.raises(ValueError, match="2 of 64 chains start .*not finite: 3, 7. Leave"):

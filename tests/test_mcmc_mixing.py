@@ -199,6 +199,7 @@ def test_blocks_of_values_are_named_right(monkeypatch):
     test_chains_that_do_not_mix_are_named()
 
 
+@pytest.mark.long
 def test_draws_of_a_potential_are_checked():
     def far_apart(z):  # two modes that no chain leaves
         return 0.5 * ((jnp.abs(z[0]) - 10.0) ** 2 + z[1] ** 2)

@@ -39,7 +39,7 @@ def own_rows():
 
 
 @pytest.mark.core
-@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("shared", [True, pytest.param(False, marks=pytest.mark.long)])
 def test_a_member_with_rows_of_its_own_is_a_single_run_on_them(shared, key):
     keys, y = jax.random.split(key, 3), own_rows()
     how = {"batch_size": 3, "shared_batches": shared, **OPTIONS}  # 3, 3, and a ragged 2 of 8 rows

@@ -71,7 +71,7 @@ def test_coordinates_are_those_of_dense_linear_algebra(key, rank):
     np.testing.assert_allclose((slopes * places).sum(1), pairing, atol=1e-2 * abs(pairing).max())
 
 
-@pytest.mark.parametrize("rank", [0, 3])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.long), 3])
 def test_what_is_pooled_forgets_the_start(key, rank):
     rows = normals(key, (30, 16, 3)) * WIDTHS * np.linspace(0.5, 1.0, 30)[:, None, None]
     metric = observed(jnp.asarray(rows), rank)

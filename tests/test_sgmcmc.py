@@ -274,6 +274,7 @@ def test_a_state_goes_on_with_other_data(fitted):
     assert abs(errors(fitted, *posterior())[0][3]) > 0.3  # 0.02 is 0.4 standard deviations
 
 
+@pytest.mark.core
 def test_chains_draw_rows_of_their_own(fitted):
     """Where all chains are alike, one step takes them to the same place, of other rows."""
     kernel = SGMCMC(regression, steps_per_draw=1)

@@ -27,7 +27,9 @@ def model(y):
         numpyro.sample("y", dist.Normal(w.sum(), b), obs=y)
 
 
-@pytest.mark.parametrize("size", [1, 2, 5, 9])
+@pytest.mark.parametrize(
+    "size", [pytest.param(n, marks=[pytest.mark.long] * (n != 2)) for n in (1, 2, 5, 9)]
+)
 def test_groups_of_members_are_the_members(size):
     """Five members are groups of 1; 2, 2 and 1; 5; 5."""
 
@@ -111,9 +113,15 @@ def test_no_kind_of_run_differs_on_a_mesh(found_long, kind, mesh):
 
 def test_states_of_a_mesh_are_those_of_one_device(found):
     distances = {k: v for k, v in found.items() if k.startswith("states") and "leading" not in k}
-    assert len(distances) == 7
+    assert len(distances) == 4
     assert max(distances.values()) < 1e-8, distances
     assert found["states, leading"] == [5]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("how", ["gone on from", "draws", "taken home"])
+def test_runs_go_on_from_states_of_a_mesh(found_long, how):
+    assert found_long[f"runs, {how}"] < 1e-8
 
 
 @pytest.mark.long

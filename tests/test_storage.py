@@ -92,23 +92,27 @@ def test_a_new_process_uses_it(fitted, tmp_path):
     fitted.save(tmp_path / "fit")
     back = EnsembleResult.load(tmp_path / "fit")
     key = jax.random.key(1)
+    used = vi()
     draws = vi().sample_posterior(key, back, Y, num_samples=2)
-    same(draws, vi().sample_posterior(key, fitted, Y, num_samples=2))
-    more, other = (quiet(vi(), Y, init_state=r.state) for r in (back, fitted))
+    same(draws, used.sample_posterior(key, fitted, Y, num_samples=2))
+    more, other = (quiet(r, Y, init_state=f.state) for r, f in ((vi(), back), (used, fitted)))
     same(more.params, other.params)
     same(more.losses, other.losses)
     runner = vi()
     stepped, losses = runner.update(back.state, Y)
-    assert_array_equal(losses, vi().update(fitted.state, Y)[1])
+    assert_array_equal(losses, used.update(fitted.state, Y)[1])
     same(runner.get_params(stepped), more._replace(params=runner.get_params(stepped)).params)
     data = to_arviz(vi(), back, Y, rng_key=2)
-    expected = to_arviz(vi(), fitted, Y, rng_key=2)
+    expected = to_arviz(used, fitted, Y, rng_key=2)
     assert_array_equal(data.posterior["w"], expected.posterior["w"])
     assert az.summary(data, var_names=["twice"]).shape[0] == 1
 
 
 @pytest.mark.filterwarnings("ignore:.*have not met the criterion")
-@pytest.mark.parametrize("solver", [optimistix.LBFGS(1e-8, 1e-8), numpyro.optim.Adam(0.1)])
+@pytest.mark.parametrize(
+    "solver",
+    [optimistix.LBFGS(1e-8, 1e-8), pytest.param(numpyro.optim.Adam(0.1), marks=pytest.mark.long)],
+)
 def test_modes_come_back(solver, tmp_path):
     runner = EnsembleMAP(model, solver, ensemble_size=3)
     result = quiet(runner, Y)

@@ -136,9 +136,7 @@ GUIDES = {
 }  # fmt: skip
 
 
-QUICK = {
-    "AutoNormal", "mean field", "graph", "empty guide",
-}  # fmt: skip
+QUICK = {"AutoNormal", "graph", "empty guide"}
 # started under jit and vmap; the others are traced so (below there is a test for AutoNormal)
 TRANSFORMED = {"AutoLaplaceApproximation", "AutoBNAFNormal", "AutoGuideList"}
 
@@ -517,7 +515,7 @@ def tempered_posterior(y, weight):
 
 
 @pytest.mark.core
-@pytest.mark.parametrize("weight", [1.0, 0.1, 5.0])
+@pytest.mark.parametrize("weight", [1.0, 0.1, pytest.param(5.0, marks=pytest.mark.long)])
 def test_the_tempered_optimum_is_its_closed_form(weight, key):
     guide = autoguide.AutoNormal(conjugate, init_scale=0.2)
     optim = optax.adam(optax.cosine_decay_schedule(0.05, 2000))

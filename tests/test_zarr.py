@@ -253,6 +253,17 @@ def test_a_call_that_was_stopped_goes_on(predictive, tmp_path, monkeypatch, numb
         by_rows(predictive, tmp_path, X)
 
 
+@pytest.fixture(scope="module")
+def stopped(predictive, tmp_path_factory):
+    """A store of four blocks."""
+    store = tmp_path_factory.mktemp("stopped")
+    with pytest.MonkeyPatch.context() as patch:
+        stop_after(patch, 4)
+        with pytest.raises(StoppedError):
+            by_rows(predictive, store, X)
+    return store
+
+
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
@@ -264,11 +275,7 @@ def test_a_call_that_was_stopped_goes_on(predictive, tmp_path, monkeypatch, numb
         ({"model": lambda x: counts(X + 1.0 + x)}, "whose 'scope.mu' has other numbers"),
     ],
 )
-def test_a_store_of_another_call_is_refused(predictive, tmp_path, monkeypatch, changed, said):
-    with monkeypatch.context() as patch:
-        stop_after(patch, 4)
-        with pytest.raises(StoppedError):
-            by_rows(predictive, tmp_path, X)
+def test_a_store_of_another_call_is_refused(stopped, changed, said):
     options = {"args": (X,), **changed}
     model, samples = options.pop("model", counts), options.pop("samples", SAMPLES)
     if model is not counts:
@@ -278,8 +285,8 @@ def test_a_store_of_another_call_is_refused(predictive, tmp_path, monkeypatch, c
 
     other = EnsemblePredictive(model, samples, batch_ndims=2, batch_size=2)
     with pytest.raises(ValueError, match=f"the store exists: .*{said}"):
-        by_rows(other, tmp_path, *options.pop("args"), **options)
-    assert xr.open_zarr(tmp_path, consolidated=False).attrs["blocks_written"] == 4
+        by_rows(other, stopped, *options.pop("args"), **options)
+    assert xr.open_zarr(stopped, consolidated=False).attrs["blocks_written"] == 4
 
 
 def test_other_contents_are_refused(predictive, tmp_path):

@@ -99,7 +99,7 @@ def test_cut_by_rows_as_well(in_memory, tmp_path):
     assert np.isnan(data["observed_data"]["y"]).sum() == (~SEEN).sum()
 
 
-@pytest.mark.parametrize("place", [3, "end"])
+@pytest.mark.parametrize("place", [3, pytest.param("end", marks=pytest.mark.long)])
 def test_a_call_that_was_stopped_goes_on(place, tmp_path, monkeypatch):
     class StoppedError(Exception):
         pass

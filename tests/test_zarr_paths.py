@@ -114,7 +114,8 @@ def counted(X, y=None):
         numpyro.sample("y", dist.Poisson(20.0 * jnp.exp(0.1 * f)), obs=y)
 
 
-@pytest.mark.parametrize("whitened", [False, pytest.param(True, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("whitened", [False, True])
 def test_what_is_drawn_on_top_is_drawn_for_each_block(whitened):
     model, samples = counted, {"width": np.array([0.9, 1.1]), "f": np.stack([Y, 0.5 * Y])}
     if whitened:
@@ -133,19 +134,23 @@ def test_what_is_drawn_on_top_is_drawn_for_each_block(whitened):
     assert abs(((y - rate) / np.sqrt(rate)).mean()) < 4 / np.sqrt(y.size)
 
 
-def test_other_sites_whose_rows_depend_on_each_other_are_refused():
+def test_sites_of_all_rows_are_refused():
     def total(X, y=None):
         f = numpyro.sample("f", GaussianProcess(RBF(), X))
         numpyro.deterministic("total", f.sum())
-
-    def centred(X, y=None):
-        X = X - X.mean(0, keepdims=True)
-        numpyro.sample("f", GaussianProcess(RBF(), X, 0.1), obs=y)
 
     pathwise = Pathwise(total, {"f": Y[None]}, X, num_features=32)
     with pytest.raises(ValueError, match=r"\['total'\] depend on all rows"):
         by_rows(pathwise, MemoryStore(), NEW)
     assert_array_equal(write(pathwise, MemoryStore(), NEW)["total"][0], pathwise(KEY, NEW)["total"])
+
+
+@pytest.mark.long
+def test_processes_of_inputs_that_are_centred_are_refused():
+    def centred(X, y=None):
+        X = X - X.mean(0, keepdims=True)
+        numpyro.sample("f", GaussianProcess(RBF(), X, 0.1), obs=y)
+
     pathwise = Pathwise(centred, {"q": np.zeros(2)}, X, Y, num_features=32)
     with pytest.raises(ValueError, match=r"\['f', 'f_f'\] depend on all rows"):
         by_rows(pathwise, MemoryStore(), NEW)

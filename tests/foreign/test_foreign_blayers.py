@@ -9,14 +9,12 @@ import driver
 
 pytestmark = [pytest.mark.promotes_ranks, pytest.mark.filterwarnings("default")]
 NAMES = tuple(blayers_models.LAYERS)
-QUICK = (  # what `make test` runs: latents of every shape, 4 seconds each
-    "AdaptiveLayer",
-    "FMLayer",
+QUICK = ("AdaptiveLayer", "FMLayer", "RandomWalkLayer")  # 3 seconds each
+LONG = (  # with these, latents of every shape
     "LowRankInteractionLayer",
     "BilinearLayer",
     "EmbeddingLayer",
     "RandomEffectsLayer",
-    "RandomWalkLayer",
     "HorseshoeLayer",
 )
 
@@ -28,7 +26,9 @@ def case_or_skip(name):
     return case
 
 
-@pytest.mark.parametrize("name", QUICK)
+@pytest.mark.parametrize(
+    "name", [*QUICK, *(pytest.param(name, marks=pytest.mark.long) for name in LONG)]
+)
 def test_a_member_is_an_svi_of_the_layer(name):
     case = case_or_skip(name)
     row = driver.run_model(name, case, columns=("MAP",))
