@@ -80,7 +80,9 @@ MODELS = {
 
 
 @pytest.mark.promotes_ranks
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.long] * (n == "regression")) for n in MODELS]
+)
 def test_log_priors_are_those_of_scipy_and_complete_the_density(name):
     model, samples, args, expected = MODELS[name]
     data = to_arviz(model, samples, *args)

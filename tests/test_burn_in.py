@@ -29,6 +29,7 @@ def away(z, shift=20.0):
     return (np.asarray(z["w"]) - shift * variance / SCALES**2) / np.sqrt(variance)
 
 
+@pytest.mark.long
 @pytest.mark.core
 @pytest.mark.filterwarnings("ignore:.*chains would start where")  # after five steps
 def test_starts_are_in_the_typical_set(key):
@@ -62,13 +63,7 @@ def test_the_walk_ends_by_itself(key):
 
 @pytest.mark.filterwarnings("ignore:.*chains would start where")
 def test_hard_places(key):
-    """One latent alone, and a density that is no number where half of the chains begin."""
-
-    def alone():
-        numpyro.sample("rate", dist.Gamma(300.0, 30.0))
-
-    z = starts.from_microcanonical(key, alone, CHAINS)["rate"]
-    assert z.shape == (CHAINS,) and abs(np.exp(np.asarray(z)).mean() - 10.0) < 0.4
+    """A density that is no number where half of the chains begin, and one that is none anywhere."""
 
     def edge():
         x = numpyro.sample("x", dist.Normal(0.5, 1.0).expand([3]))
@@ -84,6 +79,16 @@ def test_hard_places(key):
 
     with pytest.raises(RuntimeError, match="Cannot find valid initial parameters"):
         starts.from_microcanonical(key, nowhere, CHAINS)
+
+
+@pytest.mark.long
+@pytest.mark.filterwarnings("ignore:.*chains would start where")
+def test_one_latent_alone(key):
+    def alone():
+        numpyro.sample("rate", dist.Gamma(300.0, 30.0))
+
+    z = starts.from_microcanonical(key, alone, CHAINS)["rate"]
+    assert z.shape == (CHAINS,) and abs(np.exp(np.asarray(z)).mean() - 10.0) < 0.4
 
 
 def test_what_is_refused(key):

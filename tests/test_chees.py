@@ -107,18 +107,22 @@ def with_a_trap(row):
 @pytest.mark.promotes_ranks  # BlackJAX does
 def test_a_chain_that_accepts_nothing_makes_no_steps_tiny(key, plain, tiny):
     rows = jax.random.normal(key, (64, 2)).at[0].set(jnp.array([0.0, 10.0]))
-    chains = jax.vmap(lambda row: dynamic_hmc.init(row, with_a_trap, 0))(rows)
-    chains = chains._replace(random_generator_arg=jnp.zeros((), int))
     scheme = Scheme(plain=plain)
-    first, progress = jnp.asarray(0.5), Progress.start(200, 64)
-    metric = first_metric(rows, jnp.ones(64, bool), scheme)
-    adaptation = chees_start(metric, first, first, progress, scheme)
 
     def step(carry, key):
         chains, adaptation, _ = chees_step(jax.random.split(key, 64), *carry, with_a_trap, scheme)
         return (chains, adaptation), None
 
-    (chains, adaptation), _ = jax.lax.scan(step, (chains, adaptation), jax.random.split(key, 200))
+    @jax.jit
+    def run(rows):
+        chains = jax.vmap(lambda row: dynamic_hmc.init(row, with_a_trap, 0))(rows)
+        chains = chains._replace(random_generator_arg=jnp.zeros((), int))
+        first, progress = jnp.asarray(0.5), Progress.start(200, 64)
+        metric = first_metric(rows, jnp.ones(64, bool), scheme)
+        adaptation = chees_start(metric, first, first, progress, scheme)
+        return jax.lax.scan(step, (chains, adaptation), jax.random.split(key, 200))[0]
+
+    chains, adaptation = run(rows)
     assert abs(chains.position[0, 1] - 10.0) < 0.5  # it is where it was, or nearly so
     assert (adaptation.step_size[0] < 0.05) == tiny
     assert tiny or adaptation.step_size[0] > 0.3

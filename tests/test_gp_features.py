@@ -22,7 +22,7 @@ from numpyro_ensemble.gp.spectra import bessel_weights, scale_mixture, sobol
 
 NOISE = 0.01
 draw = jax.jit(draw_features, static_argnums=2)
-QUICK = {"RBF", "product", "Periodic"}  # in two dimensions
+QUICK = {"RBF", "product"}  # in two dimensions
 CASES = [
     pytest.param(
         name,

@@ -125,6 +125,7 @@ def test_slopes_at_the_edge_are_finite():
     assert_allclose(slopes, [1.0, 4.0], rtol=1e-6)
     y = np.array([0.3, -0.2, 0.1])
 
+    @jax.jit
     def density(power):
         kernel = PoweredExponential(1.0, 1.0, power)
         return GaussianProcess(kernel, X1[:3], 0.1).log_prob(y)

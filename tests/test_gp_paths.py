@@ -67,7 +67,7 @@ Z = np.linspace(-0.5, 5.5, 15)[:, None]  # as many as there are points: one prog
 
 
 @pytest.mark.core
-@pytest.mark.parametrize("name", chosen(TESTED, {"RBF", "sum"}))
+@pytest.mark.parametrize("name", chosen(TESTED, {"RBF"}))
 def test_paths_are_draws_from_what_the_basis_implies(name):
     """Exact, latent and sparse: they differ in what is passed."""
     kernel = TESTED[name]

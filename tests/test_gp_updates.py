@@ -55,6 +55,7 @@ def accepts(draws, mean, variance):
     return bool(abs(z).max() < norm.isf(0.001 / 2 / len(z)))  # Bonferroni
 
 
+@pytest.mark.long
 @pytest.mark.core
 def test_updates_of_collapsed_paths_move_the_inducing_values(key):
     gp = CollapsedSparseGP(KERNEL, X, Z, NOISE, jitter=1e-6)

@@ -281,7 +281,7 @@ def expected():
     return {m: quiet(plain(m, required), key, 2, Y, 0.5).losses for m in (vi, map_fit)}
 
 
-QUICK_USES = [(map_fit, ("disable_jit", "plain")), (vi, ("jit", "plain"))]
+QUICK_USES = [(vi, ("jit", "plain"))]
 
 
 def uses_in_turns(make):

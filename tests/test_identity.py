@@ -418,9 +418,9 @@ def change_global():
     "make",
     [
         of_class_attribute,
-        of_slots,
-        of_set,
-        lambda: (Called(), change_global),
+        pytest.param(of_slots, marks=pytest.mark.long),
+        pytest.param(of_set, marks=pytest.mark.long),
+        pytest.param(lambda: (Called(), change_global), marks=pytest.mark.long),
         lambda: (Called().method, change_global),
     ],
     ids=["class attribute", "slots", "set", "callable object", "bound method"],

@@ -15,7 +15,9 @@ def density(z, data):
     return -0.5 * ((z[GROUP] - data) ** 2).sum() - 0.5 * (z**2).sum()
 
 
-@pytest.mark.parametrize("chains", [3, 6, 17, 64])
+@pytest.mark.parametrize(
+    "chains", [3, 17, *(pytest.param(n, marks=pytest.mark.long) for n in (6, 64))]
+)
 def test_the_layout_changes_no_number(chains, monkeypatch):
     taken = []
     mapped = jax.lax.map

@@ -127,7 +127,7 @@ def test_the_length_follows_correlations(key):
     paired = paired.at[:, -3:].set(1e3)  # which do not count
     sigma = jnp.broadcast_to(jnp.arange(1.0, size + 1)[None], (CHAINS, size))
     metric = SharedMetric.identity(CHAINS, size, 0, rows.dtype)._replace(sigma=sigma)
-    sums = jax.vmap(lambda rows: widths_of(rows, counts, metric))(paired)
+    sums = jax.jit(jax.vmap(lambda rows: widths_of(rows, counts, metric)))(paired)
     expected = np.ones(size) + rho**2 * (np.arange(size) < 2)
     error = np.asarray(sums.std(axis=0)) / np.sqrt(200)
     scores = abs(np.asarray(sums.mean(axis=0)) - expected) / error

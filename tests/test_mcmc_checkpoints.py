@@ -116,7 +116,12 @@ def test_checkpoints_of_another_run_are_refused(half, mcmc, key, args, said):
 
 
 @pytest.mark.parametrize(
-    "other", [NUTS, pytest.param(lambda m, **_: ChEES(m, start="init"), marks=pytest.mark.long)]
+    "other",
+    [
+        lambda m: HMC(m, num_steps=2, trajectory_length=None),
+        pytest.param(lambda m: NUTS(m, max_tree_depth=3), marks=pytest.mark.long),
+        pytest.param(lambda m: ChEES(m, start="init"), marks=pytest.mark.long),
+    ],
 )
 def test_another_number_in_the_model_is_found(tmp_path, other):
     """It changes no name, no shape and no data: the density tells."""
@@ -127,7 +132,8 @@ def test_another_number_in_the_model_is_found(tmp_path, other):
             a = numpyro.sample("a", dist.Normal(0.0, scale).expand([2]).to_event(1))
             numpyro.sample("y", dist.Normal(a.sum(), 1.0), obs=y)
 
-        kernel, number = other(model, max_tree_depth=3), 1 if other is NUTS else 8
+        kernel = other(model)
+        number = 8 if isinstance(kernel, ChEES) else 1
         mcmc = MCMC(
             kernel, num_warmup=10, num_samples=5, num_chains=number, chain_method="vectorized",
             progress_bar=False,

@@ -56,13 +56,14 @@ def test_statistics_are_those_of_the_chains_that_count(rows):
 def test_meads_takes_nothing_from_chains_that_explode(rows):
     scheme, progress = Scheme(4), Progress.start(100, CHAINS)
     values, slopes = jax.vmap(jax.value_and_grad(exploding))(rows)
-    found = meads_start(rows, values, slopes, progress, scheme)
+    begin = jax.jit(meads_start, static_argnums=4)
+    found = begin(rows, values, slopes, progress, scheme)
     first = np.asarray(rows[:16])[GOOD[:14]]  # lent to the second fold
     np.testing.assert_allclose(found.scale[16], first.std(axis=0), rtol=1e-6)
     largest = maximum_eigenvalue(slopes[GOOD[:14]] * first.std(axis=0)[None])
     np.testing.assert_allclose(found.step_size[16], 0.5 / largest**0.5, rtol=1e-6)
     assert 0.3 < found.step_size.min()
-    owned = meads_start(rows, jnp.zeros(CHAINS), slopes, progress, scheme)  # if all did count
+    owned = begin(rows, jnp.zeros(CHAINS), slopes, progress, scheme)  # if all did count
     assert owned.step_size.min() < 1e-10
     *_, known = survey(exploding, rows, 4)
     assert known.eigenvalue.max() < 3.0

@@ -46,9 +46,19 @@ def start(seed=0):
     }
 
 
-@pytest.mark.parametrize(
-    "kernel", [ChEES, *(pytest.param(kernel, marks=pytest.mark.long) for kernel in (MEADS, MAMS))]
-)
+def test_chains_that_cannot_move_are_told_of():
+    """Behind a wall that comes near after warm-up."""
+    mcmc = sampler(ChEES(model), progress_bar=False)
+    mcmc.warmup(jax.random.key(0), jnp.inf, init_params=start())
+    with pytest.warns(UserWarning, match="64 of 64 chains of ChEES did not move in 20 draws: 0, 1"):
+        mcmc.run(jax.random.key(0), 1e-6, extra_fields=("iterations_since_move", "frozen"))
+    since = mcmc.get_extra_fields(group_by_chain=True)["iterations_since_move"]
+    assert (jnp.diff(since, axis=1) == 1).all() and since.max() >= 20
+    assert mcmc.get_extra_fields(group_by_chain=True)["frozen"][:, 10:].all()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kernel", [ChEES, MEADS, MAMS])
 def test_runs_report_how_they_mixed(kernel):
     """One compiled loop: mixed draws say nothing, and those of chains that cannot move do."""
     mcmc = sampler(kernel(model), warmup=100, jit_model_args=True)

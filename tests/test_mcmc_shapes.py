@@ -14,11 +14,6 @@ from numpyro_ensemble.mcmc import MAMS, MCLMC, MEADS, ChEES
 from numpyro_ensemble.mcmc.positions import Coordinates
 
 KERNELS = [MEADS, ChEES, MAMS, MCLMC]
-SLOWER = [
-    pytest.param(kernel, shape, marks=pytest.mark.long)
-    for kernel in (ChEES, MAMS)
-    for shape in ((), (2, 1))
-]
 CHAINS, DRAWS = 64, 40
 TOTAL = 6.5  # what is seen of the sum of two sites
 
@@ -156,7 +151,10 @@ def first_steps(kernel, shape):
     return start, run
 
 
-@pytest.mark.parametrize(("kernel", "shape"), [(MEADS, ()), *SLOWER])
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("kernel", "shape"), [(MEADS, ()), (ChEES, ()), (MAMS, ()), (ChEES, (2, 1)), (MAMS, (2, 1))]
+)
 def test_a_chain_that_diverges_takes_its_share_alone(kernel, shape):
     start, run = first_steps(kernel, shape)
     moved, usual = run(np.inf)

@@ -99,6 +99,7 @@ def test_eigenvalues_are_shrunk(key):
     assert (few[:4] == 1.0).all() and abs(few[4] - 998.0) < 1.0
 
 
+@pytest.mark.long
 def test_a_low_rank_metric_takes_narrow_and_wide_directions(key):
     size, loading = 20, np.linspace(-1.0, 1.0, 20)
     covariance = 0.1 * np.eye(size) + 0.9 * np.outer(np.ones(size), np.ones(size))

@@ -100,6 +100,7 @@ def test_a_member_is_an_eager_svi_in_order_and_numbers(name, key):
     close(draws[0], draws[1])
 
 
+@pytest.mark.long
 def test_a_guide_that_a_jitted_svi_has_set_up_is_followed_in_its_order(key):
     guide, keys = autoguide.AutoMultivariateNormal(unsorted), jax.random.split(key, 2)
     single = svi(unsorted, guide)

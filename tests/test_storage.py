@@ -121,6 +121,17 @@ def test_modes_come_back(solver, tmp_path):
     assert_array_equal(back.gradient_norm, result.gradient_norm)
     assert (back.converged is None) == (result.converged is None)
     assert_array_equal(back.ranking(), result.ranking())
+    same(back.params, result.params)
+
+
+@pytest.mark.long
+@pytest.mark.filterwarnings("ignore:.*have not met the criterion")
+@pytest.mark.parametrize("solver", [optimistix.LBFGS(1e-8, 1e-8), numpyro.optim.Adam(0.1)])
+def test_modes_that_came_back_go_on(solver, tmp_path):
+    runner = EnsembleMAP(model, solver, ensemble_size=3)
+    result = quiet(runner, Y)
+    result.save(tmp_path / "fit")
+    back = EnsembleResult.load(tmp_path / "fit")
     key = jax.random.key(3)
     predicted = EnsemblePredictive(model, back)(key)["y"]
     assert_array_equal(predicted, EnsemblePredictive(model, result)(key)["y"])

@@ -161,6 +161,10 @@ def test_latents_of_single_rows_are_cut_with_them():
     few = EnsemblePredictive(local, {"scale": jnp.ones(3), "own": jnp.ones((3, 8))})
     with pytest.raises(ValueError, match=r"'own' has one value for each row, .* shape \(8,\)"):
         by_rows(few, MemoryStore(), X)
+
+
+@pytest.mark.long
+def test_latents_of_single_rows_are_drawn_by_guides():
     runner = EnsembleVI(
         local, AutoNormal(local), numpyro.optim.Adam(0.1), Trace_ELBO(), ensemble_size=2
     )
