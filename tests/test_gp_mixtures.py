@@ -3,6 +3,7 @@
 import warnings
 
 import arviz as az
+import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro

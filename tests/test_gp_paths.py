@@ -126,9 +126,8 @@ def test_the_prior_draw_needs_the_jitter_too():
     assert not accepts(values, mean, covariance)
 
 
-@pytest.mark.parametrize(
-    "name", chosen(["sum", "product", "linear product", "Periodic", "Linear"], {"product"})
-)
+@pytest.mark.long
+@pytest.mark.parametrize("name", chosen(["sum", "product", "linear product", "Periodic", "Linear"]))
 def test_composed_kernels_against_the_dense_posterior(name):
     """No published sampler has them: mean and variance of many paths on many bases."""
     kernel = KERNELS[name]

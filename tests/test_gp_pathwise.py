@@ -72,6 +72,7 @@ def test_an_observed_process(pathwise, key):
     assert abs(noise.std() / 0.1 - 1) < 0.1
 
 
+@pytest.mark.long
 def test_its_functions_have_the_exact_moments(key):
     many = Pathwise(observed, SAMPLES, X, Y, num_paths=300, num_bases=10, num_features=512)
     values = np.asarray(many(key, X_NEW)["y_f"])

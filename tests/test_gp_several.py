@@ -82,6 +82,10 @@ def test_functions_of_processes_in_a_plate(whiten, key):
     assert_allclose(functions["f"], np.einsum("pq,sqn->spn", MIXING, functions["g"]), **NEAR)
     at_points = pathwise(key, Z, MIXING, None, whiten)["g"]
     assert_allclose(at_points, values, atol=within(1e-3, 5e-2))
+
+
+@pytest.mark.long
+def test_other_numbers_of_copies_are_refused(key):
     with pytest.raises(ValueError, match=r"\(4,\) copies in this call, and had \(3,\)"):
         Pathwise(in_plate_of(3), {"g_u_base": U[None]}, X)(key, X_NEW, 4)
 

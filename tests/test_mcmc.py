@@ -153,7 +153,7 @@ def test_the_density_is_that_of_the_arguments(compile_count):
     near = init_to_uniform(radius=1.0)
     mcmc = sampler(ChEES(model, start="init", init_strategy=near), jit_model_args=True)
     others = []
-    for shift in (0.0, 5.0, -5.0):
+    for shift in (0.0, 5.0):
         with compile_count() as compilations:
             mcmc.run(jax.random.key(0), Y + shift)
         others.append([name for name in compilations.names if "_fori_collect_loop" not in name])
@@ -161,7 +161,7 @@ def test_the_density_is_that_of_the_arguments(compile_count):
         assert z_scores(draws, (Y + shift).sum() / 5) < 4
         if shift:
             assert z_scores(draws, Y.sum() / 5) > 6  # the first data set
-    assert others[1:] == [[], []], others  # MCMC compiles its loop at every run
+    assert others[1:] == [[]], others  # MCMC compiles its loop at every run
 
 
 SHIFT = 0.0

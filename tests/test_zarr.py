@@ -124,7 +124,7 @@ def linear(x, y=None):
         numpyro.sample("y", dist.Normal(x @ w, 0.1), obs=y)
 
 
-def test_mixtures_priors_and_single_members():
+def test_mixtures_and_priors():
     weighted = EnsemblePredictive(
         linear, {"w": SAMPLES["w"]}, batch_ndims=2, weights=[3.0, 1.0], batch_size=4
     )
@@ -137,6 +137,10 @@ def test_mixtures_priors_and_single_members():
     assert data["w"].shape == (1, 6, 2)
     assert_array_equal(data["w"][0], called["w"])  # all blocks of rows have the same draws
     assert_allclose(data["mu"][0], called["mu"])
+
+
+@pytest.mark.long
+def test_single_members_and_those_that_are_left():
     single = EnsemblePredictive(linear, {"w": SAMPLES["w"][0, 0]}, batch_ndims=0, num_samples=3)
     assert_array_equal(write(single, MemoryStore(), X)["y"][0], single(KEY, X)["y"])
     with pytest.warns(UserWarning, match="1 of 2 members are not finite"):
