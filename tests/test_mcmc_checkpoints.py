@@ -122,6 +122,7 @@ def test_checkpoints_of_another_run_are_refused(half, mcmc, key, args, said):
         pytest.param(lambda m: NUTS(m, max_tree_depth=3), marks=pytest.mark.long),
         pytest.param(lambda m: ChEES(m, start="init"), marks=pytest.mark.long),
     ],
+    ids=["HMC", "NUTS", "ChEES"],
 )
 def test_another_number_in_the_model_is_found(tmp_path, other):
     """It changes no name, no shape and no data: the density tells."""
