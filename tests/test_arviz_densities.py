@@ -12,7 +12,7 @@ import numpyro.distributions as dist
 import pytest
 from numpy.testing import assert_allclose
 from numpyro import handlers
-from numpyro.infer import MCMC, NUTS, Trace_ELBO
+from numpyro.infer import HMC, MCMC, NUTS, Trace_ELBO
 from numpyro.infer.autoguide import AutoNormal
 from numpyro.infer.reparam import ExplicitReparam, LocScaleReparam
 from scipy import stats
@@ -110,9 +110,11 @@ def test_unconstrained_latents_are_of_numpyros_transforms():
     assert_allclose(group["n"], N)
 
 
-@pytest.mark.parametrize("kernel", [NUTS, pytest.param(MEADS, marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    "kernel", [HMC, *(pytest.param(kernel, marks=pytest.mark.long) for kernel in (NUTS, MEADS))]
+)
 def test_a_run_of_chains_has_all_groups(kernel):
-    number = 2 if kernel is NUTS else 64
+    number = 64 if kernel is MEADS else 2
     mcmc = MCMC(
         kernel(by_shop), num_warmup=50, num_samples=30, num_chains=number, thinning=2,
         chain_method="vectorized", progress_bar=False,

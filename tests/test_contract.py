@@ -202,7 +202,19 @@ def test_a_model_that_looks_at_values_sees_them(make, key, compile_count):
     plain = quiet(runner, key, 2, *args)
     assert seen
     assert not any(isinstance(v, jax.core.Tracer) for call in seen for v in call)
-    runner = make(hierarchy)
+    with compile_count() as count:
+        same(quiet(runner, key, 2, *(leaf.copy() for leaf in args)), plain)
+    assert count.count == 0, count.names
+
+
+@pytest.mark.long
+def test_values_that_a_model_looks_at_are_those_of_concrete_arguments(make, key, compile_count):
+    def model(group, y):
+        np.unique(group)
+        hierarchy(group, y)
+
+    runner, args = make(hierarchy), CASES["hierarchy"].args
+    plain = quiet(make(model), key, 2, *args)
     same(plain, quiet(runner, key, 2, *args, jit_model_args=False))
     quiet(runner, key, 2, *args)
     with compile_count() as count:
