@@ -31,7 +31,7 @@ def starts(model, args, kwargs):
 
 
 QUICK = {  # kinds of sites that `test_each_part_is_what_it_is_by_hand` does not have
-    "batch_norm", "correlation", "dependent_support", "hierarchy", "learned_centring",
+    "batch_norm", "correlation", "dependent_support", "hierarchy", "interval", "learned_centring",
     "local_latents", "nnx_net", "ordered", "random_flax_net", "simplex", "with_param",
 }  # fmt: skip
 

@@ -50,8 +50,11 @@ def test_chains_that_cannot_move_are_told_of():
     """Behind a wall that comes near after warm-up."""
     mcmc = sampler(ChEES(model), progress_bar=False)
     mcmc.warmup(jax.random.key(0), jnp.inf, init_params=start())
-    with pytest.warns(UserWarning, match="64 of 64 chains of ChEES did not move in 20 draws: 0, 1"):
+    still = "64 of 64 chains of ChEES did not move in 20 draws: 0, 1, .*R-hat is up"
+    with pytest.warns(UserWarning, match=still) as caught:
         mcmc.run(jax.random.key(0), 1e-6, extra_fields=("iterations_since_move", "frozen"))
+    said = str(caught[0].message)
+    assert "double precision" in said and "start='pathfinder'" in said
     since = mcmc.get_extra_fields(group_by_chain=True)["iterations_since_move"]
     assert (jnp.diff(since, axis=1) == 1).all() and since.max() >= 20
     assert mcmc.get_extra_fields(group_by_chain=True)["frozen"][:, 10:].all()
