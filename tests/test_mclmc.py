@@ -151,6 +151,32 @@ def test_the_bias_follows_what_is_asked_for():
     assert not abs(wrong.mean() - 1.04) < 0.08  # as the test above asks
 
 
+def test_the_energy_variance_goes_from_one_value_to_another():
+    scheme = Scheme(0.01, first_energy_var=1.0)
+    progress = Progress.start(10, CHAINS)
+    halfway = Progress(progress.iteration + 4, progress.remaining - 4)
+    last = Progress(progress.iteration + 9, progress.remaining - 9)
+    np.testing.assert_allclose(scheme.wanted(halfway), 0.1, rtol=1e-5)
+    np.testing.assert_allclose(scheme.wanted(last), 0.01, rtol=1e-5)
+
+
+@pytest.mark.parametrize("adapt", ["all", "each"])
+def test_draws_are_made_with_the_last_energy_variance(adapt):
+
+    def potential(z):
+        return 0.5 * (z**2).sum()
+
+    kernel = MCLMC(potential_fn=potential, adapt=adapt, desired_energy_var=(0.25, 5e-4))
+    mcmc = sampler(kernel, 40, 400)
+    start = jax.random.normal(jax.random.key(1), (CHAINS, 20))
+    mcmc.warmup(jax.random.key(0), init_params=start, collect_warmup=True)
+    found = mcmc.get_extra_fields(group_by_chain=True)["energy_var"].mean(axis=0)
+    mcmc.run(jax.random.key(2))
+    drawn = mcmc.get_extra_fields(group_by_chain=True)["energy_var"].mean()
+    assert 2.5e-4 < drawn < 1e-3
+    assert 4e-3 < np.median(found[180:220]) < 4e-2  # 0.011 in the middle
+
+
 @pytest.mark.long
 def test_chains_alone_stay_in_modes_of_their_own():
     """Two wells whose widths differ a hundredfold: each chain has the scale of its own."""
@@ -196,6 +222,10 @@ def test_what_is_refused():
     for value in (0.0, -1e-3, np.nan):
         with pytest.raises(ValueError, match="desired_energy_var takes a finite number above 0"):
             MCLMC(model, desired_energy_var=value)
+        with pytest.raises(ValueError, match="desired_energy_var takes a finite number above 0"):
+            MCLMC(model, desired_energy_var=(0.5, value))
+    with pytest.raises(ValueError, match="one number, or two: .*begins and ends with"):
+        MCLMC(model, desired_energy_var=(0.5, 0.1, 0.1))
     with pytest.raises(ValueError, match="adapt takes 'all' or 'each', got 'both'"):
         MCLMC(model, adapt="both")
     with pytest.raises(ValueError, match="length_factor takes a finite number above 0"):

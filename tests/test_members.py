@@ -19,7 +19,7 @@ from scipy.stats import norm
 from zarr.storage import MemoryStore
 
 from numpyro_ensemble import EnsembleMAP, EnsemblePredictive, EnsembleVI, scoring, to_arviz
-from numpyro_ensemble.mcmc import MCLMC, rhat_nested, starts
+from numpyro_ensemble.mcmc import MCLMC, member_starts, rhat_nested, starts
 from numpyro_ensemble.mcmc.mixing import Advice, check_mixing
 from numpyro_ensemble.predict.assembly import makes_inference_data
 
@@ -295,3 +295,21 @@ def test_parameters_that_members_have_fitted_are_told_of():
         UserWarning, match=r"parameters \['net\$params'\], and chains keep .*initial"
     ):
         starts.from_ensemble(jax.random.key(1), runner, result, INPUTS, WAVE, num_chains=2)
+
+
+def test_starts_without_noise_need_no_curvature(monkeypatch):
+    """The curvature of a network takes longer to compile than its sampling."""
+
+    def once(y):
+        x = numpyro.sample("x", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
+        with numpyro.plate("row", 2):
+            numpyro.sample("y", dist.Normal(x, 1.0), obs=y)
+
+    monkeypatch.setattr(member_starts, "_widths", None)
+    fits = EnsembleMAP(once, numpyro.optim.Adam(0.1), ensemble_size=3)
+    result = fits.run(jax.random.key(0), 20, jnp.ones(2), progress_bar=False)
+    call = jax.random.key(1), fits, result, jnp.ones(2)
+    z = starts.from_ensemble(*call, num_chains=4, jitter=0.0)
+    assert_array_equal(z["x"], result.params["x"][np.array([0, 1, 2, 0])])
+    with pytest.raises(TypeError):
+        starts.from_ensemble(*call, num_chains=4)

@@ -43,7 +43,9 @@ class MCLMC(ManyChainKernel):
         potential_fn: a potential energy instead of a model; `MCMC.run` needs `init_params` then.
         desired_energy_var: the variance of a step's energy change, for each dimension, that the
             step size is adapted to. The bias falls with its third root or faster. The extra field
-            `energy_var` holds the mean square of the energy changes of each draw's steps.
+            `energy_var` holds the mean square of the energy changes of each draw's steps. A pair
+            begins warm-up with its first value, which is large where chains have far to go, and
+            ends at its second, which draws are made with.
         adapt: "all" adapts over all chains at once; "each" adapts every chain alone, for chains
             that stay in modes of their own, such as the members of an ensemble
             (`starts.from_ensemble`), and judges each alone at the run's end.
@@ -82,7 +84,7 @@ class MCLMC(ManyChainKernel):
         model: Callable | None = None,
         potential_fn: Callable | None = None,
         *,
-        desired_energy_var: float = 5e-4,
+        desired_energy_var: float | tuple[float, float] = 5e-4,
         adapt: str = "all",
         length_factor: float = 1.0,
         steps_per_draw: int = 8,
@@ -92,7 +94,7 @@ class MCLMC(ManyChainKernel):
         mesh: Mesh | str | None = None,
     ) -> None:
         super().__init__(model, potential_fn, start=start, init_strategy=init_strategy, mesh=mesh)
-        check_positive("desired_energy_var", desired_energy_var)
+        first, last = _pair(desired_energy_var)
         check_positive("length_factor", length_factor)
         check_count("steps_per_draw", steps_per_draw)
         if adapt not in ("all", "each"):
@@ -100,7 +102,7 @@ class MCLMC(ManyChainKernel):
         check_metric(metric)
         if adapt == "each" and metric not in ("auto", "diagonal"):
             raise ValueError(f"adapt='each' has a diagonal metric alone, got metric={metric!r}.")
-        self._scheme = Scheme(desired_energy_var, length_factor, adapt == "each", metric)
+        self._scheme = Scheme(last, length_factor, adapt == "each", metric, first)
         self._steps_per_draw = steps_per_draw
         if adapt == "each":
             self._adapts_alone, self._remedies = True, _REMEDIES_ALONE
@@ -173,3 +175,22 @@ class MCLMC(ManyChainKernel):
 
     def _speed(self, size: int) -> float:
         return 1.0 / time_unit(size)
+
+
+def _pair(desired: float | tuple[float, float]) -> tuple[float | None, float]:
+    """Return the energy variances of the first iteration, if it has one of its own, and the last.
+
+    Raises:
+        TypeError, ValueError: for something else than one positive number or two.
+    """
+    if not isinstance(desired, tuple | list):
+        check_positive("desired_energy_var", desired)
+        return None, desired
+    if len(desired) != 2:
+        raise ValueError(
+            f"desired_energy_var takes one number, or two: those that warm-up begins and ends "
+            f"with. It got {desired!r}."
+        )
+    for value in desired:
+        check_positive("desired_energy_var", value)
+    return desired[0], desired[1]

@@ -76,12 +76,29 @@ class MCLMCAdaptation(NamedTuple):
 
 
 class Scheme(NamedTuple):
-    """The constants of the scheme."""
+    """The constants of the scheme.
+
+    Attributes:
+        desired_energy_var: the energy variance that draws are made with.
+        length_factor: of the distance in which a direction is forgotten.
+        each: whether each chain is adapted alone.
+        metric: the kind of the metric that all chains share.
+        first_energy_var: the energy variance that warm-up begins with, if it is another one.
+    """
 
     desired_energy_var: float = 5e-4
     length_factor: float = 1.0
     each: bool = False
     metric: str | int = "auto"
+    first_energy_var: float | None = None
+
+    def wanted(self, progress: Progress) -> Any:
+        """Return the energy variance for this iteration of warm-up, on a geometric way."""
+        if self.first_energy_var is None:
+            return self.desired_energy_var
+        done = (progress.iteration[0] + 1) / progress.total
+        ratio = self.desired_energy_var / self.first_energy_var
+        return self.first_energy_var * jnp.exp(done * jnp.log(ratio))
 
 
 _move = mclmc.build_kernel(integrator=isokinetic_velocity_verlet)
@@ -139,7 +156,8 @@ def mclmc_step(
     warming = a.progress.warming
     num_steps = jnp.where(warming, 1, keys.shape[0])
     zeros = jnp.zeros_like(chains.logdensity)
-    most = _HOPELESS * scheme.desired_energy_var * chains.position.shape[1]
+    largest = max(scheme.desired_energy_var, scheme.first_energy_var or 0.0)
+    most = _HOPELESS * largest * chains.position.shape[1]
     cutoff = most**0.5 if scheme.each else jnp.inf
 
     def body(j: jax.Array, carry: tuple) -> tuple:
@@ -189,7 +207,7 @@ def _adapt_all(
     counts = counted(chains.logdensity, chains.position.shape[1])
     lost = (outcome.num_divergences > 0) & counts
     error = a.error.mean(where=counts & ~lost)
-    factor = (jnp.log(scheme.desired_energy_var) - jnp.log(error)) / _POWER
+    factor = (jnp.log(scheme.wanted(a.progress)) - jnp.log(error)) / _POWER
     factor = jnp.clip(jnp.nan_to_num(factor, nan=0.0), -_CHANGE, _CHANGE)
     many = lost.sum() > 0.02 * counts.sum()
     # errors have heavy tails: draws are made with a step whose mean error is right
@@ -228,18 +246,20 @@ def _adapt_each(
     assert a.alone is not None
     seen, step, total = a.alone, a.progress.iteration[0] + 1, a.progress.total
     lost = outcome.num_divergences > 0
-    ratio = a.error / scheme.desired_energy_var + 1e-8
+    wanted = scheme.wanted(a.progress)
+    ratio = a.error / wanted + 1e-8
     trust = jnp.exp(-0.5 * (jnp.log(ratio) / (_POWER * _TRUST)) ** 2) * ~lost
-    curvature = _MEMORY * seen.curvature + trust * ratio / a.step_size**_POWER
+    curvature = _MEMORY * seen.curvature + trust * ratio * wanted / a.step_size**_POWER
     weight = _MEMORY * seen.weight + trust
-    found = (weight / jnp.maximum(curvature, jnp.finfo(weight.dtype).tiny)) ** (1.0 / _POWER)
+    mean = jnp.maximum(curvature, jnp.finfo(weight.dtype).tiny) / weight
+    found = (wanted / mean) ** (1.0 / _POWER)
     found = jnp.where(weight > 0.0, found, a.step_size)
     step_size = jnp.where(lost, 0.8 * a.step_size, found)
     # Welford's sums since the last renewal
     number = seen.number + 1.0
     apart = chains.position - seen.mean
-    mean = seen.mean + apart / number[:, None]
-    squares = seen.squares + apart * (chains.position - mean)
+    centre = seen.mean + apart / number[:, None]
+    squares = seen.squares + apart * (chains.position - centre)
     due = jnp.stack([step == jnp.ceil(part * total) for part in _WINDOWS]).any()
     switch = due & (number[0] >= _FEWEST)
     own = squares / number[:, None]
@@ -255,7 +275,7 @@ def _adapt_each(
     step_size = jnp.where(switch, step_size / change, step_size)
     sums = jax.tree.map(
         lambda x: jnp.where(switch, 0.0, x).astype(x.dtype),
-        (weight, curvature, number, mean, squares),
+        (weight, curvature, number, centre, squares),
     )
     variance = jnp.where(switch, own, seen.variance)
     return a._replace(

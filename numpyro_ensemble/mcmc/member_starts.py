@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,13 @@ from numpyro_ensemble.mcmc.target import Target
 
 _PROBES = 32  # random directions in which the curvature is measured
 _FLATTEST = 1e-4  # the least curvature of a mode that noise follows
+
+
+class _Kind(NamedTuple):
+    """What a start is made from."""
+
+    draws_guide: bool  # draws of a guide, or modes
+    exact: bool  # without noise
 
 
 def chain_members(result: Any, num_chains: int | None = None) -> np.ndarray:
@@ -110,9 +117,12 @@ def from_ensemble(
     draws = {name: draws[name] for name in names}
     scale = 0.1 if draws_guide else 1.0
     place = turn if draws_guide else np.zeros(num_chains, int)
-    deal = partial(_around, target=target, modes=not draws_guide)
-    inputs = noise_key, draws, chosen, place, jnp.asarray(scale if jitter is None else jitter)
-    return target.run(("ensemble", draws_guide), deal, inputs, args, kwargs)
+    jitter = scale if jitter is None else jitter
+    exact = isinstance(jitter, int | float) and jitter == 0.0
+    kind = _Kind(draws_guide, exact)
+    deal = partial(_around, target=target, kind=kind)
+    inputs = noise_key, draws, chosen, place, jnp.asarray(jitter)
+    return target.run(("ensemble", kind), deal, inputs, args, kwargs)
 
 
 def _check_parameters(
@@ -149,7 +159,7 @@ def _around(
     jitter: jax.Array,
     *,
     target: Target,
-    modes: bool,
+    kind: _Kind,
 ) -> Any:
     """Unconstrain draws `(E, n, ...)`, and add noise to those that chains start at."""
     model, probe_key, *noise_keys = target.prepared(*call), *jax.random.split(key, 1 + len(draws))
@@ -158,7 +168,9 @@ def _around(
         return unconstrain_fn(model, *call, values)
 
     z = jax.vmap(jax.vmap(free))(draws)
-    if modes:
+    if kind.exact:  # the curvature of a network takes longer to compile than all the rest
+        return jax.tree.map(lambda x: x[chosen, place], z)
+    if not kind.draws_guide:
         keys = jax.random.split(probe_key, jax.tree.leaves(z)[0].shape[0])
         at_modes = jax.tree.map(lambda x: x[:, 0], z)
         scales = jax.vmap(partial(_widths, target.smooth_density(*call)))(keys, at_modes)
