@@ -52,7 +52,8 @@ class MCLMCAdaptation(NamedTuple):
         decoherence_length: `(C,)`, how far a chain goes until it has forgotten its direction.
         metric: the metric that all chains share, or None.
         widths: `(C, d)`, variances of the directions in which each coordinate moves.
-        curvature: `(C,)`, sum over the last half of warm-up of `error / step_size**6`.
+        curvature: `(C,)`, sum of `error / step_size**6` over the last half of warm-up, or the last
+            quarter of a chain that is adapted alone.
         error: `(C,)`, the mean square of the last steps' energy changes, per dimension.
         desired: `(C,)`, what it is adapted to.
         progress: how far warm-up has come.
@@ -278,8 +279,17 @@ def _adapt_each(
         (weight, curvature, number, centre, squares),
     )
     variance = jnp.where(switch, own, seen.variance)
+    # as over all chains: what is trusted above leaves out large errors, which draws have too
+    late = step > jnp.ceil(_WINDOWS[-1] * total)
+    rate = jnp.where(lost, 0.0, a.error / a.step_size**_POWER)
+    late_errors = jnp.where(late, a.curvature + rate, 0.0).astype(a.curvature.dtype)
+    mean_rate = late_errors / (total - jnp.ceil(_WINDOWS[-1] * total))
+    settled = (scheme.desired_energy_var / mean_rate) ** (1.0 / _POWER)
+    ending = a.progress.ending & jnp.isfinite(settled) & (mean_rate > 0.0)
+    step_size = jnp.where(ending, jnp.minimum(settled, step_size), step_size)
     return a._replace(
         step_size=step_size.astype(a.step_size.dtype),
+        curvature=late_errors,
         progress=a.progress.next(),
         alone=Alone(variance, *sums),
     )
