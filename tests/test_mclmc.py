@@ -178,6 +178,24 @@ def test_draws_are_made_with_the_last_energy_variance(adapt):
 
 
 @pytest.mark.long
+def test_chains_alone_count_their_large_errors():
+    """In a funnel errors have heavy tails: 1.8 of what is asked for by the last trusted ones."""
+
+    def potential(z):
+        return z[0] ** 2 / 4.5 + 0.5 * (z[1:] ** 2).sum() * jnp.exp(-z[0]) + 5.5 * z[0]
+
+    mcmc = sampler(MCLMC(potential_fn=potential, adapt="each", desired_energy_var=0.05), 150, 800)
+    found = []
+    for seed in range(3):
+        start = jax.random.normal(jax.random.key(10 + seed), (CHAINS, 12))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            mcmc.run(jax.random.key(seed), init_params=start)
+        found.append(mcmc.get_extra_fields()["energy_var"].mean() / 0.05)
+    assert 0.7 < np.mean(found) < 1.65
+
+
+@pytest.mark.long
 def test_chains_alone_stay_in_modes_of_their_own():
     """Two wells whose widths differ a hundredfold: each chain has the scale of its own."""
     widths = jnp.array([1.0, 0.01])
