@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import numpyro
 from jax.typing import ArrayLike
+from numpyro import handlers
 from numpyro.infer import Trace_ELBO, init_to_uniform
 
 from numpyro_ensemble.enumeration import PRIOR, SummedOut
@@ -250,7 +251,8 @@ class _RawMAP(EnsembleMAP):
 
         def model(*args: Any, **kwargs: Any) -> None:
             arrays = numpyro.param("params", lambda key: partition(init_fn(key))[0])
-            log_likelihood, log_prior = log_joint(combine(arrays, shared), *args, **kwargs)
+            with handlers.block():  # a density made of a model has sites, which are its own matter
+                log_likelihood, log_prior = log_joint(combine(arrays, shared), *args, **kwargs)
             numpyro.factor("log_likelihood", log_likelihood)
             numpyro.factor("log_prior", log_prior)
 

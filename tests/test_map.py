@@ -14,7 +14,7 @@ from numpyro.infer import SVI, Predictive, Trace_ELBO, init_to_uniform, init_to_
 from numpyro.infer.autoguide import AutoDelta
 from zoo import CASES, NNX, X, Y, chosen, jit_once, map_on_ridge, ridge
 
-from numpyro_ensemble import EnsembleMAP, EnsemblePredictive, ensemble_map
+from numpyro_ensemble import EnsembleMAP, EnsemblePredictive, ensemble_map, log_joint
 
 STEPS = 12
 
@@ -241,6 +241,19 @@ def test_from_log_joint_agrees_with_the_model(key):
     assert_allclose(ours.losses, theirs.losses, rtol=1e-7)
     again = quiet(raw, key, 30, X, Y, init_params=starts)
     assert_allclose(again.params["w"], ours.params["w"])
+
+
+@pytest.mark.parametrize("weight", [1.0, 0.3])
+def test_the_density_of_a_model_is_a_raw_density(key, weight):
+    """Its sites are not those of the fit: nothing is drawn, weighed or warned of."""
+    options = {"ensemble_size": 2, "prior_weight": weight}
+    starts = jax.vmap(init_w)(jax.random.split(key, 2))
+    optim = numpyro.optim.Adam(0.1)
+    ours = quiet(
+        EnsembleMAP.from_log_joint(log_joint(ridge), init_w, optim, **options), key, 30, X, Y
+    )
+    theirs = quiet(EnsembleMAP(ridge, optim, **options), key, 30, X, Y, init_params=starts)
+    assert_allclose(ours.params["w"], theirs.params["w"], rtol=1e-7)
 
 
 def test_a_raw_density_goes_on_and_compiles_once(key, compile_count):

@@ -1,4 +1,4 @@
-"""The README's code runs, block after block, as a reader would run it."""
+"""The code of pages runs, block after block, as a reader would run it."""
 
 import re
 from pathlib import Path
@@ -6,18 +6,21 @@ from pathlib import Path
 import jax
 import pytest
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.promotes_ranks
-def test_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize(
+    "page", ["README.md", pytest.param("docs/coming_from.md", marks=pytest.mark.long)]
+)
+def test_code_of_a_page_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MPLBACKEND", "Agg")
-    text = README.read_text()
+    text = (ROOT / page).read_text()
     blocks = list(re.finditer(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE))
     assert blocks
     namespace = {"__name__": "__main__"}
     with jax.enable_x64(False):
         for block in blocks:
-            above = text[: block.start(1)].count("\n")  # so that errors point at the README's line
-            exec(compile("\n" * above + block[1], str(README), "exec"), namespace)
+            above = text[: block.start(1)].count("\n")  # so that errors point at the page's line
+            exec(compile("\n" * above + block[1], page, "exec"), namespace)
