@@ -12,7 +12,7 @@ import numpyro
 import numpyro.distributions as dist
 import pytest
 from numpy.testing import assert_allclose
-from numpyro.infer import Trace_ELBO
+from numpyro.infer import MCMC, NUTS, Trace_ELBO
 from numpyro.infer.autoguide import AutoNormal
 from scipy import stats
 
@@ -62,7 +62,7 @@ class Known(NamedTuple):
     x: np.ndarray
     y: np.ndarray
     draw: object  # (rng, x, y, number) -> draws by site
-    predicted: object  # (x, y, i) -> scipy's distribution of row i
+    predicted: object  # (x, y, i, rows) -> scipy's distribution of row i, without these rows
 
 
 def normal_case(model, x, y, design, prior, names):
@@ -76,8 +76,9 @@ def normal_case(model, x, y, design, prior, names):
     def draw(rng, x, y, number):
         return names(rng.multivariate_normal(*posterior(design, y), size=number))
 
-    def predicted(x, y, i):
-        mean, covariance = posterior(np.delete(design, i, 0), np.delete(y, i))
+    def predicted(x, y, i, out=None):
+        out = i if out is None else out
+        mean, covariance = posterior(np.delete(design, out, 0), np.delete(y, out))
         variance = design[i] @ covariance @ design[i] + NOISE**2
         return stats.norm(design[i] @ mean, np.sqrt(variance))
 
@@ -90,8 +91,8 @@ def count_case(x, y):
         rate = np.array([0.5 + (x % 2 == k).sum() for k in (0, 1)])
         return {"rate": rng.gamma(shape, 1 / rate, size=(number, 2))}
 
-    def predicted(x, y, i):
-        same = (x % 2 == x[i] % 2) & (np.arange(len(x)) != i)
+    def predicted(x, y, i, out=None):
+        same = (x % 2 == x[i] % 2) & ~np.isin(np.arange(len(x)), i if out is None else out)
         shape, rate = 3.0 + y[same].sum(), 0.5 + same.sum()
         return stats.nbinom(shape, rate / (rate + 1))
 
@@ -126,12 +127,13 @@ def exact_data(case, seed=0):
     return to_arviz(known.model, draws, known.x, known.y)
 
 
-def exact_terms(case):
+def exact_terms(case, labels=None):
+    """Return the log predictive density of each row, given the others or the other folds."""
     known = CASES[case]
     density = "logpmf" if case == "counts" else "logpdf"
-    return np.array(
-        [getattr(known.predicted(known.x, known.y, i), density)(known.y[i]) for i in range(ROWS)]
-    )
+    out = [[i] if labels is None else np.flatnonzero(labels == labels[i]) for i in range(ROWS)]
+    law = [known.predicted(known.x, known.y, i, out[i]) for i in range(ROWS)]
+    return np.array([getattr(p, density)(y) for p, y in zip(law, known.y, strict=True)])
 
 
 def loo_of(data):
@@ -163,8 +165,12 @@ def test_probabilities_are_those_of_the_closed_form(case):
     assert_allclose(values, exact, atol=0.04)
     seen_too = scoring.pit(exact_data(case))
     assert np.abs(values - exact).mean() < 0.5 * np.abs(np.asarray(seen_too) - exact).mean()
-    if case != "counts":
-        assert uniformity(values[:, None]).min() > 0.001
+    if case == "counts":
+        values = scoring.loo_pit(exact_data(case), rng_key=jax.random.key(2))
+        low = np.array([p.cdf(y - 1) for p, y in zip(law, known.y, strict=True)])
+        high = np.array([p.cdf(y) for p, y in zip(law, known.y, strict=True)])
+        assert (values > low - 0.04).all() and (values < high + 0.04).all()
+    assert uniformity(values[:, None]).min() > 0.001
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -258,6 +264,24 @@ def test_weights_find_the_model_and_the_member_and_go_into_predictions():
     assert len(np.unique(first[:, 0])) == 400  # each draw once
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("case", CASES)
+def test_folds_are_what_the_closed_form_says(case):
+    """Shops that are held out whole, whose own level is then drawn from the others'."""
+    known = CASES[case]
+    mcmc = MCMC(
+        NUTS(known.model), num_warmup=300, num_samples=1000, num_chains=2,
+        chain_method="vectorized", progress_bar=False,
+    )  # fmt: skip
+    found = scoring.cross_validate(
+        known.model, mcmc, known.x, known.y, rng_key=jax.random.key(0), folds=SHOP, num_draws=1000
+    )
+    assert_allclose(found.elpd_i, exact_terms(case, SHOP), rtol=0.1, atol=0.1)
+    assert abs(found.elpd - exact_terms(case, SHOP).sum()) < 0.3
+    if case == "hierarchy":  # rows that are left out one by one are another thing
+        assert abs(found.elpd - exact_terms(case).sum()) > 3.0
+
+
 def test_folds_are_compared_too():
     known = CASES["counts"]
 
@@ -307,6 +331,62 @@ def test_members_that_failed_and_masked_rows():
         scoring.compare({"a": data, "b": few(y)})
 
 
+def vectors(y):
+    mu = numpyro.sample("mu", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
+    with numpyro.plate("row", len(y)):
+        numpyro.sample("y", dist.Normal(mu, 1.0).to_event(1), obs=y)
+
+
+def test_rows_that_are_vectors():
+    y = RNG.normal(size=(10, 2))
+    data = to_arviz(vectors, {"mu": 0.3 * RNG.normal(size=(2, 100, 2))}, y)
+    found = scoring.compare({"a": data, "b": data})
+    column = "elpd_loo" if makes_inference_data() else "elpd"
+    assert_allclose(found.table.loc["a", column], loo_of(data).sum(), rtol=1e-8)
+    assert scoring.member_weights(data).shape == (2,)
+    with pytest.raises(ValueError, match=r"site 'y' has events of shape \(2,\)"):
+        scoring.loo_pit(data)
+
+
+def test_a_selected_member_is_corrected_by_its_own_guide():
+    runner, result = mean_field("regression")
+    known = CASES["regression"]
+    data = to_arviz(runner, result, known.x, known.y, num_samples=200)
+    column = "elpd_loo" if makes_inference_data() else "elpd"
+    every = scoring.compare({"a": data, "b": data}, members=True).table
+    one = data.sel(chain=[1])
+    alone = scoring.compare({"a": one, "b": one}).table
+    assert_allclose(alone.loc["a", column], every.loc["a[1]", column], rtol=1e-6)
+    two = data.sel(chain=[0, 1])
+    with pytest.warns(UserWarning, match="not corrected for the guide"):
+        assert not scoring.compare({"a": two, "b": two}).table["corrected"].any()
+
+
+def test_draws_that_leave_the_support_and_data_that_differ():
+    y = CASES["regression"].y
+
+    data = few(y)
+    group = data["log_likelihood"]
+    values = group["y"].values.copy()
+    values[1, 3, 2] = -np.inf
+    group["y"] = group["y"].copy(data=values)
+    with pytest.raises(
+        ValueError, match=r"wide: .* site 'y' is not finite in 1 of 40 draws, at .* \[2\]"
+    ):
+        scoring.compare({"wide": data, "b": few(y)})
+
+    def fit(key, x, y):
+        return {"w": 0.1 * jax.random.normal(key, (50, 2))}
+
+    options = {"rng_key": jax.random.key(0), "folds": 4, "num_draws": 50}
+    models = {
+        name: scoring.cross_validate(regression, fit, X, values, **options)
+        for name, values in {"a": y, "b": 3.0 * y}.items()
+    }
+    with pytest.raises(ValueError, match="'a' and 'b' have seen different observations"):
+        scoring.compare(models)
+
+
 def few(y, **options):
     draws = {"w": np.random.default_rng(0).normal(size=(2, 20, 2))}
     return to_arviz(regression, draws, X, y, **options)
@@ -316,7 +396,7 @@ def few(y, **options):
     ("call", "error", "said"),
     [
         (lambda d: scoring.compare([d, d]), TypeError, "models takes a dict by model name"),
-        (lambda d: scoring.compare({"a": d}), ValueError, "one model alone"),
+        (lambda d: scoring.compare({"a": d}), ValueError, "two models or more"),
         (lambda d: scoring.compare({"a": d, "b": d}, method="waic"), ValueError, "method takes"),
         (
             lambda d: scoring.compare({"a": d, "b": d}, var_name={"c": "y"}), ValueError,

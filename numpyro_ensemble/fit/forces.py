@@ -44,7 +44,7 @@ def forces(repulsion: Repulsion, pulls: Pull) -> tuple[Any, Any]:
     alive = jnp.isfinite(pulls.loss) & _finite(pulls.place)
     if repulsion.mixes_gradients:
         alive = alive & _finite(pulls.gradient)
-    places = jax.tree.map(lambda leaf: _from_one(_wide(leaf), alive), pulls.place)
+    places = _centred(jax.tree.map(_wide, pulls.place), alive)
     kernel, bandwidth = _kernel(repulsion, places, alive)
     totals = jnp.where(alive, kernel.sum(axis=1), 1.0)
     weight = repulsion.weight_at(pulls.step.max()).astype(totals.dtype)
@@ -113,9 +113,22 @@ def _where(flags: jax.Array, one: jax.Array, other: Any) -> jax.Array:
     return jnp.where(_column(flags, one), one, other)
 
 
-def _from_one(leaf: jax.Array, alive: jax.Array) -> jax.Array:
-    """Return places from that of a member that is alive, so that differences keep their digits."""
-    return _where(alive, leaf - leaf[jnp.argmax(alive)][None], 0.0)
+def _centred(places: Any, alive: jax.Array) -> Any:
+    """Return places from one in their midst, so that differences keep their digits.
+
+    It is the place nearest to the mean of those alive: seen from a member that is far from all
+    others, these would differ by little more than rounding.
+    """
+    number = jnp.maximum(alive.sum(), 1)
+
+    def from_mean(leaf: jax.Array) -> jax.Array:
+        away = _flat(_where(alive, leaf, 0.0))
+        away = away - (away.sum(axis=0, keepdims=True) / number).astype(away.dtype)
+        return jnp.square(away).sum(axis=1)
+
+    distances = sum(map(from_mean, jax.tree.leaves(places)))
+    middle = jnp.argmin(jnp.where(alive, distances, jnp.inf))
+    return jax.tree.map(lambda leaf: _where(alive, leaf - leaf[middle][None], 0.0), places)
 
 
 def _products(leaf: jax.Array) -> jax.Array:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from blackjax.mcmc import mclmc
 from blackjax.mcmc.integrators import IntegratorState, isokinetic_velocity_verlet
+from jax.typing import ArrayLike
 
 from numpyro_ensemble.mcmc.counted import counted, with_stand_ins
 from numpyro_ensemble.mcmc.mams_scheme import averaged, time_unit, widest, widths_of
@@ -157,9 +158,10 @@ def mclmc_step(
     warming = a.progress.warming
     num_steps = jnp.where(warming, 1, keys.shape[0])
     zeros = jnp.zeros_like(chains.logdensity)
-    largest = max(scheme.desired_energy_var, scheme.first_energy_var or 0.0)
-    most = _HOPELESS * largest * chains.position.shape[1]
-    cutoff = most**0.5 if scheme.each else jnp.inf
+    last = scheme.desired_energy_var
+    asked = jnp.where(warming, max(last, scheme.first_energy_var or 0.0), last)
+    most = _HOPELESS * asked * chains.position.shape[1]
+    cutoff = jnp.sqrt(most) if scheme.each else jnp.inf
 
     def body(j: jax.Array, carry: tuple) -> tuple:
         chains, so_far = carry
@@ -180,7 +182,7 @@ def move(
     chains: IntegratorState,
     a: MCLMCAdaptation,
     log_density: Callable,
-    cutoff: float = jnp.inf,
+    cutoff: ArrayLike = jnp.inf,
 ) -> tuple[IntegratorState, Outcome]:
     """Make one step of BlackJAX's MCLMC with every chain.
 
@@ -285,7 +287,7 @@ def _adapt_each(
     late_errors = jnp.where(late, a.curvature + rate, 0.0).astype(a.curvature.dtype)
     mean_rate = late_errors / (total - jnp.ceil(_WINDOWS[-1] * total))
     settled = (scheme.desired_energy_var / mean_rate) ** (1.0 / _POWER)
-    ending = a.progress.ending & jnp.isfinite(settled) & (mean_rate > 0.0)
+    ending = a.progress.ending & jnp.isfinite(settled) & (settled > 0.0) & (mean_rate > 0.0)
     step_size = jnp.where(ending, jnp.minimum(settled, step_size), step_size)
     return a._replace(
         step_size=step_size.astype(a.step_size.dtype),

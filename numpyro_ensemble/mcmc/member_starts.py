@@ -12,6 +12,7 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 from numpyro.infer.util import unconstrain_fn
 
+from numpyro_ensemble.calls.arguments import has_tracers
 from numpyro_ensemble.calls.keywords import checked_keywords
 from numpyro_ensemble.density import unchecked_trace
 from numpyro_ensemble.handlers import check_count, one_key, warn
@@ -118,7 +119,7 @@ def from_ensemble(
     scale = 0.1 if draws_guide else 1.0
     place = turn if draws_guide else np.zeros(num_chains, int)
     jitter = scale if jitter is None else jitter
-    exact = isinstance(jitter, int | float) and jitter == 0.0
+    exact = not has_tracers(jitter) and float(jitter) == 0.0
     kind = _Kind(draws_guide, exact)
     deal = partial(_around, target=target, kind=kind)
     inputs = noise_key, draws, chosen, place, jnp.asarray(jitter)

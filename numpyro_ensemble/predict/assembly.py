@@ -27,6 +27,7 @@ def assemble(groups: dict[str, dict[str, Any]], draws: Draws, dims: dict, coords
     if draws.seconds is not None:
         attrs["sampling_time"] = draws.seconds
     attrs["ensemble_size"] = draws.ensemble_size
+    attrs["num_chains"] = len(draws.members)  # those that are not left out
     attrs.update(draws.attrs)
     # a slash in a name, as of scopes, is a path to trees and refused by files
     groups = {

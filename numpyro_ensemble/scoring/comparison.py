@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -30,10 +30,10 @@ class Comparison(NamedTuple):
     Attributes:
         table: a pandas frame, ArviZ's of `az.compare`, the best model first, with the largest shape
             `pareto_k` of its importance ratios, and whether draws were `corrected` for their guide:
-            those of chains need it not, those of guides without a density cannot be.
+            chains need no correction, and guides without a density have none.
         weights: by model the weights `(E,)` of its members, `()` for folds; those of all models add
-            up to 1. `EnsemblePredictive(..., weights=weights[name])` predicts by them, and
-            `scoring.mix` mixes what models predict.
+            up to 1. `EnsemblePredictive(..., weights=weights[name])` predicts by them, where they
+            are not all 0, and `scoring.mix` mixes what models predict.
     """
 
     table: Any
@@ -81,40 +81,49 @@ def compare(
     """
     if not isinstance(models, Mapping):
         raise TypeError(f"models takes a dict by model name, got {type(models).__name__}.")
+    if len(models) < (1 if members else 2):
+        raise ValueError(f"compare takes two models or more, got {list(models)}.")
     if method not in _METHODS:
         raise ValueError(f"method takes one of {list(_METHODS)}, got {method!r}.")
     named: Any = var_name if isinstance(var_name, Mapping) else dict.fromkeys(models, var_name)
     unknown = sorted(named.keys() - models.keys())
     if unknown:
         raise ValueError(f"var_name names {unknown}; the models are {list(models)}.")
-    parts: dict[
-        tuple[str, int | None], Any
-    ] = {}  # by model, and by member where they are told apart
+    parts: dict[tuple[str, int | None], Any] = {}
     unreliable: dict[str, LeftOut] = {}
     weighed = set()  # the parts whose draws were weighed towards the posterior
     for name, given in models.items():
         if isinstance(given, CrossValidation):
             parts[name, None] = given.data
             continue
-        found = Likelihoods.of(given, named.get(name), corrected)
-        singles = range(len(found.terms)) if members else [None]
-        for index in singles:
-            left = (found if index is None else found.member(index)).left_out()
-            if left.unreliable:
-                unreliable[name if index is None else f"{name}, member {index}"] = left
+        for index, left in _left_out(name, given, named.get(name), members, corrected):
             if left.corrected:
                 weighed.add((name, index))
+            unreliable[_label(name, index)] = left
             parts[name, index] = as_elpd(
                 left.terms, left.log_weights.shape[1], pareto_k=left.pareto_k,
                 num_parameters=left.num_parameters,
             )  # fmt: skip
-    if len(models) < 2 and not members:
-        raise ValueError("there is one model alone, with nothing to compare it with: give two.")
     _check_alike(models, named, parts)
-    if unreliable:
-        warn_of_unreliable(unreliable)
+    warn_of_unreliable(unreliable)
     table, shares = _compared(parts, method, weighed)
     return Comparison(table, {name: _of_members(models[name], name, shares) for name in models})
+
+
+def _label(name: str, index: int | None) -> str:
+    return name if index is None else f"{name}[{index}]".lstrip()
+
+
+def _left_out(
+    name: str, data: Any, var_name: str | None, members: bool, corrected: bool
+) -> Iterator[tuple[int | None, LeftOut]]:
+    """Yield a model's terms, or those of each member, with errors that name the model."""
+    try:
+        found = Likelihoods.of(data, var_name, corrected)
+        for index in range(len(found.terms)) if members else [None]:
+            yield index, (found if index is None else found.member(index)).left_out()
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}" if name else str(error)) from error
 
 
 def _check_alike(models: Mapping[str, Any], named: Mapping[str, Any], parts: Mapping) -> None:
@@ -125,14 +134,15 @@ def _check_alike(models: Mapping[str, Any], named: Mapping[str, Any], parts: Map
     values: dict[str, np.ndarray] = {}
     for name, given in models.items():
         if isinstance(given, CrossValidation):
+            values[name] = given.observations
             continue
         site = named.get(name) or next(iter(group_of(given, "log_likelihood").data_vars))
         seen = observed(given, site)
         if seen is not None:
-            values[name] = np.asarray(seen).ravel()
+            values[name] = seen[~np.isnan(seen)]
     first = next(iter(values), None)
     for name, seen in values.items():
-        if not np.array_equal(seen, values[first], equal_nan=True):  # type: ignore[index]
+        if not np.array_equal(seen, values[first]):  # type: ignore[index]
             raise ValueError(
                 f"the models {first!r} and {name!r} have seen different observations, so that "
                 f"their scores cannot be compared."
@@ -145,9 +155,11 @@ def _compared(
     """Return ArviZ's table, and the weight of each part."""
     import arviz as az
 
-    rows = {name if index is None else f"{name}[{index}]": (name, index) for name, index in parts}
+    rows = {_label(*part): part for part in parts}
+    if len(rows) < len(parts):
+        raise ValueError(f"names of models and members are not told apart: {list(parts)}.")
     given = {row: parts[part] for row, part in rows.items()}
-    plain: Any = {} if makes_inference_data() else {"round_to": "none"}
+    plain: Any = {"seed": 0} if makes_inference_data() else {"round_to": "none"}  # for bootstraps
     table = az.compare(given, method=_METHODS[method], **plain)  # type: ignore[arg-type]
     shapes = {row: getattr(part, "pareto_k", None) for row, part in given.items()}
     largest = {row: np.nan if k is None else float(np.max(k)) for row, k in shapes.items()}
@@ -193,7 +205,7 @@ def mix(
         num_samples: number of draws (default: of the model that has most).
 
     Raises:
-        ValueError: for predictions of different sites or shapes, or weights that are none.
+        ValueError: for predictions of different sites or shapes, or weights that do not fit.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -213,7 +225,10 @@ def mix(
     forms = {name: jax.tree.map(lambda x: jnp.shape(x)[1:], predictions[name]) for name in names}
     if any(form != forms[names[0]] for form in forms.values()):
         raise ValueError(f"the models predict different sites or shapes: {forms}.")
-    sizes = [len(jax.tree.leaves(predictions[name])[0]) for name in names]
+    lengths = {name: {len(x) for x in jax.tree.leaves(predictions[name])} for name in names}
+    if any(len(found) != 1 for found in lengths.values()):
+        raise ValueError(f"the sites of a model lead with different numbers of draws: {lengths}.")
+    sizes = [lengths[name].pop() for name in names]
     number = max(sizes) if num_samples is None else num_samples
     check_count("num_samples", number)
     model_key, draw_key = jax.random.split(one_key(rng_key))

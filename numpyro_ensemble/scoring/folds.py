@@ -27,14 +27,16 @@ class CrossValidation(NamedTuple):
 
     Attributes:
         elpd: the expected log predictive density of all rows that were held out.
-        se: its standard error.
+        se: its standard error, over N or N - 1 as the installed line of ArviZ has it.
         elpd_i: `(N, ...)`, the terms of the rows, NaN where none was held out.
+        observations: values of the rows that were held out, in one row.
         data: ArviZ's form of it, which `az.compare` takes; it cannot hold NaN.
     """
 
     elpd: float
     se: float
     elpd_i: np.ndarray
+    observations: np.ndarray
     data: Any
 
 
@@ -114,7 +116,7 @@ def cross_validate(
     if batch_size is not None:
         check_count("batch_size", batch_size)
     check_call(model, args, kwargs)
-    site, shape = _rows_of(model, args, kwargs, var_name)
+    site, values, shape = _rows_of(model, args, kwargs, var_name)
     fold_key, fit_key = jax.random.split(one_key(rng_key))
     fitted, scored = _masks(folds, shape[0], fold_key)
     draw = draws_of(fit, num_draws, num_steps, run_options or {})
@@ -132,13 +134,13 @@ def cross_validate(
 
     keys = jax.random.split(fit_key, len(fitted))
     densities = mapped_fits(one, (keys, jnp.asarray(fitted)), batch_size) - np.log(num_draws)
-    return _scored(densities, scored, site, num_draws)
+    return _scored(densities, scored, values, num_draws)
 
 
 def _rows_of(
     model: Callable, args: tuple, kwargs: dict[str, Any], var_name: str | None
-) -> tuple[str, tuple[int, ...]]:
-    """Return the site whose rows are held out, and the shape of its terms."""
+) -> tuple[str, np.ndarray, tuple[int, ...]]:
+    """Return the site whose rows are held out, its values, and the shape of its terms."""
     trace = unchecked_trace(model, args, kwargs)
     some = [name for name, found in trace.items() if is_subsampled(found)]
     if some:
@@ -161,7 +163,7 @@ def _rows_of(
             f"site {name!r} is one event, so that its rows cannot be held out one by one: let them "
             f"stand in a plate (without to_event)."
         )
-    return name, shape
+    return name, np.asarray(found["value"]), shape
 
 
 def _masks(folds: Any, number: int, key: jax.Array) -> tuple[np.ndarray, np.ndarray]:
@@ -200,7 +202,7 @@ def _masks(folds: Any, number: int, key: jax.Array) -> tuple[np.ndarray, np.ndar
 
 
 def _scored(
-    densities: np.ndarray, scored: np.ndarray, site: str, num_draws: int
+    densities: np.ndarray, scored: np.ndarray, values: np.ndarray, num_draws: int
 ) -> CrossValidation:
     """Pick the terms of each row from the fold that has held it out."""
     held = scored.any(axis=0)
@@ -217,4 +219,5 @@ def _scored(
             f"{bad[:10].tolist()}."
         )
     data = as_elpd(of_held, num_draws, folds=len(scored))
-    return CrossValidation(float(of_held.sum()), standard_error(of_held), terms, data)
+    elpd, se = float(of_held.sum()), standard_error(of_held)
+    return CrossValidation(elpd, se, terms, values[held].ravel(), data)

@@ -8,11 +8,12 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from numpyro_ensemble.handlers import warn
+from numpyro_ensemble.handlers import one_key, warn
 from numpyro_ensemble.predict.assembly import makes_inference_data
 from numpyro_ensemble.scoring.elpd import GOOD_K
-from numpyro_ensemble.scoring.reading import group_of, name_of, observed
+from numpyro_ensemble.scoring.reading import group_of, holds_all_members, name_of, observed
 
+_NAMED = 3  # models or members that a warning names
 LEAST_DRAWS = 25  # fewer leave no tail that a Pareto distribution could be fitted to
 
 
@@ -26,8 +27,9 @@ def smoothed(log_ratios: np.ndarray, efficiency: float = 1.0) -> tuple[np.ndarra
         stats: Any = importlib.import_module("arviz_stats.base")
         # it takes log likelihoods
         weights, shape = stats.array_stats.psislw(-log_ratios, r_eff=efficiency)
-    weights = np.asarray(weights)
-    return weights - jax.nn.logsumexp(weights, axis=-1, keepdims=True), np.asarray(shape)
+    weights = np.asarray(weights, float)  # JAX would add them up in single precision
+    total = np.logaddexp.reduce(weights, axis=-1, keepdims=True)
+    return weights - total, np.asarray(shape)
 
 
 class Likelihoods(NamedTuple):
@@ -61,35 +63,23 @@ class Likelihoods(NamedTuple):
         if found is None:
             raise ValueError("leave-one-out needs the group log_likelihood, which the data lacks.")
         name = name_of(found, var_name)
-        terms = found[name].values
-        values = observed(data, name)
-        seen = np.ones(terms.shape[2:], bool) if values is None else ~np.isnan(values)
+        terms = np.asarray(found[name].values, float)
+        seen = _seen(observed(data, name), terms.shape[2:])
         stats = group_of(data, "sample_stats")
         ratios = mixture = None
         efficiency = 1.0
         if corrected and stats is not None and "log_q" in stats:
             ratios = stats["log_p"].values - stats["log_q"].values
-            if "log_q_mixture" in stats:
+            if len(terms) > 1 and "log_q_mixture" in stats and holds_all_members(data):
                 mixture = stats["log_p"].values - stats["log_q_mixture"].values
-            elif len(terms) == 1:
-                mixture = ratios
-            else:
-                warn(
-                    "the guide does not tell the density of one member's draw under another, so "
-                    "that leave-one-out of all members is not corrected for the guide."
-                )
         elif terms.shape[0] > 1 and terms.shape[1] > 1:
             efficiency = _efficiency(data, terms.shape[0] * terms.shape[1])
-        return cls(
-            name, terms[:, :, seen.reshape(terms.shape[2:])], seen, ratios, mixture, efficiency
-        )
+        return cls(name, terms[:, :, seen], seen, ratios, mixture, efficiency)
 
     def member(self, index: int) -> Likelihoods:
         """Return those of one member alone."""
         ratios = None if self.ratios is None else self.ratios[[index]]
-        return self._replace(
-            terms=self.terms[[index]], ratios=ratios, mixture=ratios, efficiency=1.0
-        )
+        return self._replace(terms=self.terms[[index]], ratios=ratios, mixture=None, efficiency=1.0)
 
     def left_out(self) -> LeftOut:
         """Weigh draws as if each observation had not been seen.
@@ -98,6 +88,31 @@ class Likelihoods(NamedTuple):
             ValueError: if there are too few draws, or they are all the same.
         """
         size, number = self.terms.shape[:2]
+        self._check_draws(size, number)
+        terms = self.terms.reshape(size * number, -1).T
+        corrections = self._corrections()
+        base = np.zeros(size * number) if corrections is None else corrections.reshape(-1)
+        log_weights, shapes = smoothed(base - terms, self.efficiency)
+        all_seen = -np.log(base.size) if corrections is None else smoothed(base)[0]
+        elpd = np.logaddexp.reduce(log_weights + terms, axis=1)
+        lppd = np.logaddexp.reduce(all_seen + terms, axis=1)
+        number_of = float((lppd - elpd).sum())
+        return LeftOut(elpd, shapes, log_weights, number_of, corrections is not None)
+
+    def _corrections(self) -> np.ndarray | None:
+        """Return log weights `(E, S)` of the draws towards the posterior, None where unknown."""
+        if self.ratios is None or len(self.terms) == 1:
+            return self.ratios
+        if self.mixture is None:
+            warn(
+                "the density of one member's draws under the others is not known, so that "
+                "leave-one-out of all members is not corrected for the guide. One member alone, "
+                "or members=True in scoring.compare, is."
+            )
+        return self.mixture
+
+    def _check_draws(self, size: int, number: int) -> None:
+        """Raise a ValueError where draws cannot be weighed."""
         if size * number < LEAST_DRAWS:
             raise ValueError(
                 f"LOO needs {LEAST_DRAWS} draws at least, got {size * number}: make the data of "
@@ -107,16 +122,16 @@ class Likelihoods(NamedTuple):
         if number > 1 and (np.ptp(self.terms, axis=1) == 0).all() and size < LEAST_DRAWS:
             raise ValueError(
                 "the draws of each member are all the same, as MAP estimates are: LOO has nothing "
-                'to weigh within a member. Use method="elbo", or score held-out data.'
+                'to weigh within a member. Use member_weights(..., "elbo"), or score held-out data.'
             )
-        terms = self.terms.reshape(size * number, -1).T
-        base = np.zeros(size * number) if self.mixture is None else self.mixture.reshape(-1)
-        log_weights, shapes = smoothed(base - terms, self.efficiency)
-        all_seen = smoothed(base)[0] if self.mixture is not None else -np.log(base.size)
-        elpd = np.asarray(jax.nn.logsumexp(log_weights + terms, axis=1))
-        lppd = np.asarray(jax.nn.logsumexp(all_seen + terms, axis=1))
-        corrected = self.mixture is not None
-        return LeftOut(elpd, shapes, log_weights, float((lppd - elpd).sum()), corrected)
+        bad = ~np.isfinite(self.terms)
+        if bad.any():
+            rows, draws = np.flatnonzero(bad.any(axis=(0, 1))), bad.any(axis=2).sum()
+            raise ValueError(
+                f"the log likelihood of site {self.name!r} is not finite in {draws} of "
+                f"{size * number} draws, at the observations {rows[:10].tolist()} of those that "
+                f"are not masked: LOO cannot weigh such draws. Look at the model's support there."
+            )
 
 
 class LeftOut(NamedTuple):
@@ -139,7 +154,14 @@ class LeftOut(NamedTuple):
     @property
     def unreliable(self) -> int:
         """Number of the observations whose terms are not to be trusted."""
-        return int((self.pareto_k > GOOD_K).sum())
+        return int((~(self.pareto_k <= GOOD_K)).sum())
+
+
+def _seen(values: np.ndarray | None, shape: tuple[int, ...]) -> np.ndarray:
+    """Return which terms are of observations, which the model does not mask."""
+    if values is None:
+        return np.ones(shape, bool)
+    return ~np.isnan(values).reshape(*shape, -1).any(axis=-1)  # a row may be one event
 
 
 def _efficiency(data: Any, number: int) -> float:
@@ -148,25 +170,34 @@ def _efficiency(data: Any, number: int) -> float:
 
     ess: Any = az.ess(group_of(data, "posterior"), method="mean")
     values = [np.asarray(ess[name]).ravel() for name in ess.data_vars]
-    return float(np.concatenate(values).mean() / number)
+    efficiency = float(np.concatenate(values).mean() / number)
+    return efficiency if np.isfinite(efficiency) else 1.0  # of a few draws nothing is known
 
 
-def loo_pit(data: Any, *, var_name: str | None = None, corrected: bool = True) -> np.ndarray:
+def loo_pit(
+    data: Any,
+    *,
+    var_name: str | None = None,
+    corrected: bool = True,
+    rng_key: jax.Array | None = None,
+) -> np.ndarray:
     """Return the predictive probability below each observation, given the others.
 
-    Of a model that predicts well they are uniform: `calibration.uniformity` tests that. Draws that
-    are equal to an observation count half, so that those of counts are uniform only roughly.
+    Of a model that predicts well they are uniform, and nearly independent:
+    `calibration.uniformity(values[:, None])` tests that. Of counts they are uniform with a key
+    alone: draws that are equal to an observation count half, or with a key a random part.
 
     Args:
         data: what `to_arviz` made, with `num_samples=` draws enough of an ensemble.
         var_name: the observed site, where there are several.
         corrected: weigh draws of guides towards the posterior, where their densities are known.
+        rng_key: one key, for sites that are discrete.
 
     Returns:
         `(...)`, NaN where an observation is masked.
 
     Raises:
-        ValueError: if the data lacks what it needs, or has too few draws.
+        ValueError: if the data lacks what it needs, has too few draws, or has vectors in its rows.
 
     Example:
         >>> import jax, jax.numpy as jnp, numpyro, numpyro.distributions as dist
@@ -188,26 +219,37 @@ def loo_pit(data: Any, *, var_name: str | None = None, corrected: bool = True) -
             f"the probabilities of {found.name!r} need its predictions and its observations: leave "
             f"posterior_predictive=True in to_arviz."
         )
+    if values.shape != found.seen.shape:
+        raise ValueError(
+            f"site {found.name!r} has events of shape {values.shape[found.seen.ndim :]}, and the "
+            f"probability below a vector is no number: let its values stand in a plate."
+        )
     left = found.left_out()
-    if left.unreliable:
-        warn_of_unreliable({found.name: left})
+    warn_of_unreliable({f"site {found.name!r}": left})
     draws = group[found.name].values
     draws = draws.reshape(-1, *draws.shape[2:])[:, found.seen].T
     seen = values[found.seen][:, None]
-    below = (draws < seen) + 0.5 * (draws == seen)
+    part: Any = 0.5
+    if rng_key is not None:
+        part = np.asarray(jax.random.uniform(one_key(rng_key), (len(seen), 1)), float)
+    below = (draws < seen) + part * (draws == seen)
     result = np.full(values.shape, np.nan)
-    result[found.seen] = (np.exp(left.log_weights) * below).sum(axis=1)
+    result[found.seen] = np.clip((np.exp(left.log_weights) * below).sum(axis=1), 0.0, 1.0)
     return result
 
 
 def warn_of_unreliable(found: dict[str, LeftOut]) -> None:
-    """Warn of terms that are not to be trusted."""
+    """Warn of terms that are not to be trusted, where there are any."""
+    bad = {name: left for name, left in found.items() if left.unreliable}
+    if not bad:
+        return
     parts = [
-        f"{name}: {left.unreliable} of {left.pareto_k.size} (the largest {left.pareto_k.max():.2f})"
-        for name, left in found.items()
-        if left.unreliable
+        f"{left.unreliable} of {left.pareto_k.size} of {name} (the largest "
+        f"{np.nanmax(left.pareto_k):.2f})"
+        for name, left in list(bad.items())[:_NAMED]
     ]
+    more = [f"{len(bad) - _NAMED} others"] if len(bad) > _NAMED else []
     warn(
         f"leave-one-out is not to be trusted where the shape k of the importance ratios is above "
-        f"{GOOD_K}, {'; '.join(parts)}. scoring.cross_validate fits anew instead."
+        f"{GOOD_K}: {'; '.join(parts + more)}. scoring.cross_validate fits anew instead."
     )

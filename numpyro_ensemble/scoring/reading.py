@@ -35,6 +35,13 @@ def group_of(data: Any, name: str) -> Any:
     return data[name] if name in known else None
 
 
+def holds_all_members(data: Any) -> bool:
+    """Return whether no chain was selected, so that a mixture's density is that of the draws."""
+    posterior = group_of(data, "posterior")
+    chains = posterior.sizes["chain"]
+    return bool(posterior.attrs.get("num_chains", chains) == chains)
+
+
 def name_of(found: Any, var_name: str | None) -> str:
     """Return the name of a group's variable, which must be given where there are several."""
     names = list(found.data_vars)

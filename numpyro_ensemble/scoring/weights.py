@@ -13,7 +13,7 @@ from numpyro_ensemble.handlers import check_count, one_key, warn
 from numpyro_ensemble.results import last_losses
 from numpyro_ensemble.scoring.comparison import compare, for_every_member
 from numpyro_ensemble.scoring.leave_one_out import LEAST_DRAWS, smoothed
-from numpyro_ensemble.scoring.reading import group_of
+from numpyro_ensemble.scoring.reading import group_of, holds_all_members
 
 Method = Literal["stacking", "pseudo-bma", "elbo", "uniform"]
 
@@ -75,7 +75,7 @@ def khat(data: Any) -> Khat:
     """
     mixture = float("nan")
     members = psis(_ratios(data))[1]
-    if "log_q_mixture" in group_of(data, "sample_stats"):
+    if "log_q_mixture" in group_of(data, "sample_stats") and holds_all_members(data):
         mixture = float(psis(_ratios(data, "log_q_mixture").reshape(-1))[1])
     return Khat(members, mixture)
 
@@ -101,7 +101,7 @@ def importance_resample(
     """
     ratios = _ratios(data)
     if ratios.shape[0] > 1:
-        if "log_q_mixture" not in group_of(data, "sample_stats"):
+        if "log_q_mixture" not in group_of(data, "sample_stats") or not holds_all_members(data):
             raise ValueError(
                 "the guide does not tell the density of one member's draw under another: resample "
                 "one member at a time, data.sel(chain=[e])."
