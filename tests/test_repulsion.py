@@ -397,3 +397,28 @@ def test_members_with_data_of_their_own_are_no_draws_of_one_posterior():
 def test_a_setting_takes_a_repulsion(pushed):
     with pytest.raises(TypeError, match="repulsion takes a Repulsion"):
         pushed[0].repulsion = 1.0
+
+
+@pytest.mark.parametrize("repulsion", [Repulsion(), Repulsion(method="wgd")])
+def test_a_member_far_from_the_others_spoils_no_push(repulsion):
+    """In single precision, wherever it stands."""
+    near = 1e-3 * np.random.default_rng(0).normal(size=(6, 40))
+    expected, *found = (
+        pushed_beside(np.concatenate(parts), repulsion, dtype)
+        for dtype, parts in (
+            (np.float64, (near, np.full((1, 40), 10.0))),
+            (np.float32, (near, np.full((1, 40), 10.0))),
+            (np.float32, (np.full((1, 40), 10.0), near)),
+        )
+    )
+    expected = expected[:6]
+    for own, where in zip(found, (slice(0, 6), slice(1, 7)), strict=True):
+        assert_allclose(own[where], expected, rtol=0, atol=1e-2 * np.abs(expected).max())
+
+
+def pushed_beside(places, repulsion, dtype):
+    """Return what members follow whose own gradients are 0."""
+    places = jnp.asarray(places, dtype)
+    loss = jnp.zeros(len(places), dtype)
+    pulls = Pull(None, loss, {"w": 0 * places}, {"w": places}, jnp.zeros(len(places), int))
+    return np.asarray(forces(repulsion, pulls)[0]["w"], float)
