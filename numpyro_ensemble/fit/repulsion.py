@@ -87,7 +87,10 @@ class Repulsion:
                 raise ValueError(f"Repulsion's {name} takes {choices}, got {value!r}.")
         width = self.bandwidth
         if width is not None and not (
-            isinstance(width, int | float | np.number) and math.isfinite(width) and width > 0
+            isinstance(width, int | float | np.number)
+            and not isinstance(width, bool)
+            and math.isfinite(width)
+            and width > 0
         ):
             raise ValueError(
                 f"Repulsion's bandwidth takes a positive number, a squared distance, or None for "
@@ -185,7 +188,8 @@ class Repulsion:
         except Exception as error:
             shapes = [f"{np.shape(leaf)}" for leaf in jax.tree.leaves((args, kwargs))]
             raise ValueError(
-                f"the model fails at Repulsion's inputs, of shapes {', '.join(shapes)}: {error}. "
+                f"the model fails at Repulsion's inputs, of shapes {', '.join(shapes)}: "
+                f"{str(error).rstrip('.')}. Latents of single rows have no values at other rows. "
                 f"inputs= takes the model's arguments as in a prediction: an array, a tuple of "
                 f"positional ones, or a dictionary of named ones."
             ) from error
