@@ -270,14 +270,16 @@ def test_folds_are_what_the_closed_form_says(case):
     """Shops that are held out whole, whose own level is then drawn from the others'."""
     known = CASES[case]
     mcmc = MCMC(
-        NUTS(known.model), num_warmup=300, num_samples=1000, num_chains=2,
+        NUTS(known.model), num_warmup=300, num_samples=2000, num_chains=2,
         chain_method="vectorized", progress_bar=False,
     )  # fmt: skip
     found = scoring.cross_validate(
-        known.model, mcmc, known.x, known.y, rng_key=jax.random.key(0), folds=SHOP, num_draws=1000
+        known.model, mcmc, known.x, known.y, rng_key=jax.random.key(0), folds=SHOP, num_draws=4000
     )
-    assert_allclose(found.elpd_i, exact_terms(case, SHOP), rtol=0.1, atol=0.1)
-    assert abs(found.elpd - exact_terms(case, SHOP).sum()) < 0.3
+    # the level of a shop that is far from the others is in the tail of what is drawn for it
+    wide = 3.0 if case == "hierarchy" else 1.0
+    assert_allclose(found.elpd_i, exact_terms(case, SHOP), rtol=0.02, atol=0.1 * wide)
+    assert abs(found.elpd - exact_terms(case, SHOP).sum()) < 0.3 * wide
     if case == "hierarchy":  # rows that are left out one by one are another thing
         assert abs(found.elpd - exact_terms(case).sum()) > 3.0
 
