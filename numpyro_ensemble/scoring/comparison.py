@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
@@ -160,7 +161,9 @@ def _compared(
         raise ValueError(f"names of models and members are not told apart: {list(parts)}.")
     given = {row: parts[part] for row, part in rows.items()}
     plain: Any = {"seed": 0} if makes_inference_data() else {"round_to": "none"}  # for bootstraps
-    table = az.compare(given, method=_METHODS[method], **plain)  # type: ignore[arg-type]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The inplace keyword")  # pandas, of ArviZ's own call
+        table = az.compare(given, method=_METHODS[method], **plain)  # type: ignore[arg-type]
     shapes = {row: getattr(part, "pareto_k", None) for row, part in given.items()}
     largest = {row: np.nan if k is None else float(np.max(k)) for row, k in shapes.items()}
     table["pareto_k"] = [largest[row] for row in table.index]

@@ -204,11 +204,11 @@ def loo_pit(
         >>> from numpyro_ensemble import scoring, to_arviz
         >>> def model(y):
         ...     mu = numpyro.sample("mu", dist.Normal(0.0, 10.0))
-        ...     with numpyro.plate("data", 2):
+        ...     with numpyro.plate("data", 20):
         ...         numpyro.sample("y", dist.Normal(mu, 1.0), obs=y)
-        >>> mu = jax.random.normal(jax.random.key(0), (4, 500)) / jnp.sqrt(2.0)
-        >>> values = scoring.loo_pit(to_arviz(model, {"mu": mu}, jnp.array([-1.0, 1.0])))
-        >>> bool(values[0] < 0.15 and values[1] > 0.85)
+        >>> mu = jax.random.normal(jax.random.key(0), (4, 500)) / 20**0.5
+        >>> values = scoring.loo_pit(to_arviz(model, {"mu": mu}, jnp.linspace(-2.0, 2.0, 20)))
+        >>> bool(values[0] < 0.05 and values[-1] > 0.95)
         True
     """
     found = Likelihoods.of(data, var_name, corrected)
