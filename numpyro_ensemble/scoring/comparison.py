@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -14,12 +14,12 @@ from jax.typing import ArrayLike
 from numpyro_ensemble.handlers import check_count, one_key
 from numpyro_ensemble.mapping import check_mixture
 from numpyro_ensemble.predict.assembly import makes_inference_data
-from numpyro_ensemble.scoring.elpd import as_elpd
 from numpyro_ensemble.scoring.folds import CrossValidation
 from numpyro_ensemble.scoring.leave_one_out import LeftOut, Likelihoods, warn_of_unreliable
-from numpyro_ensemble.scoring.reading import group_of, observed
+from numpyro_ensemble.scoring.reading import group_of
 
 Weighing = Literal["stacking", "pseudo-bma", "bb-pseudo-bma"]
+_Part = tuple[str, int | None]  # a model, and one of its members where these are told apart
 _METHODS = {
     "stacking": "stacking", "pseudo-bma": "pseudo-BMA", "bb-pseudo-bma": "BB-pseudo-BMA",
 }  # fmt: skip
@@ -90,57 +90,45 @@ def compare(
     unknown = sorted(named.keys() - models.keys())
     if unknown:
         raise ValueError(f"var_name names {unknown}; the models are {list(models)}.")
-    parts: dict[tuple[str, int | None], Any] = {}
-    unreliable: dict[str, LeftOut] = {}
-    weighed = set()  # the parts whose draws were weighed towards the posterior
+    parts: dict[_Part, LeftOut | CrossValidation] = {}
     for name, given in models.items():
         if isinstance(given, CrossValidation):
-            parts[name, None] = given.data
-            continue
-        for index, left in _left_out(name, given, named.get(name), members, corrected):
-            if left.corrected:
-                weighed.add((name, index))
-            unreliable[_label(name, index)] = left
-            parts[name, index] = as_elpd(
-                left.terms, left.log_weights.shape[1], pareto_k=left.pareto_k,
-                num_parameters=left.num_parameters,
-            )  # fmt: skip
-    _check_alike(models, named, parts)
-    warn_of_unreliable(unreliable)
-    table, shares = _compared(parts, method, weighed)
+            parts[name, None] = given
+        else:
+            parts |= _left_out(name, given, named.get(name), members, corrected)
+    _check_alike(parts)
+    left = {_label(*part): one for part, one in parts.items() if isinstance(one, LeftOut)}
+    warn_of_unreliable(left)
+    table, shares = _compared(parts, method)
     return Comparison(table, {name: _of_members(models[name], name, shares) for name in models})
 
 
 def _label(name: str, index: int | None) -> str:
-    return name if index is None else f"{name}[{index}]".lstrip()
+    return name if index is None else f"{name}[{index}]"
 
 
 def _left_out(
     name: str, data: Any, var_name: str | None, members: bool, corrected: bool
-) -> Iterator[tuple[int | None, LeftOut]]:
-    """Yield a model's terms, or those of each member, with errors that name the model."""
+) -> dict[_Part, LeftOut]:
+    """Return a model's terms, or those of each member, with errors that name the model."""
     try:
         found = Likelihoods.of(data, var_name, corrected)
-        for index in range(len(found.terms)) if members else [None]:
-            yield index, (found if index is None else found.member(index)).left_out()
+        if not members:
+            return {(name, None): found.left_out()}
+        return {(name, e): found.member(e).left_out() for e in range(len(found.terms))}
     except ValueError as error:
         raise ValueError(f"{name}: {error}" if name else str(error)) from error
 
 
-def _check_alike(models: Mapping[str, Any], named: Mapping[str, Any], parts: Mapping) -> None:
+def _check_alike(parts: Mapping[_Part, LeftOut | CrossValidation]) -> None:
     """Raise a ValueError for models that have seen different data."""
-    number = {name: part["n_data_points"] for (name, _), part in parts.items()}
+    models = {name: part for (name, _), part in parts.items()}
+    number = {name: part.data["n_data_points"] for name, part in models.items()}
     if len(set(number.values())) > 1:
         raise ValueError(f"the models are scored on different numbers of observations: {number}.")
-    values: dict[str, np.ndarray] = {}
-    for name, given in models.items():
-        if isinstance(given, CrossValidation):
-            values[name] = given.observations
-            continue
-        site = named.get(name) or next(iter(group_of(given, "log_likelihood").data_vars))
-        seen = observed(given, site)
-        if seen is not None:
-            values[name] = seen[~np.isnan(seen)]
+    values = {
+        name: part.observations for name, part in models.items() if part.observations is not None
+    }
     first = next(iter(values), None)
     for name, seen in values.items():
         if not np.array_equal(seen, values[first]):  # type: ignore[index]
@@ -151,29 +139,30 @@ def _check_alike(models: Mapping[str, Any], named: Mapping[str, Any], parts: Map
 
 
 def _compared(
-    parts: Mapping[tuple, Any], method: str, weighed: set
-) -> tuple[Any, dict[tuple, float]]:
+    parts: Mapping[_Part, LeftOut | CrossValidation], method: str
+) -> tuple[Any, dict[_Part, float]]:
     """Return ArviZ's table, and the weight of each part."""
     import arviz as az
 
     rows = {_label(*part): part for part in parts}
     if len(rows) < len(parts):
         raise ValueError(f"names of models and members are not told apart: {list(parts)}.")
-    given = {row: parts[part] for row, part in rows.items()}
+    given = {row: parts[part].data for row, part in rows.items()}
     plain: Any = {"seed": 0} if makes_inference_data() else {"round_to": "none"}  # for bootstraps
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The inplace keyword")  # pandas, of ArviZ's own call
         table = az.compare(given, method=_METHODS[method], **plain)  # type: ignore[arg-type]
-    shapes = {row: getattr(part, "pareto_k", None) for row, part in given.items()}
-    largest = {row: np.nan if k is None else float(np.max(k)) for row, k in shapes.items()}
-    table["pareto_k"] = [largest[row] for row in table.index]
-    table["corrected"] = [rows[row] in weighed for row in table.index]
+    found = [parts[rows[row]] for row in table.index]
+    table["pareto_k"] = [
+        float(np.max(part.pareto_k)) if isinstance(part, LeftOut) else np.nan for part in found
+    ]
+    table["corrected"] = [isinstance(part, LeftOut) and part.corrected for part in found]
     weights = np.maximum(table["weight"].to_numpy(float), 0.0)
     weights = weights / weights.sum()
     return table, {rows[row]: float(w) for row, w in zip(table.index, weights, strict=True)}
 
 
-def _of_members(data: Any, name: str, shares: Mapping[tuple, float]) -> np.ndarray:
+def _of_members(data: Any, name: str, shares: Mapping[_Part, float]) -> np.ndarray:
     """Return the weights of a model's members, those that were left out too."""
     if isinstance(data, CrossValidation):
         return np.asarray(shares[name, None])

@@ -12,6 +12,11 @@ from numpyro_ensemble.predict.assembly import makes_inference_data
 GOOD_K = 0.7  # a shape of the importance ratios above which a term is not to be trusted
 
 
+def are_unreliable(pareto_k: np.ndarray) -> np.ndarray:
+    """Return which terms are not to be trusted, those of unknown shape among them."""
+    return ~(pareto_k <= GOOD_K)
+
+
 def standard_error(terms: np.ndarray) -> float:
     """Return the standard error of a sum of terms, as the installed line of ArviZ computes it."""
     degrees = 0 if makes_inference_data() else 1
@@ -40,7 +45,7 @@ def as_elpd(
     each = xr.DataArray(terms, dims=["row"])
     shapes = None if pareto_k is None else xr.DataArray(pareto_k, dims=["row"])
     elpd, se = float(terms.sum()), standard_error(terms)
-    unreliable = pareto_k is not None and bool((pareto_k > GOOD_K).any())
+    unreliable = pareto_k is not None and bool(are_unreliable(pareto_k).any())
     if makes_inference_data():
         old: Any = importlib.import_module("arviz.stats.stats_utils")
         values = {

@@ -10,7 +10,7 @@ import numpy as np
 
 from numpyro_ensemble.handlers import one_key, warn
 from numpyro_ensemble.predict.assembly import makes_inference_data
-from numpyro_ensemble.scoring.elpd import GOOD_K
+from numpyro_ensemble.scoring.elpd import GOOD_K, are_unreliable, as_elpd
 from numpyro_ensemble.scoring.reading import group_of, holds_all_members, name_of, observed
 
 _NAMED = 3  # models or members that a warning names
@@ -39,6 +39,7 @@ class Likelihoods(NamedTuple):
         name: of the observed site.
         terms: `(E, S, N)`, of the observations that are not masked.
         seen: `(...)`, which observations these are.
+        observations: their values in one row, None where the data has none.
         ratios: `(E, S)` log densities of the posterior less those of each member's own guide, None
             for draws of the posterior itself.
         mixture: the same, less those of the mixture of all guides.
@@ -48,6 +49,7 @@ class Likelihoods(NamedTuple):
     name: str
     terms: np.ndarray
     seen: np.ndarray
+    observations: np.ndarray | None
     ratios: np.ndarray | None
     mixture: np.ndarray | None
     efficiency: float
@@ -64,7 +66,9 @@ class Likelihoods(NamedTuple):
             raise ValueError("leave-one-out needs the group log_likelihood, which the data lacks.")
         name = name_of(found, var_name)
         terms = np.asarray(found[name].values, float)
-        seen = _seen(observed(data, name), terms.shape[2:])
+        values = observed(data, name)
+        seen = _seen(values, terms.shape[2:])
+        observations = None if values is None else values[~np.isnan(values)]
         stats = group_of(data, "sample_stats")
         ratios = mixture = None
         efficiency = 1.0
@@ -74,7 +78,7 @@ class Likelihoods(NamedTuple):
                 mixture = stats["log_p"].values - stats["log_q_mixture"].values
         elif terms.shape[0] > 1 and terms.shape[1] > 1:
             efficiency = _efficiency(data, terms.shape[0] * terms.shape[1])
-        return cls(name, terms[:, :, seen], seen, ratios, mixture, efficiency)
+        return cls(name, terms[:, :, seen], seen, observations, ratios, mixture, efficiency)
 
     def member(self, index: int) -> Likelihoods:
         """Return those of one member alone."""
@@ -96,8 +100,14 @@ class Likelihoods(NamedTuple):
         all_seen = -np.log(base.size) if corrections is None else smoothed(base)[0]
         elpd = np.logaddexp.reduce(log_weights + terms, axis=1)
         lppd = np.logaddexp.reduce(all_seen + terms, axis=1)
-        number_of = float((lppd - elpd).sum())
-        return LeftOut(elpd, shapes, log_weights, number_of, corrections is not None)
+        return LeftOut(
+            elpd,
+            self.observations,
+            shapes,
+            log_weights,
+            num_parameters=float((lppd - elpd).sum()),
+            corrected=corrections is not None,
+        )
 
     def _corrections(self) -> np.ndarray | None:
         """Return log weights `(E, S)` of the draws towards the posterior, None where unknown."""
@@ -139,6 +149,7 @@ class LeftOut(NamedTuple):
 
     Attributes:
         terms: `(N,)` log predictive densities.
+        observations: their values in one row, None where the data has none.
         pareto_k: `(N,)`, above 0.7 a term is not to be trusted.
         log_weights: `(N, S)`, of the draws of all members.
         num_parameters: the effective number.
@@ -146,6 +157,7 @@ class LeftOut(NamedTuple):
     """
 
     terms: np.ndarray
+    observations: np.ndarray | None
     pareto_k: np.ndarray
     log_weights: np.ndarray
     num_parameters: float
@@ -154,7 +166,15 @@ class LeftOut(NamedTuple):
     @property
     def unreliable(self) -> int:
         """Number of the observations whose terms are not to be trusted."""
-        return int((~(self.pareto_k <= GOOD_K)).sum())
+        return int(are_unreliable(self.pareto_k).sum())
+
+    @property
+    def data(self) -> Any:
+        """ArviZ's form of it, which `az.compare` takes."""
+        number = self.log_weights.shape[1]
+        return as_elpd(
+            self.terms, number, pareto_k=self.pareto_k, num_parameters=self.num_parameters
+        )
 
 
 def _seen(values: np.ndarray | None, shape: tuple[int, ...]) -> np.ndarray:
