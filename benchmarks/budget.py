@@ -21,6 +21,7 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 from numpyro.infer import MCMC, NUTS
+from records import note, saved
 
 from numpyro_ensemble.mcmc import MAMS, MCLMC, MEADS, ChEES, searches, starts
 
@@ -205,7 +206,10 @@ def report(label, moments, variances, expected, spent):
         f"last ones {largest[-25:].mean():.4f} ({worst}), of {spent[-1]:.0f} gradients",
         flush=True,
     )
+    note(f"{label}: gradients until b^2 is below {ENOUGH}", when=when, largest_at_the_end=
+         float(largest[-25:].mean()))  # fmt: skip
 
 
 if __name__ == "__main__":
-    budget(*sys.argv[1:])
+    with saved("budget"):
+        budget(*sys.argv[1:])

@@ -7,7 +7,6 @@ time, in turns.
 
 import statistics
 import sys
-import time
 import warnings
 from functools import partial
 
@@ -16,10 +15,12 @@ import jax
 import numpy as np
 import optax
 from blackjax.adaptation.chees_adaptation import chees_adaptation
+from common import clocked, timed
 from mcmc import figures
 from mcmc_problems import PROBLEMS
 from numpyro.infer import MCMC
 from numpyro.infer.util import potential_energy
+from records import note, saved, sized
 
 from numpyro_ensemble.mcmc import ChEES, starts
 from numpyro_ensemble.mcmc.layout import laid_out
@@ -87,16 +88,12 @@ def beside_blackjax(*problems):
         }
         runs, cold = {}, {}
         for label, kind in kinds.items():
-            begin = time.perf_counter()
-            draws, runs[label] = kind(model, args, init_params, jax.random.key(1))
-            jax.block_until_ready(draws)
-            cold[label] = time.perf_counter() - begin
+            found, cold[label], _ = clocked(kind, model, args, init_params, jax.random.key(1))
+            runs[label] = found[1]
         rows = {label: [] for label in kinds}
         for seed in range(2, 5):
             for label, run in runs.items():
-                begin = time.perf_counter()
-                draws = jax.block_until_ready(run(jax.random.key(seed)))
-                seconds = time.perf_counter() - begin
+                draws, seconds, _ = clocked(run, jax.random.key(seed))
                 rhat, bulk, _ = figures({k: np.asarray(x) for k, x in draws.items()})
                 rows[label].append((rhat, bulk, seconds))
         for label, values in rows.items():
@@ -106,6 +103,8 @@ def beside_blackjax(*problems):
                 f"{cold[label]:5.1f} s, warm {seconds:5.2f} s, {bulk / seconds:6.0f} a second",
                 flush=True,
             )
+            side = {"ours" if label == "ours" else "theirs": [v[2] for v in values]}
+            note(f"{problem}, {label}, warm", **side, cold=cold[label], rhat=rhat, bulk=bulk)
 
 
 def layout(*problems):
@@ -118,19 +117,21 @@ def layout(*problems):
         ways = {"at once": density, "laid out": lambda z, fn=of_few: fn(z, None)}
         programs = {k: jax.jit(jax.vmap(jax.value_and_grad(fn))) for k, fn in ways.items()}
         times = {k: [] for k in ways}
-        for repeat in range(32):
+        for repeat in range(sized(32, 12)):
             for label, program in programs.items():
-                begin = time.perf_counter()
-                for _ in range(10):
-                    jax.block_until_ready(program(z))
+                seconds = sum(timed(program, z) for _ in range(10))
                 if repeat > 1:
-                    times[label].append(100.0 * (time.perf_counter() - begin))
+                    times[label].append(100.0 * seconds)
         each = {label: statistics.median(t) for label, t in times.items()}
         ratio = each["laid out"] / each["at once"]
         print(f"{problem:11} {each} ms, ratio {ratio:.2f}", flush=True)
+        sides = ([1e-3 * t for t in times[label]] for label in ("laid out", "at once"))
+        pairs = dict(zip(("ours", "theirs"), sides, strict=True))
+        note(f"{problem}: gradients of {CHAINS} chains, laid out / at once", **pairs, ratio=ratio)
 
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
     task = {"blackjax": beside_blackjax, "layout": layout}[sys.argv[1]]
-    task(*sys.argv[2:])
+    with saved(f"chees_{sys.argv[1]}"):
+        task(*sys.argv[2:])

@@ -1,15 +1,14 @@
 """What the benchmarks share: timing in turns, and the sinc problem of the quickstart."""
 
-import resource
 import statistics
 import sys
 import time
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+from records import ROOT, note, peak
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+sys.path.insert(0, str(ROOT / "examples"))
 from quickstart import WIDTHS, make_data
 
 X, Y, *_ = (jnp.asarray(part) for part in make_data())
@@ -25,16 +24,16 @@ def uniform_start(key):
     return weights
 
 
-def peak():
-    """Return this process's peak memory in GiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+def clocked(function, *args, **options):
+    """Return a call's value, its seconds by the clock and its seconds of the processor."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    value = jax.block_until_ready(function(*args, **options))
+    return value, time.perf_counter() - wall, time.process_time() - cpu
 
 
 def timed(function, *args, **options):
     """Return the seconds that a call takes until its arrays are there."""
-    begin = time.perf_counter()
-    jax.block_until_ready(jax.tree.leaves(function(*args, **options)))
-    return time.perf_counter() - begin
+    return clocked(function, *args, **options)[1]
 
 
 def in_turns(ours, theirs, repeats):
@@ -50,18 +49,6 @@ def in_turns(ours, theirs, repeats):
     return pairs
 
 
-def report(name, pairs, target=None):
-    """Print the medians and the ratios, pair by pair."""
-    ratios = sorted(a / b for a, b in pairs)
-    ours, theirs = (statistics.median(column) for column in zip(*pairs, strict=True))
-    goal = f" (target {target})" if target else ""
-    print(
-        f"{name:44} {ours:8.3f} s / {theirs:8.3f} s, ratio {statistics.median(ratios):.3f} "
-        f"[{ratios[0]:.3f}, {ratios[-1]:.3f}]{goal}",
-        flush=True,
-    )
-
-
 def cold(fit):
     """Wrap a fit so that everything it needs is compiled again."""
 
@@ -70,3 +57,17 @@ def cold(fit):
         return fit(key)
 
     return fresh
+
+
+def report(name, pairs, target=None, **figures):
+    """Print and record the medians and the ratios, pair by pair."""
+    ratios = sorted(a / b for a, b in pairs)
+    ours, theirs = (statistics.median(column) for column in zip(*pairs, strict=True))
+    goal = f" (target {target})" if target else ""
+    print(
+        f"{name:44} {ours:8.3f} s / {theirs:8.3f} s, ratio {statistics.median(ratios):.3f} "
+        f"[{ratios[0]:.3f}, {ratios[-1]:.3f}]{goal}",
+        flush=True,
+    )
+    columns = dict(zip(("ours", "theirs"), zip(*pairs, strict=True), strict=True))
+    note(name.strip(), ratio=ratios, target=target, peak_gib=peak(), **columns, **figures)

@@ -9,7 +9,6 @@ first argument is a folder with the data files of posteriordb (`posterior_databa
 import itertools
 import json
 import sys
-import time
 import zipfile
 from pathlib import Path
 
@@ -17,8 +16,10 @@ import jax
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
+from common import clocked
 from mcmc import figures
 from numpyro.infer import MCMC
+from records import note, saved
 
 from numpyro_ensemble.mcmc import MEADS, ChEES
 
@@ -192,17 +193,17 @@ def main(folder="-", kernel="all", metric="auto", problem="", key="0"):
             chain_method="vectorized",
             progress_bar=False,
         )
-        begin = time.perf_counter()
-        mcmc.run(jax.random.key(int(key)), *args)
+        _, seconds, _ = clocked(mcmc.run, jax.random.key(int(key)), *args)
         draws = {k: np.asarray(v) for k, v in mcmc.get_samples(group_by_chain=True).items()}
-        seconds = time.perf_counter() - begin
         rhat, bulk, tail = figures(draws)
         print(
             f"{name:30} {one} {metric:9} R-hat {rhat:.4f}, ESS bulk {bulk:6.0f} tail {tail:6.0f}, "
             f"{seconds:5.1f} s",
             flush=True,
         )
+        note(f"{name}, {one}, {metric}, cold", ours=seconds, rhat=rhat, bulk=bulk, tail=tail)
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    with saved("correlated"):
+        main(*sys.argv[1:])

@@ -8,10 +8,8 @@ take less time. Each prints a line for every size, and writes them to
 
 import json
 import os
-import platform
 import sys
 import time
-from importlib.metadata import version
 from pathlib import Path
 
 import jax
@@ -21,6 +19,7 @@ from mcmc_problems import PROBLEMS
 from numpyro.infer import MCMC, Trace_ELBO
 from numpyro.infer.autoguide import AutoNormal
 from quickstart import model
+from records import machine, versions
 
 from numpyro_ensemble import EnsembleVI
 from numpyro_ensemble.mcmc import MEADS, ChEES
@@ -101,15 +100,12 @@ def measure(name, sizes, function):
 
 def save(rows, name):
     """Write the rows of one kind, with the machine that they were measured on."""
-    device = jax.devices()[0]
-    FOLDER.mkdir(exist_ok=True)
-    path = FOLDER / f"devices_{device.platform}.json"
+    FOLDER.mkdir(exist_ok=True, parents=True)
+    path = FOLDER / f"devices_{jax.devices()[0].platform}.json"
     kept = json.loads(path.read_text())["rows"] if path.exists() else []
     rows = [row for row in kept if row["what"] != name] + rows
-    versions = {package: version(package) for package in ("jax", "numpyro", "blackjax")}
-    machine = {"device": device.device_kind, "processor": platform.processor() or "x86_64"}
-    machine["cores"] = len(os.sched_getaffinity(0))
-    path.write_text(json.dumps(machine | versions | {"rows": rows}, indent=1) + "\n")
+    record = {"machine": machine(), "versions": versions(), "rows": rows}
+    path.write_text(json.dumps(record, indent=1) + "\n")
 
 
 def main(words):

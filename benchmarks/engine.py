@@ -17,6 +17,7 @@ import numpyro.distributions as dist
 from common import in_turns, report, timed
 from numpyro.infer import SVI, Trace_ELBO
 from numpyro.infer.autoguide import AutoNormal
+from records import note, saved, sized
 
 from numpyro_ensemble import EnsembleMAP, EnsembleVI
 
@@ -66,7 +67,7 @@ def other():
     timed(run, *next(turns))
     report(
         "run on other data / on the same data, warm",
-        in_turns(lambda _: run(*next(turns)), lambda _: run(*data[0]), 15),
+        in_turns(lambda _: run(*next(turns)), lambda _: run(*data[0]), sized(15, 5)),
         "<= 1.0",
     )
 
@@ -81,7 +82,9 @@ def update():
     timed(step, start, x, y)
     report(
         "update on 320 MB / jit(vmap(SVI.update))",
-        in_turns(lambda _: runner.update(state, x, y)[1], lambda _: step(start, x, y)[1], 7),
+        in_turns(
+            lambda _: runner.update(state, x, y)[1], lambda _: step(start, x, y)[1], sized(7, 3)
+        ),
         "<= 1.2",
     )
 
@@ -95,7 +98,7 @@ def steps(step, state, batches):
 
 def loop():
     """Compare a thousand steps over minibatches with the loop that was written by hand."""
-    for rows, columns in ((256, 16), (4096, 64)):
+    for rows, columns in sized([(256, 16), (4096, 64)], [(256, 16)]):
         x, y = table(rows * 50, columns)
         batches = [(x[i : i + rows], y[i : i + rows]) for i in range(0, rows * 50, rows)] * 20
         runner = ensemble(16)
@@ -108,7 +111,7 @@ def loop():
             in_turns(
                 lambda _: steps(runner.update, state, batches),  # noqa: B023
                 lambda _: steps(step, start, batches),  # noqa: B023
-                5,
+                sized(5, 3),
             ),
             "<= 1.2",
         )
@@ -132,7 +135,7 @@ def unknown():
         timed(run, runner)
     report(
         "run of a model that reads a deque / of one that reads a number, warm",
-        in_turns(lambda _: run(runners[0]), lambda _: run(runners[1]), 7),
+        in_turns(lambda _: run(runners[0]), lambda _: run(runners[1]), sized(7, 3)),
     )
 
 
@@ -152,11 +155,12 @@ def memory():
         if run in (10, 100):
             gc.collect()
             print(f"after {run} runs on 10 MB each: {resident():.0f} MiB, all results kept")
+            note(f"memory in use after {run} runs on 10 MB each", mib=resident())
 
 
 TASKS = {f.__name__: f for f in (other, update, loop, unknown, memory)}
 
 if __name__ == "__main__":
-    print(f"JAX {jax.__version__}, {jax.devices()[0].device_kind}")
-    for name in sys.argv[1:] or TASKS:
-        TASKS[name]()
+    with saved("engine"):
+        for task in sys.argv[1:] or TASKS:
+            TASKS[task]()

@@ -7,15 +7,16 @@ call of a user's does; ten separate fits share one compilation, for their masks 
 
 import statistics
 import sys
-import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
+from common import clocked
 from numpyro.infer import SVI, Predictive, Trace_ELBO, log_likelihood
 from numpyro.infer.autoguide import AutoNormal
+from records import note, saved
 
 from numpyro_ensemble import EnsembleVI, scoring
 
@@ -74,17 +75,21 @@ def main(repeats="3"):
     for i in range(int(repeats)):
         for name in list(parts)[:: 1 if i % 2 else -1]:
             jax.clear_caches()
-            wall, cpu = time.perf_counter(), time.process_time()
-            elpd = parts[name]()
-            times[name].append((time.perf_counter() - wall, time.process_time() - cpu))
-            print(f"{name}: {times[name][-1][0]:.1f} s, processor {times[name][-1][1]:.1f} s, "
-                  f"elpd {elpd:.2f}", flush=True)  # fmt: skip
+            elpd, wall, cpu = clocked(parts[name])
+            times[name].append((wall, cpu))
+            print(f"{name}: {wall:.1f} s, processor {cpu:.1f} s, elpd {elpd:.2f}", flush=True)
+            if i == 0 and name != "one fit (SVI)":
+                note(f"{name}: sum of log predictive densities", elpd=float(elpd))
     one = np.array(times["one fit (SVI)"])
     for name in ("ten folds", "ten fits (SVI)"):
         wall, cpu = (np.array(times[name]) / one).T
         print(f"{name} / one fit: {statistics.median(wall):.2f} {np.sort(wall).round(2)} by the "
               f"clock, {statistics.median(cpu):.2f} by the processor")  # fmt: skip
+        seconds = np.array(times[name])[:, 0], one[:, 0]
+        note(f"{name} / one fit, cold", ours=list(seconds[0]), theirs=list(seconds[1]),
+             ratio=list(wall), ratio_by_processor=list(cpu))  # fmt: skip
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    with saved("folds"):
+        main(*sys.argv[1:])

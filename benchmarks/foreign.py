@@ -17,6 +17,8 @@ import sys
 import warnings
 from pathlib import Path
 
+import records
+
 ROOT = Path(__file__).parents[1]
 ROWS = ROOT / "docs" / "foreign_models.json"
 PAGE = ROOT / "docs" / "foreign_models.md"
@@ -180,15 +182,8 @@ def table(rows):
 
 
 def versions():
-    from importlib.metadata import PackageNotFoundError, version
-
-    found = []
-    for name in ("numpyro", "jax", "blackjax", *PACKAGES):
-        try:
-            found.append(f"{name} {version(name)}")
-        except PackageNotFoundError:
-            continue
-    return ", ".join(found)
+    found = records.versions(("numpyro", "jax", "blackjax", *PACKAGES))
+    return ", ".join(f"{name} {number}" for name, number in found.items() if name != "python")
 
 
 def machine():
@@ -212,19 +207,12 @@ def machines(rows):
 
 def write_page(rows):
     """Renew the page's parts that are made from rows: each stands between two comments."""
-    text = PAGE.read_text()
-    for part, lines in (
-        ("table", table(rows)),
-        ("reasons", "\n".join(reasons(rows)) or "Everything ran."),
-        ("machines", machines(rows)),
-    ):
-        begin, end = f"<!-- {part}: written by benchmarks/foreign.py -->\n", "<!-- end -->"
-        before, _, rest = text.partition(begin)
-        _, found, after = rest.partition(end)
-        if not found:
-            raise ValueError(f"{PAGE} has no part that begins with {begin!r} and ends with {end!r}")
-        text = f"{before}{begin}\n{lines}\n\n{end}{after}"
-    PAGE.write_text(text)
+    parts = {
+        "table": table(rows),
+        "reasons": "\n".join(reasons(rows)) or "Everything ran.",
+        "machines": machines(rows),
+    }
+    records.renew_page(PAGE, parts, "benchmarks/foreign.py")
 
 
 def option(words, name, default):

@@ -7,7 +7,6 @@ for a baseline of another kind.
 """
 
 import sys
-import time
 from dataclasses import replace
 from functools import partial
 
@@ -16,8 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
-from common import in_turns, peak, report, timed
+from common import clocked, in_turns, report, timed
 from numpyro.infer import MCMC, NUTS
+from records import note, peak, saved
 
 from numpyro_ensemble.gp import (
     RBF,
@@ -79,9 +79,11 @@ def basis():
             for some in (each, four)
         )
         print(f"{type(kernel).__name__}: one basis {one:.3f}, four {several:.3f}")
+        name = f"{type(kernel).__name__}: error of the posterior covariance"
+        note(name, one_basis=float(one), four_bases=float(several))
 
 
-def speed(bits=64, repeats=7):
+def speed(bits="64", repeats="7"):
     """Time 256 paths of 512 points, drawn and then evaluated at 1,000; BoTorch has 64 bits."""
     numpyro.enable_x64(int(bits) == 64)
     X, X_new = jnp.asarray(points(512)), jnp.asarray(points(1000, seed=1))
@@ -101,11 +103,13 @@ def speed(bits=64, repeats=7):
     for call in rows.values():
         call()
     times = {name: [] for name in rows}
-    for _ in range(repeats):
+    for _ in range(int(repeats)):
         for name, call in rows.items():
             times[name].append(timed(call))
     for name, seconds in times.items():
         print(f"{name:20} {np.median(seconds):.3f} s [{min(seconds):.3f}, {max(seconds):.3f}]")
+        side = "theirs" if name.endswith(("GPJax", "BoTorch")) else "ours"
+        note(f"256 paths: {name}, warm", **{side: seconds}, peak_gib=peak())
     print(f"peak {peak():.2f} GiB")
 
 
@@ -153,7 +157,7 @@ def reference_model(X, y=None):
     numpyro.sample("y", GaussianProcess(RBF(variance, lengthscale), X, noise), obs=y)
 
 
-def reference(repeats=7):
+def reference(repeats="7"):
     """Time 8 paths for each of 120 draws at 200 points, against Python loops over the draws."""
     numpyro.enable_x64()
     rng = np.random.default_rng(0)
@@ -183,7 +187,7 @@ def reference(repeats=7):
 
     first = timed(lambda: pathwise(jax.random.key(1), grid))
     loop(cached)
-    pairs = in_turns(lambda key: pathwise(key, grid), lambda key: loop(cached), repeats)
+    pairs = in_turns(lambda key: pathwise(key, grid), lambda key: loop(cached), int(repeats))
     report("warm Pathwise / loop over a cached function", pairs, 1.1)
     if gpjax_paths(X[:, None], y, 8, 1.0, 1.0, 0.1) is not None:
 
@@ -199,6 +203,8 @@ def reference(repeats=7):
     print(
         f"first call {first:.2f} s; a loop that compiles at each draw {anew:.1f} s (from 5 draws)"
     )
+    name = "first call of Pathwise / a loop that compiles at each draw, from 5 of 120 draws"
+    note(name, ours=first, theirs=anew, ratio=first / anew)
 
 
 def large(number=15_000):
@@ -226,10 +232,9 @@ def large(number=15_000):
         return jax.jit(solved)(paths)
 
     def show(label, draw):
-        begin = time.perf_counter()
-        paths = draw()
-        values = np.asarray(paths(X_new))
-        seconds = time.perf_counter() - begin
+        paths, seconds, _ = clocked(draw)
+        values, more, _ = clocked(lambda: np.asarray(paths(X_new)))
+        seconds += more
         rmse = np.sqrt(((values.mean(axis=0) - truth(X_new)) ** 2).mean())
         sd = np.sqrt(values.var(axis=0) + 0.01)
         nll = -dist.Normal(values.mean(axis=0), sd).log_prob(y_new).mean()
@@ -238,6 +243,8 @@ def large(number=15_000):
             f"RMSE {rmse:.5f}, NLL {nll:.4f}, largest residual {float(paths.residuals.max()):.1e}",
             flush=True,
         )
+        note(f"{number} points, {label}, cold", ours=seconds, peak_gib=peak(), rmse=float(rmse),
+             nll=float(nll))  # fmt: skip
         return values
 
     ours = show("cg, 1e-3", partial(drawn, solver="cg", tolerance=1e-3))
@@ -284,20 +291,25 @@ def co2(every=1):
     numpyro.enable_x64()
     t, y = co2_data(int(every))
     early = t < t.max() - 5
-    begin = time.perf_counter()
-    runner = EnsembleMAP(co2_model, numpyro.optim.Adam(0.05), ensemble_size=2)
-    result = runner.run(jax.random.key(0), 300, t[early], y[early], progress_bar=False)
-    pathwise = Pathwise(co2_model, result, t[early], y[early], num_paths=64)
-    values = np.asarray(pathwise(jax.random.key(1), t[~early])["y"])
+
+    def predict():
+        runner = EnsembleMAP(co2_model, numpyro.optim.Adam(0.05), ensemble_size=2)
+        result = runner.run(jax.random.key(0), 300, t[early], y[early], progress_bar=False)
+        pathwise = Pathwise(co2_model, result, t[early], y[early], num_paths=64)
+        return np.asarray(pathwise(jax.random.key(1), t[~early])["y"])
+
+    values, seconds, _ = clocked(predict)
     error = values.mean(axis=0) - y[~early]
     inside = np.mean(abs(error) < 1.96 * values.std(axis=0))
     print(
         f"{early.sum()} months, {(~early).sum()} predicted: RMSE {np.sqrt((error**2).mean()):.3f}, "
-        f"95 % band holds {inside:.2f}, {time.perf_counter() - begin:.0f} s"
+        f"95 % band holds {inside:.2f}, {seconds:.0f} s"
     )
+    rmse = float(np.sqrt((error**2).mean()))
+    note(f"Mauna Loa, {early.sum()} months, cold", ours=seconds, rmse=rmse, inside_95=float(inside))
 
 
-def hsgp(repeats=7):
+def hsgp(repeats="7"):
     """Compare with a fixed basis on a box, NumPyro's Hilbert-space approximation, at this task."""
     from numpyro.contrib.hsgp.laplacian import eigenfunctions
     from numpyro.contrib.hsgp.spectral_densities import diag_spectral_density_squared_exponential
@@ -333,9 +345,11 @@ def hsgp(repeats=7):
     print(f"Hilbert-space basis, 32 x 32: error {error / jnp.linalg.norm(exact):.4f}")
     for fn in (ours, theirs):
         jax.block_until_ready(fn(jax.random.key(0)))
-    report("draw and evaluate / Hilbert-space basis", in_turns(ours, theirs, repeats))
+    report("draw and evaluate / Hilbert-space basis", in_turns(ours, theirs, int(repeats)))
 
 
 if __name__ == "__main__":
     names = {f.__name__: f for f in (basis, speed, reference, large, co2, hsgp)}
-    names[sys.argv[1] if len(sys.argv) > 1 else "basis"](*sys.argv[2:])
+    task, *rest = sys.argv[1:] or ["basis"]
+    with saved(f"gp_{task}"):
+        names[task](*rest)

@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpyro
 import numpyro.distributions as dist
-from common import in_turns, peak, report
+from common import in_turns, report
 from numpyro.infer import log_likelihood
+from records import peak, saved
 
 from numpyro_ensemble import to_arviz
 
@@ -58,4 +59,5 @@ def main(number, rows):
 
 
 if __name__ == "__main__":
-    main(*(int(a) for a in (sys.argv[1:3] if len(sys.argv) > 2 else (500, 10_000))))
+    with saved("log_likelihood"):
+        main(*(int(a) for a in (sys.argv[1:3] if len(sys.argv) > 2 else (500, 10_000))))

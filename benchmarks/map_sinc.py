@@ -6,16 +6,16 @@ competitors do the same work: 16 members, 1,500 steps of Adam at 5e-3 from Unifo
 
 import subprocess
 import sys
-import time
 
 import jax
 import jax.numpy as jnp
 import numpyro
 import optax
-from common import X, Y, cold, in_turns, peak, report, timed, uniform_start
+from common import X, Y, clocked, cold, in_turns, report, timed, uniform_start
 from numpyro.infer import SVI, Trace_ELBO, init_to_uniform
 from numpyro.infer.autoguide import AutoDelta
 from quickstart import NOISE, STEPS, model, network
+from records import note, peak, saved, sized
 
 from numpyro_ensemble import EnsembleMAP
 
@@ -70,35 +70,37 @@ def svi_cold(key):
 
 def memory(members):
     """Print time and peak memory of one run with many members, in a process of its own."""
-    begin = time.perf_counter()
-    result = run(runner(members), jax.random.key(0))
-    first = time.perf_counter() - begin
+    result, first, _ = clocked(run, runner(members), jax.random.key(0))
     again = timed(run, runner(members), jax.random.key(1))
     print(
         f"{members} members: cold {first:.1f} s, again (compiled anew) {again:.1f} s, "
         f"peak memory {peak():.2f} GiB, {int(result.finite.sum())} finite"
     )
+    note(f"{members} members, cold", ours=[first, again], peak_gib=peak())
 
 
 def main():
     """Measure everything."""
-    precision = "float64" if jax.config.jax_enable_x64 else "float32"
-    print(f"sinc problem, {STEPS} steps, {precision}, JAX {jax.__version__}")
+    print(f"sinc problem, {STEPS} steps")
     many, sixteen = runner(256), runner()
     by_hand = hand_written(16, STEPS)
     for fit in (by_hand, lambda key: run(sixteen, key), lambda key: run(many, key)):
         timed(fit, jax.random.key(99))
     report("warm run / hand-written vmap + scan",
-           in_turns(lambda key: run(sixteen, key), by_hand, 15), "<= 1.05")  # fmt: skip
+           in_turns(lambda key: run(sixteen, key), by_hand, sized(15, 5)), "<= 1.05")  # fmt: skip
     report("with progress bar / without",
            in_turns(lambda key: run(sixteen, key, progress_bar=True),
-                    lambda key: run(sixteen, key), 15), "<= 1.02")  # fmt: skip
+                    lambda key: run(sixteen, key), sized(15, 5)), "<= 1.02")  # fmt: skip
     report("256 members / 16 members, warm",
            in_turns(lambda key: run(many, key), lambda key: run(sixteen, key), 3))  # fmt: skip
     report("cold run of 16 / cold run of ONE SVI",
-           in_turns(cold(ours_cold), cold(svi_cold), 5), "<= 0.6")  # fmt: skip
-    subprocess.run([sys.executable, __file__, "1000"], check=True)
+           in_turns(cold(ours_cold), cold(svi_cold), sized(5, 2)), "<= 0.6")  # fmt: skip
+    subprocess.run([sys.executable, __file__, sized("1000", "100")], check=True)
 
 
 if __name__ == "__main__":
-    memory(int(sys.argv[1])) if len(sys.argv) > 1 else main()
+    if len(sys.argv) > 1:
+        memory(int(sys.argv[1]))
+    else:
+        with saved("map_sinc"):
+            main()

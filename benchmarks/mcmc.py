@@ -11,7 +11,6 @@ for calibration;
 
 import statistics
 import sys
-import time
 import warnings
 
 import arviz as az
@@ -19,8 +18,10 @@ import jax
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
+from common import clocked
 from mcmc_problems import PROBLEMS, TRAPS, known_moments
 from numpyro.infer import MCMC, NUTS
+from records import note, peak, saved
 
 from numpyro_ensemble.mcmc import MAMS, MCLMC, MEADS, ChEES
 
@@ -46,10 +47,12 @@ def run(name, problem, key, num_chains=64, num_warmup=1000, num_samples=1000, **
         chain_method="vectorized",
         progress_bar=False,
     )
-    begin, begin_cpu = time.perf_counter(), time.process_time()
-    mcmc.run(key, *args)
-    draws = jax.block_until_ready(mcmc.get_samples(group_by_chain=True))
-    times = time.perf_counter() - begin, time.process_time() - begin_cpu
+
+    def draw():
+        mcmc.run(key, *args)
+        return mcmc.get_samples(group_by_chain=True)
+
+    draws, *times = clocked(draw)
     return {k: np.asarray(v) for k, v in draws.items()}, *times
 
 
@@ -72,6 +75,7 @@ def line(label, draws, wall, cpu):
         f"{bulk / wall:6.1f} a second; processor {cpu:6.1f} s: {bulk / cpu:6.1f}",
         flush=True,
     )
+    note(f"{label}, cold", ours=wall, processor=cpu, rhat=rhat, bulk=bulk, tail=tail)
     return bulk / wall, bulk / cpu
 
 
@@ -87,6 +91,10 @@ def speed(problem="irt", repeats="2", *names):
         ratios = np.array(rates[name]) / np.array(rates["NUTS"])
         wall, cpu = map(statistics.median, ratios.T)
         print(f"{name} / NUTS: {wall:.2f} by the clock, {cpu:.2f} by the processor")
+        if name != "NUTS":
+            rate, rate_cpu = (list(column) for column in ratios.T)
+            note(f"{problem}: effective draws a second of {name}, over NUTS", peak_gib=peak(),
+                 rate_ratio=rate, rate_ratio_by_processor=rate_cpu)  # fmt: skip
 
 
 def chains(problem="irt", *names):
@@ -208,10 +216,10 @@ def traps(kernel="ChEES", seeds="10", *problems):
         )
         largest, frozen = [], []
         for seed in range(int(seeds)):
-            begin = time.process_time()
             with warnings.catch_warnings(record=True) as said:
                 warnings.simplefilter("always", UserWarning)
-                mcmc.run(jax.random.key(seed), *args, extra_fields=("frozen",))
+                fields = {"extra_fields": ("frozen",)}
+                _, _, cpu = clocked(mcmc.run, jax.random.key(seed), *args, **fields)
             draws = mcmc.get_samples(group_by_chain=True)
             rhat, bulk, _ = figures({k: np.asarray(v) for k, v in draws.items()})
             flags = np.asarray(mcmc.get_extra_fields(group_by_chain=True)["frozen"])
@@ -219,7 +227,7 @@ def traps(kernel="ChEES", seeds="10", *problems):
             frozen.append(int(flags.all(axis=1).sum()))
             print(
                 f"{problem}, {kernel}, key {seed}: R-hat {rhat:.4f}, ESS {bulk:.0f}, {frozen[-1]} "
-                f"chains frozen; processor {time.process_time() - begin:.0f} s",
+                f"chains frozen; processor {cpu:.0f} s",
                 *(f"    {warning.message}" for warning in said),
                 sep="\n",
                 flush=True,
@@ -258,10 +266,8 @@ def starts(kernel="ChEES", seeds="2", *problems):
 def started(kernel, args, seed, num_chains=64):
     """Return seconds until chains start, largest R-hat and smallest ESS, None after a failure."""
     keys = jax.random.split(jax.random.key(seed + 1), num_chains)
-    begin = time.perf_counter()
     try:
-        jax.block_until_ready(kernel.init(keys, 500, None, args).z)
-        seconds = time.perf_counter() - begin
+        seconds = clocked(lambda: kernel.init(keys, 500, None, args).z)[1]
         if seed < 0:
             return seconds, np.nan, np.nan
         mcmc = MCMC(
@@ -330,4 +336,5 @@ if __name__ == "__main__":
     command, *rest = sys.argv[1:] or ["speed"]
     commands = {"speed": speed, "chains": chains, "moments": moments, "sbc": sbc, "traps": traps}
     commands |= {"starts": starts, "gradients": gradients}
-    commands[command](*rest)
+    with saved(f"mcmc_{command}"):
+        commands[command](*rest)

@@ -8,7 +8,6 @@ rows takes.
 """
 
 import sys
-import time
 import warnings
 
 import arviz as az
@@ -22,8 +21,10 @@ from blackjax.mcmc import mclmc
 from blackjax.mcmc.integrators import IntegratorState, isokinetic_velocity_verlet
 from blackjax.sgmcmc import diffusions
 from blackjax.util import generate_unit_vector
+from common import clocked, timed
 from numpyro.diagnostics import effective_sample_size
 from numpyro.infer import MCMC
+from records import note, saved
 
 from numpyro_ensemble.mcmc import MCLMC, SGMCMC
 from numpyro_ensemble.mcmc.minibatches import drawn_rows
@@ -188,6 +189,8 @@ def compare_steps(kind):
                     f"squares {squares.min() * each_thousand:.1f}",
                     flush=True,
                 )
+                note(f"{kind}, {name}: {method}, step {h}", error_of_a_mean=float(off),
+                     variances=list(spread), ess=float(sizes.min() * each_thousand))  # fmt: skip
 
 
 def logistic(x, y, batch=None):
@@ -215,11 +218,9 @@ def compare_kernels(rows, batch, *names):
             kernel, num_warmup=300, num_samples=100 if name == "MCLMC" else 500, num_chains=64,
             chain_method="vectorized", progress_bar=False,
         )  # fmt: skip
-        begin = time.perf_counter()
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
-            mcmc.run(jax.random.key(0), x, y, *size)
-        seconds = time.perf_counter() - begin
+            _, seconds, _ = clocked(mcmc.run, jax.random.key(0), x, y, *size)
         draws = mcmc.get_samples(group_by_chain=True)
         data = az.convert_to_dataset({"w": np.asarray(draws["w"])})
         rhat, bulk = float(az.rhat(data)["w"].max()), float(az.ess(data)["w"].min())
@@ -233,6 +234,8 @@ def compare_kernels(rows, batch, *names):
             f"{float(mcmc.last_state.adapt_state.step_size[0]):.2g}; {len(said)} warnings",
             flush=True,
         )
+        note(f"{rows} rows, {name}, cold", ours=seconds, rhat=rhat, bulk=bulk,
+             means_off=float(off), variances=list(spread))  # fmt: skip
 
 
 def time_draws(rows, batch):
@@ -245,18 +248,19 @@ def time_draws(rows, batch):
     keys = jax.random.split(jax.random.key(0), 64)
     for name, draw in {"NumPyro": theirs, "strata": lambda k: drawn_rows(k, rows, batch)}.items():
         run = jax.jit(jax.vmap(draw))
-        jax.block_until_ready(run(keys))
-        begin = time.perf_counter()
-        for _ in range(5):
-            jax.block_until_ready(run(keys))
-        print(f"{name}: {(time.perf_counter() - begin) / 5 * 1e3:.2f} ms")
+        timed(run, keys)
+        times = [timed(run, keys) for _ in range(5)]
+        print(f"{name}: {np.mean(times) * 1e3:.2f} ms")
+        side = {"theirs" if name == "NumPyro" else "ours": times}
+        note(f"{batch} of {rows} rows for 64 chains, {name}, warm", **side)
 
 
 if __name__ == "__main__":
     what, *rest = sys.argv[1:]
-    if what == "steps":
-        numpyro.enable_x64()
-        compare_steps(*rest)
-    else:
-        task = {"kernel": compare_kernels, "draws": time_draws}[what]
-        task(int(rest[0]), int(rest[1]) if len(rest) > 1 else 100, *rest[2:])
+    numpyro.enable_x64(what == "steps")
+    with saved(f"minibatches_{what}"):
+        if what == "steps":
+            compare_steps(*rest)
+        else:
+            task = {"kernel": compare_kernels, "draws": time_draws}[what]
+            task(int(rest[0]), int(rest[1]) if len(rest) > 1 else 100, *rest[2:])

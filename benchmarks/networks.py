@@ -20,6 +20,7 @@ import numpyro
 import numpyro.distributions as dist
 import optax
 from numpyro.infer import MCMC, init_to_uniform
+from records import note, saved
 
 from numpyro_ensemble import EnsembleMAP, EnsemblePredictive
 from numpyro_ensemble.mcmc import MCLMC, starts
@@ -131,6 +132,8 @@ def one(parts, seed, warmup, draws, members):
             f"{what}: RMSE {rmse:.4f}, NLL {nll:.4f} (mixture {mixed:.4f}), {seconds[0]:.1f} s, "
             f"{seconds[1]:.1f} s of the processor"
         )
+        note(f"seed {seed}, {what}, cold", ours=seconds[0], processor=seconds[1],
+             rmse=float(rmse), nll=float(nll), nll_of_the_mixture=float(mixed))  # fmt: skip
     settled = within_rhat(np.asarray(mcmc.get_samples(group_by_chain=True)["mean"]))
     error = np.asarray(mcmc.get_extra_fields(group_by_chain=True)["energy_var"]).mean(axis=1)
     print(f"R-hat within chains of the means of rows: median {np.median(settled):.2f}")
@@ -145,5 +148,6 @@ if __name__ == "__main__":
     warmup, draws, members, seeds = [*numbers, *(35_000, 100, 10, 1)[len(numbers) :]]
     folder = next((word for word in rest if not word.isdigit()), None)
     parts = split(*read(name, folder))
-    for seed in range(seeds):
-        one(parts, seed, warmup, draws, members)
+    with saved(f"networks_{name}"):
+        for seed in range(seeds):
+            one(parts, seed, warmup, draws, members)

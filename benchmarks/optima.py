@@ -6,14 +6,14 @@ functions are not the same, so that each is also held against a far denser searc
 """
 
 import sys
-import time
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro
-from common import in_turns, report
+from common import clocked, in_turns, report
+from records import note, saved
 
 from numpyro_ensemble.gp import RBF, draw_paths, minimise
 
@@ -89,9 +89,7 @@ def main(num_paths=16):
         calls = []
         for label, (draw, search, dense) in searches.items():
             each = [draw(seed) for seed in range(5)]
-            begin = time.perf_counter()
-            values = [search(paths) for paths in each]
-            first = time.perf_counter() - begin
+            values, first, _ = clocked(lambda: [search(p) for p in each])  # noqa: B023
             lowest = [
                 np.minimum(search(paths, **dense), v) for paths, v in zip(each, values, strict=True)
             ]
@@ -101,9 +99,13 @@ def main(num_paths=16):
                 f"{(missed > 1e-3).mean():.1%}, on average {missed.mean():.1e}; "
                 f"the first five calls took {first:.1f} s"
             )
+            side = {"ours" if label == "minimise" else "theirs": first}
+            note(f"{name}, {label}: the first five calls", **side, lowest=float(np.mean(values)),
+                 missed=float((missed > 1e-3).mean()))  # fmt: skip
             calls.append(partial(lambda search, paths, _: search(paths), search, each[0]))
-        report("  minimise / BoTorch", in_turns(*calls, 7))
+        report(f"  {name}: minimise / BoTorch", in_turns(*calls, 7))
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    with saved("optima"):
+        main(*sys.argv[1:])

@@ -10,9 +10,10 @@ import sys
 
 import jax
 import jax.numpy as jnp
-from common import in_turns, peak, report, uniform_start
+from common import in_turns, report, uniform_start
 from numpyro.infer import Predictive
 from quickstart import model
+from records import peak, saved, sized
 
 from numpyro_ensemble import EnsemblePredictive
 
@@ -38,10 +39,11 @@ def main(number, rows):
 
     for name, ours in (("first call", first), ("second call", second)):
         for how, label in ((False, "one by one"), (True, "all at once")):
-            pairs = in_turns(ours, lambda key, how=how: plain[how](key, x), 5)
+            pairs = in_turns(ours, lambda key, how=how: plain[how](key, x), sized(5, 3))
             report(f"{name} / Predictive, {label}", pairs)
             print(f"peak memory so far {peak():.2f} GiB")
 
 
 if __name__ == "__main__":
-    main(*(int(a) for a in sys.argv[1:3]) if len(sys.argv) > 1 else (250, 2000))
+    with saved("predictive"):
+        main(*(int(a) for a in sys.argv[1:3]) if len(sys.argv) > 1 else (250, 2000))

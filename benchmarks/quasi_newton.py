@@ -7,7 +7,6 @@ value and gradient.
 """
 
 import sys
-import time
 import warnings
 
 import jax
@@ -16,11 +15,12 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import optimistix
-from common import cold, peak, timed
+from common import clocked, cold, timed
 from jax.flatten_util import ravel_pytree
 from mcmc_problems import decentred_schools, item_response, item_response_data
 from numpyro.infer import SVI, Trace_ELBO
 from numpyro.infer.autoguide import AutoDelta
+from records import note, peak, saved
 from scipy.optimize import minimize
 
 from numpyro_ensemble import EnsembleMAP, Pathfinder
@@ -174,8 +174,13 @@ def measure(name, with_adam):
             f"{apart[0]:.0e}, median {np.median(apart):.0e}, most {apart[-1]:.0e}",
             flush=True,
         )
+        side = "theirs" if label.startswith("SciPy") else "ours"
+        note(f"{name}: {label}, warm", **{side: warm}, cold=first, evaluations=list(steps),
+             worst_above_the_best=apart[-1])  # fmt: skip
     if with_adam:
-        print(f"  one SVI, Adam    cold {svi_cold(model, args):7.2f} s", flush=True)
+        seconds = svi_cold(model, args)
+        print(f"  one SVI, Adam    cold {seconds:7.2f} s", flush=True)
+        note(f"{name}: one SVI, Adam, cold", theirs=seconds)
 
 
 def pathfinder():
@@ -195,9 +200,9 @@ def pathfinder():
 
         jax.clear_caches()
         first = timed(run, jax.random.key(0))
-        begin = time.process_time()
-        warm = [timed(run, jax.random.key(seed)) for seed in range(1, 6)]
-        processor = (time.process_time() - begin) / 5
+        times = [clocked(run, jax.random.key(seed))[1:] for seed in range(1, 6)]
+        warm, processors = zip(*times, strict=True)
+        processor = np.mean(processors)
         print(
             f"Pathfinder, {name:30} cold {first:6.2f} s, warm {np.median(warm):6.3f} s "
             f"(processor {processor:.3f}), k "
@@ -205,14 +210,15 @@ def pathfinder():
             f"{np.median([n for _, n in ks]):.0f}; peak {peak():.2f} GiB",
             flush=True,
         )
+        note(f"Pathfinder, {name}, warm", ours=warm, cold=first, peak_gib=peak(),
+             pareto_k=[k for k, _ in ks])  # fmt: skip
 
 
 if __name__ == "__main__":
     chosen = [name for name in PROBLEMS if any(word in name for word in sys.argv[1:])]
-    print(f"{MEMBERS} members, at most {STEPS} steps, {jnp.zeros(()).dtype}", flush=True)
-    if not chosen:
-        pathfinder()
-    if "pathfinder" in sys.argv:
-        sys.exit()
-    for problem in chosen or PROBLEMS:
-        measure(problem, "--no-adam" not in sys.argv)
+    print(f"{MEMBERS} members, at most {STEPS} steps", flush=True)
+    with saved("quasi_newton"):
+        if not chosen:
+            pathfinder()
+        for problem in [] if "pathfinder" in sys.argv else chosen or PROBLEMS:
+            measure(problem, "--no-adam" not in sys.argv)

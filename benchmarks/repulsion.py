@@ -12,22 +12,22 @@ noisy test points, "gap" those between 1 and 6 or beyond 10, where there are no 
 """
 
 import sys
-import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
-from common import X, Y, in_turns, report, timed
+from common import X, Y, clocked, in_turns, report, timed
 from numpyro.contrib.einstein import SVGD, RBFKernel
 from numpyro.infer import Predictive, init_to_uniform
 from quickstart import NOISE, make_data
+from records import note, saved, sized
 
 from numpyro_ensemble import EnsembleMAP, Repulsion
 
 WIDTHS = (1, 64, 64, 1)
-MEMBERS, STEPS, REPEATS = 32, 60, 40
+MEMBERS, STEPS, REPEATS = 32, 60, sized(40, 5)
 GRID = jnp.linspace(-12.0, 12.0, 20)
 
 
@@ -88,10 +88,10 @@ def speed():
         report(f"{name} / plain, {MEMBERS} members", pairs, "<= 1.5")
     theirs = svgd_steps()
     timed(theirs, jax.random.key(99))
-    report(f"NumPyro's SVGD / plain, {MEMBERS}", in_turns(theirs, steps(plain), 10))
+    report(f"NumPyro's SVGD / plain, {MEMBERS}", in_turns(theirs, steps(plain), sized(10, 3)))
     pushed = runner(Repulsion())
     timed(steps(pushed), jax.random.key(99))
-    report(f"NumPyro's SVGD / ours, {MEMBERS}", in_turns(theirs, steps(pushed), 10))
+    report(f"NumPyro's SVGD / ours, {MEMBERS}", in_turns(theirs, steps(pushed), sized(10, 3)))
 
 
 def near_zero(key):
@@ -104,8 +104,9 @@ def near_zero(key):
     return start
 
 
-def scores(steps=1000):
+def scores():
     """Print the spread and the log scores of members with and without repulsion."""
+    steps = sized(1000, 200)
     x, y, x_test, y_test = make_data()
     kept = ~((x > 1.0) & (x < 6.0))
     gap = ((x_test > 1.0) & (x_test < 6.0)) | (np.abs(x_test) > 10.0)
@@ -115,8 +116,8 @@ def scores(steps=1000):
         "kernel density": Repulsion(method="wgd"),
         **{f"function, weight {weight}": by_function(weight) for weight in (0.3, 1.0, 3.0, 10.0)},
     }.items():
-        begin = time.perf_counter()
-        result = runner(repulsion).run(
+        result, seconds, _ = clocked(
+            runner(repulsion).run,
             jax.random.key(0), steps, jnp.asarray(x[kept]), jnp.asarray(y[kept]),
             init_params=near_zero, progress_bar=False,
         )  # fmt: skip
@@ -128,12 +129,17 @@ def scores(steps=1000):
         print(
             f"{name:22} spread: rows {spread[~gap].mean():.3f}, gap {spread[gap].mean():.3f}; log "
             f"score: all {score.mean():6.3f}, rows {score[~gap].mean():6.3f}, gap "
-            f"{score[gap].mean():6.3f}; {time.perf_counter() - begin:.0f} s",
+            f"{score[gap].mean():6.3f}; {seconds:.0f} s",
             flush=True,
         )
+        note(
+            f"{name}, {steps} steps, cold", ours=seconds, spread_at_rows=spread[~gap].mean(),
+            spread_elsewhere=spread[gap].mean(), log_score_at_rows=score[~gap].mean(),
+            log_score_elsewhere=score[gap].mean(),
+        )  # fmt: skip
 
 
 if __name__ == "__main__":
-    print(f"JAX {jax.__version__}, {jax.devices()[0].device_kind}, float32")
-    for part in sys.argv[1:] or ["speed", "scores"]:
-        {"speed": speed, "scores": scores}[part]()
+    with saved("repulsion"):
+        for part in sys.argv[1:] or ["speed", "scores"]:
+            {"speed": speed, "scores": scores}[part]()

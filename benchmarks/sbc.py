@@ -8,16 +8,17 @@ are given beside those with it, and the processor's time, which other jobs distu
 
 import statistics
 import sys
-import time
 
 import jax
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
+from common import clocked
 from jax import monitoring
 from numpyro.infer import Trace_ELBO
 from numpyro.infer.autoguide import AutoNormal
 from numpyro.infer.calibration import vsbc_diagnostic
+from records import note, saved
 
 from numpyro_ensemble import EnsembleVI
 from numpyro_ensemble.calibration import sbc
@@ -41,12 +42,10 @@ def _note(event, seconds, **_):
         compiled[0] += seconds
 
 
-def timed(name, number, run):
+def rates(name, number, run):
     """Return fits a second: with compilation, without it, and of the processor's time."""
     compiled[0] = 0.0
-    wall, cpu = time.perf_counter(), time.process_time()
-    run()
-    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    _, wall, cpu = clocked(run)
     print(f"{name}: {number} fits, {wall:.1f} s, {compiled[0]:.1f} s of them compilation, "
           f"{cpu:.1f} s of the processor", flush=True)  # fmt: skip
     return np.array([number / wall, number / (wall - compiled[0]), number / cpu])
@@ -57,7 +56,7 @@ def ours(number):
     runner = EnsembleVI(
         model, AutoNormal(model), numpyro.optim.Adam(0.02), Trace_ELBO(), ensemble_size=1
     )
-    return timed("sbc", number, lambda: sbc(
+    return rates("sbc", number, lambda: sbc(
         model, runner, X, np.zeros(200, int), rng_key=jax.random.key(0), num_datasets=number,
         num_steps=STEPS, num_draws=DRAWS,
     ))  # fmt: skip
@@ -65,7 +64,7 @@ def ours(number):
 
 def theirs(number, chain_method="sequential"):
     """Return rates of `vsbc_diagnostic`, which takes no typed keys."""
-    return timed("vsbc_diagnostic", number, lambda: vsbc_diagnostic(
+    return rates("vsbc_diagnostic", number, lambda: vsbc_diagnostic(
         jax.random.PRNGKey(0), model, AutoNormal(model), numpyro.optim.Adam(0.02), Trace_ELBO(), X,
         observed_sites=["y"], num_simulations=number, num_svi_steps=STEPS, num_samples=DRAWS,
         chain_method=chain_method,
@@ -79,15 +78,17 @@ def main(repeats="3"):
     for i in range(int(repeats)):
         jax.clear_caches()
         parts = [lambda: ours(1000), lambda: theirs(100)]
-        rates = [part() for part in (parts if i % 2 else parts[::-1])]
-        mine, other = rates if i % 2 else rates[::-1]
+        found = [part() for part in (parts if i % 2 else parts[::-1])]
+        mine, other = found if i % 2 else found[::-1]
         ratios.append(mine / other)
     for name, column in zip(
         ("with compilation", "without", "processor"), np.array(ratios).T, strict=True
     ):
         print(f"throughput over vsbc_diagnostic, {name}: {statistics.median(column):.1f} "
               f"{np.round(np.sort(column), 1)}")  # fmt: skip
+        note(f"fits a second, over vsbc_diagnostic, {name}", fits_ratio=list(column))
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    with saved("sbc"):
+        main(*sys.argv[1:])

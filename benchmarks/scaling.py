@@ -8,14 +8,14 @@ of this machine's processor, of which each is given one core's worth of threads 
 import os
 import subprocess
 import sys
-import time
 
 import jax
 import optax
-from common import X, Y, in_turns, peak, report, timed
+from common import X, Y, in_turns, report, timed
 from numpyro.infer import Trace_ELBO
 from numpyro.infer.autoguide import AutoNormal
 from quickstart import model
+from records import note, peak, saved, sized
 
 from numpyro_ensemble import EnsembleVI
 
@@ -47,9 +47,7 @@ def in_process(call, devices=None):
 def many(size, groups):
     """Fit some members a few steps, and say what it takes."""
     ensemble = runner(size, member_batch_size=groups)
-    begin = time.perf_counter()
-    fit(ensemble, jax.random.key(0), 20)
-    seconds = time.perf_counter() - begin
+    seconds = timed(fit, ensemble, jax.random.key(0), 20)
     leaves = jax.tree.leaves(ensemble.init(jax.random.key(0), X, Y).optim_state)
     state = sum(leaf.nbytes for leaf in leaves) / 2**30
     print(
@@ -57,6 +55,8 @@ def many(size, groups):
         f"which {state:.2f} are parameters and Adam's; 20 steps cold {seconds:.1f} s",
         flush=True,
     )
+    note(f"{size} members, {groups or 'all'} at a time, 20 steps, cold", ours=seconds,
+         peak_gib=peak(), state_gib=state)  # fmt: skip
 
 
 def memory():
@@ -90,6 +90,7 @@ def of_mesh(each, steps=300):
         f"[{1e3 * times[0] / steps:.3f}, {1e3 * times[-1] / steps:.3f}]",
         flush=True,
     )
+    note(f"a step on {number} devices, {each} members on each", ours=[t / steps for t in times])
 
 
 def weak(each=64):
@@ -98,7 +99,7 @@ def weak(each=64):
         in_process(f"scaling.of_mesh({each})", number)
 
 
-def bar(repeats=15, steps=1500):
+def bar(steps=1500):
     """Measure what a progress bar costs."""
     ensemble = runner(16)
     with open(os.devnull, "w") as nowhere:
@@ -109,7 +110,7 @@ def bar(repeats=15, steps=1500):
             pairs = in_turns(
                 lambda key: fit(ensemble, key, steps, True),
                 lambda key: fit(ensemble, key, steps),
-                repeats,
+                sized(15, 5),
             )
         finally:
             sys.stderr = errors
@@ -117,6 +118,7 @@ def bar(repeats=15, steps=1500):
 
 
 if __name__ == "__main__":
-    print(f"JAX {jax.__version__}, {os.cpu_count()} cores")
-    for name in sys.argv[1:] or ("memory", "devices", "weak", "bar"):
-        {"memory": memory, "devices": devices, "weak": weak, "bar": bar}[name]()
+    tasks = {"memory": memory, "devices": devices, "weak": weak, "bar": bar}
+    with saved("scaling"):
+        for name in sys.argv[1:] or tasks:
+            tasks[name]()

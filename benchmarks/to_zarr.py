@@ -8,13 +8,14 @@ memory is the peak of the process, of which Python and JAX take a part.
 
 import json
 import os
-import resource
 import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+
+from records import note, peak, saved
 
 COLUMNS = 8
 
@@ -58,8 +59,7 @@ def measure(how, rows, draws):
     seconds = time.perf_counter() - begin
     assert y.shape == (4, draws // 4, rows)
     shutil.rmtree(folder)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    print(json.dumps([seconds, peak]))
+    print(json.dumps([seconds, peak()]))
 
 
 def main(rows=100_000, draws=200, repeats=5):
@@ -83,10 +83,13 @@ def main(rows=100_000, draws=200, repeats=5):
             f"peak {statistics.median(peaks):.2f} GiB [{min(peaks):.2f}, {max(peaks):.2f}]",
         )
         print(f"{how:10}", *told, sep="  ")
+        others = {"theirs": list(zip(*found["in memory"], strict=True))[0], "ratio": ratios}
+        note(f"{how}, warm", ours=seconds, peak_gib=peaks, **(others if how != ways[0] else {}))
 
 
 if __name__ == "__main__":
     if len(sys.argv) > 1 and not sys.argv[1].isdigit():
         measure(sys.argv[1], *map(int, sys.argv[2:4]))
     else:
-        main(*map(int, sys.argv[1:4]))
+        with saved("to_zarr"):
+            main(*map(int, sys.argv[1:4]))

@@ -13,6 +13,7 @@ from common import X, Y, cold, in_turns, report, timed, uniform_start
 from numpyro.infer import SVI, Trace_ELBO
 from numpyro.infer.autoguide import AutoNormal
 from quickstart import NOISE, STEPS, model, network
+from records import saved, sized
 
 from numpyro_ensemble import EnsembleVI
 
@@ -82,8 +83,7 @@ def first_and_second(key):
 
 def main(repeats):
     """Measure everything."""
-    precision = "float64" if jax.config.jax_enable_x64 else "float32"
-    print(f"sinc problem, mean-field, {STEPS} steps, {precision}, JAX {jax.__version__}")
+    print(f"sinc problem, mean-field, {STEPS} steps")
     sixteen, by_hand = runner(), hand_written(16, STEPS)
     for fit in (by_hand, lambda key: run(sixteen, key)):
         timed(fit, jax.random.key(99))
@@ -95,12 +95,15 @@ def main(repeats):
     twice = [first_and_second(jax.random.key(i)) for i in range(repeats)]
     report("second run, same shapes / first", twice, "<= 0.6")
 
-    def sixteen_svis(key):
-        return [svi(member) for member in jax.random.split(key, 16)]
+    number = sized(16, 4)
 
-    report("cold run of 16 / sixteen SVIs in turn",
-           in_turns(ours_cold, cold(sixteen_svis), 1), "<= 0.1")  # fmt: skip
+    def many_svis(key):
+        return [svi(member) for member in jax.random.split(key, number)]
+
+    report(f"cold run of 16 / {number} SVIs in turn",
+           in_turns(ours_cold, cold(many_svis), 1), "<= 0.1")  # fmt: skip
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 5)
+    with saved("vi_sinc"):
+        main(int(sys.argv[1]) if len(sys.argv) > 1 else 5)

@@ -1,0 +1,131 @@
+"""Records of benchmarks: rows with the versions and the machine that they were measured on.
+
+`with saved("engine"):` around a script's work writes the rows that `note` adds as JSON, with
+versions, machine, date, command and peak memory, to `.cache/bench/engine.json`, or to the folder
+that `RESULTS` names. Processes that the script starts add to the same record. `BENCH_SMALL=1` makes
+`sized` choose the small setting. JAX is imported where a record is made, and not before.
+"""
+
+import datetime
+import json
+import os
+import platform
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("numpyro_ensemble", "jax", "jaxlib", "numpyro", "blackjax", "arviz", "optax")
+
+
+def sized(full, small):
+    """Return the value for a full measurement, or that for a small one under `BENCH_SMALL=1`."""
+    return small if os.environ.get("BENCH_SMALL") == "1" else full
+
+
+def peak():
+    """Return this process's peak memory in GiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def spread(values):
+    """Return median, least and most of some numbers; of one number that alone."""
+    values = [float(value) for value in values]
+    return {"median": statistics.median(values), "least": min(values), "most": max(values)}
+
+
+def note(name, **figures):
+    """Add a row to the benchmark's record: numbers, words, or lists of repeated measurements.
+
+    `ours` and `theirs` are seconds, `ratio` is ours over theirs where it says nothing else.
+    """
+    record = os.environ.get("BENCH_RECORD")
+    if record is None:
+        return
+    row = {
+        key: spread(value) if isinstance(value, list | tuple) else value
+        for key, value in figures.items()
+        if value is not None
+    }
+    with open(record, "a") as file:
+        file.write(json.dumps({"name": name, **row}, default=float) + "\n")
+
+
+def versions(packages=PACKAGES):
+    """Return Python's version and those of the packages that are installed."""
+    found = {"python": platform.python_version()}
+    for name in packages:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def machine():
+    """Return cores, memory, processor and JAX's device."""
+    import jax
+
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return {
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_gib": round(memory, 1),
+        "processor": platform.machine(),
+        "platform": jax.devices()[0].platform,
+        "device": jax.devices()[0].device_kind,
+        "load_before": round(os.getloadavg()[0], 1),
+    }
+
+
+def results_folder():
+    """Return the folder that records are written to."""
+    return Path(os.environ.get("RESULTS", ROOT / ".cache" / "bench"))
+
+
+@contextmanager
+def saved(name):
+    """Record the rows of the block, and write them as JSON when it ends, by an error too."""
+    import jax
+
+    head = {
+        "benchmark": name,
+        "command": f"python benchmarks/{Path(sys.argv[0]).name} {' '.join(sys.argv[1:])}".strip(),
+        "small": sized(False, True),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "versions": versions(),
+        "machine": machine(),
+        "float": "float64" if jax.config.jax_enable_x64 else "float32",
+    }
+    packages = ", ".join(f"{key} {value}" for key, value in head["versions"].items())
+    print(f"{name}: {packages}; {head['machine']['device']}, {head['float']}", flush=True)
+    begin = time.perf_counter()
+    with tempfile.NamedTemporaryFile("r", suffix=".jsonl") as record:
+        os.environ["BENCH_RECORD"] = record.name
+        try:
+            yield
+        finally:
+            del os.environ["BENCH_RECORD"]
+            children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
+            tail = {"seconds": time.perf_counter() - begin, "peak_gib": max(peak(), children)}
+            rows = [json.loads(line) for line in record.read().splitlines()]
+            path = results_folder() / f"{name}.json"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(head | tail | {"rows": rows}, indent=1) + "\n")
+
+
+def renew_page(page, parts, script):
+    """Write the page's parts `{name: lines}`: each stands between two comments."""
+    text = page.read_text()
+    for part, lines in parts.items():
+        begin, end = f"<!-- {part}: written by {script} -->\n", "<!-- end -->"
+        before, _, rest = text.partition(begin)
+        _, found, after = rest.partition(end)
+        if not found:
+            raise ValueError(f"{page} has no part that begins with {begin!r} and ends with {end!r}")
+        text = f"{before}{begin}\n{lines}\n\n{end}{after}"
+    page.write_text(text)
