@@ -6,10 +6,13 @@ import difflib
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
+
+_Parameters = ParamSpec("_Parameters")
+_Returned = TypeVar("_Returned")
 
 
-def checked_keywords(fn: Callable) -> Callable:
+def checked_keywords(fn: Callable[_Parameters, _Returned]) -> Callable[_Parameters, _Returned]:
     """Make a function of a model, or a method of a runner, look at the keywords of each call.
 
     It then refuses a keyword that is an option and a parameter of the model as well, and one that
@@ -22,7 +25,7 @@ def checked_keywords(fn: Callable) -> Callable:
     owner = fn.__qualname__.removesuffix(".__init__").rpartition(".")[2]
 
     @functools.wraps(fn)
-    def checked(*args: Any, **kwargs: Any) -> Any:
+    def checked(*args: _Parameters.args, **kwargs: _Parameters.kwargs) -> _Returned:
         if kwargs:
             functions = _functions(signature.bind_partial(*args, **kwargs).arguments)
             _refuse_clashes(owner, kwargs.keys() & set(options), functions)
