@@ -99,10 +99,9 @@ def saved(name):
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "versions": versions(),
         "machine": machine(),
-        "float": "float64" if jax.config.jax_enable_x64 else "float32",
     }
     packages = ", ".join(f"{key} {value}" for key, value in head["versions"].items())
-    print(f"{name}: {packages}; {head['machine']['device']}, {head['float']}", flush=True)
+    print(f"{name}: {packages}; {head['machine']['device']}", flush=True)
     begin = time.perf_counter()
     with tempfile.NamedTemporaryFile("r", suffix=".jsonl") as record:
         os.environ["BENCH_RECORD"] = record.name
@@ -112,6 +111,7 @@ def saved(name):
             del os.environ["BENCH_RECORD"]
             children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
             tail = {"seconds": time.perf_counter() - begin, "peak_gib": max(peak(), children)}
+            tail["float"] = "float64" if jax.config.jax_enable_x64 else "float32"
             rows = [json.loads(line) for line in record.read().splitlines()]
             path = results_folder() / f"{name}.json"
             path.parent.mkdir(parents=True, exist_ok=True)
