@@ -34,7 +34,7 @@ FASTER = $(strip $(shell $(BIN)/python -c '$(emitters)') $(XLA_FLAGS))
 QUICK = --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true \
     --xla_cpu_parallel_codegen_split_count=1 $(FASTER)
 
-.PHONY: help demo test long foreign docs format clean
+.PHONY: help demo test long foreign bench wheel docs format clean
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -90,6 +90,23 @@ long: $(call ready,test) ## run what `make test` leaves out: long tests, the cor
 # through one guide and one sampler: others for FOREIGN_TURN=1 and 2, all of them in the three turns.
 foreign: $(call ready,foreign) ## run models of other packages, and NumPyro's examples, through everything
 	XLA_FLAGS="$(QUICK)" $(PYTEST) -m foreign tests/foreign
+
+# The scripts compile for themselves what they time: none of the folders above is used.
+bench: $(call ready,bench) ## run the benchmarks in a small setting, or some: BENCH=engine,gp
+	$(BIN)/python benchmarks/suite.py $(BENCH)
+
+# The tests see the wheel alone: they run in a folder that has everything but the package's source.
+WHEEL := $(CACHE)/wheel
+WHEEL_TESTS ?= tests/test_import.py tests/test_primitives.py tests/test_scoring.py tests/test_typing.py -m "not long"
+wheel: $(call ready,publish) ## build wheel and sdist, check them, and run WHEEL_TESTS on the installed wheel
+	rm -rf dist "$(WHEEL)"
+	$(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*
+	$(BIN)/python -m venv "$(WHEEL)/.venv"
+	"$(WHEEL)/.venv/bin/python" -m pip install -qq --disable-pip-version-check "$$(ls dist/*.whl)[test]"
+	cp -r tests examples benchmarks docs README.md CHANGELOG.md Makefile pyproject.toml "$(WHEEL)"
+	cd "$(WHEEL)" && .venv/bin/python -c "import numpyro_ensemble as n; assert 'site-packages' in n.__file__, n.__file__"
+	cd "$(WHEEL)" && XLA_FLAGS="$(QUICK)" .venv/bin/python -m pytest -q -n $(JOBS) $(WHEEL_TESTS)
 
 define count_tests
 import sys

@@ -1,6 +1,7 @@
 """What importing the package does and does not do, and which module may import which."""
 
 import ast
+import importlib.util
 import os
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = "numpyro_ensemble"
-ROOT = Path(__file__).parents[1] / PACKAGE
+ROOT = Path(importlib.util.find_spec(PACKAGE).origin).parent  # without importing it
 FILES = sorted(ROOT.rglob("*.py"))
 
 # A module may import those on the lines above its own. The folders `mcmc` and `gp` stand on the
