@@ -36,16 +36,24 @@ def timed(function, *args, **options):
     return clocked(function, *args, **options)[1]
 
 
+class Pairs(list):
+    """Pairs of seconds by the clock; `processor` has those of the processor."""
+
+    def __init__(self):
+        self.processor = []
+
+
 def in_turns(ours, theirs, repeats):
     """Time two functions of a key in turns, and return the pairs of seconds."""
-    pairs = []
+    pairs = Pairs()
     for i in range(repeats):
         key = jax.random.key(i)
         pair = [(ours, 0), (theirs, 1)]
-        times = [0.0, 0.0]
+        times, processor = [0.0, 0.0], [0.0, 0.0]
         for function, place in pair if i % 2 else reversed(pair):
-            times[place] = timed(function, key)
+            _, times[place], processor[place] = clocked(function, key)
         pairs.append(times)
+        pairs.processor.append(processor)
     return pairs
 
 
@@ -69,5 +77,8 @@ def report(name, pairs, target=None, **figures):
         f"[{ratios[0]:.3f}, {ratios[-1]:.3f}]{goal}",
         flush=True,
     )
+    by_processor = [a / b for a, b in getattr(pairs, "processor", ()) if b > 0.0]
+    if by_processor:
+        figures["ratio_by_processor"] = by_processor
     columns = dict(zip(("ours", "theirs"), zip(*pairs, strict=True), strict=True))
     note(name.strip(), ratio=ratios, target=target, peak_gib=peak(), **columns, **figures)

@@ -239,3 +239,15 @@ def test_arviz_draws_predictive_checks(mean_field, name):
     lines = [line for ax in axes for line in ax.get_lines()]
     curves = [np.asarray(line.get_ydata(), float) for line in lines]
     assert any(len(curve) > 5 and np.isfinite(curve).all() for curve in curves)
+
+
+def test_draws_are_inputs_of_the_program():
+    """Of constants XLA would compute the densities itself, slowly, whenever it compiles."""
+    draws = {"w": RNG.normal(size=(2, 2000, 2)), "b": RNG.normal(size=(2, 2000))}  # 96 kB
+    option = "jax_captured_constants_warn_bytes"
+    before = getattr(jax.config, option)
+    jax.config.update(option, 80_000)  # members and numbers of draws are 64 kB
+    try:
+        to_arviz(regression, draws, X, X[:, 0], posterior_predictive=False)  # warnings are errors
+    finally:
+        jax.config.update(option, before)

@@ -115,18 +115,23 @@ def compute(
     given = {name: draws.samples[name] for name in sites.deterministic if name in draws.samples}
     hidden = frozenset(sites.deterministic)
 
-    def one(where: tuple) -> Computed:
-        key, e, s = where
-        known = {**pick(draws.params, e), **pick(draws.samples, e, s)}
-        known = {name: value for name, value in known.items() if name not in hidden}
-        found = of_draw(draws.model, key, known, wanted, args, kwargs)
-        density = sum((term.sum() for term in found.terms.values()), jnp.zeros(()))
-        terms = found.log_likelihood, found.log_prior
-        return Computed(found.posterior, density, *terms, found.unconstrained)
+    samples = {name: value for name, value in draws.samples.items() if name not in hidden}
+    params = {name: value for name, value in draws.params.items() if name not in hidden}
+
+    # draws are inputs: of constants XLA would compute the densities itself, as it compiles
+    def every(keys: jax.Array, samples: dict[str, Any], params: dict[str, Any]) -> Computed:
+        def one(where: tuple) -> Computed:
+            key, e, s = where
+            known = {**pick(params, e), **pick(samples, e, s)}
+            found = of_draw(draws.model, key, known, wanted, args, kwargs)
+            density = sum((term.sum() for term in found.terms.values()), jnp.zeros(()))
+            terms = found.log_likelihood, found.log_prior
+            return Computed(found.posterior, density, *terms, found.unconstrained)
+
+        return map_member_draws(one, keys, placement)
 
     keys = jax.random.split(rng_key, draws.shape)
-    mapped = jax.jit(tracing_alone(lambda keys: map_member_draws(one, keys, placement)))
-    values = home(mapped(keys))
+    values = home(jax.jit(tracing_alone(every))(keys, samples, params))
     return values._replace(deterministic=given | values.deterministic)
 
 
