@@ -103,14 +103,13 @@ def table(record):
 
 def setting(record):
     """Return what a record was measured with, in one line."""
-    where = record["machine"]
+    where, small = record["machine"], "BENCH_SMALL=1 " * record["small"]
     packages = ", ".join(f"{name} {number}" for name, number in record["versions"].items())
     return (
-        f"`{'BENCH_SMALL=1 ' * record['small']}{record['command']}`, {record['float']}, "
-        f"{where['cores']} cores ({where['processor']}, {where['device']}), "
-        f"{where['memory_gib']:.0f} GiB, load {where['load_before']} before, "
-        f"{record['seconds']:.0f} s, peak {record['peak_gib']:.2f} GiB, {record['date'][:10]}; "
-        f"{packages}"
+        f"`{small}{record['command']}`, {record['float']}, {where['cores']} cores "
+        f"({where['processor']}, {where['device']}), {where['memory_gib']:.0f} GiB, load "
+        f"{where['load_before']} before, {record['seconds']:.0f} s in all, peak "
+        f"{record['peak_gib']:.2f} GiB, {record['date'][:10]}; {packages}"
     )
 
 
@@ -133,8 +132,8 @@ def show(records):
 
 def write_page():
     """Write the tables of the documentation's page from the records that are kept."""
-    parts = {name: f"{table(r)}\n\n{setting(r)}." for name, r in read(KEPT).items()}
-    renew_page(PAGE, parts, "benchmarks/suite.py")
+    parts = [f"### {name}\n\n{setting(r)}.\n\n{table(r)}" for name, r in read(KEPT).items()]
+    renew_page(PAGE, {"records": "\n\n".join(parts)}, "benchmarks/suite.py")
 
 
 def main(words):
