@@ -215,21 +215,11 @@ def write_page(rows):
     records.renew_page(PAGE, parts, "benchmarks/foreign.py")
 
 
-def option(words, name, default):
-    """Take an option and its value out of the words of the call."""
-    if name not in words:
-        return default
-    place = words.index(name)
-    value = words[place + 1]
-    del words[place : place + 2]
-    return value
-
-
 def main(words):
     if words[:1] == ["--here"]:
         return run_here(words[1], words[2:])
-    limit = int(option(words, "--limit", "240"))
-    columns = option(words, "--only", ",".join(ALL)).split(",")
+    limit = int(records.option(words, "--limit", "240"))
+    columns = records.option(words, "--only", ",".join(ALL)).split(",")
     rows = json.loads(ROWS.read_text()) if ROWS.exists() else {}
     names = list(catalogue())
     if words != ["--table"]:

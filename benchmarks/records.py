@@ -56,6 +56,16 @@ def note(name, **figures):
         file.write(json.dumps({"name": name, **row}, default=float) + "\n")
 
 
+def option(words, name, default):
+    """Take an option and its value out of the words of the call."""
+    if name not in words:
+        return default
+    place = words.index(name)
+    value = words[place + 1]
+    del words[place : place + 2]
+    return value
+
+
 def versions(packages=PACKAGES):
     """Return Python's version and those of the packages that are installed."""
     found = {"python": platform.python_version()}

@@ -2,7 +2,7 @@
 
 Run `python benchmarks/uci.py FOLDER [names]`, where FOLDER holds `name.csv`, `name.txt` or
 `name/data/data.txt` with the target in the last column, or `--shipped [names]` for tables that come
-with scikit-learn and statsmodels (diabetes, engel, star98).
+with scikit-learn and statsmodels (diabetes, engel, star98). `--rate 0.01` sets Adam's rate.
 
 The protocol is that of Lakshminarayanan et al. (2017), after Hernandez-Lobato and Adams (2015): 20
 random splits with a tenth of the rows held out, 5 networks with a hidden layer of 50 units, which
@@ -24,11 +24,12 @@ from common import clocked, timed
 from jax import lax
 from numpyro.infer import SVI, Trace_ELBO
 from numpyro.infer.autoguide import AutoDelta
-from records import note, peak, saved, sized
+from records import note, option, peak, saved, sized
 
 from numpyro_ensemble import EnsembleMAP, reweight
 
-SPLITS, MEMBERS, EPOCHS, BATCH, HIDDEN, RATE = sized(20, 4), 5, 40, 100, 50, 0.1
+SPLITS, MEMBERS, EPOCHS, BATCH, HIDDEN = sized(20, 4), 5, 40, 100, 50
+RATE = 0.1
 
 
 def table(path):
@@ -96,10 +97,10 @@ def model(x, y):
         numpyro.sample("y", dist.Normal(*network(weights, x)), obs=y)
 
 
-def together(x, y):
+def together(x, y, rate):
     """Return how to fit all members of all splits in one run, to weights with a leading axis."""
     runner = EnsembleMAP(
-        model, numpyro.optim.Adam(RATE), ensemble_size=len(x) * MEMBERS, prior_weight=0,
+        model, numpyro.optim.Adam(rate), ensemble_size=len(x) * MEMBERS, prior_weight=0,
         init_loc_fn=numpyro.infer.init_to_sample,
     )  # fmt: skip
     steps = EPOCHS * -(-x.shape[1] // BATCH)
@@ -109,11 +110,11 @@ def together(x, y):
     return lambda: runner.run(jax.random.key(0), steps, *data, **options).params
 
 
-def one_by_one(x, y):
+def one_by_one(x, y, rate):
     """Return how to fit one member after another by `SVI`, all by one compiled function."""
     likelihood = reweight(model, prior=0)
     guide = AutoDelta(likelihood, init_loc_fn=numpyro.infer.init_to_sample)
-    svi = SVI(likelihood, guide, numpyro.optim.Adam(RATE), Trace_ELBO())
+    svi = SVI(likelihood, guide, numpyro.optim.Adam(rate), Trace_ELBO())
     number, size = x.shape[1], min(BATCH, x.shape[1])
     starts = range(0, number, size)
 
@@ -152,14 +153,14 @@ def scores(weights, x, y, scale):
     return rmse, terms.mean(axis=1) + 0.5 * np.log(2.0 * np.pi)
 
 
-def measure(name, rows):
+def measure(name, rows, rate):
     """Print and record one data set's scores and seconds."""
     x, y, x_test, y_test, scale = splits(rows)
     ways = {"one run": together, "SVI, one by one": one_by_one}
     print(f"{name}: {len(rows)} rows, {x.shape[-1]} columns, {SPLITS} splits x {MEMBERS} networks")
     for label, way in ways.items():
         jax.clear_caches()
-        fit = way(x, y)
+        fit = way(x, y, rate)
         weights, seconds, cpu = clocked(fit)
         warm = timed(fit)
         rmse, nll = scores(weights, x_test, y_test, scale)
@@ -178,18 +179,20 @@ def measure(name, rows):
         )  # fmt: skip
 
 
-def main(where, *names):
+def main(rate, where, *names):
     """Measure the data sets that are named, or all."""
     found = shipped() if where == "--shipped" else in_folder(where)
     missing = set(names) - set(found)
     if missing or not found:
         sys.exit(f"{', '.join(sorted(missing)) or 'A data set'} is not there: {sorted(found)}")
     for name in names or found:
-        measure(name, found[name])
+        measure(name, found[name], rate)
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 2:
+    words = sys.argv[1:]
+    rate = float(option(words, "--rate", RATE))
+    if not words:
         sys.exit(__doc__)
-    with saved("uci"):
-        main(*sys.argv[1:])
+    with saved("uci" if rate == RATE else f"uci_rate_{rate:g}"):
+        main(rate, *words)
