@@ -1,7 +1,7 @@
 """A short subset that asv runs over the repository's commits, so that a slower one shows.
 
 `asv run --quick HEAD^!` tries it on one commit, `asv continuous main HEAD` compares two and names
-what became slower or faster; see asv.conf.json. What a first call takes is timed in a process of
+what became slower or faster; see asv.conf.json. What a first call takes is timed once in a process of
 its own (`number = 1`, `warmup_time = 0`), everything else after a first call.
 """
 
@@ -20,7 +20,7 @@ from numpyro_ensemble.mcmc import MEADS, ChEES
 
 KEY = jax.random.key(0)
 X = jax.random.normal(jax.random.key(1), (500, 8))
-Y = X.sum(axis=1)
+Y = X.sum(axis=1) + 0.5 * jax.random.normal(jax.random.key(4), (500,))
 POINTS = jax.random.uniform(jax.random.key(2), (200, 2))
 NEW = jax.random.uniform(jax.random.key(3), (500, 2))
 VALUES = jnp.sin(6 * POINTS.sum(axis=1))
@@ -88,7 +88,7 @@ class Chains:
     number, repeat, rounds, warmup_time, timeout = 1, 3, 1, 0.0, 300
 
     def time_run(self, name):
-        kernel = {"MEADS": MEADS, "ChEES": ChEES}[name](regression, start="pathfinder")
+        kernel = {"MEADS": MEADS, "ChEES": ChEES}[name](regression)
         mcmc = MCMC(
             kernel,
             num_warmup=200,
