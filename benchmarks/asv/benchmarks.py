@@ -1,8 +1,8 @@
 """A short subset that asv runs over the repository's commits, so that a slower one shows.
 
 `asv run --quick HEAD^!` tries it on one commit, `asv continuous main HEAD` compares two and names
-what became slower or faster; see asv.conf.json. What a first call takes is timed once in a process of
-its own (`number = 1`, `warmup_time = 0`), everything else after a first call.
+what became slower or faster; see asv.conf.json. First calls and chains, most of whose time is
+compilation, are timed once in a process of their own, everything else after a first call.
 """
 
 import warnings
