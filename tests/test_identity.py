@@ -461,6 +461,26 @@ def test_handlers_around_a_call_count(key):
 
 # What cannot be compared, and what is changed in place ----------------------------------------
 
+
+@pytest.mark.core
+@pytest.mark.single
+def test_an_array_that_jax_casts_may_be_changed_in_place():
+    """In single precision JAX keeps the cast of such an array as long as any program holds it."""
+    rows = np.arange(3.0)  # float64
+
+    def model():
+        numpyro.sample("z", dist.Normal(0.0, 1.0))
+        numpyro.factor("f", jnp.asarray(rows).sum())
+
+    runner = EnsembleMAP(model, numpyro.optim.Adam(0.1), ensemble_size=2)
+    state = runner.init(jax.random.key(0))
+    before = runner.evaluate(state)
+    rows[:] = 10.0
+    assert_allclose(runner.evaluate(state), before - 27.0, rtol=1e-6)
+    rows[:] = [0.0, 1.0, 2.0]
+    assert_allclose(runner.evaluate(state), before, rtol=1e-6)
+
+
 VARIABLE = contextvars.ContextVar("spread", default=1.0)
 HELD = {"s": 1.0}
 

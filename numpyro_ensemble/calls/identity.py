@@ -41,6 +41,7 @@ class _Constant:
 
 
 _digests: dict[int, tuple[weakref.ref, str]] = {}
+_casts: dict[int, tuple[weakref.ref, str]] = {}  # arrays that JAX casts in single precision
 
 
 def _digest(array: jax.Array) -> str:
@@ -82,8 +83,28 @@ def _mark(value: Any) -> Any:
     if isinstance(value, jax.Array):
         return _Constant(value)
     if (kind is np.ndarray or isinstance(value, np.generic)) and not value.dtype.hasobject:
-        return ("numpy", str(value.dtype), value.shape, contents(np.asarray(value)))
+        digest = contents(np.asarray(value))
+        if kind is np.ndarray:
+            _drop_old_cast(value, digest)
+        return ("numpy", str(value.dtype), value.shape, digest)
     return None
+
+
+def _drop_old_cast(array: np.ndarray, digest: str) -> None:
+    """Clear JAX's caches where an array that it casts was changed in place.
+
+    In single precision JAX casts an array of 64 bits once, and takes the same cast in each new
+    trace for as long as a program holds it: the new trace would compute with the old contents.
+    """
+    if jax.dtypes.canonicalize_dtype(array.dtype) == array.dtype:
+        return
+    number = id(array)
+    known = _casts.get(number)
+    if known is not None and known[0]() is array:
+        if known[1] == digest:
+            return
+        jax.clear_caches()
+    _casts[number] = weakref.ref(array, lambda _: _casts.pop(number, None)), digest
 
 
 def captured(value: Any) -> tuple:
