@@ -1,6 +1,95 @@
-"""Each executed page as a notebook, linked from the page."""
+"""Each page that has code as a notebook with its outputs, linked from the page."""
+
 from __future__ import annotations
 
+import posixpath
+import re
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
 
-def setup(app):
+import nbformat
+from jupyter_cache import get_cache
+from sphinx.application import Sphinx
+
+# The header that all pages have, and the same in full, on as many lines.
+HEADER = "kernelspec:\n  name: python3\n"
+FULL_HEADER = "kernelspec:\n  {name: python3, display_name: Python 3, language: python}\n"
+
+
+def name_language(app: Sphinx, page: str, source: list[str]) -> None:
+    """Name the language of the code, which is known otherwise only after it was executed."""
+    source[0] = source[0].replace(HEADER, FULL_HEADER, 1)
+
+
+def link(app: Sphinx, page: str, template: str, context: dict[str, Any], doctree: Any) -> None:
+    """Tell the template of a page where its notebook is."""
+    if _has_code(app, page):
+        context["notebook"] = posixpath.basename(page) + ".ipynb"
+
+
+def write(app: Sphinx, exception: Exception | None) -> None:
+    """Write the notebooks beside the pages; those of pages that were not executed lack outputs."""
+    if exception is not None or app.builder.name != "html":
+        return
+    cache = get_cache(app.config.nb_execution_cache_path)
+    titles = {page: title.astext() for page, title in app.env.titles.items()}
+    for page in filter(lambda page: _has_code(app, page), app.env.found_docs):
+        source = Path(app.env.mystnb_config.output_folder, f"{page}.ipynb")
+        notebook = nbformat.read(source, as_version=4)
+        with suppress(KeyError):
+            _, notebook = cache.merge_match_into_notebook(notebook)
+        for key in ("file_format", "source_map"):
+            notebook.metadata.pop(key, None)
+        for cell in notebook.cells:
+            if cell.cell_type == "markdown":
+                cell.source = plain_markdown(cell.source, page, titles)
+        nbformat.write(notebook, Path(app.outdir, f"{page}.ipynb"))
+
+
+def _has_code(app: Sphinx, page: str) -> bool:
+    return "kernelspec" in app.env.metadata.get(page, {})
+
+
+def plain_markdown(text: str, page: str, titles: Mapping[str, str]) -> str:
+    """Replace what only MyST knows, and links to other pages, by what every notebook shows."""
+
+    def title_of(target: str) -> str:
+        other = posixpath.normpath(posixpath.join(posixpath.dirname(page), target))
+        return titles.get(other.removesuffix(".md"), target)
+
+    def linked(match: re.Match[str]) -> str:
+        return match["text"] or title_of(match["target"] or page)
+
+    def role(match: re.Match[str]) -> str:
+        name, content = match["role"].rpartition(":")[2], match["content"]
+        words = re.sub(r"\s*<[^>]*>$", "", content)
+        if name == "math":
+            return f"${content}$"
+        if name == "doc" and words == content:
+            return title_of(content.removeprefix("/"))
+        return words if name in {"doc", "ref", "term"} else f"`{words.lstrip('~!')}`"
+
+    def directive(match: re.Match[str]) -> str:
+        return f"**{match['title'] or match['kind'].capitalize()}**\n"
+
+    rules = [
+        (r"^\([\w-]+\)=\n", ""),
+        (r"^:{3,}\{(?P<kind>[\w-]+)\}[ ]*(?P<title>.*)\n(?:^:[\w-]+:.*\n)*", directive),
+        (r"^:{3,}[ ]*$\n?", ""),
+        (r"^(`{3,})\{code-block\}[ ]*", r"\1"),
+        (r"\[(?P<text>[^\]]*)\]\((?P<target>[\w/.-]*\.md)?(?:#[\w-]*)?\)", linked),
+        (r"\{(?P<role>[\w:-]+)\}`(?P<content>[^`]+)`", role),
+    ]
+    for pattern, replacement in rules:
+        text = re.sub(pattern, replacement, text, flags=re.MULTILINE)
+    return text
+
+
+def setup(app: Sphinx) -> dict[str, Any]:
+    """Register the hooks."""
+    app.connect("source-read", name_language)
+    app.connect("html-page-context", link)
+    app.connect("build-finished", write)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -7,8 +7,9 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+import jax.typing
+import numpy.typing
 from docutils import nodes
-from jax.typing import ArrayLike
 from sphinx.addnodes import pending_xref
 from sphinx.application import Sphinx
 from sphinx.environment import BuildEnvironment
@@ -20,7 +21,10 @@ from sphinx.util.typing import stringify_annotation
 PACKAGE = "numpyro_ensemble"
 NAMESPACES = ("", ".scoring", ".calibration", ".plotting", ".mcmc", ".mcmc.starts", ".gp")
 SHORT = {"az": "arviz", "dist": "numpyro.distributions", "jnp": "jax.numpy", "np": "numpy"}
-TYPES = {stringify_annotation(ArrayLike, "smart"): "~jax.typing.ArrayLike"}
+TYPES = {
+    stringify_annotation(module.ArrayLike, "smart"): f"~{module.__name__}.ArrayLike"
+    for module in (jax.typing, numpy.typing)
+}
 
 
 class CodeRole(SphinxRole):

@@ -55,7 +55,7 @@ class Linear(Atom):
 
 
 class Polynomial(Atom):
-    """The kernel `variance * (x . x' + offset)^degree`.
+    """The kernel `variance * (x @ x' + offset)^degree`.
 
     Args:
         variance: one number.
