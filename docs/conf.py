@@ -50,10 +50,10 @@ napoleon_use_ivar = True
 
 hidden_members = {
     # of runners, handlers and results: what the engine calls
-    *("check", "check_model", "check_run", "check_size", "distilled_guide", "fresh_guide"),
-    *("in_function_space", "is_off", "member_params", "mixes_gradients", "outputs", "places"),
-    *("process_message", "program", "tree_flatten", "tree_unflatten", "use", "weight_at"),
-    "weighted_model",
+    *("check", "check_model", "check_run", "check_size", "checked_setting", "distilled_guide"),
+    *("fresh_guide", "in_function_space", "is_off", "kind", "member_params", "mixes_gradients"),
+    *("outputs", "places", "process_message", "program", "tree_flatten", "tree_unflatten"),
+    *("use", "weight_at", "weighted_model"),
     # of processes and kernels
     *("arg_constraints", "support", "pytree_data_fields", "pytree_aux_fields", "is_spectral"),
     *("mapped", "at_once", "inputs"),

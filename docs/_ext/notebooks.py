@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import posixpath
-import re
-from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import nbformat
 from jupyter_cache import get_cache
+from plain import plain_markdown
 from sphinx.application import Sphinx
 
 # The header that all pages have, and the same in full, on as many lines.
-HEADER = "kernelspec:\n  name: python3\n"
-FULL_HEADER = "kernelspec:\n  {name: python3, display_name: Python 3, language: python}\n"
+HEADER = "kernelspec:\n  name: python3\n---\n"
+FULL_HEADER = "kernelspec:\n  {name: python3, display_name: Python 3, language: python}\n---\n"
 
 
 def name_language(app: Sphinx, page: str, source: list[str]) -> None:
@@ -50,41 +49,6 @@ def write(app: Sphinx, exception: Exception | None) -> None:
 
 def _has_code(app: Sphinx, page: str) -> bool:
     return "kernelspec" in app.env.metadata.get(page, {})
-
-
-def plain_markdown(text: str, page: str, titles: Mapping[str, str]) -> str:
-    """Replace what only MyST knows, and links to other pages, by what every notebook shows."""
-
-    def title_of(target: str) -> str:
-        other = posixpath.normpath(posixpath.join(posixpath.dirname(page), target))
-        return titles.get(other.removesuffix(".md"), target)
-
-    def linked(match: re.Match[str]) -> str:
-        return match["text"] or title_of(match["target"] or page)
-
-    def role(match: re.Match[str]) -> str:
-        name, content = match["role"].rpartition(":")[2], match["content"]
-        words = re.sub(r"\s*<[^>]*>$", "", content)
-        if name == "math":
-            return f"${content}$"
-        if name == "doc" and words == content:
-            return title_of(content.removeprefix("/"))
-        return words if name in {"doc", "ref", "term"} else f"`{words.lstrip('~!')}`"
-
-    def directive(match: re.Match[str]) -> str:
-        return f"**{match['title'] or match['kind'].capitalize()}**\n"
-
-    rules = [
-        (r"^\([\w-]+\)=\n", ""),
-        (r"^:{3,}\{(?P<kind>[\w-]+)\}[ ]*(?P<title>.*)\n(?:^:[\w-]+:.*\n)*", directive),
-        (r"^:{3,}[ ]*$\n?", ""),
-        (r"^(`{3,})\{code-block\}[ ]*", r"\1"),
-        (r"\[(?P<text>[^\]]*)\]\((?P<target>[\w/.-]*\.md)?(?:#[\w-]*)?\)", linked),
-        (r"\{(?P<role>[\w:-]+)\}`(?P<content>[^`]+)`", role),
-    ]
-    for pattern, replacement in rules:
-        text = re.sub(pattern, replacement, text, flags=re.MULTILINE)
-    return text
 
 
 def setup(app: Sphinx) -> dict[str, Any]:

@@ -95,8 +95,11 @@ def name_public_bases(app: Sphinx, name: str, obj: Any, options: Any, bases: lis
     bases[:] = list(dict.fromkeys(public(obj.__bases__))) or [object]
 
 
-def shorten_types(app: Sphinx, *details: Any) -> None:
-    """Write `ArrayLike` where it stands in the source: autodoc has its parts by now."""
+def shorten(app: Sphinx, domain: str, kind: str, content: nodes.Element) -> None:
+    """Leave out that a class has no bases, and write `ArrayLike` where autodoc has its parts."""
+    for paragraph in list(content.findall(nodes.paragraph)):
+        if paragraph.astext() == "Bases: object":
+            paragraph.parent.remove(paragraph)
     for types in app.env.current_document.autodoc_annotations.values():
         for name, text in types.items():
             for parts, short in TYPES.items():
@@ -109,5 +112,5 @@ def setup(app: Sphinx) -> dict[str, Any]:
     app.add_role("code-or-link", CodeRole())
     app.connect("missing-reference", resolve)
     app.connect("autodoc-process-bases", name_public_bases)
-    app.connect("object-description-transform", shorten_types, priority=100)
+    app.connect("object-description-transform", shorten, priority=100)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
