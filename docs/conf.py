@@ -39,8 +39,10 @@ nb_execution_mode = "cache"
 sources = sorted([*ROOT.glob("numpyro_ensemble/**/*.py"), *ROOT.glob("examples/*.py")])
 nb_execution_cache_path = str(ROOT / ".cache" / "jupyter" / turns.fingerprint(sources))
 nb_execution_excludepatterns = turns.pages_left_out(DOCS, os.environ.get("DOCS_TURN"))
-nb_execution_raise_on_error = True
+nb_execution_raise_on_error = nb_execution_show_tb = True
 nb_execution_timeout = 600
+# NumPyro's progress bars ask for widgets, which these pages do not need.
+os.environ["PYTHONWARNINGS"] = "ignore:IProgress not found"
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"

@@ -1,8 +1,9 @@
-"""Each page that has code as a notebook with its outputs, linked from the page."""
+"""The cache of what pages printed, and each page that has code as a notebook with its outputs."""
 
 from __future__ import annotations
 
 import posixpath
+import shutil
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,18 @@ from sphinx.application import Sphinx
 # The header that all pages have, and the same in full, on as many lines.
 HEADER = "kernelspec:\n  name: python3\n---\n"
 FULL_HEADER = "kernelspec:\n  {name: python3, display_name: Python 3, language: python}\n---\n"
+KEPT_CACHES = 4  # of earlier states of the package, so that branches can be changed
+
+
+def prepare_cache(app: Sphinx) -> None:
+    """Make the cache before processes that read pages do, and drop the oldest ones."""
+    if app.config.nb_execution_mode == "cache":
+        folder = Path(app.config.nb_execution_cache_path)
+        assert get_cache(folder).db is not None  # two processes would make it at once
+        folder.touch()
+        by_age = sorted(folder.parent.iterdir(), key=lambda path: path.stat().st_mtime)
+        for old in by_age[:-KEPT_CACHES]:
+            shutil.rmtree(old)
 
 
 def name_language(app: Sphinx, page: str, source: list[str]) -> None:
@@ -53,6 +66,7 @@ def _has_code(app: Sphinx, page: str) -> bool:
 
 def setup(app: Sphinx) -> dict[str, Any]:
     """Register the hooks."""
+    app.connect("builder-inited", prepare_cache)
     app.connect("source-read", name_language)
     app.connect("html-page-context", link)
     app.connect("build-finished", write)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jax.typing
@@ -13,6 +14,7 @@ from docutils import nodes
 from sphinx.addnodes import pending_xref
 from sphinx.application import Sphinx
 from sphinx.environment import BuildEnvironment
+from sphinx.ext.autosummary.generate import find_autosummary_in_files
 from sphinx.ext.intersphinx import InventoryAdapter
 from sphinx.util.docutils import SphinxRole
 from sphinx.util.nodes import make_refnode
@@ -25,6 +27,16 @@ TYPES = {
     stringify_annotation(module.ArrayLike, "smart"): f"~{module.__name__}.ArrayLike"
     for module in (jax.typing, numpy.typing)
 }
+
+
+def drop_old_pages(app: Sphinx) -> None:
+    """Remove the pages of names that the reference no longer lists."""
+    entries = find_autosummary_in_files([str(Path(app.srcdir, "reference.md"))])
+    files = app.config.autosummary_filename_map
+    kept = {files.get(entry.name, entry.name) for entry in entries}
+    for path in Path(app.srcdir, "api").glob("*.rst"):
+        if path.stem not in kept:
+            path.unlink()
 
 
 class CodeRole(SphinxRole):
@@ -110,6 +122,7 @@ def shorten(app: Sphinx, domain: str, kind: str, content: nodes.Element) -> None
 def setup(app: Sphinx) -> dict[str, Any]:
     """Register the role and the hooks."""
     app.add_role("code-or-link", CodeRole())
+    app.connect("builder-inited", drop_old_pages, priority=100)  # autosummary adds the new ones
     app.connect("missing-reference", resolve)
     app.connect("autodoc-process-bases", name_public_bases)
     app.connect("object-description-transform", shorten, priority=100)

@@ -14,7 +14,7 @@ TURNS = 4
 
 
 def turn_of(page: str) -> int:
-    """Return the turn, 0 to 3, that executes a page, by its path from the documentation's folder."""
+    """Return the turn, 0 to 3, that executes a page, from its path in the documentation."""
     return zlib.crc32(page.encode()) % TURNS
 
 
