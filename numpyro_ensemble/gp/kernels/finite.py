@@ -265,6 +265,14 @@ def change_point(
         location: where both count by a half.
         steepness: how fast it goes over, in units of one over the column's.
         active_dims: the column.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from numpyro_ensemble.gp import RBF, change_point
+        >>> kernel = change_point(RBF(lengthscale=2.0), RBF(lengthscale=0.1), location=5.0)
+        >>> X = jnp.linspace(0.0, 10.0, 6)
+        >>> kernel(X, X).shape
+        (6, 6)
     """
     steepness = hyperparameter("change_point", "steepness", steepness)
     check_given("change_point: location", location)
