@@ -125,7 +125,8 @@ def plot_calibration(
         >>> import numpy as np
         >>> from numpyro_ensemble import plotting
         >>> rng = np.random.default_rng(0)
-        >>> ax = plotting.plot_calibration(rng.normal(size=(500, 50)), rng.normal(size=50), label="exact")
+        >>> draws, y = rng.normal(size=(500, 50)), rng.normal(size=50)
+        >>> ax = plotting.plot_calibration(draws, y, label="exact")
         >>> ax.get_ylabel()
         'observations inside'
     """

@@ -33,6 +33,13 @@ class Linear(Atom):
     Args:
         variance: one number, or one for each dimension, `(D,)`.
         active_dims: columns of the inputs that the kernel works on (default: all).
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from numpyro_ensemble.gp import Linear
+        >>> kernel = Linear(variance=2.0)
+        >>> print(f"{kernel(jnp.ones(1), jnp.full(1, 3.0)).item():.3f}")
+        6.000
     """
 
     _parts: ClassVar[tuple[str, ...]] = ("matrix",)
@@ -62,6 +69,13 @@ class Polynomial(Atom):
         offset: one number; small ones leave the low powers out.
         degree: a whole number, 1 or more.
         active_dims: columns of the inputs that the kernel works on (default: all).
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from numpyro_ensemble.gp import Polynomial
+        >>> kernel = Polynomial(offset=1.0, degree=2)
+        >>> print(f"{kernel(jnp.zeros(1), jnp.ones(1)).item():.3f}")
+        1.000
     """
 
     _leaves: ClassVar[tuple[str, ...]] = ("variance", "offset")
