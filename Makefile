@@ -17,7 +17,7 @@ export UV_PYTHON_DOWNLOADS := never
 
 show_version := import sys; print("%d.%d.%d" % sys.version_info[:3])
 VERSION := $(shell $(PYTHON) -c '$(show_version)' 2>/dev/null)
-SOURCES := $(wildcard numpyro_ensemble tests docs/conf.py examples benchmarks)
+SOURCES := $(wildcard numpyro_ensemble tests docs/conf.py docs/_ext docs/gallery/*.py examples benchmarks)
 # Each worker takes a whole stretch of files, whose tests share compiled programs; one that is done
 # takes over some of what others have left.
 PYTEST := $(BIN)/pytest -q -n $(JOBS) --dist worksteal
@@ -34,11 +34,11 @@ FASTER = $(strip $(shell $(BIN)/python -c '$(emitters)') $(XLA_FLAGS))
 QUICK = --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true \
     --xla_cpu_parallel_codegen_split_count=1 $(FASTER)
 
-.PHONY: help demo test long foreign bench wheel docs format clean
+.PHONY: help demo test long foreign bench wheel docs linkcheck format clean
 .DEFAULT_GOAL := help
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
 	@echo "PYTHON=... chooses the interpreter ($(PYTHON)), VENV=... the environment's folder ($(VENV))"
 
 # One stamp for each interpreter version and extra: a second call installs nothing again.
@@ -79,11 +79,11 @@ test: $(call ready,test) ## check format, lint, types and doctests, and run all 
 	XLA_FLAGS="$(QUICK)" JAX_CHECK_TRACER_LEAKS=1 $(PYTEST) --junitxml=$(CACHE)/reports/leaks.xml -m leaks $(LEAKS)
 	@$(BIN)/python -c "$$count_tests" $(CACHE)/reports/*.xml
 
-# LONG_TURN=0 to LONG_TURN=7 take one eighth of the long tests each, and QUICK_TURN=0 and 1 one half
+# LONG_TURN=0 to LONG_TURN=15 take one sixteenth of the long tests each, and QUICK_TURN=0 and 1 one half
 # of those that `make test` runs.
 long: $(call ready,test) ## run what `make test` leaves out: long tests, the core in float64, processes in float32
 	XLA_FLAGS="$(QUICK)" $(PYTEST) -m "(core or long) and not single and not leaks"
-	XLA_FLAGS="$(QUICK)" JAX_ENABLE_X64=0 $(PYTEST) -m "long and (core or single)" || [ $$? -eq 5 ] # an eighth may have none
+	XLA_FLAGS="$(QUICK)" JAX_ENABLE_X64=0 $(PYTEST) -m "long and (core or single)" || [ $$? -eq 5 ] # a sixteenth may have none
 	XLA_FLAGS="$(QUICK)" JAX_ENABLE_X64=0 $(PYTEST) -m "not core and not long" $(addprefix tests/test_gp_,$(addsuffix .py,calls features paths))
 
 # NumPyro's examples are tested where NUMPYRO_CHECKOUT names a checkout of its tag. Each model goes
@@ -119,15 +119,25 @@ print(f"{count['tests'] - failed - count['skipped']} passed, {failed} failed, {c
 endef
 export count_tests
 
-docs: $(call ready,docs) ## check spelling, and build the documentation, running its code, to docs/_build/html
+SPHINX = IPYTHONDIR=$(CACHE)/ipython XLA_FLAGS="$(FASTER)" $(BIN)/sphinx-build -j $(PAGES) -q -W --keep-going
+
+# What pages printed is kept in .cache/jupyter until their code, the package's code or an installed
+# version changes. DOCS_TURN=0 to DOCS_TURN=3 execute one quarter of the pages each.
+docs: $(call ready,docs) ## check spelling, and build the documentation, running code that changed, to docs/_build/html
 	$(BIN)/codespell
-	IPYTHONDIR=$(CACHE)/ipython XLA_FLAGS="$(FASTER)" $(BIN)/sphinx-build -j $(PAGES) -q -W --keep-going docs docs/_build/html
+	$(SPHINX) docs docs/_build/html
+	$(BIN)/python docs/_ext/links.py docs/_build/html
 	@echo "Open docs/_build/html/index.html"
+
+linkcheck: $(call ready,docs) ## check links between pages, and with LINKS=all those to other sites; runs no code
+	$(SPHINX) -D nb_execution_mode=off docs docs/_build/links/html
+	$(BIN)/python docs/_ext/links.py docs/_build/links/html
+	$(if $(filter all,$(LINKS)),$(SPHINX) -b linkcheck -D nb_execution_mode=off docs docs/_build/links/external)
 
 format: $(call ready,test) ## format the code and fix what ruff can
 	$(BIN)/ruff check --fix $(SOURCES)
 	$(BIN)/ruff format $(SOURCES)
 
 clean: ## remove the environments, caches and built files
-	rm -rf .venv .venv-* .cache docs/_build dist
+	rm -rf .venv .venv-* .cache docs/_build docs/api dist
 	find $(SOURCES) -name __pycache__ -prune -exec rm -rf {} +

@@ -133,6 +133,20 @@ def laplace(
 
     Raises:
         ValueError: as `modes` does, and if no mode has a positive definite precision.
+
+    Example:
+        >>> import jax, numpyro, numpyro.distributions as dist, optimistix
+        >>> from numpyro.infer import Trace_ELBO
+        >>> from numpyro.infer.autoguide import AutoLaplaceApproximation
+        >>> from numpyro_ensemble import EnsembleVI, laplace
+        >>> def model():
+        ...     numpyro.sample("x", dist.Normal(2.0, 1.0))
+        >>> guide, lbfgs = AutoLaplaceApproximation(model), optimistix.LBFGS(1e-8, 1e-8)
+        >>> vi = EnsembleVI(model, guide, lbfgs, Trace_ELBO(), ensemble_size=4)
+        >>> result = vi.run(jax.random.key(0), 200, progress_bar=False)
+        >>> mixture = laplace(vi, jax.random.key(1), result)
+        >>> mixture.samples["x"].shape
+        (1000,)
     """
     rng_key = one_key(rng_key)
     check_count("num_samples", num_samples)

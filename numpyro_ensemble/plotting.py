@@ -56,6 +56,14 @@ def plot_predictive(
 
     Raises:
         ValueError: if shapes do not fit.
+
+    Example:
+        >>> import numpy as np
+        >>> from numpyro_ensemble import plotting
+        >>> x, members = np.linspace(0.0, 1.0, 20), np.array([[0.9], [1.0], [1.1]])
+        >>> ax = plotting.plot_predictive(x, members * x, data=(x, x**2))
+        >>> ax.get_legend_handles_labels()[1]
+        ['95 % of means', 'members', 'mean', 'data']
     """
     check_count("max_members", max_members)
     x, means = np.asarray(x), np.asarray(means)
@@ -112,6 +120,15 @@ def plot_calibration(
 
     Returns:
         The axes.
+
+    Example:
+        >>> import numpy as np
+        >>> from numpyro_ensemble import plotting
+        >>> rng = np.random.default_rng(0)
+        >>> draws, y = rng.normal(size=(500, 50)), rng.normal(size=50)
+        >>> ax = plotting.plot_calibration(draws, y, label="exact")
+        >>> ax.get_ylabel()
+        'observations inside'
     """
     levels, shares = calibration_curve(draws, y, **options)
     ax = _axes(ax)
@@ -137,6 +154,13 @@ def plot_losses(result: Any, *, ax: Any = None) -> Any:
 
     Returns:
         The axes.
+
+    Example:
+        >>> import numpy as np
+        >>> from numpyro_ensemble import plotting
+        >>> ax = plotting.plot_losses(np.array([[3.0, 2.0, 1.0], [3.0, 2.5, np.nan]]))
+        >>> ax.get_title()
+        '2 members, 1 failed (dashed)'
     """
     losses = np.asarray(getattr(result, "losses", result), float)
     if losses.ndim != 2 or not losses.size:
@@ -168,6 +192,13 @@ def plot_weights(weights: ArrayLike, *, ax: Any = None) -> Any:
 
     Returns:
         The axes.
+
+    Example:
+        >>> import numpy as np
+        >>> from numpyro_ensemble import plotting
+        >>> ax = plotting.plot_weights(np.array([0.5, 0.3, 0.2]))
+        >>> len(ax.patches)
+        3
     """
     values = np.asarray(weights, float)
     if values.ndim != 1 or not values.size or not (values >= 0).all():
@@ -192,6 +223,21 @@ def plot_ranks(calibration: Any, *, level: float = 0.95, max_lines: int = 8, ax:
 
     Returns:
         The axes.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, numpyro, numpyro.distributions as dist
+        >>> from numpyro_ensemble import plotting
+        >>> from numpyro_ensemble.calibration import sbc
+        >>> def model(y):
+        ...     mu = numpyro.sample("mu", dist.Normal(0.0, 1.0))
+        ...     with numpyro.plate("data", 3):
+        ...         numpyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+        >>> def exact(key, y):
+        ...     return {"mu": y.sum() / 4 + 0.5 * jax.random.normal(key, (99,))}
+        >>> found = sbc(model, exact, jnp.zeros(3), rng_key=jax.random.key(0), num_datasets=100)
+        >>> ax = plotting.plot_ranks(found)
+        >>> ax.get_xlabel()
+        'rank, as a share of the draws'
     """
     check_count("max_lines", max_lines)
     ax, number = _axes(ax), len(next(iter(calibration.ranks.values())))

@@ -312,6 +312,20 @@ def ensemble_vi(
 
     Raises:
         ValueError: if both `learning_rate` and `optimizer` are given.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, numpyro, numpyro.distributions as dist
+        >>> from numpyro.infer.autoguide import AutoNormal
+        >>> from numpyro_ensemble import ensemble_vi
+        >>> def model(y):
+        ...     mu = numpyro.sample("mu", dist.Normal(0.0, 1.0))
+        ...     with numpyro.plate("data", len(y)):
+        ...         numpyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+        >>> params, losses = ensemble_vi(
+        ...     model, AutoNormal(model), ensemble_size=3, num_steps=200, data=jnp.ones(3),
+        ...     rng_key=jax.random.key(0), learning_rate=0.05)
+        >>> params["mu_auto_loc"].shape, losses.shape
+        ((3,), (3, 200))
     """
     optimizer = choose_optimizer(optimizer, learning_rate)
     data = data if isinstance(data, tuple | list) else (data,)

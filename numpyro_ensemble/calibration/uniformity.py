@@ -58,6 +58,15 @@ def ecdf_band(number: int, level: float = 0.95) -> tuple[np.ndarray, np.ndarray,
 
     Raises:
         ValueError: if level is not between 0 and 1.
+
+    Example:
+        >>> import numpy as np
+        >>> from numpyro_ensemble.calibration import ecdf_band
+        >>> places, lower, upper = ecdf_band(200)
+        >>> u = np.random.default_rng(0).random(200)
+        >>> ecdf = (u[:, None] <= places).mean(axis=0)
+        >>> bool(((lower <= ecdf) & (ecdf <= upper)).all())
+        True
     """
     check_count("number", number)
     if not 0.0 < level < 1.0:

@@ -77,13 +77,13 @@ class GaussianProcess(Process):
 
     @property
     def extra(self) -> jax.Array:
-        """The jitter: what is added to the kernel matrix's diagonal beside the noise."""
+        """Jitter, which is added to the kernel matrix's diagonal beside the noise."""
         given = self.jitter is not None
         return jnp.asarray(self.jitter) if given else default_jitter(self.kernel, self.X)
 
     @property
     def added(self) -> jax.Array:
-        """What is added to the kernel matrix's diagonal: noise and jitter."""
+        """Noise and jitter, which are added to the kernel matrix's diagonal."""
         return self.variances + self.extra
 
     @property

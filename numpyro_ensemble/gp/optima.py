@@ -79,7 +79,17 @@ def minimise(
     num_starts: int = 16,
     max_steps: int = 100,
 ) -> Optimum:
-    """Find where each path is lowest within bounds; as `maximise`."""
+    """Find where each path is lowest within bounds; as `maximise`.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from numpyro_ensemble.gp import RBF, draw_paths, minimise
+        >>> X = jnp.linspace(0.0, 6.0, 12)
+        >>> paths = draw_paths(jax.random.key(0), RBF(), X, jnp.sin(X), noise=1e-4, num_paths=3)
+        >>> lowest = minimise(jax.random.key(1), paths, (0.0, 6.0))
+        >>> bool((abs(lowest.place - 4.7) < 0.3).all())
+        True
+    """
     return _found(rng_key, paths, bounds, -1.0, num_points, num_starts, max_steps)
 
 

@@ -95,6 +95,17 @@ def from_ensemble(
 
     Raises:
         ValueError: if no member is finite.
+
+    Example:
+        >>> import jax, numpyro, numpyro.distributions as dist
+        >>> from numpyro_ensemble import EnsembleMAP
+        >>> from numpyro_ensemble.mcmc import starts
+        >>> def model():
+        ...     numpyro.sample("x", dist.Normal(0.0, 1.0).expand([3]))
+        >>> runner = EnsembleMAP(model, ensemble_size=4)
+        >>> result = runner.run(jax.random.key(0), 100, progress_bar=False)
+        >>> starts.from_ensemble(jax.random.key(1), runner, result, num_chains=64)["x"].shape
+        (64, 3)
     """
     check_count("num_chains", num_chains)
     check_scale("jitter", 0.0 if jitter is None else jitter)

@@ -145,6 +145,13 @@ def energy_score(
 
     Raises:
         ValueError: if shapes do not fit, or `y` is missing.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from numpyro_ensemble import scoring
+        >>> draws = jnp.array([[0.0, 0.0], [2.0, 0.0]])
+        >>> print(scoring.energy_score(draws, jnp.array([1.0, 0.0])))
+        0.5
     """
     draws, y, p = read(draws, y, weights, **where)
     return _energy_score(draws, y, jnp.full(len(draws), 1.0 / len(draws)) if p is None else p)
@@ -177,6 +184,14 @@ def interval(
 
     Raises:
         ValueError: if a level is not between 0 and 1.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from numpyro_ensemble import scoring
+        >>> draws = jnp.linspace(0.0, 1.0, 101)[:, None] * jnp.array([1.0, 2.0])
+        >>> low, high = scoring.interval(draws, (0.5,))
+        >>> print(low.round(2), high.round(2))
+        [[0.25 0.5 ]] [[0.75 1.5 ]]
     """
     level = np.asarray(levels, float)
     if level.ndim != 1:
@@ -219,6 +234,13 @@ def coverage(
 
     Raises:
         ValueError: if shapes do not fit, or `y` is missing.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from numpyro_ensemble import scoring
+        >>> draws = jnp.linspace(0.0, 1.0, 101)[:, None] * jnp.array([1.0, 2.0])
+        >>> print(scoring.coverage(draws, jnp.array([0.5, 1.9]), (0.5, 0.95)))
+        [0.5 1. ]
     """
     draws, y, p = read(draws, y, weights, **where)
     low, high = interval(draws, levels, weights=p)
@@ -235,6 +257,13 @@ def interval_width(
         levels: probabilities of the intervals.
         weights: weights `(S,)` of the draws.
         **where: `group` and `var_name` of ArviZ data.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from numpyro_ensemble import scoring
+        >>> draws = jnp.linspace(0.0, 1.0, 101)[:, None] * jnp.array([1.0, 2.0])
+        >>> print(scoring.interval_width(draws, (0.5,)).round(2))
+        [0.75]
     """
     draws, _, data = find_draws(draws, **where)
     draws, p = without_failed(draws.reshape(len(draws), -1), weights, data, jnp.isfinite)
@@ -252,6 +281,14 @@ def calibration_curve(
         y: the observations `(N,)`.
         num_levels: number of levels between 0 and 1.
         **options: as for `coverage`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from numpyro_ensemble import scoring
+        >>> draws = jnp.linspace(0.0, 1.0, 101)[:, None] * jnp.array([1.0, 2.0])
+        >>> levels, shares = scoring.calibration_curve(draws, jnp.array([0.5, 1.9]), num_levels=3)
+        >>> print(levels, shares)
+        [0.25 0.5  0.75] [0.5 0.5 0.5]
     """
     check_count("num_levels", num_levels)
     levels = np.arange(1, num_levels + 1) / (num_levels + 1)
@@ -266,6 +303,13 @@ def pit(draws: Any, y: ArrayLike | None = None, *, weights: Any = None, **where:
         y: the observations `(N,)`.
         weights: weights `(S,)` of the draws.
         **where: `group` and `var_name` of ArviZ data.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from numpyro_ensemble import scoring
+        >>> draws = jnp.linspace(0.0, 1.0, 101)[:, None] * jnp.array([1.0, 2.0])
+        >>> print(scoring.pit(draws, jnp.array([0.505, 5.0])).round(2))
+        [0.5 1. ]
     """
     draws, y, p = read(draws, y, weights, **where)
     below = (draws < y[None]) + 0.5 * (draws == y[None])
@@ -284,6 +328,14 @@ def variance_decomposition(means: ArrayLike, variances: ArrayLike = 0.0) -> dict
 
     Raises:
         ValueError: if `means` has no axes of members and draws.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from numpyro_ensemble import scoring
+        >>> means = jnp.array([[0.0, 2.0], [4.0, 6.0]])  # two members, two draws of each
+        >>> parts = scoring.variance_decomposition(means, variances=0.5)
+        >>> print({name: float(part) for name, part in parts.items()})
+        {'aleatoric': 0.5, 'between': 4.0, 'within': 1.0, 'total': 5.5}
     """
     means = jnp.asarray(means)
     if means.ndim < 2:

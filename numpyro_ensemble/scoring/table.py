@@ -44,6 +44,16 @@ def summary(
     Raises:
         TypeError: if predictions or log_likelihood do not come by name.
         ValueError: if shapes or names do not fit.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from numpyro_ensemble import scoring
+        >>> near, far = jnp.array([[0.0, 1.0], [2.0, 3.0]]), jnp.array([[4.0, 4.0], [6.0, 6.0]])
+        >>> draws = {"near": near, "far": far}
+        >>> print(scoring.summary(draws, jnp.array([1.0, 2.0]))[["RMSE", "CRPS"]])
+              RMSE  CRPS
+        near ...
+        far ...
     """
     import pandas as pd
 

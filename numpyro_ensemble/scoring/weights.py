@@ -30,6 +30,14 @@ def psis(log_ratios: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
 
     Raises:
         ValueError: if there are too few draws.
+
+    Example:
+        >>> import numpy as np
+        >>> from numpyro_ensemble import scoring
+        >>> log_ratios = np.random.default_rng(0).normal(size=1000)
+        >>> log_weights, shape = scoring.psis(log_ratios)
+        >>> print(np.exp(log_weights).sum().round(6), bool(shape < 0.7))
+        1.0 True
     """
     ratios = np.asarray(log_ratios, float)
     if ratios.ndim < 1 or ratios.shape[-1] < LEAST_DRAWS:
@@ -72,6 +80,23 @@ def khat(data: Any) -> Khat:
 
     Raises:
         ValueError: if the data has no densities, or too few draws.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, numpyro, numpyro.distributions as dist
+        >>> from numpyro.infer import Trace_ELBO
+        >>> from numpyro.infer.autoguide import AutoNormal
+        >>> from numpyro_ensemble import EnsembleVI, scoring, to_arviz
+        >>> def model(y):
+        ...     mu = numpyro.sample("mu", dist.Normal(0.0, 1.0))
+        ...     with numpyro.plate("data", len(y)):
+        ...         numpyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+        >>> guide, optim = AutoNormal(model), numpyro.optim.Adam(0.05)
+        >>> vi = EnsembleVI(model, guide, optim, Trace_ELBO(), ensemble_size=2)
+        >>> result = vi.run(jax.random.key(0), 500, jnp.ones(3), progress_bar=False)
+        >>> data = to_arviz(vi, result, jnp.ones(3), num_samples=200)
+        >>> shapes = scoring.khat(data)
+        >>> print(shapes.members.shape, shapes.mixture < 0.7)
+        (2,) True
     """
     mixture = float("nan")
     members = psis(_ratios(data))[1]
@@ -98,6 +123,22 @@ def importance_resample(
 
     Raises:
         ValueError: if the data has no densities, or too few draws.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, numpyro, numpyro.distributions as dist
+        >>> from numpyro.infer import Trace_ELBO
+        >>> from numpyro.infer.autoguide import AutoNormal
+        >>> from numpyro_ensemble import EnsembleVI, scoring, to_arviz
+        >>> def model(y):
+        ...     mu = numpyro.sample("mu", dist.Normal(0.0, 1.0))
+        ...     with numpyro.plate("data", len(y)):
+        ...         numpyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+        >>> guide, optim = AutoNormal(model), numpyro.optim.Adam(0.05)
+        >>> vi = EnsembleVI(model, guide, optim, Trace_ELBO(), ensemble_size=2)
+        >>> result = vi.run(jax.random.key(0), 500, jnp.ones(3), progress_bar=False)
+        >>> data = to_arviz(vi, result, jnp.ones(3), num_samples=200)
+        >>> scoring.importance_resample(jax.random.key(1), data, 50)["mu"].shape
+        (50,)
     """
     ratios = _ratios(data)
     if ratios.shape[0] > 1:
@@ -135,6 +176,24 @@ def member_weights(
 
     Raises:
         ValueError: for an unknown method, or if the data lacks what it needs.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, numpyro, numpyro.distributions as dist
+        >>> from numpyro.infer import Trace_ELBO
+        >>> from numpyro.infer.autoguide import AutoNormal
+        >>> from numpyro_ensemble import EnsembleVI, scoring, to_arviz
+        >>> def model(y):
+        ...     mu = numpyro.sample("mu", dist.Normal(0.0, 1.0))
+        ...     with numpyro.plate("data", len(y)):
+        ...         numpyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+        >>> guide, optim = AutoNormal(model), numpyro.optim.Adam(0.05)
+        >>> vi = EnsembleVI(model, guide, optim, Trace_ELBO(), ensemble_size=2)
+        >>> result = vi.run(jax.random.key(0), 500, jnp.ones(3), progress_bar=False)
+        >>> data = to_arviz(vi, result, jnp.ones(3), num_samples=200)
+        >>> scoring.member_weights(data, "uniform")
+        array([0.5, 0.5])
+        >>> print(scoring.member_weights(data, "elbo").sum().round(4))
+        1.0
     """
     if method not in ("stacking", "pseudo-bma", "elbo", "uniform"):
         raise ValueError(

@@ -439,6 +439,13 @@ class Constant(Atom):
 
     Args:
         variance: one number.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from numpyro_ensemble.gp import Constant
+        >>> kernel = Constant(0.5)
+        >>> print(f"{kernel(jnp.zeros(1), jnp.ones(1)).item():.3f}")
+        0.500
     """
 
     takes_all = False  # type: ignore[assignment]

@@ -33,6 +33,13 @@ class Linear(Atom):
     Args:
         variance: one number, or one for each dimension, `(D,)`.
         active_dims: columns of the inputs that the kernel works on (default: all).
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from numpyro_ensemble.gp import Linear
+        >>> kernel = Linear(variance=2.0)
+        >>> print(f"{kernel(jnp.ones(1), jnp.full(1, 3.0)).item():.3f}")
+        6.000
     """
 
     _parts: ClassVar[tuple[str, ...]] = ("matrix",)
@@ -55,13 +62,20 @@ class Linear(Atom):
 
 
 class Polynomial(Atom):
-    """The kernel `variance * (x . x' + offset)^degree`.
+    """The kernel `variance * (x @ x' + offset)^degree`.
 
     Args:
         variance: one number.
         offset: one number; small ones leave the low powers out.
         degree: a whole number, 1 or more.
         active_dims: columns of the inputs that the kernel works on (default: all).
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from numpyro_ensemble.gp import Polynomial
+        >>> kernel = Polynomial(offset=1.0, degree=2)
+        >>> print(f"{kernel(jnp.zeros(1), jnp.ones(1)).item():.3f}")
+        1.000
     """
 
     _leaves: ClassVar[tuple[str, ...]] = ("variance", "offset")
@@ -265,6 +279,14 @@ def change_point(
         location: where both count by a half.
         steepness: how fast it goes over, in units of one over the column's.
         active_dims: the column.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from numpyro_ensemble.gp import RBF, change_point
+        >>> kernel = change_point(RBF(lengthscale=2.0), RBF(lengthscale=0.1), location=5.0)
+        >>> X = jnp.linspace(0.0, 10.0, 6)
+        >>> kernel(X, X).shape
+        (6, 6)
     """
     steepness = hyperparameter("change_point", "steepness", steepness)
     check_given("change_point: location", location)

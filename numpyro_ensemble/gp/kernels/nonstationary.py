@@ -22,6 +22,13 @@ class Gibbs(Atom):
             `(N, D) -> (N,)`, or `(N, D)` for one in each dimension.
         variance: one number.
         active_dims: columns of the inputs that the kernel works on (default: all).
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from numpyro_ensemble.gp import Gibbs
+        >>> kernel = Gibbs(lambda X: 0.5 + X**2)
+        >>> print(f"{kernel(jnp.zeros(1), jnp.ones(1)).item():.3f}")
+        0.519
     """
 
     _leaves: ClassVar[tuple[str, ...]] = ("variance", "lengthscale")
@@ -69,6 +76,13 @@ class ArcCosine(Atom):
         variance: one number.
         order: 0 for steps, 1 for rectified lines, 2 for rectified parabolas.
         active_dims: columns of the inputs that the kernel works on (default: all).
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from numpyro_ensemble.gp import ArcCosine
+        >>> kernel = ArcCosine()
+        >>> print(f"{kernel(jnp.zeros(1), jnp.ones(1)).item():.3f}")
+        1.068
     """
 
     is_differentiable = False  # it is written in the angle, which has no slope at 0

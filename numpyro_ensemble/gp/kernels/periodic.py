@@ -29,6 +29,13 @@ class Periodic(Differences):
         lengthscale: one number, or one for each dimension, `(D,)`.
         period: one number.
         active_dims: columns of the inputs that the kernel works on (default: all).
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from numpyro_ensemble.gp import Periodic
+        >>> kernel = Periodic(period=4.0)
+        >>> print(f"{kernel(jnp.zeros(1), jnp.ones(1)).item():.3f}")
+        0.368
     """
 
     _leaves: ClassVar[tuple[str, ...]] = ("variance", "lengthscale", "period")
@@ -81,6 +88,13 @@ class Cosine(Differences):
         variance: one number.
         period: one number.
         active_dims: the column of the inputs that the kernel works on (default: the only one).
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from numpyro_ensemble.gp import Cosine
+        >>> kernel = Cosine(period=8.0)
+        >>> print(f"{kernel(jnp.zeros(1), jnp.ones(1)).item():.3f}")
+        0.707
     """
 
     _leaves: ClassVar[tuple[str, ...]] = ("variance", "period")
@@ -131,6 +145,14 @@ class SpectralMixture(Kernel):
         frequencies: `(Q, D)`, in turns for each unit of the inputs, or `(Q,)` in one dimension.
         bandwidths: standard deviations of the frequencies, of the same shape.
         active_dims: columns of the inputs that the kernel works on (default: all).
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from numpyro_ensemble.gp import SpectralMixture
+        >>> parts = {"frequencies": jnp.array([[0.0], [0.25]]), "bandwidths": jnp.full((2, 1), 0.1)}
+        >>> kernel = SpectralMixture(weights=jnp.array([0.5, 0.5]), **parts)
+        >>> print(f"{kernel(jnp.zeros(1), jnp.ones(1)).item():.3f}")
+        0.410
     """
 
     is_spectral = True

@@ -132,6 +132,13 @@ class RBF(Stationary):
         variance: one number.
         lengthscale: one number, or one for each dimension, `(D,)`.
         active_dims: columns of the inputs that the kernel works on (default: all).
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from numpyro_ensemble.gp import RBF
+        >>> kernel = RBF(variance=2.0, lengthscale=0.5)
+        >>> print(f"{kernel(jnp.zeros(1), jnp.ones(1)).item():.3f}")
+        0.271
     """
 
     def profile(self, squared: jax.Array) -> jax.Array:
@@ -178,19 +185,43 @@ def _matern_jvp(order: int, primals: tuple, tangents: tuple) -> tuple[jax.Array,
 
 
 class Matern12(_Matern):
-    """The exponential kernel, `variance * exp(-d)`; arguments as `RBF`."""
+    """The exponential kernel, `variance * exp(-d)`; arguments as `RBF`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from numpyro_ensemble.gp import Matern12
+        >>> kernel = Matern12(variance=2.0, lengthscale=0.5)
+        >>> print(f"{kernel(jnp.zeros(1), jnp.ones(1)).item():.3f}")
+        0.271
+    """
 
     degrees = 1
 
 
 class Matern32(_Matern):
-    """The Matern kernel of smoothness 3/2; arguments as `RBF`."""
+    """The Matern kernel of smoothness 3/2; arguments as `RBF`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from numpyro_ensemble.gp import Matern32
+        >>> kernel = Matern32(variance=2.0, lengthscale=0.5)
+        >>> print(f"{kernel(jnp.zeros(1), jnp.ones(1)).item():.3f}")
+        0.279
+    """
 
     degrees = 3
 
 
 class Matern52(_Matern):
-    """The Matern kernel of smoothness 5/2; arguments as `RBF`."""
+    """The Matern kernel of smoothness 5/2; arguments as `RBF`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from numpyro_ensemble.gp import Matern52
+        >>> kernel = Matern52(variance=2.0, lengthscale=0.5)
+        >>> print(f"{kernel(jnp.zeros(1), jnp.ones(1)).item():.3f}")
+        0.277
+    """
 
     degrees = 5
 
@@ -203,6 +234,13 @@ class RationalQuadratic(Stationary):
         lengthscale: one number, or one for each dimension, `(D,)`.
         alpha: one number; large ones come near `RBF`.
         active_dims: columns of the inputs that the kernel works on (default: all).
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from numpyro_ensemble.gp import RationalQuadratic
+        >>> kernel = RationalQuadratic(lengthscale=0.5, alpha=2.0)
+        >>> print(f"{kernel(jnp.zeros(1), jnp.ones(1)).item():.3f}")
+        0.250
     """
 
     _leaves: ClassVar[tuple[str, ...]] = ("variance", "lengthscale", "alpha")
@@ -239,6 +277,13 @@ class PoweredExponential(Stationary):
         lengthscale: one number, or one for each dimension, `(D,)`.
         power: above 0, at most 2.
         active_dims: columns of the inputs that the kernel works on (default: all).
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from numpyro_ensemble.gp import PoweredExponential
+        >>> kernel = PoweredExponential(lengthscale=0.5, power=1.5)
+        >>> print(f"{kernel(jnp.zeros(1), jnp.ones(1)).item():.3f}")
+        0.059
     """
 
     is_differentiable = False  # only for a power of 2, where it is RBF
@@ -284,6 +329,13 @@ class PiecewisePolynomial(Stationary):
         lengthscale: one number, or one for each dimension, `(D,)`.
         degree: 0 to 3; functions have so many derivatives.
         active_dims: columns of the inputs that the kernel works on (default: all).
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from numpyro_ensemble.gp import PiecewisePolynomial
+        >>> kernel = PiecewisePolynomial(lengthscale=2.0, degree=1)
+        >>> print(f"{kernel(jnp.zeros(1), jnp.ones(1)).item():.3f}")
+        0.312
     """
 
     is_differentiable = False  # it is written in the distance, which has no slope at 0

@@ -1,0 +1,73 @@
+"""The cache of what pages printed, and each page that has code as a notebook with its outputs."""
+
+from __future__ import annotations
+
+import posixpath
+import shutil
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import nbformat
+from jupyter_cache import get_cache
+from plain import plain_markdown
+from sphinx.application import Sphinx
+
+# The header that all pages have, and the same in full, on as many lines.
+HEADER = "kernelspec:\n  name: python3\n---\n"
+FULL_HEADER = "kernelspec:\n  {name: python3, display_name: Python 3, language: python}\n---\n"
+KEPT_CACHES = 4  # of earlier states of the package, so that branches can be changed
+
+
+def prepare_cache(app: Sphinx) -> None:
+    """Make the cache before processes that read pages do, and drop the oldest ones."""
+    if app.config.nb_execution_mode == "cache":
+        folder = Path(app.config.nb_execution_cache_path)
+        assert get_cache(folder).db is not None  # two processes would make it at once
+        folder.touch()
+        by_age = sorted(folder.parent.iterdir(), key=lambda path: path.stat().st_mtime)
+        for old in by_age[:-KEPT_CACHES]:
+            shutil.rmtree(old)
+
+
+def name_language(app: Sphinx, page: str, source: list[str]) -> None:
+    """Name the language of the code, which is known otherwise only after it was executed."""
+    source[0] = source[0].replace(HEADER, FULL_HEADER, 1)
+
+
+def link(app: Sphinx, page: str, template: str, context: dict[str, Any], doctree: Any) -> None:
+    """Tell the template of a page where its notebook is."""
+    if _has_code(app, page):
+        context["notebook"] = posixpath.basename(page) + ".ipynb"
+
+
+def write(app: Sphinx, exception: Exception | None) -> None:
+    """Write the notebooks beside the pages; those of pages that were not executed lack outputs."""
+    if exception is not None or app.builder.name != "html":
+        return
+    cache = get_cache(app.config.nb_execution_cache_path)
+    titles = {page: title.astext() for page, title in app.env.titles.items()}
+    for page in filter(lambda page: _has_code(app, page), app.env.found_docs):
+        source = Path(app.env.mystnb_config.output_folder, f"{page}.ipynb")
+        notebook = nbformat.read(source, as_version=4)
+        with suppress(KeyError):
+            _, notebook = cache.merge_match_into_notebook(notebook)
+        for key in ("file_format", "source_map"):
+            notebook.metadata.pop(key, None)
+        for cell in notebook.cells:
+            if cell.cell_type == "markdown":
+                cell.source = plain_markdown(cell.source, page, titles)
+        nbformat.write(notebook, Path(app.outdir, f"{page}.ipynb"))
+
+
+def _has_code(app: Sphinx, page: str) -> bool:
+    return "kernelspec" in app.env.metadata.get(page, {})
+
+
+def setup(app: Sphinx) -> dict[str, Any]:
+    """Register the hooks."""
+    app.connect("builder-inited", prepare_cache)
+    app.connect("source-read", name_language)
+    app.connect("html-page-context", link)
+    app.connect("build-finished", write)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -1,0 +1,42 @@
+"""Markdown that every notebook shows, made from what only MyST knows."""
+
+from __future__ import annotations
+
+import posixpath
+import re
+from collections.abc import Mapping
+
+
+def plain_markdown(text: str, page: str, titles: Mapping[str, str]) -> str:
+    """Replace what only MyST knows, and links to other pages, by what every notebook shows."""
+
+    def title_of(target: str) -> str:
+        other = posixpath.normpath(posixpath.join(posixpath.dirname(page), target))
+        return titles.get(other.removesuffix(".md").lstrip("/"), target)
+
+    def linked(match: re.Match[str]) -> str:
+        return match["text"] or title_of(match["target"] or page)
+
+    def role(match: re.Match[str]) -> str:
+        name, content = match["role"].rpartition(":")[2], match["content"]
+        words = re.sub(r"\s*<[^>]*>$", "", content)
+        if name == "math":
+            return f"${content}$"
+        if name == "doc" and words == content:
+            return title_of(content)
+        return words if name in {"doc", "ref", "term"} else f"`{words.lstrip('~!')}`"
+
+    def directive(match: re.Match[str]) -> str:
+        return f"**{match['title'] or match['kind'].capitalize()}**\n\n"
+
+    rules = [
+        (r"^\([\w-]+\)=\n", ""),
+        (r"^:{3,}\{(?P<kind>[\w-]+)\}[ ]*(?P<title>.*)\n(?:^:[\w-]+:.*\n)*", directive),
+        (r"^:{3,}[ ]*$\n?", ""),
+        (r"^(`{3,})\{code-block\}[ ]*", r"\1"),
+        (r"\[(?P<text>[^\]]*)\]\((?P<target>[\w/.-]*\.md)?(?:#[\w-]*)?\)", linked),
+        (r"\{(?P<role>[\w:-]+)\}`(?P<content>[^`]+)`", role),
+    ]
+    for pattern, replacement in rules:
+        text = re.sub(pattern, replacement, text, flags=re.MULTILINE)
+    return text
