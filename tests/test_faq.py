@@ -32,7 +32,7 @@ MESSAGES = "\n".join(" ".join(text.split()) for tree in SOURCES for text in text
 
 
 def is_a_message(quote: str) -> bool:
-    """Tell whether the sources have a message with these words; `...` stands for any values."""
+    """Return whether the sources have a message with these words; `...` stands for any values."""
     words = [re.escape(part.strip()) for part in quote.split("...")]
     return re.search(r"[^\n]*".join(words), MESSAGES) is not None
 
