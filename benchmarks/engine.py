@@ -118,7 +118,7 @@ def loop():
 
 
 def unknown():
-    """Tell what a model costs whose surroundings cannot be compared: it is traced in every run."""
+    """Print what a model costs whose surroundings cannot be compared: it is traced in every run."""
     held = collections.deque([1.0])
 
     def model(x, y):
@@ -146,7 +146,7 @@ def resident():
 
 
 def memory():
-    """Tell the memory in use after 10 and after 100 runs, each on its own 10 MB of data."""
+    """Print the memory in use after 10 and after 100 runs, each on its own 10 MB of data."""
     runner, kept = EnsembleMAP(regression, ADAM, ensemble_size=4), []
     for run in range(1, 101):
         x, y = table(160_000, 16, seed=run)

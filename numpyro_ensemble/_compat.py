@@ -75,6 +75,6 @@ def collected_by(mcmc: MCMC) -> Any:
 
 
 def set_outcome(mcmc: MCMC, collected: Any, state: Any) -> None:
-    """Let `mcmc` speak of these draws, and of a state, as those of its last run."""
+    """Make these draws, and a state, those of the last run of `mcmc`."""
     mcmc._states, mcmc._states_flat, mcmc._last_state = collected, None, state
     mcmc._set_collection_params()

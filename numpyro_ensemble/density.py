@@ -1,4 +1,4 @@
-"""The log joint density of a model, split into likelihood and prior, and the model's anatomy."""
+"""The log joint density of a model, split into likelihood and prior, and the model's sites."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ class Site(NamedTuple):
 
 
 def is_subsampled(site: dict[str, Any]) -> bool:
-    """Say whether a site of a trace is a plate that has drawn some of its rows."""
+    """Return whether a site of a trace is a plate that has drawn some of its rows."""
     return site["type"] == "plate" and len(site["value"]) < site["args"][0]
 
 
@@ -102,7 +102,7 @@ def observed_sites(trace: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, A
 
 
 def is_improper(site: dict[str, Any]) -> bool:
-    """Say whether a sample site cannot be drawn from."""
+    """Return whether a sample site cannot be drawn from."""
     return type(unwrapped(site["fn"])).__name__ == "ImproperUniform"
 
 
@@ -142,7 +142,7 @@ def filled_trace(model: Callable, args: tuple, kwargs: dict) -> dict[str, Any]:
 
 
 def unchecked_trace(model: Callable, args: tuple, kwargs: dict) -> dict[str, Any]:
-    """Trace a model at an initialisation that it need not be able to bear.
+    """Trace a model at an initialisation, without NumPyro's checks of values.
 
     NumPyro checks the values of distributions; at an arbitrary point they may be NaN, as those of
     a differential equation that its solver gives up on, although they are not at any draw.
@@ -151,7 +151,7 @@ def unchecked_trace(model: Callable, args: tuple, kwargs: dict) -> dict[str, Any
         return filled_trace(model, args, kwargs)
 
 
-def anatomy(
+def model_sites(
     model: Callable, args: tuple, kwargs: dict, *, prior_sites: Collection[str] = ()
 ) -> dict[str, Site]:
     """Trace a model abstractly, with nothing computed or compiled, and describe its sites."""

@@ -26,7 +26,7 @@ _INSIDE = tuple(f"{Path(path).parent}{os.sep}" for path in _PACKAGES)
 
 
 def is_factor(site: Mapping[str, Any]) -> bool:
-    """Say whether a trace site was made by `numpyro.factor`."""
+    """Return whether a trace site was made by `numpyro.factor`."""
     return site["type"] == "sample" and isinstance(unwrapped(site["fn"]), dist.Unit)
 
 
@@ -40,7 +40,7 @@ def unwrapped(fn: Any) -> Any:
 def site_role(
     site: Mapping[str, Any], seen: Collection[str] = (), prior_sites: Collection[str] = ()
 ) -> Role:
-    """Tell whether a sample site belongs to the prior, the likelihood or a change of variables.
+    """Return whether a sample site belongs to the prior, the likelihood or a change of variables.
 
     Args:
         site: a sample message or trace site.
@@ -60,7 +60,7 @@ def site_role(
 
 
 def _made_by_numpyro(name: str, suffix: str) -> bool:
-    """Say whether a factor has a name that NumPyro makes of a site's, `_{site}{suffix}`.
+    """Return whether a factor has a name that NumPyro makes of a site's, `_{site}{suffix}`.
 
     A scope in the model puts its prefix before a site's name, and before the factor's once more:
     `a/x` has the factor `a/_a/x_log_det`.
@@ -179,7 +179,7 @@ def one_key(rng_key: Any) -> jax.Array:
 
 
 def is_zero(weight: ArrayLike) -> bool:
-    """Say whether a weight is known now to be 0, so that its term is dropped altogether."""
+    """Return whether a weight is known now to be 0, so that its term is dropped altogether."""
     return not isinstance(weight, jax.core.Tracer) and bool(weight == 0)
 
 

@@ -96,7 +96,7 @@ def _same(tree: Any) -> Any:
 
 
 def is_far(tree: Any) -> bool:
-    """Say whether arrays are spread over several processes."""
+    """Return whether arrays are spread over several processes."""
     return any(map(_is_far, jax.tree.leaves(tree)))
 
 

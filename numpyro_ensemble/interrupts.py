@@ -48,13 +48,13 @@ class Interrupts:
         self.came = number
 
     def ended(self) -> bool:
-        """Say whether the run ends now; where it is on several hosts, all of them ask together."""
+        """Return whether the run ends now. On several hosts, all of them ask together."""
         self._elsewhere = bool(of_all(self.came is not None, self._mesh).any())
         return self._elsewhere
 
     @property
     def ended_a_run(self) -> bool:
-        """Say whether there was one, in this process or in another that runs the same."""
+        """Return whether there was one, in this process or in another that runs the same."""
         return self.came is not None or self._elsewhere
 
     def end_process(self) -> None:

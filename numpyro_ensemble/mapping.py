@@ -149,7 +149,7 @@ def check_mixture(weights: Any, number: int, parts: str) -> Any:
 
 
 def finite_members(trees: Any, ensemble_size: int) -> np.ndarray:
-    """Say which members `(E,)` hold nothing but finite numbers; shared leaves do not count."""
+    """Return which members `(E,)` hold nothing but finite numbers; shared leaves do not count."""
     finite = np.ones(ensemble_size, bool)
     for leaf in jax.tree.leaves(trees):
         if is_inexact(leaf) and np.shape(leaf)[:1] == (ensemble_size,):

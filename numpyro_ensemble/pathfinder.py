@@ -13,7 +13,7 @@ from numpyro.infer import init_to_uniform
 
 from numpyro_ensemble.calls.arguments import has_tracers
 from numpyro_ensemble.calls.keywords import checked_keywords
-from numpyro_ensemble.density import anatomy
+from numpyro_ensemble.density import model_sites
 from numpyro_ensemble.handlers import check_count, one_key, warn
 from numpyro_ensemble.mapping import map_draws, pick
 from numpyro_ensemble.results import TRUSTED_K, PathfinderResult, name_members
@@ -128,7 +128,7 @@ class Pathfinder:
 
     def _check_model(self, args: tuple, kwargs: dict) -> None:
         self._target.latent_names(args, kwargs)
-        sites = anatomy(self.model, args, kwargs).values()
+        sites = model_sites(self.model, args, kwargs).values()
         params = [site.name for site in sites if site.kind == "param"]
         if params:
             raise ValueError(

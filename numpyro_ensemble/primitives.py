@@ -72,7 +72,7 @@ class EnsembleState:
 
 
 def is_inexact(leaf: Any) -> bool:
-    """Say whether a leaf is an array of real or complex numbers: what a fit can train."""
+    """Return whether a leaf is an array of real or complex numbers: what a fit can train."""
     kinds = np.ndarray | np.generic | jax.Array
     return isinstance(leaf, kinds) and jnp.issubdtype(leaf.dtype, jnp.inexact)
 

@@ -100,7 +100,7 @@ class Placement:
         return call
 
     def settle(self, tree: Any, total: int) -> Any:
-        """Say within a program where arrays with a leading axis end: spread, if devices divide it.
+        """Place arrays with a leading axis within a program: spread, if devices divide the axis.
 
         Each of several hosts has all of them.
         """
@@ -112,12 +112,12 @@ class Placement:
 
     @property
     def on_hosts(self) -> bool:
-        """Say whether devices of the mesh belong to several processes."""
+        """Return whether devices of the mesh belong to several processes."""
         return self.mesh is not None and self.mesh.is_multi_process
 
     @property
     def speaks(self) -> bool:
-        """Say whether this process is the one of several that draws bars."""
+        """Return whether this process is the one of several that draws bars."""
         return not self.on_hosts or jax.process_index() == processes(self.mesh)[0]
 
     def of_all(self, value: Any) -> np.ndarray:

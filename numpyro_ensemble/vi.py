@@ -13,7 +13,7 @@ from numpyro.infer import Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO
 from numpyro.infer.autoguide import AutoGuide, AutoLaplaceApproximation
 
 from numpyro_ensemble.calls.arguments import has_tracers
-from numpyro_ensemble.calls.identity import captured, may_differ
+from numpyro_ensemble.calls.identity import closure_fingerprint, may_differ
 from numpyro_ensemble.calls.keywords import checked_keywords
 from numpyro_ensemble.calls.programs import Programs
 from numpyro_ensemble.fit.ensemble import Ensemble
@@ -248,7 +248,7 @@ class EnsembleVI(Ensemble):
 
         params = {**result.params, **(result.state.mutable_state or {})}
         inputs = (rng_key, params, values)
-        how = (template, captured(template.guide), size, num_samples, with_density)
+        how = (template, closure_fingerprint(template.guide), size, num_samples, with_density)
         samples, densities, known = self._drawing.call(draw, inputs, self.model, args, kwargs, *how)
         if "log_q_mixture" in densities and not has_tracers(known) and not bool(known):
             del densities["log_q_mixture"]

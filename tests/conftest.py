@@ -57,7 +57,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def _has_its_turn(item: pytest.Item) -> bool:
-    """Say whether a run takes a test: if asked, a sixteenth of the long ones or half of the others.
+    """Return whether a run takes a test: a sixteenth of the long ones, or half of the others.
 
     All cases of a test go together.
     """

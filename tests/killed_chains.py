@@ -61,7 +61,7 @@ if __name__ == "__main__":
     print("started", flush=True)
 
     class Telling(checkpointed.Keeper):
-        """Says what it keeps."""
+        """Print what it keeps."""
 
         def save(self, step, tree):
             super().save(step, tree)

@@ -250,7 +250,7 @@ def poison(mesh):
 
 
 def poison_thousand():
-    """Say whether members differ by what others suffer, plain and on four devices."""
+    """Return whether members differ by what others suffer, plain and on four devices."""
     for label, mesh in (("plain", None), ("sharded", "all")):
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")

@@ -14,7 +14,7 @@ from numpyro.infer.util import log_density
 from zoo import CASES, X, Y, chosen, ridge
 
 from numpyro_ensemble import log_joint
-from numpyro_ensemble.density import anatomy
+from numpyro_ensemble.density import model_sites
 
 
 def tolerance():
@@ -112,8 +112,8 @@ def of_every_kind(x, y=None):
 
 
 @pytest.mark.leaks
-def test_the_anatomy_of_a_model():
-    sites = anatomy(of_every_kind, (np.ones((5, 2)),), {"y": np.ones((5, 2))})
+def test_the_sites_of_a_model():
+    sites = model_sites(of_every_kind, (np.ones((5, 2)),), {"y": np.ones((5, 2))})
     both = (("columns", 2), ("rows", 5))
     assert {k: (s.kind, s.role, s.shape, s.plates) for k, s in sites.items()} == {
         "scale": ("param", None, (), ()),
@@ -129,7 +129,7 @@ def test_the_anatomy_of_a_model():
     }
     assert sites["mean"].distribution == "Normal"
     assert [site.name for site in sites.values()] == list(sites)
-    unseen = anatomy(of_every_kind, (np.ones((5, 2)),), {}, prior_sites=["bonus"])
+    unseen = model_sites(of_every_kind, (np.ones((5, 2)),), {}, prior_sites=["bonus"])
     assert (unseen["y"].kind, unseen["y"].role) == ("latent", "prior")
     assert unseen["bonus"].role == "prior"
 
@@ -147,15 +147,15 @@ def test_the_anatomy_of_a_model():
 )  # fmt: skip
 def test_roles_of_reparameterised_scoped_and_imputed_sites(name, roles):
     model, args, kwargs = CASES[name]
-    sites = anatomy(model, args, kwargs)
+    sites = model_sites(model, args, kwargs)
     assert {k: s.role for k, s in sites.items() if s.role is not None} == roles
 
 
-def test_anatomy_compiles_nothing(compile_count):
+def test_model_sites_compiles_nothing(compile_count):
     x = np.ones((7, 3))  # shapes that no other test has compiled anything for
     y = np.ones(7)
     with compile_count() as count:
-        sites = anatomy(ridge, (x, y), {})
+        sites = model_sites(ridge, (x, y), {})
     assert count.count == 0, count.names
     assert sites["w"].shape == (3,)
     with compile_count() as count:

@@ -18,7 +18,7 @@ from numpyro.infer.util import constrain_fn, initialize_model
 from numpyro.primitives import Messenger
 
 from numpyro_ensemble import EnsembleMAP, Pathfinder, log_joint, reweight
-from numpyro_ensemble.density import anatomy
+from numpyro_ensemble.density import model_sites
 from numpyro_ensemble.mcmc import MEADS, ChEES, starts
 from numpyro_ensemble.mcmc.target import Target
 
@@ -229,12 +229,12 @@ def test_deterministic_sites_that_depend_on_discrete_ones_are_left_out(key):
     assert_allclose(sites["loc"][:, 1], sites["low"] + sites["gap"], **tolerance())
 
 
-def test_the_anatomy_knows_what_is_marked():
-    sites = anatomy(mixture, (Y,), {})
+def test_the_sites_of_a_model_know_what_is_marked():
+    sites = model_sites(mixture, (Y,), {})
     assert (sites["kind"].kind, sites["kind"].marked, sites["kind"].not_summed) == (
         "discrete", True, "",
     )  # fmt: skip
-    assert not anatomy(unmarked, (Y,), {})["on"].marked
+    assert not model_sites(unmarked, (Y,), {})["on"].marked
 
 
 # Chains -------------------------------------------------------------------------------------------
@@ -271,7 +271,7 @@ def drawn(kernel, key, num_samples=120):
 
 
 def is_true(rate):
-    """Say whether draws `(C, N)` have the moments of the grid, by the errors of chains' means."""
+    """Return whether draws `(C, N)` have the moments of the grid, by errors of chains' means."""
     mean, sd, _ = truth()
     means, squares = rate.mean(1), ((rate - mean) ** 2).mean(1)
     errors = [x.std(ddof=1) / np.sqrt(len(x)) for x in (means, squares)]

@@ -118,8 +118,8 @@ def test_the_prior_draw_needs_the_jitter_too():
     assert accepts(paths(new), mean, covariance)
     # what is left of a prior draw with the noise alone
     C = gram(kernel, points) + 2e-4 * np.eye(40)
-    error = np.asarray(paths.right) - (np.sin(points[:, 0]) - np.asarray(paths.prior(points)))
-    shrunk = np.asarray(paths.right) - error * (1 - np.sqrt(0.5))
+    error = np.asarray(paths.rhs) - (np.sin(points[:, 0]) - np.asarray(paths.prior(points)))
+    shrunk = np.asarray(paths.rhs) - error * (1 - np.sqrt(0.5))
     values = np.asarray(paths.prior(new)) + np.linalg.solve(C, shrunk.T).T @ gram(
         kernel, points, new
     )
@@ -175,7 +175,7 @@ def test_solves_in_single_precision_are_refined(key):
     exact, alpha = np.float64(points), np.asarray(paths.alpha, float)
     K = np.exp(-0.5 * ((exact - exact.T) / 10.0) ** 2)
     added = float(paths.jitter)
-    left = alpha @ (K + added * np.eye(300)) - np.asarray(paths.right, float)
+    left = alpha @ (K + added * np.eye(300)) - np.asarray(paths.rhs, float)
     assert np.sqrt((left**2).mean()) < np.sqrt(added)
 
 
@@ -301,9 +301,9 @@ def test_an_update_conditions_the_same_functions(stacked):
     union = np.concatenate([X, more])
     kernel = RBF(1.2, 0.8)
     C = gram(kernel, union) + np.diag(first.diagonal)
-    assert_allclose(first.right[:, :15], some_paths().right, **SAME)
+    assert_allclose(first.rhs[:, :15], some_paths().rhs, **SAME)
     expected = np.asarray(first.prior(X_NEW)) + 0.5
-    expected += np.linalg.solve(C, np.asarray(first.right).T).T @ gram(kernel, union, X_NEW)
+    expected += np.linalg.solve(C, np.asarray(first.rhs).T).T @ gram(kernel, union, X_NEW)
     assert_allclose(first(X_NEW), expected, rtol=within(1e-6), atol=within(0.0, 5e-5))
     own = paths(more) + 0.1  # pending points: each path its own values
     assert_allclose(paths.update(more, own, noise=0.0)(more), own, atol=known)
@@ -342,8 +342,8 @@ def test_residuals_are_measured_or_left_out(key):
     options = {"noise": 1e-3, "num_paths": 3, "num_features": 64}
     paths = draw_paths(key, kernel, X, Y, solver="cg", tolerance=tolerance, **options)
     C = gram(kernel, X) + np.diag(paths.diagonal)
-    left = np.asarray(paths.right) - np.asarray(paths.alpha) @ C
-    norms = np.linalg.norm(left, axis=1) / np.linalg.norm(paths.right, axis=1)
+    left = np.asarray(paths.rhs) - np.asarray(paths.alpha) @ C
+    norms = np.linalg.norm(left, axis=1) / np.linalg.norm(paths.rhs, axis=1)
     assert_allclose(paths.residuals, norms, rtol=1e-2, atol=10 * float(jnp.finfo(float).eps))
     factored = draw_paths(key, kernel, X, Y, **options)
     assert (np.isnan(factored.residuals) == within(True, False)).all() and factored.ok.all()

@@ -47,7 +47,7 @@ def pathwise():
 
 
 def means_agree(values, moments, number):
-    """Say whether draws `(S * P, N)` have the moments of the mixture."""
+    """Return whether draws `(S * P, N)` have the moments of the mixture."""
     error = np.sqrt(moments.variance / number)
     return bool(
         (abs(values.mean(axis=0) - moments.mean) < 5 * error).all()

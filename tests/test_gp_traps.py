@@ -57,9 +57,9 @@ def test_updates_of_some_paths_are_those_of_all(key):
     new, values = np.array([1.1, 2.3]), np.array([0.5, 0.4])
     whole = paths.update(new, values)
     part = paths[np.array([4, 1])].update(new, values)
-    assert_allclose(part.right[:, 12:], whole.right[np.array([4, 1]), 12:], rtol=1e-4, atol=1e-6)
+    assert_allclose(part.rhs[:, 12:], whole.rhs[np.array([4, 1]), 12:], rtol=1e-4, atol=1e-6)
     draws = Pathwise(observed, SCALES, X, Y, num_paths=3, **OPTIONS).draw(key)["y"]
-    error = draws[:3].update(new, values).right[..., 12:]
+    error = draws[:3].update(new, values).rhs[..., 12:]
     assert np.std(np.asarray(error), axis=0).min() > 1e-3
     old = draw_paths(jax.random.key(0, impl="rbg"), RBF(), X, Y, noise=0.1, **OPTIONS)
     assert np.isfinite(old.update(new, values)(X_NEW)).all()

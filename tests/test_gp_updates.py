@@ -47,7 +47,7 @@ def given(mean, covariance, noise=NOISE, values=NEW):
 
 
 def accepts(draws, mean, variance):
-    """Say whether mean and variance of draws are within the standard errors of these."""
+    """Return whether mean and variance of draws are within the standard errors of these."""
     draws, number = np.asarray(draws, float), len(draws)
     z_mean = (draws.mean(axis=0) - mean) / np.sqrt(variance / number)
     z_variance = (((draws - mean) ** 2).mean(axis=0) / variance - 1) * np.sqrt(number / 2)

@@ -26,7 +26,7 @@ from numpyro.infer.autoguide import AutoLowRankMultivariateNormal, AutoNormal
 from zoo import NNX
 
 from numpyro_ensemble import EnsembleMAP, EnsembleVI, reweight
-from numpyro_ensemble.calls.identity import captured, fingerprint, is_unknown
+from numpyro_ensemble.calls.identity import closure_fingerprint, fingerprint, is_unknown
 
 
 class Link(enum.Enum):
@@ -144,12 +144,12 @@ def three_levels_up():
 
 
 def noticed(fn, rebind):
-    """Say whether a function's surroundings are others after a change, and equal without one."""
-    before = captured(fn)
-    assert captured(fn) == before
+    """Return whether a function's surroundings are others after a change, and equal without one."""
+    before = closure_fingerprint(fn)
+    assert closure_fingerprint(fn) == before
     hash(before)
     rebind()
-    return captured(fn) != before
+    return closure_fingerprint(fn) != before
 
 
 REBOUND = {
@@ -218,9 +218,9 @@ def test_a_cell_that_is_still_empty_is_no_error():
     def model():
         return later
 
-    before = captured(model)
+    before = closure_fingerprint(model)
     later = 1.0
-    assert captured(model) != before
+    assert closure_fingerprint(model) != before
 
 
 def test_defaults_are_noticed():
@@ -243,7 +243,7 @@ def test_a_function_that_makes_others_with_defaults_and_closures_is_looked_into(
 
         return inner
 
-    assert captured(make) == captured(make)
+    assert closure_fingerprint(make) == closure_fingerprint(make)
 
 
 def test_what_partial_binds_is_noticed():
@@ -260,8 +260,8 @@ def test_what_partial_binds_is_noticed():
     assert noticed(functools.partial(functools.partial(model, y=1.0), array), change)
     bound = functools.partial(model, y=1.0)
     renamed = functools.partial(model, x=1.0)
-    assert captured(bound) != captured(renamed)
-    assert captured(bound) == captured(functools.partial(model, y=1.0))
+    assert closure_fingerprint(bound) != closure_fingerprint(renamed)
+    assert closure_fingerprint(bound) == closure_fingerprint(functools.partial(model, y=1.0))
 
 
 def test_a_handler_around_a_model_hides_nothing():
@@ -281,9 +281,9 @@ def test_a_handler_around_a_model_hides_nothing():
 
 def test_a_call_of_a_reweighted_model_is_no_change():
     model = reweight(lambda: numpyro.sample("x", dist.Normal(0.0, 1.0)), prior=0.5)
-    before = captured(model)
+    before = closure_fingerprint(model)
     handlers.seed(model, 0)()
-    assert captured(model) == before
+    assert closure_fingerprint(model) == before
 
 
 def test_the_object_of_a_method_is_noticed():
@@ -300,7 +300,7 @@ def test_the_object_of_a_method_is_noticed():
         regression.data[0] += 1.0
 
     method = regression.model
-    assert captured(method) == captured(regression.model)
+    assert closure_fingerprint(method) == closure_fingerprint(regression.model)
     assert noticed(method, change)
     assert noticed(lambda: method(), change)
 
@@ -339,7 +339,7 @@ def test_a_tracer_is_passed_over():
         def model():
             return x
 
-        assert captured(model) == captured(model)
+        assert closure_fingerprint(model) == closure_fingerprint(model)
         return x
 
     assert outer(1.0) == 1.0
@@ -649,10 +649,10 @@ CHANGED_IN_PLACE = {
 @pytest.mark.parametrize("case", CHANGED_IN_PLACE)
 def test_what_is_changed_in_place_is_another_or_unknown(case):
     read, change = CHANGED_IN_PLACE[case]()
-    before, again = captured(read), captured(read)
+    before, again = closure_fingerprint(read), closure_fingerprint(read)
     assert before == again or is_unknown(before)
     change()
-    assert captured(read) != before
+    assert closure_fingerprint(read) != before
 
 
 @pytest.mark.parametrize(
@@ -665,7 +665,7 @@ def test_what_is_changed_in_place_is_another_or_unknown(case):
 )
 def test_what_is_unknown_is_traced_but_not_compiled_again(make, compile_count, key):
     read, change = make()
-    assert is_unknown(captured(read))
+    assert is_unknown(closure_fingerprint(read))
 
     def model(y):
         normal(read(), y)
@@ -714,7 +714,7 @@ def test_an_installed_package_is_fixed_before_it_is_imported(monkeypatch, tmp_pa
         made = {}
         exec(f"def read():\n    import {name}\n    return 1.0", made)
         assert name not in sys.modules
-        assert is_unknown(captured(made["read"])) is users
+        assert is_unknown(closure_fingerprint(made["read"])) is users
 
 
 def test_two_callbacks_are_two_programs(key):

@@ -11,7 +11,12 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.mark.promotes_ranks
 @pytest.mark.parametrize(
-    "page", ["README.md", pytest.param("docs/coming_from.md", marks=pytest.mark.long)]
+    "page",
+    [
+        "README.md",
+        pytest.param("docs/coming_from.md", marks=pytest.mark.long),
+        pytest.param("docs/faq.md", marks=pytest.mark.long),
+    ],
 )
 def test_code_of_a_page_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)

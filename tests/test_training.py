@@ -254,7 +254,7 @@ def test_halves_equal_the_whole_with_batches_and_failed_steps(key):
 
 
 def stops(losses, patience, min_delta, window):
-    """Say after how many steps the rule stops, in plain Python."""
+    """Return after how many steps the rule stops, in plain Python."""
     best, stale = np.inf, 0
     for end in range(window, len(losses) + 1, window):
         mean = np.mean(losses[end - window : end])

@@ -1,4 +1,4 @@
-"""Draws from the fit of one data set, whatever it is fitted by."""
+"""Draws from the fit of one data set, by any kind of fit."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def _by_chains(mcmc: MCMC, num_draws: int) -> Callable:
 
 
 def mapped_fits(one: Callable, given: Any, batch_size: int | None) -> Any:
-    """Map a function over what tells fits apart, in one program: so many at once, or all."""
+    """Map a fit over data sets and keys in one program: `batch_size` at once, or all."""
     number = len(jax.tree.leaves(given)[0])
     fits = tracing_alone(lambda given: map_draws(one, given, batch_size or number))
     return jax.tree.map(np.asarray, jax.jit(fits, compiler_options=compiler_options(2))(given))

@@ -27,7 +27,7 @@ _ALARM = 0.01  # a p-value below which a quantity is called miscalibrated
 
 
 class Calibration(NamedTuple):
-    """Ranks of true values among draws, and whether they are as those of an exact posterior.
+    """Ranks of true values among draws, and a test of whether an exact posterior has such ranks.
 
     Attributes:
         data: ArviZ data with the group `prior_sbc`, or `posterior_sbc`: for each quantity the ranks
@@ -148,7 +148,7 @@ def sbc(
     keys = jax.random.split(fit_key, num_datasets)
     counts = mapped_fits(one, (keys, truths, data), batch_size)
     good = simulated & counts.finite
-    _tell(simulated, counts.finite, on_failed)
+    _report_left_out(simulated, counts.finite, on_failed)
     kept = jax.tree.map(lambda x: np.asarray(x)[good], (truths, counts.below, counts.equal))
     truths, below, equal = kept
     ties = _uniform(tie_key, below)
@@ -217,11 +217,11 @@ def _counted(
 
 
 def _all_finite(values: dict[str, jax.Array]) -> jax.Array:
-    """Say whether all numbers are finite."""
+    """Return whether all numbers are finite."""
     return jnp.stack([jnp.isfinite(x).all() for x in values.values()]).all()
 
 
-def _tell(simulated: np.ndarray, fitted: np.ndarray, on_failed: str) -> None:
+def _report_left_out(simulated: np.ndarray, fitted: np.ndarray, on_failed: str) -> None:
     """Name the data sets that are left out, or raise."""
     parts = []
     for text, bad in (

@@ -205,7 +205,7 @@ def _named_place(
 
 
 def _is(own: Any, value: Any) -> bool:
-    """Say whether an argument is an array of these values."""
+    """Return whether an argument is an array of these values."""
     if not isinstance(own, np.ndarray | jax.Array | list | float | int):
         return False
     own, value = np.asarray(own), np.asarray(value)

@@ -101,7 +101,7 @@ def _least_probable(values: np.ndarray) -> np.ndarray:
 
 @functools.lru_cache(maxsize=16)
 def _tails(number: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the probabilities of so few, and of so many, values below each place."""
+    """Return the probabilities of at most, and of at least, so many values below each place."""
     from scipy import stats
 
     count, places = np.arange(number + 1), _places(number)[:, None]

@@ -119,19 +119,19 @@ def _unpickled_form(arguments: Arguments) -> CallForm:
 
 
 def _is_readable(leaf: Any) -> bool:
-    """Say whether a leaf holds real or complex numbers that this process can read."""
+    """Return whether a leaf holds real or complex numbers that this process can read."""
     if has_tracers(leaf) or not (isinstance(leaf, float) or is_inexact(leaf)):
         return False
     return not isinstance(leaf, jax.Array) or leaf.is_fully_addressable
 
 
 def has_tracers(tree: Any) -> bool:
-    """Say whether any leaf is a tracer, so that nothing about its value is known."""
+    """Return whether any leaf is a tracer, so that nothing about its value is known."""
     return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
 
 
 def traces(tree: Any) -> bool:
-    """Say whether a transformation is under way that programs made now would be part of."""
+    """Return whether a transformation is under way that programs made now would be part of."""
     return has_tracers(tree) or isinstance(jax.lax.full((), 0), jax.core.Tracer)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 
 def is_array(leaf: Any) -> bool:
-    """Say whether a leaf is an array that a program could take as an input."""
+    """Return whether a leaf is an array that a program could take as an input."""
     return isinstance(leaf, np.ndarray | jax.Array)
 
 

@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from numpyro_ensemble.calls.marks import BY_VALUE, Hashed, Same, Unknown
-from numpyro_ensemble.calls.opening import open_up
+from numpyro_ensemble.calls.marks import BY_VALUE, ByIdentity, Hashed, Unknown
+from numpyro_ensemble.calls.opening import children_of
 
 
 class _Constant:
@@ -70,7 +70,7 @@ def fingerprint(leaf: Any) -> Any:
     another.
     """
     mark = _mark(leaf)
-    return captured(leaf) if mark is None else mark
+    return closure_fingerprint(leaf) if mark is None else mark
 
 
 def _mark(value: Any) -> Any:
@@ -79,7 +79,7 @@ def _mark(value: Any) -> Any:
     if kind in BY_VALUE or isinstance(value, np.dtype):
         return (kind, repr(value) if kind in (float, complex) else value)
     if isinstance(value, jax.core.Tracer):
-        return Same(value)
+        return ByIdentity(value)
     if isinstance(value, jax.Array):
         return _Constant(value)
     if (kind is np.ndarray or isinstance(value, np.generic)) and not value.dtype.hasobject:
@@ -107,7 +107,7 @@ def _drop_old_cast(array: np.ndarray, digest: str) -> None:
     _casts[number] = weakref.ref(array, lambda _: _casts.pop(number, None)), digest
 
 
-def captured(value: Any) -> tuple:
+def closure_fingerprint(value: Any) -> tuple:
     """Return marks of a value and of the data that it takes from its surroundings.
 
     A model often reads its data from the enclosing scope. Rebinding or changing such data must not
@@ -124,18 +124,18 @@ def may_differ(mine: Any, theirs: Any) -> bool:
 
     A function is the same as itself, whatever it reads that cannot be compared.
     """
-    return mine is not theirs and captured(mine) != captured(theirs)
+    return mine is not theirs and closure_fingerprint(mine) != closure_fingerprint(theirs)
 
 
 def is_unknown(marks: Any) -> bool:
-    """Return whether anything that `captured` has met cannot be compared."""
+    """Return whether anything that `closure_fingerprint` has met cannot be compared."""
     return _holds(marks, lambda mark: isinstance(mark, Unknown))
 
 
 def holds_tracers(marks: Any) -> bool:
-    """Return whether anything that `captured` has met is a tracer."""
+    """Return whether anything that `closure_fingerprint` has met is a tracer."""
     return _holds(
-        marks, lambda mark: isinstance(mark, Same) and isinstance(mark.value, jax.core.Tracer)
+        marks, lambda mark: isinstance(mark, ByIdentity) and isinstance(mark.value, jax.core.Tracer)
     )
 
 
@@ -165,7 +165,7 @@ def _collect(value: Any, marks: list, met: dict[int, int]) -> None:
         marks.append(("again", met[id(value)]))
         return
     met[id(value)] = len(met)
-    mark, parts = open_up(value)
+    mark, parts = children_of(value)
     marks.append((mark, len(parts)))
     for part in parts:
         _collect(part, marks, met)

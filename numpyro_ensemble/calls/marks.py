@@ -28,14 +28,14 @@ class Hashed:
         return self._hash
 
 
-class Same:
+class ByIdentity:
     """Equal to another one of the very same object, which it keeps alive."""
 
     def __init__(self, value: Any) -> None:
         self.value = value
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Same) and self.value is other.value
+        return isinstance(other, ByIdentity) and self.value is other.value
 
     def __hash__(self) -> int:
         return id(self.value)

@@ -1,4 +1,4 @@
-"""What values are made of, where it is plain: functions, classes and objects opened up."""
+"""The parts of a value: of functions, classes and objects whose contents can be listed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from jax.tree_util import default_registry
 from numpyro.infer.autoguide import AutoGuide
 from numpyro.primitives import Messenger
 
-from numpyro_ensemble.calls.marks import BY_VALUE, Same, Unknown
+from numpyro_ensemble.calls.marks import BY_VALUE, ByIdentity, Unknown
 
 _PARTS_OF_CLASSES = {
     "__abstractmethods__", "__annotate_func__", "__annotations__", "__annotations_cache__",
@@ -39,7 +39,7 @@ _OPERATIONS = ("GLOBAL", "LOAD_NAME"), ("ATTR", "LOAD_METHOD"), ("IMPORT_NAME",)
 _PLAIN_PACKAGES = {"jax", "numpyro", __name__.partition(".")[0]}  # whose objects hide nothing
 
 
-def open_up(value: Any) -> tuple[Any, list[Any]]:
+def children_of(value: Any) -> tuple[Any, list[Any]]:
     """Return what tells a value apart by itself, and the parts that it is made of."""
     kind = type(value)
     if kind in (list, tuple):
@@ -60,12 +60,12 @@ def open_up(value: Any) -> tuple[Any, list[Any]]:
         return kind, [value.__func__]
     if kind is property:
         return kind, [value.fget]
-    if kind is Same:
+    if kind is ByIdentity:
         return value, []
     if kind is types.BuiltinFunctionType:
         return (kind, value.__name__), [value.__self__]
     if isinstance(value, types.ModuleType):
-        return (Same(value) if _is_fixed(value.__name__) else Unknown()), []
+        return (ByIdentity(value) if _is_fixed(value.__name__) else Unknown()), []
     if isinstance(value, types.FunctionType):
         return _open_function(value)
     if isinstance(value, type):
@@ -75,7 +75,7 @@ def open_up(value: Any) -> tuple[Any, list[Any]]:
 
 def _open_function(fn: types.FunctionType) -> tuple[Any, list[Any]]:
     if _is_fixed(fn.__module__) and not fn.__closure__:
-        return Same(fn), []
+        return ByIdentity(fn), []
     reached, hides = _reached(fn)
     if hides:
         return Unknown(), []
@@ -95,7 +95,7 @@ def _reached(fn: types.FunctionType) -> tuple[list[Any], bool]:
             continue
         value = fn.__globals__[name]
         if isinstance(value, types.ModuleType) and _is_users(value.__name__):
-            found += [Same(value), *(vars(value)[n] for n in attributes if n in vars(value))]
+            found += [ByIdentity(value), *(vars(value)[n] for n in attributes if n in vars(value))]
         else:
             found.append(value)
     return found, hides
@@ -104,9 +104,9 @@ def _reached(fn: types.FunctionType) -> tuple[list[Any], bool]:
 def _open_class(cls: type) -> tuple[Any, list[Any]]:
     """Open a class of the user's own: its functions and attributes."""
     if not _is_users(cls.__module__):
-        return Same(cls), []
+        return ByIdentity(cls), []
     own = {name: v for name, v in vars(cls).items() if name not in _PARTS_OF_CLASSES}
-    return (Same(cls), tuple(own)), [*own.values(), *cls.__bases__, type(cls)]
+    return (ByIdentity(cls), tuple(own)), [*own.values(), *cls.__bases__, type(cls)]
 
 
 def _open_object(value: Any) -> tuple[Any, list[Any]]:
@@ -115,7 +115,7 @@ def _open_object(value: Any) -> tuple[Any, list[Any]]:
     if isinstance(value, AutoGuide):
         learnt = learnt_by(value)
         held = {name: v for name, v in vars(value).items() if name not in learnt}
-        return (Same(value), tuple(held)), list(held.values())
+        return (ByIdentity(value), tuple(held)), list(held.values())
     if isinstance(value, Messenger):  # a handler around a model: its state in use does not count
         held = {n: v for n, v in vars(value).items() if not n.startswith("_")}
         return (kind, tuple(held)), list(held.values())
@@ -123,7 +123,7 @@ def _open_object(value: Any) -> tuple[Any, list[Any]]:
     if level is not None:
         return kind, [*level[0], level[1], kind]
     if kind is object:
-        return Same(value), []
+        return ByIdentity(value), []
     if all(map(_hides_nothing, kind.__mro__[:-1])):
         return (kind, tuple(vars(value))), [*vars(value).values(), kind]
     return (Unknown(), []) if _is_users(kind.__module__) else _open_installed(value)
@@ -132,7 +132,7 @@ def _open_object(value: Any) -> tuple[Any, list[Any]]:
 def _open_installed(value: Any) -> tuple[Any, list[Any]]:
     """Open an object of an installed class: one of its names, a wrapped function, or a value."""
     if _is_of_library(value):
-        return Same(value), []
+        return ByIdentity(value), []
     wrapped = getattr(value, "__wrapped__", None)
     if wrapped is not None and _package(type(value).__module__) in ("jax", "jaxlib"):
         return type(value), [wrapped]
@@ -140,7 +140,7 @@ def _open_installed(value: Any) -> tuple[Any, list[Any]]:
 
 
 def _hides_nothing(cls: type) -> bool:
-    """Say whether the attributes of a class's objects are in their `__dict__` and its own."""
+    """Return whether the attributes of a class's objects are in their `__dict__` and its own."""
     if cls.__module__ in ("abc", "enum", "typing"):
         return True
     if not (_is_users(cls.__module__) or _package(cls.__module__) in _PLAIN_PACKAGES):
@@ -149,7 +149,7 @@ def _hides_nothing(cls: type) -> bool:
 
 
 def _is_value(value: Any) -> bool:
-    """Say whether an installed package says of an object that it is a value: equal, and hashed."""
+    """Return whether an installed package gives a class equality and a hash of values."""
     kind = type(value)
     own = {"__eq__", "__hash__"} & set().union(*(vars(cls) for cls in kind.__mro__[:-1]))
     package = _package(kind.__module__)
@@ -163,7 +163,7 @@ def _is_value(value: Any) -> bool:
 
 
 def _is_of_library(value: Any) -> bool:
-    """Say whether an object is one that an installed module gives its name to."""
+    """Return whether an object is one that an installed module gives its name to."""
     module, name = getattr(value, "__module__", None), getattr(value, "__name__", None)
     if not (isinstance(module, str) and isinstance(name, str) and _is_fixed(module)):
         return isinstance(value, np.ufunc)
@@ -195,7 +195,7 @@ def _held(value: Any) -> Any:
 
 @functools.cache
 def _is_fixed(module: str | None) -> bool:
-    """Say whether a module is one whose functions and constants do not change."""
+    """Return whether a module is one whose functions and constants do not change."""
     package = _package(module)
     if package in sys.stdlib_module_names:
         return package in _PURE
@@ -204,7 +204,7 @@ def _is_fixed(module: str | None) -> bool:
 
 @functools.cache
 def _is_users(module: str | None) -> bool:
-    """Say whether a module is the user's own code, neither Python's nor an installed one."""
+    """Return whether a module is the user's own code, neither Python's nor an installed one."""
     package = _package(module)
     if package in ("__main__", ""):
         return True

@@ -11,7 +11,7 @@ import jax
 from numpyro_ensemble._compat import HANDLERS
 from numpyro_ensemble.calls.arguments import Arguments, arrange, has_tracers
 from numpyro_ensemble.calls.executables import Executables, keep
-from numpyro_ensemble.calls.identity import can_return, captured, is_unknown
+from numpyro_ensemble.calls.identity import can_return, closure_fingerprint, is_unknown
 from numpyro_ensemble.calls.tracing import NUMPY_WANTED, TRACING, tracing_alone
 from numpyro_ensemble.sharding import Placement
 
@@ -22,7 +22,7 @@ REMEMBERED = 256  # sets of arguments with which a model is known to look at val
 def surroundings() -> tuple:
     """Return marks of the handlers that a call stands in: a program made there is another."""
     with TRACING:  # or another thread's are taken for this call's
-        return captured(tuple(HANDLERS))
+        return closure_fingerprint(tuple(HANDLERS))
 
 
 class Programs:
@@ -104,7 +104,7 @@ class Programs:
         raise AssertionError("the last attempt returns or raises")
 
     def _key(self, arguments: Arguments, model: Callable | None, *others: Any) -> tuple:
-        return (arguments.key(), captured(model), surroundings(), *others)
+        return (arguments.key(), closure_fingerprint(model), surroundings(), *others)
 
     def _find(self, key: Any, build: Callable[[], Any]) -> Any:
         found = self._kept.get(key)

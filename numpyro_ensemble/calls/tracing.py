@@ -47,10 +47,10 @@ def looking(fn: Callable) -> Callable:
     """Make a traced function raise a `LooksAtValuesError` where it needs concrete values."""
 
     @functools.wraps(fn)
-    def told(*args: Any, **kwargs: Any) -> Any:
+    def traced(*args: Any, **kwargs: Any) -> Any:
         try:
             return fn(*args, **kwargs)
         except VALUES_WANTED as error:
             raise LooksAtValuesError(str(error).partition("\n")[0]) from error
 
-    return told
+    return traced

@@ -13,7 +13,7 @@ from numpyro.infer.svi import SVIState
 
 from numpyro_ensemble.calls.arguments import NO_ARGUMENTS, TRACED, Arguments, CallForm, arrange
 from numpyro_ensemble.calls.executables import Executables, keep
-from numpyro_ensemble.calls.identity import can_return, captured, is_unknown, may_differ
+from numpyro_ensemble.calls.identity import can_return, closure_fingerprint, is_unknown, may_differ
 from numpyro_ensemble.calls.marks import Hashed
 from numpyro_ensemble.calls.programs import KEPT, REMEMBERED, surroundings
 from numpyro_ensemble.calls.tracing import NUMPY_WANTED, LooksAtValuesError, tracing_alone
@@ -27,7 +27,7 @@ from numpyro_ensemble.fit.programs import FitPrograms, constrain
 from numpyro_ensemble.fit.state import plain, setup_of
 from numpyro_ensemble.hosts import home
 
-Answer = TypeVar("Answer")
+Returned = TypeVar("Returned")
 Key = tuple[CallForm, Any, Hashed]
 
 _KEPT = 2 * KEPT  # programs for a form of arguments are found by two keys
@@ -47,14 +47,14 @@ class ProgramCache:
     def use(
         self,
         problem: Problem,
-        use: Callable[[FitCall], Answer],
+        use: Callable[[FitCall], Returned],
         args: tuple,
         kwargs: dict,
         options: RunOptions | None = None,
         *,
         starts: Mapping[str, Any] = MappingProxyType({}),
         state: SVIState | None = None,
-    ) -> Answer:
+    ) -> Returned:
         """Return what a function makes of the programs for these arguments.
 
         Arrays among the arguments are inputs of the programs. A model that looks at their values
@@ -150,7 +150,7 @@ class ProgramCache:
                 "result.params, or go on from it with run."
             )
         template, call = setup.template, setup.call or CallForm(NO_ARGUMENTS)
-        marks = (captured((problem.model, template.guide)), problem.settings(), call.key)
+        marks = (closure_fingerprint((problem.model, template.guide)), problem.settings(), call.key)
         key = ("params", template, Hashed(marks[:2]))
         program: Callable | None = self._kept.get(key)
         if program is None:
@@ -173,7 +173,11 @@ def _could_be_concrete(arguments: Arguments) -> bool:
 
 def _key(problem: Problem, form: CallForm, batches: Batches | None) -> Key:
     """Return what a program depends on."""
-    marks = (captured((problem.model, problem.guide)), *problem.settings(), surroundings())
+    marks = (
+        closure_fingerprint((problem.model, problem.guide)),
+        *problem.settings(),
+        surroundings(),
+    )
     return form, batches, Hashed(marks)
 
 

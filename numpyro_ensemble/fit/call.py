@@ -105,8 +105,8 @@ class FitCall:
             size = self.problem.ensemble_size
             init_params, axes = check_starts(init_params, self.parameter_forms, size)
             init_params = placement.fill(init_params, axes)
-        once = not traces((keys, init_params, self.arguments.leaves))
-        start = programs.start_program(maker, axes, once)
+        fast_compile = not traces((keys, init_params, self.arguments.leaves))
+        start = programs.start_program(maker, axes, fast_compile)
         with jax.disable_jit(False):  # what is traced in a set-up is not the same without jit
             outcome = start(self.form, keys, init_params, self.dynamic)
         state, values, first, _, alike, inside = outcome
@@ -280,6 +280,8 @@ class FitCall:
 
             return final
 
-        once = not traces((state, values, self.arguments.leaves))
-        program = programs.program(("outcome", once, forward), build, once=once)
+        fast_compile = not traces((state, values, self.arguments.leaves))
+        program = programs.program(
+            ("outcome", fast_compile, forward), build, fast_compile=fast_compile
+        )
         return self.cut(program(self.form, state, values, self.dynamic))

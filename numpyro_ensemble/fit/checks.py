@@ -28,7 +28,7 @@ from numpyro_ensemble.calls.arguments import (
 )
 from numpyro_ensemble.calls.keywords import check_call
 from numpyro_ensemble.calls.tracing import LooksAtValuesError, looking, tracing_alone
-from numpyro_ensemble.density import Site, anatomy, filled_trace
+from numpyro_ensemble.density import Site, filled_trace, model_sites
 from numpyro_ensemble.fit.batches import Batches, check_follows, first_member, first_rows, rescaled
 from numpyro_ensemble.fit.guides import check_hidden
 from numpyro_ensemble.fit.problem import Problem
@@ -87,7 +87,7 @@ class _Supply(Messenger):
         msg["value"] = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), form)
 
 
-def model_sites(
+def checked_sites(
     problem: Problem, arguments: Arguments, batches: Batches | None, starts: Mapping[str, Any]
 ) -> tuple[dict[str, Site], dict[str, Any]]:
     """Return the sites of a runner's model, traced abstractly, and check them.
@@ -210,7 +210,7 @@ def _trace(
         with supply:
             shared = _guide_params(problem.guide, args, kwargs)
             model = handlers.substitute(problem.model, data=shared) if shared else problem.model
-            found.update(anatomy(model, args, kwargs, prior_sites=problem.prior_sites))
+            found.update(model_sites(model, args, kwargs, prior_sites=problem.prior_sites))
 
     try:
         jax.eval_shape(tracing_alone(looking(look)), arguments.dynamic)

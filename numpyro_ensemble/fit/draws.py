@@ -28,7 +28,7 @@ def draw_latents(
 
 
 class Density(NamedTuple):
-    """The log density of a draw under its guide, and the values that tell it of other guides."""
+    """The log density of a draw under its guide, and what other guides need to compute theirs."""
 
     log_q: jax.Array
     values: dict[str, Any]
@@ -67,7 +67,7 @@ def density_at(
 
 
 def _tells_density(guide: Callable) -> bool:
-    """Say whether calling a guide tells the density of what `draw_latents` draws."""
+    """Return whether calling a guide tells the density of what `draw_latents` draws."""
     if isinstance(guide, AutoGuideList):
         return all(map(_tells_density, guide))
     return not isinstance(guide, AutoLaplaceApproximation | AutoDelta)

@@ -18,7 +18,7 @@ import numpy as np
 from numpyro.infer.autoguide import AutoGuide
 
 from numpyro_ensemble._compat import PROTOTYPES, latent_starts
-from numpyro_ensemble.calls.opening import learnt_by, note_learnt, open_up
+from numpyro_ensemble.calls.opening import children_of, learnt_by, note_learnt
 
 
 class KeepsOrder(AutoGuide):
@@ -116,7 +116,7 @@ def finish(guide: AutoGuide) -> frozenset[str]:
 
 
 def is_set_up(guide: Callable) -> bool:
-    """Say whether an autoguide has been called; functions have nothing to set up."""
+    """Return whether an autoguide has been called; functions have nothing to set up."""
     return not isinstance(guide, AutoGuide) or guide.prototype_trace is not None
 
 
@@ -140,7 +140,7 @@ def check_hidden(guide: Callable) -> None:
                 f"the guide calls an {name} that was not set up yet. Give EnsembleVI the {name} "
                 f"itself, or one AutoGuideList of all parts."
             )
-        ahead += open_up(value)[1]
+        ahead += children_of(value)[1]
 
 
 def set_up(guide: Callable, other: Callable) -> None:

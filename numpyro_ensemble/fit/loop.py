@@ -146,11 +146,11 @@ class Looks(NamedTuple):
     holding_nan: Callable[[], list[str]]
 
     def keeps(self, done: int) -> bool:
-        """Say whether a checkpoint is due after this step."""
+        """Return whether a checkpoint is due after this step."""
         return self.every is not None and done % self.every == 0
 
     def waits(self, done: int) -> bool:
-        """Say whether somebody wants the state after this step, before the next is taken."""
+        """Return whether somebody wants the state after this step, before the next is taken."""
         return self.callback is not None or self.keeps(done)
 
 

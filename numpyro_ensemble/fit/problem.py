@@ -9,8 +9,8 @@ from typing import Any
 from jax.typing import ArrayLike
 from numpyro.infer.autoguide import AutoGuide
 
-from numpyro_ensemble.calls.identity import captured
-from numpyro_ensemble.calls.marks import Same
+from numpyro_ensemble.calls.identity import closure_fingerprint
+from numpyro_ensemble.calls.marks import ByIdentity
 from numpyro_ensemble.density import Site
 from numpyro_ensemble.fit.guides import fresh
 from numpyro_ensemble.fit.slots import take_out
@@ -64,9 +64,9 @@ class Problem:
         for setting in fields(self):
             value = getattr(self, setting.name)
             if setting.metadata.get("by") == "identity":
-                marks.append(Same(value))
+                marks.append(ByIdentity(value))
             elif setting.name not in _APART:
-                marks.append(captured(value))
+                marks.append(closure_fingerprint(value))
         return tuple(marks)
 
     @property

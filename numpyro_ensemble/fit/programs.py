@@ -22,11 +22,11 @@ from numpyro_ensemble.calls.arguments import (
     CallForm,
 )
 from numpyro_ensemble.calls.executables import Executables, keep
-from numpyro_ensemble.calls.identity import captured
+from numpyro_ensemble.calls.identity import closure_fingerprint
 from numpyro_ensemble.calls.tracing import TRACING, looking, tracing_alone
 from numpyro_ensemble.density import Site
 from numpyro_ensemble.fit.batches import Batches, first_rows
-from numpyro_ensemble.fit.checks import check_one_posterior, check_values, model_sites
+from numpyro_ensemble.fit.checks import check_one_posterior, check_values, checked_sites
 from numpyro_ensemble.fit.forces import forces
 from numpyro_ensemble.fit.guides import latent_order, note_alike
 from numpyro_ensemble.fit.member import Member, Noting
@@ -95,7 +95,7 @@ class FitPrograms:
     def prepare(self, arguments: Arguments, call: CallForm) -> None:
         """Check the model with these arguments, and trace a start if no state has a template."""
         if self.checked is None:
-            self.checked = model_sites(self.problem, arguments, self.batches, self.starts)
+            self.checked = checked_sites(self.problem, arguments, self.batches, self.starts)
             check_values(self.problem, arguments)
             check_one_posterior(self.problem, arguments)
         if self.template is None:
@@ -150,11 +150,11 @@ class FitPrograms:
 
     # Starts -------------------------------------------------------------------------------------
 
-    def start_program(self, maker: Callable | None, axes: Any, once: bool) -> Any:
+    def start_program(self, maker: Callable | None, axes: Any, fast_compile: bool) -> Any:
         """Return the program that starts all members."""
         leaves, treedef = jax.tree.flatten(axes, is_leaf=lambda x: x is None)
-        key = ("start", captured(maker), treedef, tuple(leaves), once)
-        return self.program(key, lambda: self._start(maker, axes), once=once)
+        key = ("start", closure_fingerprint(maker), treedef, tuple(leaves), fast_compile)
+        return self.program(key, lambda: self._start(maker, axes), fast_compile=fast_compile)
 
     def _start(self, maker: Callable | None, axes: Any) -> Callable:
         problem = self.problem
@@ -244,7 +244,7 @@ class FitPrograms:
         return self.problem.placement.map(one, STATE_AXES)
 
     def program(
-        self, key: Any, build: Callable, *, donate: tuple[int, ...] = (), once: bool = False
+        self, key: Any, build: Callable, *, donate: tuple[int, ...] = (), fast_compile: bool = False
     ) -> Any:
         """Return a compiled function of a `CallForm` and arrays, made when first asked for.
 
@@ -252,12 +252,12 @@ class FitPrograms:
             key: what tells it from the others.
             build: makes the function.
             donate: positions of the arguments that it consumes.
-            once: it runs once in a fit, so that a fast compilation counts for more than fast code.
+            fast_compile: compile without optimisation, for a program that runs once in a fit.
         """
         fn: Any = self._programs.get(key)
         if fn is None:
             fn = tracing_alone(looking(build()))
-            options = compiler_options(0) if once else None
+            options = compiler_options(0) if fast_compile else None
             fn = jax.jit(fn, static_argnums=0, donate_argnums=donate, compiler_options=options)
             if self.executables is not None:
                 fn = self.executables.wrap(fn, statics=1)

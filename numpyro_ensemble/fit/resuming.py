@@ -42,12 +42,15 @@ def keeping(call: FitCall, keys: jax.Array, options: RunOptions) -> Iterator[Kee
     Raises:
         ValueError: for checkpoints that are in use, or processes that run different things.
     """
-    placement, told = call.problem.placement, cache(partial(_fingerprint, call, keys, options))
-    placement.check_alike(told)
+    placement, fingerprint = (
+        call.problem.placement,
+        cache(partial(_fingerprint, call, keys, options)),
+    )
+    placement.check_alike(fingerprint)
     if options.checkpoint is None:
         yield None
         return
-    keeper = Keeper(options.checkpoint, told(), placement)
+    keeper = Keeper(options.checkpoint, fingerprint(), placement)
     try:
         yield keeper
     finally:
@@ -74,7 +77,7 @@ def resume(call: FitCall, carry: Carry, keeper: Keeper) -> tuple[Carry, np.ndarr
 
 
 def _fingerprint(call: FitCall, keys: jax.Array, options: RunOptions) -> dict[str, dict[str, str]]:
-    """Return what the checkpoints of a run are told from others by."""
+    """Return what the checkpoints of a run are told apart by."""
     problem = call.problem
     forms = Leaves.of(call.forms.state)
     state = {

@@ -128,7 +128,7 @@ class _Walk:
         return new
 
     def _trace(self, trace: dict) -> dict:
-        """Copy a prototype trace; supports that stem from the start differ between members."""
+        """Copy a prototype trace; supports that depend on the start differ between members."""
         new = copy.copy(trace)
         for name, site in trace.items():
             fn = site.get("fn")

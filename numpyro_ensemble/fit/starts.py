@@ -99,7 +99,7 @@ def _check_one(name: str, value: Any, form: Any, size: int | None) -> tuple[Any,
 
 
 def kept(given: dict[str, Any], reached: dict[str, Any]) -> dict[str, jax.Array]:
-    """Say of each start value of one member whether the fit has it, or constrains it to another."""
+    """Return for each start value of one member whether the fit takes it unchanged."""
 
     def same(a: jax.Array, b: jax.Array) -> jax.Array:
         if not is_inexact(a):
@@ -125,7 +125,7 @@ def check_kept(inside: dict[str, jax.Array]) -> None:
 
 
 def all_alike(params: dict[str, Any]) -> jax.Array:
-    """Say whether all members agree in every parameter, or in all of those of one module."""
+    """Return whether all members agree in every parameter, or in all of those of one module."""
 
     def same(tree: Any) -> jax.Array:
         leaves = [leaf for leaf in jax.tree.leaves(tree) if is_inexact(leaf)]

@@ -1,4 +1,4 @@
-"""What is found wrong with posterior draws, and with calls, once numbers are known."""
+"""Checks of posterior draws and of calls that need concrete values."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def digest(arrays: list[Any]) -> jax.Array:
 
 
 def holds(flags: Any) -> bool:
-    """Say whether all of some flags are set."""
+    """Return whether all of some flags are set."""
     return bool(np.asarray(flags).all())
 
 

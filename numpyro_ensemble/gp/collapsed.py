@@ -96,7 +96,7 @@ class CollapsedSparseGP(Process):
         return (-0.5 * squares - constant).reshape(value.shape[:-1])
 
     def sample(self, key: jax.Array, sample_shape: tuple[int, ...] = ()) -> jax.Array:
-        """Draw inducing values, then values of independent errors around what they say."""
+        """Draw inducing values, then values with independent errors around their predictions."""
         key_u, key_y = jax.random.split(key)
         L = self.inducing.scale_tril()
         A = solve_triangular(L, self.kernel.matrix(self.Z, self.X), lower=True)

@@ -24,7 +24,7 @@ def solved(paths: P) -> P:
         paths.points,
         paths.diagonal,
         paths.observed,
-        paths.right,
+        paths.rhs,
         paths.solver,
         paths.tolerance,
         paths.whitened,
@@ -62,7 +62,7 @@ def _updated(paths: P, X: jax.Array, values: jax.Array, noise: Any, key: jax.Arr
     keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(paths.number)
     normal = jax.vmap(lambda key: jax.random.normal(key, (len(X),), values.dtype))(keys)
     error = jnp.sqrt(added)[None, :] * normal
-    right = values - paths.kernel.mean_at(paths.mean_fn, X)[None, :] - paths._prior_at(X).T - error
+    rhs = values - paths.kernel.mean_at(paths.mean_fn, X)[None, :] - paths._prior_at(X).T - error
     observed = paths.observed
     if observed is not None:
         observed = jnp.concatenate([observed, jnp.ones(len(X), bool)])
@@ -70,7 +70,7 @@ def _updated(paths: P, X: jax.Array, values: jax.Array, noise: Any, key: jax.Arr
         paths,
         points=points,
         diagonal=jnp.concatenate([paths.diagonal, added]),
-        right=jnp.concatenate([paths.right, right], axis=1),
+        rhs=jnp.concatenate([paths.rhs, rhs], axis=1),
         jitter=jitter,
         noise=jnp.concatenate([paths.noise, variances]) if paths.noise.ndim else paths.noise,
         observed=observed,
@@ -79,7 +79,7 @@ def _updated(paths: P, X: jax.Array, values: jax.Array, noise: Any, key: jax.Arr
 
 
 def check_updatable(paths: PathArrays, noise: Any) -> None:
-    """Raise a ValueError for paths that more values cannot be told to."""
+    """Raise a ValueError for paths that cannot be conditioned on more values."""
     if paths.part:
         raise ValueError("one term's paths cannot be updated alone: update the whole first.")
     if paths.latent:

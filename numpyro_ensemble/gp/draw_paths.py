@@ -209,7 +209,7 @@ def _draw(
     solver: str,
     tolerance: jax.Array | None,
 ) -> Paths:
-    """Draw features, weights and noise, and solve for what they leave of the values."""
+    """Draw features, weights and noise, and solve for values - mean - prior - noise."""
     kernel, mean_fn = process
     key_features, key_weights, key_noise, key_later = jax.random.split(rng_key, 4)
     features = jax.vmap(lambda key: draw_features(key, kernel, num_features, points))(
@@ -230,7 +230,7 @@ def _draw(
         order=jnp.asarray(order),
         number=jnp.arange(num_paths),
         alpha=jnp.zeros_like(normal),
-        right=jnp.zeros_like(normal),
+        rhs=jnp.zeros_like(normal),
         diagonal=total,
         noise=noise,
         jitter=jitter,
@@ -243,7 +243,7 @@ def _draw(
     )
     values = jnp.broadcast_to(values, normal.shape)
     left = values - kernel.mean_at(mean_fn, points)[None, :] - paths._prior_at(points).T
-    right = left - jnp.sqrt(total)[None, :] * normal
+    rhs = left - jnp.sqrt(total)[None, :] * normal
     if observed is not None:
-        right = jnp.where(observed[None, :], right, 0.0)
-    return solved(replace(paths, right=right))
+        rhs = jnp.where(observed[None, :], rhs, 0.0)
+    return solved(replace(paths, rhs=rhs))

@@ -181,7 +181,7 @@ class _Plan:
 
     @property
     def fixed(self) -> int | None:
-        """Number of columns, if it is not for us to choose."""
+        """Number of columns, if the kernels determine it."""
         if not self.spectral:
             return self.tensor
         few = jax.eval_shape(lambda: self._series(2))

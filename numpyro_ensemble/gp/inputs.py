@@ -198,7 +198,7 @@ def diagonal(name: str, value: Any, X: jax.Array) -> jax.Array:
 
 
 def contradictions(points: jax.Array, values: jax.Array, noise: jax.Array, jitter: Any) -> Any:
-    """Say whether values at equal inputs differ although there is no noise."""
+    """Return whether values at equal inputs differ although there is no noise."""
     order = jnp.lexsort(points.T)
     points, values, noise = points[order], values[..., order], noise[order]
     jitter = jnp.broadcast_to(jnp.asarray(jitter), noise.shape)[order][1:]
@@ -209,7 +209,7 @@ def contradictions(points: jax.Array, values: jax.Array, noise: jax.Array, jitte
 
 
 def repeated(X: jax.Array, points: jax.Array) -> np.ndarray:
-    """Say which of some inputs are among the points, `(..., N, D)`."""
+    """Return which of some inputs are among the points, `(..., N, D)`."""
     rows = [np.ascontiguousarray(x, points.dtype).reshape(-1, X.shape[1]) + 0 for x in (X, points)]
     new, old = (x.view(f"V{x.itemsize * x.shape[1]}")[:, 0] for x in rows)
     return np.isin(new, old)

@@ -80,7 +80,7 @@ class ExpectedLikelihood(dist.Distribution):
         super().__init__(given.batch_shape, given.event_shape, validate_args=validate_args)
 
     def _takes_rows(self) -> bool:
-        """Say whether as many latents as values have hidden that the likelihood confuses the two.
+        """Return whether the likelihood takes the axis of the latents for that of the values.
 
         One more value tells, where the likelihood does not depend on how many there are.
         """
@@ -150,7 +150,7 @@ class ExpectedLikelihood(dist.Distribution):
         return jax.lax.map(jax.checkpoint(term), rule, batch_size=at_once).sum(axis=0)
 
     def _is_normal_around_f(self) -> bool:
-        """Say whether the location is f itself, and the scale does not depend on it."""
+        """Return whether the location is f itself, and the scale does not depend on it."""
 
         def parts(f: jax.Array) -> tuple[jax.Array, jax.Array]:
             given = self.likelihood(f)

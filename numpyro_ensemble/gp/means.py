@@ -52,7 +52,7 @@ class Function:
         return self
 
     def closes_over_tracers(self) -> bool:
-        """Say whether a fixed part holds values that are only known inside a transformation."""
+        """Return whether a fixed part holds values that are only known inside a transformation."""
         return any(
             has_tracers([cell.cell_contents for cell in getattr(part, "__closure__", None) or ()])
             for part in self.rest

@@ -26,7 +26,7 @@ def plates() -> tuple[int, ...]:
 
 
 def is_subsampled() -> bool:
-    """Say whether the innermost plate around a call takes some of its rows."""
+    """Return whether the innermost plate around a call takes some of its rows."""
     last = max(_around(), key=lambda plate: plate.dim)
     return bool(last.size != last.subsample_size)
 

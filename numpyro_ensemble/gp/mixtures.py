@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.scipy.stats import norm
 
-from numpyro_ensemble.gp.sites import Answer, Site
+from numpyro_ensemble.gp.sites import EvaluatePaths, Site
 
 
 class Moments(NamedTuple):
@@ -44,8 +44,8 @@ class Conditional(NamedTuple):
 
 
 def conditionals(
-    sites: dict[str, Site], run: Callable[[dict[str, Callable]], Answer], joint: bool
-) -> tuple[dict[str, Conditional], dict[str, jax.Array], Answer]:
+    sites: dict[str, Site], run: Callable[[dict[str, Callable]], EvaluatePaths], joint: bool
+) -> tuple[dict[str, Conditional], dict[str, jax.Array], EvaluatePaths]:
     """Return the distribution of each process at the inputs of a call, for one posterior draw.
 
     Args:
@@ -59,7 +59,7 @@ def conditionals(
     """
     found: dict[str, tuple] = {}
 
-    def answers(shift: Callable) -> Answer:
+    def answers(shift: Callable) -> EvaluatePaths:
         def conditional(name: str, X: jax.Array) -> jax.Array:
             site, shape = sites[name], (*sites[name].copies, len(X))
             predict = jax.vmap(lambda values: site.process.predict(values, X, full_cov=joint))

@@ -15,7 +15,7 @@ from numpyro_ensemble.gp.kernels import Kernel
 from numpyro_ensemble.gp.solvers import by_rows
 from numpyro_ensemble.mapping import pick
 
-PER_PATH = ("number", "alpha", "right", "residuals", "ok")  # what there is for each path
+PER_PATH = ("number", "alpha", "rhs", "residuals", "ok")  # what there is for each path
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,7 +33,7 @@ class PathArrays:
     order: jax.Array
     number: jax.Array
     alpha: jax.Array
-    right: jax.Array
+    rhs: jax.Array
     diagonal: jax.Array
     noise: jax.Array
     jitter: jax.Array

@@ -177,7 +177,7 @@ class Functions:
     def started(self, grid: Grid) -> Callable[[Block], Callable[[], dict[str, Any]]]:
         """Return what starts to evaluate a block, and waits for its arrays."""
         program = self.program
-        told = digest_in_parts(arrays_of(*self.call))
+        call_digest = digest_in_parts(arrays_of(*self.call))
         before: list[dict[str, np.ndarray]] = []
 
         def evaluate(call: tuple, *inputs: Any) -> Any:
@@ -201,7 +201,7 @@ class Functions:
                 call = self.rows.block(block.rows, grid.row_size)
                 number = np.asarray(block.number, np.uint32)
                 where = self.rows.places(block.rows, grid.row_size)
-                rows = InputBlock(where, number, told, before[block.number])
+                rows = InputBlock(where, number, call_digest, before[block.number])
             values, finite = self._called(evaluate, (*inputs, paths, rows), call, "evaluate")
 
             def wait() -> dict[str, Any]:

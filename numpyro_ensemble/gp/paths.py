@@ -39,7 +39,7 @@ class Paths(PathArrays):
         order: where each path is among the `B * Q`, `(P,)`.
         number: which path of its draw each is, for the noise of later updates, `(P,)`.
         alpha: weights of the kernel functions at the points, `(P, N)`.
-        right: what the prior functions and noise leave of the values, `(P, N)`.
+        rhs: values - mean - prior - noise, `(P, N)`.
         diagonal: noise and jitter at the points, `(N,)`.
         noise: of observations, a number or `(N,)`; 0 for latent processes.
         jitter: what the diagonal has beside the noise, a number or `(N,)`.

@@ -35,7 +35,7 @@ from numpyro_ensemble.gp.mixtures import (
 from numpyro_ensemble.gp.path_arrays import PER_PATH
 from numpyro_ensemble.gp.paths import Paths
 from numpyro_ensemble.gp.program import PathProgram
-from numpyro_ensemble.gp.sites import Answer, gather_sites
+from numpyro_ensemble.gp.sites import EvaluatePaths, gather_sites
 from numpyro_ensemble.gp.stored import write_functions
 from numpyro_ensemble.gp.subsampling import Dependents, KnownRows, check_rows
 from numpyro_ensemble.handlers import check_count, one_key, warn
@@ -383,7 +383,7 @@ class Pathwise:
         def one(call: tuple, draw: jax.Array, sample: dict, params: dict) -> Any:
             known, sites = program.known(sample, params), program.centred(sample, params)
 
-            def run(functions: dict) -> Answer:
+            def run(functions: dict) -> EvaluatePaths:
                 return program.run(call, known, functions, sites, jax.random.key(0))[0]
 
             each, free, answer = conditionals(sites, run, joint)

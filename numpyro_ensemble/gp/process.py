@@ -20,7 +20,7 @@ from numpyro_ensemble.handlers import warn
 
 
 def may_be_data(copies: tuple[int, ...], num_inputs: int) -> bool:
-    """Say whether a process may stand in the plate of its own data, by mistake."""
+    """Return whether a process may stand in the plate of its own data, by mistake."""
     return bool(copies) and copies[-1] == num_inputs > 1
 
 

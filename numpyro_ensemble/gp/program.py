@@ -15,7 +15,7 @@ from numpyro_ensemble.density import filled
 from numpyro_ensemble.gp.checks import arrays_of, digest, flags_of
 from numpyro_ensemble.gp.means import Function
 from numpyro_ensemble.gp.paths import Paths
-from numpyro_ensemble.gp.sites import Answer, Site, gather_sites
+from numpyro_ensemble.gp.sites import EvaluatePaths, Site, gather_sites
 from numpyro_ensemble.mapping import pick
 from numpyro_ensemble.streaming.forms import RowPlan
 from numpyro_ensemble.streaming.rows import block_seed
@@ -156,7 +156,7 @@ class PathProgram:
         paths: dict[str, Paths],
         block: InputBlock | None = None,
         drawn: Mapping[str, Any] | None = None,
-    ) -> tuple[Answer, dict]:
+    ) -> tuple[EvaluatePaths, dict]:
         """Run the model on the first of the functions, with values for what would be drawn."""
         features, own, keys = self._parts(rng_key, sites, paths)
         functions = _functions(paths, pick(features, 0), pick(own, 0, 0), sites)
@@ -188,7 +188,7 @@ class PathProgram:
         key: jax.Array,
         block: InputBlock | None = None,
         drawn: Mapping[str, Any] | None = None,
-    ) -> tuple[Answer, dict]:
+    ) -> tuple[EvaluatePaths, dict]:
         """Run the model once on functions in place of its processes; return these and its trace.
 
         Args:
@@ -202,8 +202,8 @@ class PathProgram:
         """
         key_model, key_noise = jax.random.split(key)
         # each input has noise of its own; other sites are drawn anew for other arguments
-        told = digest(arrays_of(*call)) if block is None else block.digest
-        key_model = jax.random.fold_in(key_model, told)
+        call_digest = digest(arrays_of(*call)) if block is None else block.digest
+        key_model = jax.random.fold_in(key_model, call_digest)
         others = {name: value for name, value in known.items() if name not in sites}
         seed: Any = handlers.seed(rng_seed=key_model)
         before: dict[str, Any] = {}
@@ -216,11 +216,11 @@ class PathProgram:
             seed = block_seed(None, key_model, (), self.plan.drawn, block.number)
         args, kwargs = call
         model = handlers.substitute(filled(self.model, others), data=drawn or {})
-        answer = Answer(model, functions, sites, key_noise, before)
+        answer = EvaluatePaths(model, functions, sites, key_noise, before)
         with seed:
             return answer, handlers.trace(answer).get_trace(*args, **kwargs)
 
-    def _wanted(self, answer: Answer, trace: dict) -> dict[str, jax.Array]:
+    def _wanted(self, answer: EvaluatePaths, trace: dict) -> dict[str, jax.Array]:
         """Return the values that were asked for, by default all that were not given."""
         values = {
             name: site["value"]

@@ -65,7 +65,7 @@ class Site(NamedTuple):
 
 
 def is_transformed(fn: Any) -> bool:
-    """Say whether a distribution transforms a process, so that its values are no Gaussian's."""
+    """Return whether a distribution transforms a process, so that its values are no Gaussian's."""
     fn = unwrapped(fn)
     return isinstance(fn, dist.TransformedDistribution) and isinstance(
         unwrapped(fn.base_dist), Process
@@ -73,7 +73,7 @@ def is_transformed(fn: Any) -> bool:
 
 
 class _Gather(Messenger):
-    """Collect the processes of a model, and the names of latents that nothing is known of."""
+    """Collect the processes of a model, and the names of latents without a value."""
 
     def __init__(self, rows: KnownRows, known: Collection[str]) -> None:
         super().__init__(rows)
@@ -215,8 +215,8 @@ def gather_sites(
     return gather
 
 
-class Answer(Messenger):
-    """Give each process the values of a function at the inputs the model has for it now.
+class EvaluatePaths(Messenger):
+    """Replace each process by the values of a function at its inputs in this call.
 
     Args:
         fn: the model.

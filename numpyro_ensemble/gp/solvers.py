@@ -73,21 +73,21 @@ def solve(
     X: jax.Array,
     diagonal: jax.Array,
     observed: jax.Array | None,
-    right: jax.Array,
+    rhs: jax.Array,
     solver: str,
     tolerance: float | jax.Array | None,
     whitened: jax.Array | None = None,
 ) -> Solution:
-    """Solve `(K + diag) x = b` for each row b of `right`, which is 0 where nothing is observed.
+    """Solve `(K + diag) x = b` for each row b of `rhs`, which is 0 where nothing is observed.
 
     The values at the first M inputs have the covariance that is `whitened` `(M, M)`, if that is
     given; they are known otherwise, but for the diagonal.
     """
     if whitened is not None and len(X) > len(whitened):
-        return _after_inducing(kernel, X, diagonal, right, whitened)
+        return _after_inducing(kernel, X, diagonal, rhs, whitened)
     if solver == "cholesky":
-        return _by_factor(kernel, X, diagonal, observed, right)
-    return _conjugate_gradients(kernel, X, diagonal, observed, right, tolerance)
+        return _by_factor(kernel, X, diagonal, observed, rhs)
+    return _conjugate_gradients(kernel, X, diagonal, observed, rhs, tolerance)
 
 
 def _by_factor(
@@ -95,25 +95,25 @@ def _by_factor(
     X: jax.Array,
     diagonal: jax.Array,
     observed: jax.Array | None,
-    right: jax.Array,
+    rhs: jax.Array,
 ) -> Solution:
     """Solve by Cholesky; in single precision, whose factor errs by parts of the jitter, refine."""
     factor = cho_factor(covariance(kernel, X, diagonal, observed), lower=True)
-    values = cho_solve(factor, right.T).T
-    if right.dtype == jnp.float64:
+    values = cho_solve(factor, rhs.T).T
+    if rhs.dtype == jnp.float64:
         ok = jnp.isfinite(values).all(axis=1)
-        return Solution(values, jnp.full_like(right[:, 0], jnp.nan), ok)
+        return Solution(values, jnp.full_like(rhs[:, 0], jnp.nan), ok)
     product, total = _product(kernel, X, diagonal, observed)
     for _ in range(_REFINEMENTS):
-        values = values + cho_solve(factor, right.T - product(values.T)).T
-    left = right - product(values.T).T
+        values = values + cho_solve(factor, rhs.T - product(values.T)).T
+    left = rhs - product(values.T).T
     # what is left must be small beside the noise and jitter that the values are known to have
     ok = (left**2).mean(axis=1) <= (_LEFT_OVER**2) * total.mean()
-    return Solution(values, _relative(left, right), ok)
+    return Solution(values, _relative(left, rhs), ok)
 
 
 def _after_inducing(
-    kernel: Kernel, X: jax.Array, diagonal: jax.Array, right: jax.Array, whitened: jax.Array
+    kernel: Kernel, X: jax.Array, diagonal: jax.Array, rhs: jax.Array, whitened: jax.Array
 ) -> Solution:
     """Solve for inducing values first, then for data given the distribution of these.
 
@@ -122,13 +122,13 @@ def _after_inducing(
     """
     M = len(whitened)
     Z, X = X[:M], X[M:]
-    first = _by_factor(kernel, Z, diagonal[:M], None, right[:, :M])
+    first = _by_factor(kernel, Z, diagonal[:M], None, rhs[:, :M])
     L = jnp.linalg.cholesky(covariance(kernel, Z, diagonal[:M], None))
     cross = kernel.matrix(Z, X)
     P = solve_triangular(L, cross, lower=True)
     known = P - jnp.matmul(whitened, P, precision=EXACT)
     C = covariance(kernel, X, diagonal[M:], None) - jnp.matmul(P.T, known, precision=EXACT)
-    b = right[:, M:] - jnp.matmul(first.values, cross, precision=EXACT)
+    b = rhs[:, M:] - jnp.matmul(first.values, cross, precision=EXACT)
     values = cho_solve(cho_factor(C, lower=True), b.T).T
     residuals = _relative(b - jnp.matmul(values, C, precision=EXACT), b)
     moved = jnp.matmul(values, known.T, precision=EXACT)
@@ -140,8 +140,8 @@ def _after_inducing(
     )
 
 
-def _relative(left: jax.Array, right: jax.Array) -> jax.Array:
-    scale = jnp.maximum(jnp.linalg.norm(right, axis=1), jnp.finfo(right.dtype).tiny)
+def _relative(left: jax.Array, rhs: jax.Array) -> jax.Array:
+    scale = jnp.maximum(jnp.linalg.norm(rhs, axis=1), jnp.finfo(rhs.dtype).tiny)
     return jnp.linalg.norm(left, axis=1) / scale
 
 
@@ -166,17 +166,17 @@ def _conjugate_gradients(
     X: jax.Array,
     diagonal: jax.Array,
     observed: jax.Array | None,
-    right: jax.Array,
+    rhs: jax.Array,
     tolerance: float | jax.Array | None,
 ) -> Solution:
     if tolerance is None:
-        tolerance = float(jnp.finfo(right.dtype).eps) ** 0.5
-    seen = jnp.ones(len(X), right.dtype) if observed is None else observed.astype(right.dtype)
+        tolerance = float(jnp.finfo(rhs.dtype).eps) ** 0.5
+    seen = jnp.ones(len(X), rhs.dtype) if observed is None else observed.astype(rhs.dtype)
     product, diagonal = _product(kernel, X, diagonal, observed)
     precondition = _preconditioner(kernel, X, diagonal, seen)
     run = partial(cg, product, tol=tolerance, maxiter=min(1000, 2 * len(X)), M=precondition)
-    values = jax.vmap(lambda b: run(b)[0])(right)
-    residuals = _relative(right - jax.vmap(product)(values), right)
+    values = jax.vmap(lambda b: run(b)[0])(rhs)
+    residuals = _relative(rhs - jax.vmap(product)(values), rhs)
     # what is computed here again differs from the recurrence by rounding
     return Solution(values, residuals, residuals <= 10 * tolerance)
 

@@ -20,7 +20,7 @@ from numpyro_ensemble.gp.process import Copies, may_be_data, warn_of_copies
 
 
 class _Inducing(GaussianProcess):
-    """A process at inducing points, of which a plate may have as many copies as it likes."""
+    """A process at inducing points; a plate may make any number of copies of it."""
 
     def expand(self, batch_shape: tuple[int, ...]) -> dist.Distribution:
         return Copies(self, tuple(batch_shape)) if batch_shape else self

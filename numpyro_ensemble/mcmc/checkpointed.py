@@ -23,7 +23,7 @@ from numpyro_ensemble.checkpoint import (
     describe_arguments,
     describe_sites,
 )
-from numpyro_ensemble.density import anatomy
+from numpyro_ensemble.density import model_sites
 from numpyro_ensemble.handlers import one_key, warn
 from numpyro_ensemble.hosts import home
 from numpyro_ensemble.interrupts import Interrupts
@@ -36,7 +36,7 @@ _SETTINGS = ("num_warmup", "num_samples", "num_chains", "thinning")
 
 
 class _Run:
-    """One run, as `MCMC.run` is told of it."""
+    """One run, with the arguments of `MCMC.run`."""
 
     def __init__(
         self,
@@ -143,9 +143,9 @@ def run_checkpointed(
     number, thinning, shows = mcmc.num_samples, mcmc.thinning, mcmc.progress_bar
     placement = getattr(mcmc.sampler, "placement", Placement())
     interrupts = Interrupts(saves=True, mesh=placement.mesh)
-    told = _fingerprint(run)
-    placement.check_alike(lambda: told)
-    keeper = Keeper(checkpoint, told, placement)
+    fingerprint = _fingerprint(run)
+    placement.check_alike(lambda: fingerprint)
+    keeper = Keeper(checkpoint, fingerprint, placement)
     mcmc.progress_bar = False  # one bar for all pieces
     try:
         with interrupts, tqdm.tqdm(disable=not (shows and placement.speaks)) as bar:
@@ -196,7 +196,7 @@ def _pieces(
         bar.update(end - done)
         if not bar.disable:
             bar.set_description("warmup" if end <= warmup else "sample", refresh=False)
-            bar.set_postfix_str(_told(mcmc, held), refresh=False)
+            bar.set_postfix_str(_diagnostics_text(mcmc, held), refresh=False)
         done = end
         keeper.save(done, {"state": held, "draws": draws, "done": np.asarray(done)})
     return state, (draws if done > warmup else None), done
@@ -228,15 +228,15 @@ def _joined(before: np.ndarray, after: np.ndarray) -> np.ndarray:
     return np.concatenate([before, after], axis=1)
 
 
-def _told(mcmc: MCMC, state: Any) -> str:
-    """Return what the kernel says of its state, if that is of one chain or of all together."""
+def _diagnostics_text(mcmc: MCMC, state: Any) -> str:
+    """Return the kernel's text for the progress bar, "" where each chain has a text of its own."""
     if mcmc.num_chains == 1 or mcmc.sampler.is_ensemble_kernel:
         return mcmc.sampler.get_diagnostics_str(state)
     return ""
 
 
 def _fingerprint(run: _Run) -> dict[str, dict[str, str]]:
-    """Return what the checkpoints of a run are told from others by."""
+    """Return what the checkpoints of a run are told apart by."""
     mcmc, model = run.mcmc, getattr(run.mcmc.sampler, "model", None)
     settings = {name: str(getattr(mcmc, name)) for name in _SETTINGS}
     settings |= {
@@ -245,7 +245,7 @@ def _fingerprint(run: _Run) -> dict[str, dict[str, str]]:
         "init_params": describe_all(run.init_params),
     }
     return {
-        "site": {} if model is None else describe_sites(anatomy(model, run.args, run.kwargs)),
+        "site": {} if model is None else describe_sites(model_sites(model, run.args, run.kwargs)),
         "argument": describe_arguments(arrange(model, run.args, run.kwargs)),
         "setting": settings,
         "kernel": _described(mcmc.sampler),
@@ -253,15 +253,15 @@ def _fingerprint(run: _Run) -> dict[str, dict[str, str]]:
 
 
 def _described(kernel: MCMCKernel, prefix: str = "") -> dict[str, str]:
-    """Return what a kernel was made with, as far as it can be told."""
-    told = {f"{prefix}kernel": type(kernel).__name__}
+    """Return what a kernel was made with, as far as it is known."""
+    found = {f"{prefix}kernel": type(kernel).__name__}
     for name in inspect.signature(type(kernel)).parameters:
         value = getattr(kernel, f"_{name}", getattr(kernel, name, None))
         if isinstance(value, MCMCKernel):
-            told |= _described(value, f"{prefix}{name}.")
+            found |= _described(value, f"{prefix}{name}.")
         elif isinstance(value, tuple):
-            told[prefix + name] = repr(value)
+            found[prefix + name] = repr(value)
         elif value is not None:
-            told[prefix + name] = getattr(value, "__name__", describe(value))
+            found[prefix + name] = getattr(value, "__name__", describe(value))
     scheme = getattr(kernel, "_scheme", None)  # of the kernels here
-    return told if scheme is None else told | {f"{prefix}scheme": repr(scheme)}
+    return found if scheme is None else found | {f"{prefix}scheme": repr(scheme)}

@@ -141,7 +141,7 @@ def check_scale(name: str, value: Any) -> None:
         raise ValueError(f"{name} takes a finite number, 0 or above, got {value}.")
 
 
-def check_part(name: str, value: Any) -> float:
+def check_fraction(name: str, value: Any) -> float:
     """Return an option that is a part of something.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Which chains count: a few that are hopelessly far behind own no statistic of all chains."""
+"""Which chains count in statistics of all chains: those that are hopelessly far behind do not."""
 
 from __future__ import annotations
 

@@ -238,7 +238,7 @@ class ManyChainKernel(MCMCKernel):
             frozen=jnp.zeros(num_chains, bool),
             adapt_state=None,
             rng_key=keys[:, 0],
-            known=jnp.zeros(num_chains, bool),
+            density_is_current=jnp.zeros(num_chains, bool),
         )
         progress = Progress.start(num_warmup, num_chains)
         state = self._first_adaptation(keys[:, 1], state, progress, found)
@@ -268,7 +268,7 @@ class ManyChainKernel(MCMCKernel):
             potential_energy=-values,
             z_grad=-grads,
             energy=kinetic - values,
-            known=jnp.ones_like(state.known),
+            density_is_current=jnp.ones_like(state.density_is_current),
         )
 
     def sample(self, state: ChainsState, model_args: tuple, model_kwargs: dict) -> ChainsState:
@@ -285,7 +285,10 @@ class ManyChainKernel(MCMCKernel):
         state = in_rows(state, coordinates)
         # of other data than those of the state's density every proposal might be rejected
         state = jax.lax.cond(
-            state.known[0], lambda s: s, lambda s: self._refreshed(s, log_density), state
+            state.density_is_current[0],
+            lambda s: s,
+            lambda s: self._refreshed(s, log_density),
+            state,
         )
         keys = jax.vmap(jax.random.split)(state.rng_key)
         new = self._iterate(keys[:, 1], state, log_density)
@@ -298,7 +301,7 @@ class ManyChainKernel(MCMCKernel):
         new = new._replace(
             i=state.i + 1,
             rng_key=keys[:, 0],
-            known=state.known,
+            density_is_current=state.density_is_current,
             mean_accept_prob=mean.astype(state.mean_accept_prob.dtype),
             num_divergences=jnp.where(n == 1, 0, state.num_divergences) + new.num_divergences,
             iterations_since_move=since,

@@ -19,7 +19,7 @@ _FEW = 4  # chains at once: on IRT with 64 chains 1.9 ms for a gradient of all, 
 def laid_out(
     log_density: Callable[..., jax.Array], placement: Placement | None = None
 ) -> Callable[..., jax.Array]:
-    """Return the same function `(z, data)`, whose gradient for many chains is laid out as suits it.
+    """Return the function `(z, data)`, whose gradient for many chains is evaluated the fastest way.
 
     Chains are spread over the devices of a mesh. XLA's CPU code for the gradient of an index,
     `a[group]`, takes two to three times as long for all chains at once as for a few at a time.
@@ -66,7 +66,7 @@ def laid_out(
 
 
 def _scatters(fn: Callable, z: Any, data: Any) -> bool:
-    """Say whether a function adds to indexed places, for one of many chains."""
+    """Return whether a function adds to indexed places, for one of many chains."""
     one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), z)
     return "scatter-add" in primitives_of(fn, one, data)
 

@@ -168,10 +168,10 @@ def _adapt(
     widths, inner = shared((a.widths, a.inner))
     counts = counted(chains.logdensity, chains.position.shape[1])
     _, update, final = scheme.rules()
-    told = counts & ~info.is_divergent
+    counted_chains = counts & ~info.is_divergent
     accepted = jnp.maximum(info.acceptance_rate, LEAST_ACCEPTED)
-    mean = 1.0 / (1.0 / accepted).mean(where=told)
-    inner = update(inner, jnp.where(told.any(), mean, 0.0))
+    mean = 1.0 / (1.0 / accepted).mean(where=counted_chains)
+    inner = update(inner, jnp.where(counted_chains.any(), mean, 0.0))
     step_size = jnp.where(a.progress.ending, final(inner), jnp.exp(inner.log_step_size))
     widths = averaged(widths, widths_of(chains.position, counts, a.metric), a.progress)
     length = _length(widths, step_size, scheme)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from numpyro.primitives import Messenger
 
-from numpyro_ensemble.density import Site, anatomy, is_subsampled, plate_of, unchecked_trace
+from numpyro_ensemble.density import Site, is_subsampled, model_sites, plate_of, unchecked_trace
 from numpyro_ensemble.handlers import check_count
 from numpyro_ensemble.mcmc.target import Target, density_of, with_values
 
@@ -145,10 +145,10 @@ class MinibatchTarget(Target):
         return density
 
     def _sites(self, args: tuple, kwargs: dict) -> dict[str, Site]:
-        anatomy(_AtFixedRows(self._whole, None), args, kwargs)  # whose errors are its own
+        model_sites(_AtFixedRows(self._whole, None), args, kwargs)  # whose errors are its own
         try:
             sites = super()._sites(args, kwargs)
-            whole = anatomy(Rows(self._whole, self.batch_size, None), args, kwargs)
+            whole = model_sites(Rows(self._whole, self.batch_size, None), args, kwargs)
         except (TypeError, ValueError) as error:
             if self.batch_size is None:
                 raise

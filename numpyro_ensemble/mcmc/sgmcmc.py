@@ -161,7 +161,9 @@ class SGMCMC(ManyChainKernel):
         # each step draws rows anew, so that the centre's gradient alone can be of other data
         adapted = state.adapt_state
         adapted = adapted._replace(stale=jnp.ones_like(adapted.stale))
-        return state._replace(adapt_state=adapted, known=jnp.ones_like(state.known))
+        return state._replace(
+            adapt_state=adapted, density_is_current=jnp.ones_like(state.density_is_current)
+        )
 
     def _iterate(self, keys: jax.Array, state: ChainsState, log_density: Callable) -> ChainsState:
         drawn = jax.vmap(lambda key: jax.random.split(key, self._steps_per_draw + 1))(keys)

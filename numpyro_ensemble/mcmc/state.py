@@ -30,7 +30,7 @@ class _Fields(NamedTuple):
     frozen: jax.Array
     adapt_state: Any
     rng_key: jax.Array
-    known: jax.Array
+    density_is_current: jax.Array
 
 
 class ChainsState(_Fields):
@@ -54,8 +54,8 @@ class ChainsState(_Fields):
             shorter than a hundredth of the scale.
         adapt_state: what is adapted, `step_size` among it.
         rng_key: one key for each chain.
-        known: whether density and gradient are those of the arguments that `sample` is called with;
-            a run that begins, or goes on, evaluates them again.
+        density_is_current: whether density and gradient are those of the arguments that `sample` is
+            called with; a run that begins, or goes on, evaluates them again.
     """
 
     __slots__ = ()
@@ -71,7 +71,7 @@ class ChainsState(_Fields):
         It gives ensemble kernels one key, which is split for the chains.
         """
         if "rng_key" in changes:
-            changes.setdefault("known", jnp.zeros_like(self.known))
+            changes.setdefault("density_is_current", jnp.zeros_like(self.density_is_current))
         if is_prng_key(changes.get("rng_key")):
             changes["rng_key"] = jax.random.split(changes["rng_key"], self.i.shape[0])
         return super()._replace(**changes)

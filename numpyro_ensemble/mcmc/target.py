@@ -12,9 +12,9 @@ from numpyro import handlers
 from numpyro.infer import init_to_uniform
 from numpyro.infer.util import constrain_fn, initialize_model, potential_energy
 
-from numpyro_ensemble.calls.identity import captured
+from numpyro_ensemble.calls.identity import closure_fingerprint
 from numpyro_ensemble.calls.programs import Programs
-from numpyro_ensemble.density import Site, anatomy, unchecked_trace
+from numpyro_ensemble.density import Site, model_sites, unchecked_trace
 from numpyro_ensemble.enumeration import (
     as_marked,
     check_funsor,
@@ -223,7 +223,7 @@ class Target:
 
     def _sites(self, args: tuple, kwargs: dict) -> dict[str, Site]:
         assert self._traced is not None
-        return anatomy(self._traced, args, kwargs)
+        return model_sites(self._traced, args, kwargs)
 
     def _check_plates(self, sites: Mapping[str, Site]) -> None:
         """Raise a ValueError for a plate that takes some of its rows."""
@@ -248,7 +248,7 @@ class Target:
 
     def run(self, name: Any, fn: Callable, inputs: tuple, args: tuple, kwargs: dict) -> Any:
         """Run `fn((args, kwargs), *inputs)`, compiled once for all arguments of the same shapes."""
-        surroundings = captured((self.init_strategy, self.potential_fn))
+        surroundings = closure_fingerprint((self.init_strategy, self.potential_fn))
         others = (name, surroundings)
         return self._programs.call(fn, inputs, self.model, args, kwargs, *others)
 

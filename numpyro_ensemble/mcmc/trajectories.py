@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from blackjax.mcmc import dynamic_hmc
 from blackjax.mcmc.dynamic_hmc import DynamicHMCState
 
-from numpyro_ensemble.mcmc.checks import check_part, check_positive
+from numpyro_ensemble.mcmc.checks import check_fraction, check_positive
 from numpyro_ensemble.mcmc.kernel import ManyChainKernel
 from numpyro_ensemble.mcmc.state import ChainsState
 from numpyro_ensemble.mcmc.target import all_finite, choose, shared
@@ -86,7 +86,7 @@ class TrajectoryKernel(ManyChainKernel):
     def _check_options(self, step_size: float | None, target_accept_prob: float) -> None:
         if step_size is not None:
             check_positive("step_size", step_size)
-        if check_part("target_accept_prob", target_accept_prob) in (0.0, 1.0):
+        if check_fraction("target_accept_prob", target_accept_prob) in (0.0, 1.0):
             raise ValueError(f"target_accept_prob lies between 0 and 1, got {target_accept_prob}.")
 
     def _check_chains(self, num_chains: int, num_warmup: int) -> None:

@@ -132,7 +132,7 @@ def to_arviz(
     _check_dims(dims or {}, sites, {**(predictions or {}), **(constant_data or {})})
     with_likelihood = log_likelihood and bool(sites.observed) and not sites.discrete
     wanted = Wanted.of(draws, sites, with_likelihood, log_prior, unconstrained)
-    _tell(draws, sites, with_likelihood)
+    _warn_of_gaps(draws, sites, with_likelihood)
     if sites.subsampled:
         model = handlers.substitute(model, data=sites.subsampled)
         draws = draws._replace(model=model)
@@ -207,7 +207,7 @@ def _check_dims(dims: Mapping[str, list[str]], sites: Sites, more: Mapping[str, 
             )
 
 
-def _tell(draws: Draws, sites: Sites, with_likelihood: bool) -> None:
+def _warn_of_gaps(draws: Draws, sites: Sites, with_likelihood: bool) -> None:
     """Warn of what the groups leave out, or what they are not enough for."""
     if sites.subsampled:
         warn(

@@ -79,7 +79,7 @@ def single_group(
 
 
 def makes_inference_data() -> bool:
-    """Say whether the installed ArviZ is of the line below 1.0, which has its own data class."""
+    """Return whether the installed ArviZ is of the line below 1.0, which has its own data class."""
     import arviz as az
 
     return int(az.__version__.partition(".")[0]) < 1

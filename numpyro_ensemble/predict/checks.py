@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from numpyro_ensemble.density import anatomy
+from numpyro_ensemble.density import model_sites
 from numpyro_ensemble.fit.draws import check_guide
 from numpyro_ensemble.fit.slots import filled_guide
 from numpyro_ensemble.fit.state import Setup
@@ -28,7 +28,7 @@ def check_returned(return_sites: Collection[str] | None, names: Iterable[str]) -
 def check_model(predictive: Any, args: tuple, kwargs: dict) -> None:
     """Raise a ValueError, or warn, where what `EnsemblePredictive` was given is not the model's."""
     setup = predictive.setup
-    sites = anatomy(predictive.model, args, kwargs)
+    sites = model_sites(predictive.model, args, kwargs)
     if predictive.given.fitted and not predictive.guide:
         unknown = sorted(predictive.given.fitted - sites.keys())
         if unknown:

@@ -15,9 +15,9 @@ from numpyro.infer import MCMC
 
 from numpyro_ensemble._compat import distribution_mask
 from numpyro_ensemble.density import (
-    anatomy,
     is_improper,
     is_subsampled,
+    model_sites,
     named_axes,
     unchecked_trace,
 )
@@ -108,7 +108,7 @@ def _check_fit(runner: Ensemble, result: EnsembleResult, args: tuple, kwargs: di
             f"the members were fitted to data of their own, member_args={list(own)}: make ArviZ "
             f"data of one at a time, to_arviz(runner.model, ...) with its draws and its data."
         )
-    now = anatomy(runner.model, args, kwargs)
+    now = model_sites(runner.model, args, kwargs)
     lost = [
         name
         for name, site in setup.template.sites.items()

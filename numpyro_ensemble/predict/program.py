@@ -12,7 +12,7 @@ import numpy as np
 from numpyro import handlers
 from numpyro.infer import Predictive
 
-from numpyro_ensemble.calls.identity import captured
+from numpyro_ensemble.calls.identity import closure_fingerprint
 from numpyro_ensemble.density import filled
 from numpyro_ensemble.fit.draws import draw_latents
 from numpyro_ensemble.fit.slots import filled_guide
@@ -107,7 +107,7 @@ class PredictiveProgram:
         plan = (None if self.plan is None else self.plan.key, self.room)
         how = (sites, self.infer_discrete, self.condition_deterministic, self.at_once)
         where = (self.total, self.ndims, self.grouped, self.placement.mesh)
-        return (captured(self.guide), template, *how, *where, plan)
+        return (closure_fingerprint(self.guide), template, *how, *where, plan)
 
     @property
     def guide_values(self) -> GuideValues | None:

@@ -145,7 +145,7 @@ class Likelihoods(NamedTuple):
 
 
 class LeftOut(NamedTuple):
-    """Predictions of each observation by what was learnt from the others.
+    """Predictions of each observation from all others.
 
     Attributes:
         terms: `(N,)` log predictive densities.

@@ -15,7 +15,7 @@ from numpyro_ensemble.mapping import check_mixture
 
 
 def is_array(value: Any) -> bool:
-    """Say whether a value is an array rather than ArviZ data."""
+    """Return whether a value is an array rather than ArviZ data."""
     return isinstance(value, np.ndarray | jax.Array | list | tuple)
 
 

@@ -13,7 +13,7 @@ from numpyro_ensemble.scoring.scores import coverage, crps, interval_width, nll,
 
 
 def _own(data: Any, y: ArrayLike | None, var_name: str | None) -> bool:
-    """Say whether ArviZ data has the log likelihood of these observations."""
+    """Return whether ArviZ data has the log likelihood of these observations."""
     if group_of(data, "log_likelihood") is None:
         return False
     name, _ = variable(data, "log_likelihood", var_name)

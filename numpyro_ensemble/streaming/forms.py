@@ -83,7 +83,7 @@ class RowPlan:
         return frozenset(n for n in self.axes if self.forms[n].type == "sample") - self.known
 
     def shows(self, name: str, site: Mapping[str, Any], chosen: Collection[str] | None) -> bool:
-        """Say whether what a call returns is seen from the numbers of a site of a trace."""
+        """Return whether what a call returns is seen from the numbers of a site of a trace."""
         if site["type"] == "deterministic":
             return chosen is None or name in chosen or name not in self.forms
         drawn = site["type"] == "sample" and not site["is_observed"]

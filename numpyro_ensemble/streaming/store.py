@@ -101,8 +101,8 @@ class BlockStore:
         except (FileNotFoundError, KeyError):
             if self._path is not None and any(self._path.iterdir()):
                 raise self._foreign() from None
-            told = {_CALL: json.dumps(fingerprint), _BLOCKS: blocks, _WRITTEN: 0}
-            return self._zarr.create_group(self.store, attributes=told, zarr_format=3)
+            attributes = {_CALL: json.dumps(fingerprint), _BLOCKS: blocks, _WRITTEN: 0}
+            return self._zarr.create_group(self.store, attributes=attributes, zarr_format=3)
         except self._zarr.errors.ContainsArrayError:
             raise self._foreign() from None
         if _CALL not in root.attrs:

@@ -34,7 +34,7 @@ def write_call(
         grid: the blocks.
         outputs: the arrays that they fill.
         compute: as in `write_blocks`.
-        fingerprint: what the call is told from others by, besides its outputs and blocks.
+        fingerprint: what tells the call from others, besides its outputs and blocks.
         members: coordinates of the chains.
         options: how the user wants it.
     """
@@ -42,8 +42,8 @@ def write_call(
     import xarray
 
     coords = coords_of(outputs, members, grid.draws, options.coords)
-    told = {**fingerprint, **options.fingerprint(grid, outputs)}
-    opened = BlockStore(store, told, len(grid))
+    identity = {**fingerprint, **options.fingerprint(grid, outputs)}
+    opened = BlockStore(store, identity, len(grid))
     try:
         if not opened.written:
             opened.describe("", library_attributes())

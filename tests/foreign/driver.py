@@ -24,7 +24,7 @@ GUIDES = {name: getattr(autoguide, name) for name in FITS if name.startswith("Au
 
 
 def has_draws(case: Case, guide: str) -> bool:
-    """Say whether a fitted guide can be drawn from: that of Laplace takes forward derivatives."""
+    """Return whether a fitted guide has draws: that of Laplace takes forward derivatives."""
     return not (case.reverse_only and guide == "AutoLaplaceApproximation")
 
 

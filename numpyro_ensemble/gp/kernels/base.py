@@ -124,7 +124,7 @@ class Kernel:
                 factor.check_inputs(X)
 
     def is_valid(self) -> jax.Array:
-        """Say, traced values included, whether all hyperparameters are in their range."""
+        """Return whether all hyperparameters are in their range; they may be traced."""
         positive = [(jnp.asarray(getattr(self, name)) > 0).all() for name in self._positive]
         return jnp.stack([jnp.asarray(True), *positive]).all()
 

@@ -23,7 +23,7 @@ def declared(cls: type) -> dict[str, Any]:
 
 
 def is_fixed(cls: type, name: str) -> bool:
-    """Say whether a class declares a part that is a whole number, a flag or text."""
+    """Return whether a class declares a part that is a whole number, a flag or text."""
     return inspect.get_annotations(cls)[name] in (int, bool, str, "int", "bool", "str")
 
 

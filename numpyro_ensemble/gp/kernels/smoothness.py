@@ -14,7 +14,7 @@ _SQUARED_DISTANCES = 10.0 ** np.arange(-12.0, -1.0, 2.0)  # in lengthscales
 
 
 def is_smooth(profile: Callable[[jax.Array], jax.Array]) -> bool:
-    """Say whether JAX has the slope of a profile at 0, from which the variance of slopes follows.
+    """Return whether JAX has the slope of a profile at 0, which gives the variance of slopes.
 
     It is right where slopes at small distances go over into it. So one of them is near it, or they
     come nearer, however slowly. At the smallest distances sin(r) / r is rounded, and at others a
