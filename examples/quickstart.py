@@ -17,6 +17,7 @@ import numpyro.distributions as dist
 import optax
 from numpyro.infer import Trace_ELBO, init_to_sample, init_to_uniform
 from numpyro.infer.autoguide import AutoNormal
+from overview import overview
 
 from numpyro_ensemble import EnsembleMAP, EnsembleVI, ensemble_predict, plotting, scoring
 
@@ -158,7 +159,10 @@ def show(table):
 
 
 def picture(predicted, path="quickstart.png"):
-    """Draw bands above and calibration below, for a MAP and a variational ensemble."""
+    """Draw bands above and calibration below, for a MAP and a variational ensemble.
+
+    Returns what is shown of the last one: inputs, means, draws and data.
+    """
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -177,11 +181,14 @@ def picture(predicted, path="quickstart.png"):
     axes[0, 0].legend(loc="upper left", fontsize=8)
     figure.savefig(path, dpi=120)
     plt.close(figure)
+    return x_test, members, draws, (x, y)
 
 
 if __name__ == "__main__":
     print(f"{MEMBERS} members, {STEPS} steps; run times include compilation")
     table, predicted = fit_rows()
     show(table)
-    picture(predicted)
+    shown = picture(predicted)
     print("Bands and calibration are drawn in quickstart.png.")
+    overview(*shown)
+    print("An ensemble, chains and a process are drawn in overview.png.")

@@ -49,7 +49,9 @@ def test_the_quickstart_scores_as_promised(capsys, tmp_path):
     printed = capsys.readouterr().out
     assert all(name in printed for name in table)
     path = tmp_path / "quickstart.png"
-    quickstart.picture(predicted, path)
+    shown = quickstart.picture(predicted, path)
     height, width, _ = plt.imread(path).shape
     assert (width, height) == (1200, 840)
     assert plt.imread(path).std() > 0.1  # something is drawn
+    quickstart.overview(*shown, tmp_path / "overview.png")
+    assert plt.imread(tmp_path / "overview.png").shape[:2] == (300, 1000)
