@@ -103,7 +103,8 @@ class Minimiser(LossComparing):
             loss, other = fn(restore(point))
             mutable.append(jax.tree.structure(other))
             loss = loss.astype(point.dtype)
-            return loss, loss
+            # far away a log density overflows to +inf: the step there would be accepted, and NaN next
+            return jnp.where(loss == -jnp.inf, jnp.inf, loss), loss
 
         options = {"autodiff_mode": "fwd" if forward_mode_differentiation else "bwd"}
         solver, tags = self.reachable(point.dtype), frozenset[object]()
