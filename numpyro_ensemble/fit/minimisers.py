@@ -103,7 +103,7 @@ class Minimiser(LossComparing):
             loss, other = fn(restore(point))
             mutable.append(jax.tree.structure(other))
             loss = loss.astype(point.dtype)
-            # a log density that overflows to +inf far away would be accepted, and the next step be NaN
+            # far away a log density may overflow to +inf: accepted, it would make the next step NaN
             return jnp.where(loss == -jnp.inf, jnp.inf, loss), loss
 
         options = {"autodiff_mode": "fwd" if forward_mode_differentiation else "bwd"}
