@@ -266,6 +266,22 @@ def test_float32_meets_the_criterion_that_it_can(key):
 
 
 @pytest.mark.long
+def test_a_step_to_an_infinite_density_is_rejected(key):
+    """The first step leads to a place whose log density overflows; the search goes on elsewhere."""
+
+    def log_joint(params):
+        x = params["x"]
+        return jnp.where(jnp.abs(x) > 20.0, jnp.inf, -0.5 * x**2 - 0.25 * x**4), 0.0
+
+    def init_fn(key):
+        return {"x": jax.random.uniform(key, minval=9.0, maxval=11.0)}
+
+    runner = EnsembleMAP.from_log_joint(log_joint, init_fn, LBFGS, ensemble_size=2)
+    result = quiet(runner, key, 200)
+    assert np.isfinite(result.losses[:, 0]).all() and result.finite.all() and result.converged.all()
+    assert_allclose(result.params["x"], 0.0, atol=1e-4)
+
+
 def test_a_density_of_ones_own(key):
     def log_joint(params, y):
         return -((y - params["b"]) ** 2).sum(), -((params["b"] - params["a"]) ** 2) - params[

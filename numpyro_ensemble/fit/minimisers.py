@@ -103,7 +103,8 @@ class Minimiser(LossComparing):
             loss, other = fn(restore(point))
             mutable.append(jax.tree.structure(other))
             loss = loss.astype(point.dtype)
-            return loss, loss
+            # far away a log density may overflow to +inf: accepted, it would make the next step NaN
+            return jnp.where(loss == -jnp.inf, jnp.inf, loss), loss
 
         options = {"autodiff_mode": "fwd" if forward_mode_differentiation else "bwd"}
         solver, tags = self.reachable(point.dtype), frozenset[object]()
