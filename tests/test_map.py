@@ -8,6 +8,7 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import pytest
+from flax import nnx
 from numpy.testing import assert_allclose
 from numpyro.contrib.module import random_nnx_module
 from numpyro.infer import SVI, Predictive, Trace_ELBO, init_to_uniform, init_to_value
@@ -241,6 +242,28 @@ def test_from_log_joint_agrees_with_the_model(key):
     assert_allclose(ours.losses, theirs.losses, rtol=1e-7)
     again = quiet(raw, key, 30, X, Y, init_params=starts)
     assert_allclose(again.params["w"], ours.params["w"])
+
+
+@pytest.mark.promotes_ranks  # Flax does
+def test_an_nnx_module_follows_batches(key):
+    def make(key):
+        return nnx.Linear(2, 1, rngs=nnx.Rngs(key), param_dtype=jnp.result_type(float))
+
+    def arrays(key):
+        return nnx.to_pure_dict(nnx.state(make(key)))
+
+    def by_module(net, x, y):
+        return -((y - net(x)[:, 0]) ** 2).sum(), -(net.kernel[...] ** 2).sum()
+
+    def by_hand(w, x, y):
+        return -((y - (x @ w["kernel"] + w["bias"])[:, 0]) ** 2).sum(), -(w["kernel"] ** 2).sum()
+
+    fits = []
+    for joint, start in ((by_module, make), (by_hand, arrays)):
+        runner = EnsembleMAP.from_log_joint(joint, start, numpyro.optim.Adam(0.1), ensemble_size=2)
+        fits.append(quiet(runner, key, 6, X, Y, batch_size=3))
+    assert_allclose(fits[0].losses, fits[1].losses, rtol=1e-7)
+    assert_allclose(fits[0].params.kernel[...], fits[1].params["kernel"], rtol=1e-7)
 
 
 @pytest.mark.parametrize("weight", [1.0, 0.3])

@@ -144,7 +144,7 @@ def check_follows(
                     f"in no plate of the rows: what all rows share is summed out over all of them "
                     f"at once. Put it in a plate of the rows, or leave batch_size out."
                 )
-        elif whole.kind in ("latent", "discrete", "param") and whole.shape != piece.shape:
+        elif whole.kind in ("latent", "discrete", "param") and _sizes(whole) != _sizes(piece):
             raise ValueError(
                 f"batch_size={batches.size} changes the shape of {whole.kind} site {name!r} from "
                 f"{whole.shape} to {piece.shape}; it belongs to single rows. {_REMEDY}"
@@ -156,6 +156,11 @@ def check_follows(
             )
         if whole.kind == "observed":
             _check_observed(whole, piece, batches)
+
+
+def _sizes(site: Site) -> list[int]:
+    """Return the lengths of all axes: trees of Flax NNX modules are equal to themselves alone."""
+    return jax.tree.leaves(site.shape)
 
 
 def _check_observed(whole: Site, piece: Site, batches: Batches) -> None:
