@@ -1,4 +1,4 @@
-"""Models that others wrote, through everything: the table of the page "Which one".
+"""Models that others wrote, through everything: the table of the page "Models that others wrote".
 
 Run `python benchmarks/foreign.py` for all models, or name some of them (`"ar2 scan" FMLayer`). Each
 model runs in a process of its own, 240 seconds at most (`--limit 600` for more), and through all
