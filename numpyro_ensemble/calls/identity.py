@@ -40,20 +40,34 @@ class _Constant:
         return hash(self.form)
 
 
-_digests: dict[int, tuple[weakref.ref, str]] = {}
-_casts: dict[int, tuple[weakref.ref, str]] = {}  # arrays that JAX casts in single precision
+class _Digests:
+    """Digests of arrays, each remembered for as long as the array lives."""
+
+    def __init__(self) -> None:
+        self._kept: dict[int, tuple[weakref.ref, str]] = {}
+
+    def get(self, array: Any) -> str | None:
+        reference, digest = self._kept.get(id(array), (None, None))
+        return digest if reference is not None and reference() is array else None
+
+    def put(self, array: Any, digest: str) -> None:
+        number = id(array)
+        self._kept[number] = weakref.ref(array, lambda _: self._kept.pop(number, None)), digest
+
+
+_constants = _Digests()  # arrays of JAX that were read
+_casts = _Digests()  # NumPy's arrays that JAX casts in single precision
 
 
 def _digest(array: jax.Array) -> str:
-    """Return a digest of an array's contents, remembered for as long as the array lives."""
-    known = _digests.get(id(array))
-    if known is not None and known[0]() is array:
-        return known[1]
-    number = id(array)
+    """Return a digest of an array's contents, read once."""
+    known = _constants.get(array)
+    if known is not None:
+        return known
     with jax.ensure_compile_time_eval():  # inside a transformation as well
         is_key = jnp.issubdtype(array.dtype, jax.dtypes.prng_key)
         digest = contents(np.asarray(jax.random.key_data(array) if is_key else array))
-    _digests[number] = weakref.ref(array, lambda _: _digests.pop(number, None)), digest
+    _constants.put(array, digest)
     return digest
 
 
@@ -98,13 +112,12 @@ def _drop_old_cast(array: np.ndarray, digest: str) -> None:
     """
     if jax.dtypes.canonicalize_dtype(array.dtype) == array.dtype:
         return
-    number = id(array)
-    known = _casts.get(number)
-    if known is not None and known[0]() is array:
-        if known[1] == digest:
-            return
+    known = _casts.get(array)
+    if known == digest:
+        return
+    if known is not None:
         jax.clear_caches()
-    _casts[number] = weakref.ref(array, lambda _: _casts.pop(number, None)), digest
+    _casts.put(array, digest)
 
 
 def closure_fingerprint(value: Any) -> tuple:
