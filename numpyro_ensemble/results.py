@@ -20,6 +20,8 @@ _RANKED_LOSSES = 100
 # what a result tells besides its fields
 _REPORTED = ("stopped", "completed_steps", "seconds", "gradient_norm")
 TRUSTED_K = 0.7  # Pareto shapes above have weights that a few draws own (Vehtari et al. 2024)
+LEAST_DRAWS = 25  # fewer leave no tail that a Pareto distribution could be fitted to
+SAME_RATIOS = 1e-2  # log ratios that differ by less at the top are those of one distribution
 
 
 class _Fields(NamedTuple):

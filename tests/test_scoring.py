@@ -271,6 +271,20 @@ def test_psis_is_arvizs_own(key):
         scoring.psis(np.zeros(3))
 
 
+def test_ratios_that_are_all_the_same_are_trusted():
+    noise = np.random.default_rng(0).normal(size=400)
+    rounded = np.asarray(300.0 + 1e-5 * noise, np.float32)  # as single precision leaves them
+    rows = np.stack([np.zeros(400), rounded, 1e-16 * noise, noise])
+    log_weights, shapes = scoring.psis(rows)
+    assert_allclose(np.exp(log_weights[:3]), 1 / 400, rtol=1e-3)
+    assert (shapes < 0.5).all() and np.isfinite(shapes).all()
+    alone = scoring.psis(noise)
+    assert_allclose(log_weights[3], alone[0])
+    assert shapes[3] == alone[1] != 0.0
+    heavy = np.where(np.arange(400) == 7, 50.0, 0.0)  # one draw has all of the weight
+    assert not scoring.psis(heavy)[1] <= 0.7
+
+
 @pytest.mark.long
 def test_resampling_goes_to_the_posterior(key):
     runner = EnsembleVI(

@@ -23,13 +23,12 @@ from numpyro_ensemble.mcmc.paths import (
     log_density_of,
     search,
 )
+from numpyro_ensemble.results import LEAST_DRAWS, SAME_RATIOS
 
 _FREEDOM = 5  # of the refits: a tail that is heavier than most posteriors'
 _DRAWS_PER_DIMENSION = 10  # below so many a refit's covariance is noise
 _LEAST_PART = 0.1  # effective draws for each dimension, below which a refit is not worth its draws
 _ENOUGH = 0.5  # effective draws, of those of one round, that need no further round
-_SAME = 1e-2  # log ratios that differ by less at the top are those of one distribution
-_FEWEST = 25  # draws, below which PSIS knows no tail
 
 
 class Settings(NamedTuple):
@@ -131,7 +130,7 @@ def _pool(
     2012, "Adaptive multiple importance sampling").
     """
     num_paths, size = normals.mean.shape
-    each = max(-(-num_draws // num_paths), -(-_FEWEST // num_paths))
+    each = max(-(-num_draws // num_paths), -(-LEAST_DRAWS // num_paths))
     total, dtype = each * num_paths, normals.mean.dtype
     # the places of paths that have no approximation are shared out among the others
     good = jnp.isfinite(normals.elbo)
@@ -177,7 +176,7 @@ def _pool(
     known = ratios > jnp.finfo(dtype).min / 8  # the others had no finite ratio
     spread = ratios.max() - jnp.nanmedian(jnp.where(known, ratios, jnp.nan))
     # ratios that are all the same have no tail: the approximation is the posterior
-    k = jnp.where(jnp.isnan(k), jnp.where(spread < _SAME, 0.0, jnp.inf), k)
+    k = jnp.where(jnp.isnan(k), jnp.where(spread < SAME_RATIOS, 0.0, jnp.inf), k)
     k = jnp.where(known.any(), k, jnp.inf)
     path = jnp.full(num_rounds * total, -1).at[:total].set(jnp.repeat(owner, each))
     return Pool(rounds.points[:-1].reshape(-1, size), log_weights, k, path)

@@ -8,13 +8,12 @@ from typing import Any
 import numpy as np
 
 from numpyro_ensemble.predict.assembly import makes_inference_data
-
-GOOD_K = 0.7  # a shape of the importance ratios above which a term is not to be trusted
+from numpyro_ensemble.results import TRUSTED_K
 
 
 def are_unreliable(pareto_k: np.ndarray) -> np.ndarray:
     """Return which terms are not to be trusted, those of unknown shape among them."""
-    return ~(pareto_k <= GOOD_K)
+    return ~(pareto_k <= TRUSTED_K)
 
 
 def standard_error(terms: np.ndarray) -> float:
@@ -53,7 +52,7 @@ def as_elpd(
             "n_data_points": terms.size, "warning": unreliable, "loo_i": each, "scale": "log",
         }  # fmt: skip
         if shapes is not None:
-            values |= {"pareto_k": shapes, "good_k": GOOD_K}
+            values |= {"pareto_k": shapes, "good_k": TRUSTED_K}
         return old.ELPDData(data=list(values.values()), index=list(values))
     new: Any = importlib.import_module("arviz_stats.utils")
     common: Any = {
@@ -62,4 +61,4 @@ def as_elpd(
     }  # fmt: skip
     if folds is not None:
         return new.ELPDDataLOOKFold(**common, good_k=None, n_folds=folds)
-    return new.ELPDDataLOO(**common, good_k=GOOD_K, pareto_k=shapes)
+    return new.ELPDDataLOO(**common, good_k=TRUSTED_K, pareto_k=shapes)

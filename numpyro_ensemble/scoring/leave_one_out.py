@@ -10,26 +10,43 @@ import numpy as np
 
 from numpyro_ensemble.handlers import one_key, warn
 from numpyro_ensemble.predict.assembly import makes_inference_data
-from numpyro_ensemble.scoring.elpd import GOOD_K, are_unreliable, as_elpd
+from numpyro_ensemble.results import LEAST_DRAWS, SAME_RATIOS, TRUSTED_K
+from numpyro_ensemble.scoring.elpd import are_unreliable, as_elpd
 from numpyro_ensemble.scoring.reading import group_of, holds_all_members, name_of, observed
 
 _NAMED = 3  # models or members that a warning names
-LEAST_DRAWS = 25  # fewer leave no tail that a Pareto distribution could be fitted to
 
 
 def smoothed(log_ratios: np.ndarray, efficiency: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
-    """Return ArviZ's smoothed log weights, each row adding up to 1, and the shapes of its tail."""
+    """Return ArviZ's smoothed log weights, each row adding up to 1, and the shapes of its tail.
+
+    The shape is 0 where the largest ratios are all the same, as those of an exact guide: they have
+    no tail to which ArviZ could fit a distribution.
+    """
+    rows = np.asarray(log_ratios, float).reshape(-1, log_ratios.shape[-1])
+    number = rows.shape[-1]
+    tail = int(np.ceil(min(0.2 * number, 3.0 * np.sqrt(number / efficiency))))  # as ArviZ's is
+    with np.errstate(invalid="ignore"):  # a row of -inf has no spread
+        spread = rows.max(axis=-1) - np.partition(rows, -tail)[:, -tail]
+    weights, shapes = rows.copy(), np.zeros(len(rows))
+    fitted = spread != 0.0
+    if fitted.any():
+        weights[fitted], shapes[fitted] = _smoothed_by_arviz(rows[fitted], efficiency)
+    same = ~np.isfinite(shapes) & (spread < SAME_RATIOS)
+    weights[same], shapes[same] = rows[same], 0.0
+    weights -= np.logaddexp.reduce(weights, axis=-1, keepdims=True)
+    return weights.reshape(log_ratios.shape), shapes.reshape(log_ratios.shape[:-1])
+
+
+def _smoothed_by_arviz(rows: np.ndarray, efficiency: float) -> tuple[np.ndarray, np.ndarray]:
     if makes_inference_data():
         import arviz as az
 
-        weights, shape = az.psislw(log_ratios.copy(), efficiency)
-    else:
-        stats: Any = importlib.import_module("arviz_stats.base")
-        # it takes log likelihoods
-        weights, shape = stats.array_stats.psislw(-log_ratios, r_eff=efficiency)
-    weights = np.asarray(weights, float)  # JAX would add them up in single precision
-    total = np.logaddexp.reduce(weights, axis=-1, keepdims=True)
-    return weights - total, np.asarray(shape)
+        with np.errstate(divide="ignore", invalid="ignore"):  # of ratios that are all the same
+            return az.psislw(rows.copy(), efficiency)
+    stats: Any = importlib.import_module("arviz_stats.base")
+    # it takes log likelihoods
+    return stats.array_stats.psislw(-rows, r_eff=efficiency)
 
 
 class Likelihoods(NamedTuple):
@@ -271,5 +288,5 @@ def warn_of_unreliable(found: dict[str, LeftOut]) -> None:
     more = [f"{len(bad) - _NAMED} others"] if len(bad) > _NAMED else []
     warn(
         f"leave-one-out is not to be trusted where the shape k of the importance ratios is above "
-        f"{GOOD_K}: {'; '.join(parts + more)}. scoring.cross_validate fits anew instead."
+        f"{TRUSTED_K}: {'; '.join(parts + more)}. scoring.cross_validate fits anew instead."
     )

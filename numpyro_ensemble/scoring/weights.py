@@ -10,9 +10,9 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from numpyro_ensemble.handlers import check_count, one_key, warn
-from numpyro_ensemble.results import last_losses
+from numpyro_ensemble.results import LEAST_DRAWS, TRUSTED_K, last_losses
 from numpyro_ensemble.scoring.comparison import compare, for_every_member
-from numpyro_ensemble.scoring.leave_one_out import LEAST_DRAWS, smoothed
+from numpyro_ensemble.scoring.leave_one_out import smoothed
 from numpyro_ensemble.scoring.reading import group_of, holds_all_members
 
 Method = Literal["stacking", "pseudo-bma", "elbo", "uniform"]
@@ -151,10 +151,10 @@ def importance_resample(
     if num_samples is not None:
         check_count("num_samples", num_samples)
     log_weights, shape = psis(ratios.reshape(-1))
-    if shape > 0.7:
+    if not shape <= TRUSTED_K:
         warn(
-            f"k-hat is {float(shape):.2f}, above 0.7: a few draws carry the weight of all. Fit "
-            f"longer, or with a richer guide."
+            f"k-hat is {float(shape):.2f}, above {TRUSTED_K}: a few draws carry the weight of "
+            f"all. Fit longer, or with a richer guide."
         )
     number = ratios.size if num_samples is None else num_samples
     chosen = jax.random.categorical(one_key(rng_key), jnp.asarray(log_weights), shape=(number,))
