@@ -706,15 +706,26 @@ def test_draws_of_a_model_that_cannot_be_compared(key):
 
 def test_an_installed_package_is_fixed_before_it_is_imported(monkeypatch, tmp_path):
     """A model may import a package in its body: the first call comes before that import."""
-    for place, users in (("site-packages", False), ("work", True)):
-        name = f"a_package_in_{place.replace('-', '_')}"
-        (tmp_path / place).mkdir()
+    target = tmp_path / "target"  # of pip install --target, beside a file of the user's own
+    (target / "theirs-1.0.dist-info").mkdir(parents=True)
+    (target / "theirs-1.0.dist-info" / "METADATA").write_text("Name: theirs\nVersion: 1.0\n")
+    (target / "theirs-1.0.dist-info" / "RECORD").write_text("a_package_in_target.py,sha256=x,0\n")
+    cases = [("site-packages", "", False), ("work", "", True), ("target", "", False)]
+    for place, beside, users in [*cases, ("target", "_too", True)]:
+        name = f"a_package_in_{place.replace('-', '_')}{beside}"
+        (tmp_path / place).mkdir(exist_ok=True)
         (tmp_path / place / f"{name}.py").write_text("")
         monkeypatch.syspath_prepend(tmp_path / place)
         made = {}
         exec(f"def read():\n    import {name}\n    return 1.0", made)
         assert name not in sys.modules
         assert is_unknown(closure_fingerprint(made["read"])) is users
+
+
+def test_objects_of_a_compiled_module_of_ones_own_are_unknown(monkeypatch):
+    monkeypatch.setattr("numpyro_ensemble.calls.opening._is_users", lambda module: True)
+    generator = np.random.PCG64(0)  # its state is in no attribute
+    assert is_unknown(closure_fingerprint(lambda: generator))
 
 
 def test_two_callbacks_are_two_programs(key):

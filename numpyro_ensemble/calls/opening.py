@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dis
 import functools
+import importlib.metadata
 import importlib.util
 import sys
 import types
 import weakref
 from collections import OrderedDict, defaultdict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -37,6 +39,7 @@ _PURE = {
 }  # fmt: skip
 _OPERATIONS = ("GLOBAL", "LOAD_NAME"), ("ATTR", "LOAD_METHOD"), ("IMPORT_NAME",)  # see _names
 _PLAIN_PACKAGES = {"jax", "numpyro", __name__.partition(".")[0]}  # whose objects hide nothing
+_LIBRARIES = {"jax", "jaxlib", "numpy", "numpyro", "optax"}  # checkouts of them too
 
 
 def children_of(value: Any) -> tuple[Any, list[Any]]:
@@ -124,7 +127,7 @@ def _open_object(value: Any) -> tuple[Any, list[Any]]:
         return kind, [*level[0], level[1], kind]
     if kind is object:
         return ByIdentity(value), []
-    if all(map(_hides_nothing, kind.__mro__[:-1])):
+    if hasattr(value, "__dict__") and all(map(_hides_nothing, kind.__mro__[:-1])):
         return (kind, tuple(vars(value))), [*vars(value).values(), kind]
     return (Unknown(), []) if _is_users(kind.__module__) else _open_installed(value)
 
@@ -210,8 +213,24 @@ def _is_users(module: str | None) -> bool:
         return True
     if package in sys.stdlib_module_names or package == _package(__name__):
         return False
-    path = _file_of(package)
-    return "site-packages" not in path and "dist-packages" not in path
+    path = Path(_file_of(package))
+    if {"site-packages", "dist-packages"} & set(path.parts):
+        return False
+    folder = path.parent.parent if path.stem == "__init__" else path.parent
+    return package not in _LIBRARIES and package not in _installed_in(str(folder))
+
+
+@functools.cache
+def _installed_in(folder: str) -> frozenset[str]:
+    """Return the packages that an installer has put into a folder, as `pip install --target` does.
+
+    A user's own files may stand beside them.
+    """
+    names = set()
+    for distribution in importlib.metadata.distributions(path=[folder]):
+        for line in (distribution.read_text("RECORD") or "").splitlines():
+            names.add(line.partition(",")[0].partition("/")[0].partition(".")[0])
+    return frozenset(names)
 
 
 def _file_of(package: str) -> str:
