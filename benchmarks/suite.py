@@ -115,7 +115,7 @@ def setting(record):
 
 def read(folder, names=()):
     """Return the records of a folder, or those whose names begin so."""
-    paths = [p for p in sorted(Path(folder).glob("*.json")) if not p.stem.startswith("devices_")]
+    paths = sorted(Path(folder).glob("*.json"))
     found = {p.stem: json.loads(p.read_text()) for p in paths}
     return {
         name: record
