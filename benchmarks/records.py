@@ -125,7 +125,8 @@ def saved(name):
             rows = [json.loads(line) for line in record.read().splitlines()]
             path = results_folder() / f"{name}.json"
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(head | tail | {"rows": rows}, indent=1) + "\n")
+            if rows:  # what failed at once leaves an earlier record as it is
+                path.write_text(json.dumps(head | tail | {"rows": rows}, indent=1) + "\n")
 
 
 def renew_page(page, parts, script):
