@@ -32,7 +32,8 @@ def smoothed(log_ratios: np.ndarray, efficiency: float = 1.0) -> tuple[np.ndarra
     fitted = spread != 0.0
     if fitted.any():
         weights[fitted], shapes[fitted] = _smoothed_by_arviz(rows[fitted], efficiency)
-    same = ~np.isfinite(shapes) & (spread < SAME_RATIOS)
+    unknown = ~np.isfinite(shapes) | np.isnan(weights).any(axis=-1)
+    same = unknown & (spread < SAME_RATIOS)
     weights[same], shapes[same] = rows[same], 0.0
     weights -= np.logaddexp.reduce(weights, axis=-1, keepdims=True)
     return weights.reshape(log_ratios.shape), shapes.reshape(log_ratios.shape[:-1])

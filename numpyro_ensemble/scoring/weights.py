@@ -153,7 +153,7 @@ def importance_resample(
     log_weights, shape = psis(ratios.reshape(-1))
     if not shape <= TRUSTED_K:
         warn(
-            f"k-hat is {float(shape):.2f}, above {TRUSTED_K}: a few draws carry the weight of "
+            f"k-hat is {float(shape):.2f}, above 0.7: a few draws carry the weight of "
             f"all. Fit longer, or with a richer guide."
         )
     number = ratios.size if num_samples is None else num_samples
