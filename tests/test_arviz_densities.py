@@ -110,9 +110,8 @@ def test_unconstrained_latents_are_of_numpyros_transforms():
     assert_allclose(group["n"], N)
 
 
-@pytest.mark.parametrize(
-    "kernel", [HMC, *(pytest.param(kernel, marks=pytest.mark.long) for kernel in (NUTS, MEADS))]
-)
+@pytest.mark.long
+@pytest.mark.parametrize("kernel", [HMC, NUTS, MEADS])
 def test_a_run_of_chains_has_all_groups(kernel):
     number = 64 if kernel is MEADS else 2
     mcmc = MCMC(
@@ -228,7 +227,9 @@ CHECKS = ["plot_ppc_dist", "plot_ppc_pit", "plot_loo_pit"] if NEW else ["plot_pp
 
 
 @pytest.mark.filterwarnings("ignore")  # those of ArviZ and pandas
-@pytest.mark.parametrize("name", CHECKS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.long] * (n != "plot_loo_pit")) for n in CHECKS]
+)
 def test_arviz_draws_predictive_checks(mean_field, name):
     data = mean_field
     drawn = getattr(az, name)(data, **({} if NEW else {"y": "y"} if "loo" in name else {}))

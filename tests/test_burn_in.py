@@ -61,6 +61,7 @@ def test_the_walk_ends_by_itself(key):
     assert abs(rows.mean()) < 0.15 and 0.9 < rows.var() < 1.35
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:.*chains would start where")
 def test_hard_places(key):
     """A density that is no number where half of the chains begin, and one that is none anywhere."""

@@ -171,6 +171,7 @@ def of_both(key, x, z):
     return {"w": mean[None] + jax.random.normal(key, (99, 2)) @ root.T}
 
 
+@pytest.mark.long
 def test_calibration_where_the_posterior_is():
     before = posterior(KEY, X, SEEN, number=600)
 
@@ -207,6 +208,7 @@ def counts(shop, seen=None, sold=None):
         numpyro.sample("sold", dist.Poisson(rate * (1.0 + size[shop])), obs=sold)
 
 
+@pytest.mark.long
 def test_two_sites_and_discrete_latents():
     shop, seen, sold = np.arange(9) % 3, np.zeros(9, bool), np.ones(9, int)
     kinds = []

@@ -170,6 +170,7 @@ os._exit(0)  # Orbax would wait for what cannot come
 """
 
 
+@pytest.mark.long
 def test_a_directory_that_is_full(tmp_path):
     """In a process of its own, for Orbax leaves threads behind that wait for what failed."""
     environment = {**os.environ, "PYTHONPATH": f"{SCRIPT.parents[1]}{os.pathsep}{SCRIPT.parent}"}
@@ -211,6 +212,7 @@ def finish(process):
     assert process.returncode == 0
 
 
+@pytest.mark.long
 def test_sigterm_writes_a_checkpoint_first(tmp_path):
     process = started(tmp_path / "kept", 10_000, tmp_path / "result")
     process.stdout.readline()  # the first steps are done

@@ -116,6 +116,9 @@ CASES = {
     ),
     "counts": count_case(np.arange(ROWS), RNG.poisson(5.0, size=ROWS)),
 }  # fmt: skip
+QUICK_AND_LONG = [
+    pytest.param(name, marks=[pytest.mark.long] * (name != "hierarchy")) for name in CASES
+]
 
 
 @cache
@@ -141,7 +144,7 @@ def loo_of(data):
     return np.asarray(found.loo_i if makes_inference_data() else found.elpd_i)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", QUICK_AND_LONG)
 def test_scores_are_those_of_arviz_and_of_the_closed_form(case):
     data = exact_data(case)
     found = scoring.compare({"one": data, "other": exact_data(case, 1)})
@@ -154,7 +157,7 @@ def test_scores_are_those_of_arviz_and_of_the_closed_form(case):
     assert_allclose(sum(w.sum() for w in found.weights.values()), 1.0)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", QUICK_AND_LONG)
 def test_probabilities_are_those_of_the_closed_form(case):
     known = CASES[case]
     values = scoring.loo_pit(exact_data(case))
@@ -173,7 +176,7 @@ def test_probabilities_are_those_of_the_closed_form(case):
     assert uniformity(values[:, None]).min() > 0.001
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", QUICK_AND_LONG)
 def test_calibration_tells_the_posterior_from_a_narrow_one(case):
     """Simulated counts, a table of latents and a hierarchy; half the spread is found."""
     known = CASES[case]
@@ -211,7 +214,7 @@ def mean_field(case, size=3):
     return runner, result
 
 
-@pytest.mark.parametrize("case", ["regression", "hierarchy"])
+@pytest.mark.parametrize("case", ["regression", pytest.param("hierarchy", marks=pytest.mark.long)])
 def test_guides_are_corrected(case):
     """A mean-field guide alone is wrong: its draws are corrected, with both lines of ArviZ."""
     runner, result = mean_field(case)
@@ -265,7 +268,7 @@ def test_weights_find_the_model_and_the_member_and_go_into_predictions():
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", QUICK_AND_LONG)
 def test_folds_are_what_the_closed_form_says(case):
     """Shops that are held out whole, whose own level is then drawn from the others'."""
     known = CASES[case]
@@ -350,6 +353,7 @@ def test_rows_that_are_vectors():
         scoring.loo_pit(data)
 
 
+@pytest.mark.long
 def test_a_selected_member_is_corrected_by_its_own_guide():
     runner, result = mean_field("regression")
     known = CASES["regression"]

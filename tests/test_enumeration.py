@@ -160,6 +160,7 @@ def as_nuts_warns(name):
 # Densities ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", [*each_of("two levels")])
 def test_the_density_is_that_of_nuts(name, key):
     model, args, _ = MODELS[name]
@@ -176,7 +177,7 @@ def test_the_density_is_that_of_nuts(name, key):
     assert SUM == {"enumerate": "parallel"}  # the dict of the user stays as it is
 
 
-@pytest.mark.parametrize("name", [*each_of("mixture", "spikes", without=["unmarked"])])
+@pytest.mark.parametrize("name", [*each_of("spikes", without=["unmarked"])])
 def test_likelihood_and_prior_add_up_to_numpyros_density(name, key):
     model, args, plates = MODELS[name]
     z = initialize_model(key, own_infer(model), model_args=args).param_info.z

@@ -59,6 +59,7 @@ def vi(model=regression):
     return EnsembleVI(model, AutoNormal(model), optim, Trace_ELBO(), ensemble_size=2)
 
 
+@pytest.mark.long
 def test_groups_are_what_the_closed_form_says():
     found = cross_validate(regression, nuts(), X, Y, rng_key=KEY, folds=GROUP, num_draws=1000)
     expected = exact(GROUP)

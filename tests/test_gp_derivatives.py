@@ -132,6 +132,7 @@ def test_features_have_the_slopes_of_the_waves(key):
         assert_allclose(columns[i], expected, rtol=1e-6, atol=1e-8)
 
 
+@pytest.mark.long
 def test_paths_pass_through_slopes_and_have_them(key):
     paths = GP.draw_paths(key, VALUES, num_paths=2000, num_features=512)
     mean, covariance = posterior()

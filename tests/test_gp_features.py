@@ -122,6 +122,7 @@ def test_matern_frequencies_share_one_chi_square():
     assert abs(variance_ratio(kernel, apart, X, X_new) - 1.0) > 0.02
 
 
+@pytest.mark.long
 def test_a_widened_rational_quadratic_against_plain_sampling():
     class Plain(RationalQuadratic):
         def spectrum(self, uniforms, dim):

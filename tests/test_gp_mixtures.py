@@ -70,6 +70,7 @@ def test_moments_with_noise_and_covariances(pathwise):
         assert abs(np.diag(between)).max() > 1e-3
 
 
+@pytest.mark.long
 def test_quantiles_are_those_of_the_mixture(pathwise):
     mean, covariance, noise = truth()
     variances = np.diagonal(covariance, axis1=1, axis2=2)
@@ -128,7 +129,7 @@ PROCESSES = {
 }
 
 
-@pytest.mark.parametrize("name", PROCESSES)
+@pytest.mark.parametrize("name", ["dense", pytest.param("collapsed", marks=pytest.mark.long)])
 def test_leaving_one_out_is_fitting_without_it(name):
     make = PROCESSES[name]
     process = make(X, np.ones(9, bool))

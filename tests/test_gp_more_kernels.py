@@ -80,8 +80,8 @@ VALUES = {
 }  # fmt: skip
 OTHERS = {"Categorical"}
 WITH_FEATURES = [
-    "Polynomial",
     "SpectralMixture",
+    pytest.param("Polynomial", marks=pytest.mark.long),
     pytest.param("linear in each", marks=pytest.mark.long),
     pytest.param("PoweredExponential", marks=pytest.mark.long),
     pytest.param("change point", marks=pytest.mark.long),
@@ -116,6 +116,7 @@ def test_categories_are_alike_or_not():
         GaussianProcess(kernel, np.array([[4.0]]), 0.1)
 
 
+@pytest.mark.long
 def test_slopes_at_the_edge_are_finite():
     """A correlation of 0 and a kappa of 0 are allowed, and what is beside them can be learnt."""
     numbers = jnp.array([[0.0], [1.0], [1.0]])
@@ -140,6 +141,7 @@ def test_slopes_at_the_edge_are_finite():
         assert np.isfinite(drawn).all()
 
 
+@pytest.mark.long
 def test_arc_cosine_is_the_mean_over_wide_layers():
     rng = np.random.default_rng(0)
     layer = rng.normal(size=(100_000, 3))

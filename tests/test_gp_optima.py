@@ -31,9 +31,8 @@ def paths():
 
 
 @pytest.mark.core
-@pytest.mark.parametrize(
-    ("find", "sign"), [(maximise, 1.0), pytest.param(minimise, -1.0, marks=pytest.mark.long)]
-)
+@pytest.mark.long
+@pytest.mark.parametrize(("find", "sign"), [(maximise, 1.0), (minimise, -1.0)])
 def test_no_point_of_a_grid_is_better(paths, find, sign, key, compile_count):
     found = find(key, paths, BOUNDS)
     assert found.place.shape == (4, 2) and found.value.shape == (4,)

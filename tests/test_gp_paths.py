@@ -349,6 +349,7 @@ def test_residuals_are_measured_or_left_out(key):
     assert (np.isnan(factored.residuals) == within(True, False)).all() and factored.ok.all()
 
 
+@pytest.mark.long
 def test_components_add_up():
     kernel = RBF(1.0, 0.8) + Periodic(0.5, 0.8, 1.3) + Linear(0.2)
     paths = draw_paths(

@@ -132,6 +132,7 @@ def latent_truth(kernel, weight, points=X, values=Y):
     return mean, np.diag(covariance) / weight
 
 
+@pytest.mark.long
 def test_a_weighted_prior_divides_the_kernel_of_a_latent_process():
     whitened = reparam(latent, config={"u": WhitenReparam()})
     factors = [np.linalg.cholesky(np.asarray(k(X)) + 1e-6 * np.eye(12)) for k in KERNELS]

@@ -90,6 +90,7 @@ def share_of_the_first(mixture):
     return share, np.sqrt((weights**2 * (below - share) ** 2).sum())
 
 
+@pytest.mark.long
 def test_each_mode_counts_once(key):
     vi, result = fit(two_modes, key, size=6, init_params={"auto_loc": starts(key)})
     found = modes(vi, result)

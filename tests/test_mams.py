@@ -151,6 +151,7 @@ def metric_of(adaptation):
     return sigma[:, None] * inner * sigma
 
 
+@pytest.mark.long
 def test_mams_takes_nothing_from_chains_that_explode(key):
     rows = jax.random.normal(key, (CHAINS, 2)) * jnp.array([[1.0, 3.0]])
     bad = jnp.array([3, 10, 40])

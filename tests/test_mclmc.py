@@ -102,6 +102,7 @@ def test_a_state_goes_on(fitted):
     np.testing.assert_allclose(norms, 1.0, rtol=1e-5)  # the speed is kept
 
 
+@pytest.mark.long
 def test_steps_that_are_too_long_are_reported(fitted):
     last = fitted.last_state
     longer = last.adapt_state._replace(step_size=2.0 * last.adapt_state.step_size)
@@ -160,6 +161,7 @@ def test_the_energy_variance_goes_from_one_value_to_another():
     np.testing.assert_allclose(scheme.wanted(last), 0.01, rtol=1e-5)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("adapt", ["all", "each"])
 def test_draws_are_made_with_the_last_energy_variance(adapt):
 

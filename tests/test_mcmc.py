@@ -296,6 +296,7 @@ def test_the_bar_moves(capfd, monkeypatch):
     assert "10/10" in shown and f"divergences in {CHAINS} chains" in shown
 
 
+@QUICK_IN_MEADS
 def test_progress_speaks_of_all_chains(fitted):
     line = fitted.sampler.get_diagnostics_str(fitted.last_state)
     assert "steps of size" in line and "acc. prob=" in line

@@ -147,6 +147,7 @@ def test_another_number_in_the_model_is_found(tmp_path, other):
         run(2.1)
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_leaves_what_there_is(tmp_path):
     """From within a potential energy that counts how often it is evaluated."""
@@ -221,6 +222,7 @@ def test_a_run_after_one_that_failed(tmp_path):
     assert_allclose(mcmc.get_samples()["a"], draws, rtol=1e-9)
 
 
+@pytest.mark.long
 def test_chains_that_did_not_mix_are_named_once(tmp_path):
     """Two modes far apart: each piece would say so alone."""
     kernel = ChEES(potential_fn=lambda z: -jax.numpy.logaddexp(-((z - 9) ** 2), -((z + 9) ** 2))[0])

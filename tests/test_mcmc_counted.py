@@ -53,6 +53,7 @@ def test_statistics_are_those_of_the_chains_that_count(rows):
     assert set(map(float, pool[:, 0])) == set(map(float, rows[GOOD[1:], 0]))
 
 
+@pytest.mark.long
 def test_meads_takes_nothing_from_chains_that_explode(rows):
     scheme, progress = Scheme(4), Progress.start(100, CHAINS)
     values, slopes = jax.vmap(jax.value_and_grad(exploding))(rows)

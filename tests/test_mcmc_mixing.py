@@ -46,6 +46,7 @@ def start(seed=0):
     }
 
 
+@pytest.mark.long
 def test_chains_that_cannot_move_are_told_of():
     """Behind a wall that comes near after warm-up."""
     mcmc = sampler(ChEES(model), progress_bar=False)

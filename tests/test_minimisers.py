@@ -163,6 +163,7 @@ def test_a_loop_of_update_equals_run_equals_halves_and_chunks(key):
     assert_array_equal(jax.random.key_data(state.rng_key), jax.random.key_data(whole.state.rng_key))
 
 
+@pytest.mark.long
 def test_a_second_run_compiles_nothing(key, compile_count):
     runner = EnsembleMAP(zoned, LBFGS, ensemble_size=3)
     quiet(runner, key, 100, W, Z)

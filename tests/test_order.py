@@ -176,6 +176,7 @@ def is_right(samples):
     assert np.abs(np.mean(samples["a"])) < 3.0
 
 
+@pytest.mark.long
 @pytest.mark.promotes_ranks  # of NumPyro's quantiles
 def test_draws_and_predictions_have_the_latents_in_their_places(fitted, key):
     guide, _, runner, result = fitted

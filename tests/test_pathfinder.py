@@ -427,6 +427,7 @@ def test_bad_calls(key):
         Pathfinder(model).run(jax.random.split(key, 2), X, Y)
 
 
+@pytest.mark.long
 def test_no_path_says_how_each_ended(finder, result, key):
     with pytest.raises(ValueError, match="4 of 4 start where the log density is not finite"):
         finder.run(key, X, Y * np.nan, num_samples=400)

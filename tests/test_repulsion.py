@@ -300,6 +300,7 @@ def test_members_repel_by_values_of_a_site(compile_count):
     assert not [name for name in compilations.names if "chunk" in name]
 
 
+@pytest.mark.long
 def test_a_push_on_a_function_goes_through_its_slopes():
     """From a density: its whole members, of which some leaves are no arrays."""
     matrix = jnp.asarray(GRID)
@@ -399,6 +400,7 @@ def test_a_setting_takes_a_repulsion(pushed):
         pushed[0].repulsion = 1.0
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("repulsion", [Repulsion(), Repulsion(method="wgd")])
 def test_a_member_far_from_the_others_spoils_no_push(repulsion):
     """In single precision, wherever it stands."""

@@ -87,6 +87,7 @@ def test_numpy_reads_it_without_the_model(fitted, tmp_path):
     assert {"numpyro", "jax", "optax", "numpyro_ensemble"} <= told["versions"].keys()
 
 
+@pytest.mark.long
 def test_a_new_process_uses_it(fitted, tmp_path):
     """A runner, and a guide, that have never been called."""
     fitted.save(tmp_path / "fit")

@@ -136,7 +136,7 @@ GUIDES = {
 }  # fmt: skip
 
 
-QUICK = {"AutoNormal", "graph", "empty guide"}
+QUICK = {"AutoNormal", "empty guide"}
 # started under jit and vmap; the others are traced so (below there is a test for AutoNormal)
 TRANSFORMED = {"AutoLaplaceApproximation", "AutoBNAFNormal", "AutoGuideList"}
 

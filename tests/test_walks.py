@@ -175,11 +175,9 @@ WALKERS = [
 ]
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore::UserWarning")  # of data that do not suit a state
-@pytest.mark.parametrize(
-    ("model", "kinds", "guide", "quick"),
-    [QUICK, *(pytest.param(*walker, marks=pytest.mark.long) for walker in WALKERS)],
-)
+@pytest.mark.parametrize(("model", "kinds", "guide", "quick"), [QUICK, *WALKERS])
 def test_no_answer_depends_on_what_was_called_before(model, kinds, guide, quick):
     walker = Walker(model, kinds, guide(model), quick)
     for seed in range(4 if quick else WALKS):  # each goes on with the runners of the one before it

@@ -87,6 +87,7 @@ def test_cut_by_draws_the_numbers_are_those_of_the_call(predictive, in_memory, t
         assert_array_equal(data[dim], np.arange(data.sizes[dim]))
 
 
+@pytest.mark.long
 def test_cut_by_rows_only_what_rows_draw_is_drawn_anew(predictive, in_memory, tmp_path):
     coords = {"rows": np.arange(N) * 2, "out": ["left", "right"]}
     data = by_rows(predictive, str(tmp_path / "store"), X, coords=coords, dims={"late": ["rows"]})
@@ -108,6 +109,7 @@ def test_cut_by_rows_only_what_rows_draw_is_drawn_anew(predictive, in_memory, tm
     assert np.abs(other["z"].values - data["z"].values).max() > 0.1
 
 
+@pytest.mark.long
 def test_a_store_of_zarrs_and_a_row_in_all(predictive, in_memory):
     store = MemoryStore()
     data = by_rows(predictive, store, X, row_batch_size=100)
@@ -124,6 +126,7 @@ def linear(x, y=None):
         numpyro.sample("y", dist.Normal(x @ w, 0.1), obs=y)
 
 
+@pytest.mark.long
 def test_mixtures_and_priors():
     weighted = EnsemblePredictive(
         linear, {"w": SAMPLES["w"]}, batch_ndims=2, weights=[3.0, 1.0], batch_size=4
@@ -280,7 +283,11 @@ def stopped(predictive, tmp_path_factory):
         ({"key": jax.random.key(4)}, "setting 'rng_key' was uint32"),
         ({"coords": {"rows": np.arange(N)}}, "coordinate 'rows' was not there"),
         ({"samples": {**SAMPLES, "a": SAMPLES["a"] + 1.0}}, "sample 'a' was float64"),
-        ({"model": lambda x: counts(X + 1.0 + x)}, "whose 'scope.mu' has other numbers"),
+        pytest.param(
+            {"model": lambda x: counts(X + 1.0 + x)},
+            "whose 'scope.mu' has other numbers",
+            marks=pytest.mark.long,
+        ),
     ],
 )
 def test_a_store_of_another_call_is_refused(stopped, changed, said):

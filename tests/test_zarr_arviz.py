@@ -89,6 +89,7 @@ def test_groups_are_those_in_memory(in_memory, tmp_path):
     assert not isinstance(lazy._data, np.ndarray)
 
 
+@pytest.mark.long
 def test_cut_by_rows_as_well(in_memory, tmp_path):
     data = by_rows(tmp_path, coords={"rows": np.arange(N) + 5})
     agree(data, in_memory, but={("posterior_predictive", "y")})
@@ -99,7 +100,8 @@ def test_cut_by_rows_as_well(in_memory, tmp_path):
     assert np.isnan(data["observed_data"]["y"]).sum() == (~SEEN).sum()
 
 
-@pytest.mark.parametrize("place", [3, pytest.param("end", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("place", [3, "end"])
 def test_a_call_that_was_stopped_goes_on(place, tmp_path, monkeypatch):
     class StoppedError(Exception):
         pass

@@ -58,7 +58,7 @@ def by_rows(pathwise, store, *args, **options):
     return write(pathwise, store, *args, **{"row_args": ["X"], "row_batch_size": 6, **options})
 
 
-@pytest.mark.parametrize("cut", [write, by_rows])
+@pytest.mark.parametrize("cut", [pytest.param(write, marks=pytest.mark.long), by_rows])
 def test_the_numbers_are_those_of_the_call(cut, pathwise, in_memory, tmp_path):
     data = cut(pathwise, tmp_path, NEW)
     assert data["scope.y"].dims == data["scope.y_f"].dims == (

@@ -9,7 +9,7 @@ import driver
 
 pytestmark = [pytest.mark.promotes_ranks, pytest.mark.filterwarnings("default")]
 NAMES = tuple(blayers_models.LAYERS)
-QUICK = ("FMLayer", "RandomWalkLayer")  # 3 seconds each
+QUICK = ("RandomWalkLayer",)  # 3 seconds
 LONG = (  # with these, latents of every shape
     "AdaptiveLayer",
     "LowRankInteractionLayer",
@@ -17,6 +17,7 @@ LONG = (  # with these, latents of every shape
     "EmbeddingLayer",
     "RandomEffectsLayer",
     "HorseshoeLayer",
+    "FMLayer",
 )
 
 
