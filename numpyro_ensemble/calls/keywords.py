@@ -1,4 +1,4 @@
-"""Whether a call can be made: keywords of an option, of the model, of both or of neither."""
+"""Checks of a call's keywords: of an option, of the model, of both or of neither."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _Returned = TypeVar("_Returned")
 
 
 def checked_keywords(fn: Callable[_Parameters, _Returned]) -> Callable[_Parameters, _Returned]:
-    """Make a function of a model, or a method of a runner, look at the keywords of each call.
+    """Make a function of a model, or a method of a runner, check the keywords of each call.
 
-    It then refuses a keyword that is an option and a parameter of the model as well, and one that
-    is neither, before the model is called.
+    Before the model is called, it raises an error for a keyword that is both an option and a
+    parameter of the model, and for one that is neither.
     """
     signature = inspect.signature(fn)
     parameters = signature.parameters.values()
