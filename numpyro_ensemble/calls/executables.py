@@ -53,9 +53,7 @@ class Executables:
 
     def _key(self, traced: Any, lowered: Any, inputs: tuple) -> Any:
         text = lowered.as_text()
-        if (
-            "callback" in text
-        ):  # a program with callbacks calls the functions of its own call: it is not kept
+        if "callback" in text:  # it would call the functions of this call again: it is not kept
             return None
         leaves, treedef = jax.tree.flatten(inputs)
         placed = tuple(x.sharding if isinstance(x, jax.Array) else None for x in leaves)

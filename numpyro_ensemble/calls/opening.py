@@ -174,7 +174,7 @@ def _is_of_library(value: Any) -> bool:
     return getattr(sys.modules.get(module), name, None) is value
 
 
-# Attributes that the set-up of autoguides has written ----------------------------------------------
+# Attributes that the set-up of autoguides has written ---------------------------------------------
 
 _learnt: weakref.WeakKeyDictionary[AutoGuide, dict[str, Any]] = weakref.WeakKeyDictionary()
 

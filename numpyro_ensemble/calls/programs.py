@@ -63,8 +63,8 @@ class Programs:
     ) -> Any:
         """Run `fn((args, kwargs), *inputs)` compiled; arguments of other contents use it too.
 
-        Arrays among the arguments are inputs of the program. A model that looks at their values gets
-        them concretely, and its program is used again only for equal values.
+        Arrays among the arguments are inputs of the program. A model that looks at their values
+        gets them concretely, and its program is used again only for equal values.
 
         Args:
             fn: the function.

@@ -1,9 +1,9 @@
 """Setting autoguides up: a copy is called in a compiled program, and no tracer stays behind.
 
 An autoguide keeps the values of its set-up in its attributes: a trace of the model, start values,
-closures over both. `fresh` copies a guide without these. After the copy was called inside a compiled program,
-`take_out` replaces every tracer in it by a numbered slot; `fill` puts arrays there: traced ones
-inside the next program, concrete ones to set up the user's own guide.
+closures over both. `fresh` copies a guide without these. After the copy was called
+inside a compiled program, `take_out` replaces every tracer in it by a numbered slot. `fill` puts
+arrays there: traced ones inside the next program, concrete ones to set up the user's own guide.
 """
 
 from __future__ import annotations

@@ -34,8 +34,8 @@ class Point(NamedTuple):
 class PointGuide(AutoGuide):
     """A guide of point masses at unconstrained parameters `{site}_auto_loc`.
 
-    It has the starts and steps of `AutoDelta` with the same key, with one difference: a support that
-    depends on other latents is that at their current values, not at their start.
+    It has the starts and steps of `AutoDelta` with the same key, with one difference: a support
+    that depends on other latents is that at their current values, not at their start.
 
     Args:
         model: the model, unweighted.
