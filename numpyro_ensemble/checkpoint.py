@@ -198,8 +198,8 @@ class Keeper:
         if not close.all():
             place = tuple(np.argwhere(~close)[0])
             raise self._of_another_run(
-                f"{what} was {before[place]:.8g}, and is {now[place]:.8g}, by another number in "
-                f"the model, the guide or the optimiser, or other versions of packages"
+                f"{what} was {before[place]:.8g}, and is {now[place]:.8g}: a number in the model, "
+                f"the guide or the optimiser has changed, or the version of a package"
             )
 
     def _of_another_run(self, difference: str) -> ValueError:
@@ -228,11 +228,11 @@ class Keeper:
             full = {k: v for k, v in named.items() if k not in empty}  # Orbax takes no empty arrays
             self._orbax.save_async(step, full, force=True, custom_metadata=told)
         except Exception as error:  # from this checkpoint, or from the one before it
-            self._failed(f"that of step {step}", error)
+            self._failed(f"the checkpoint of step {step}", error)
 
     def _failed(self, which: str, error: Exception) -> None:
         message = (
-            f"of the checkpoints in {self.path}, {which} could not be written: "
+            f"{which} in {self.path} could not be written: "
             f"{type(error).__name__}: {str(error)[:200]}"
         )
         if self.checkpoint.on_error == "raise":
@@ -250,7 +250,7 @@ class Keeper:
         try:
             self._orbax.close()
         except Exception as error:
-            self._failed("the last one", error)
+            self._failed("the last checkpoint", error)
         finally:
             unlock(self._lock)
 

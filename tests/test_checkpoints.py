@@ -82,10 +82,10 @@ def test_a_run_goes_on(half, whole):
         ),
         pytest.param(
             {"scale": 1.5},
-            r"the loss of step 1 was .* by another number in the model",
+            r"the loss of step 1 was .*: a number in the model",
             marks=pytest.mark.long,
         ),
-        ({"rate": 0.021}, r"the loss of step 2 was .* by another number in the model"),
+        ({"rate": 0.021}, r"the loss of step 2 was .*: a number in the model"),
         ({"init_params": {"a_auto_loc": np.zeros(())}}, "setting 'init_params' was none"),
     ],
 )

@@ -169,8 +169,8 @@ class Repulsion:
                 for leaf in leaves
             ]
             raise ValueError(
-                f"{what} is to give arrays of real numbers by which members are compared, and "
-                f"gives {', '.join(form) or 'none'}."
+                f"{what} must return arrays of real numbers, by which members are compared; it "
+                f"returns {', '.join(form) or 'none'}."
             )
         return values
 
