@@ -40,7 +40,7 @@ def log_joint(
         `log_density(model, args, kwargs, params)[0]`. `params` maps latent sites to constrained
         values. Discrete latents that are marked `infer={"enumerate": "parallel"}` and not in
         `params` are summed out: the prior is then that of the other latents, and the likelihood
-        that of the data given these.
+        that of the data given these. It raises a ValueError if `params` lacks a latent.
 
     Example:
         >>> import numpyro, numpyro.distributions as dist
@@ -54,7 +54,18 @@ def log_joint(
     """
 
     def split(params: dict, *args: Any, **kwargs: Any) -> tuple[jax.Array, jax.Array]:
-        log_probs, trace = compute_log_probs(with_placeholders(model), args, kwargs, params)
+        try:
+            log_probs, trace = compute_log_probs(with_placeholders(model), args, kwargs, params)
+        except AssertionError as error:  # NumPyro cannot draw a latent without a key
+            sites = model_sites(model, args, kwargs).values()
+            drawn = ("latent", "discrete")
+            lacking = [s.name for s in sites if s.kind in drawn and s.name not in params]
+            if not lacking:
+                raise
+            raise ValueError(
+                f"params has no value for the latent sites {lacking}. Give constrained values of "
+                f"all latents, or condition the model on some by numpyro.handlers.condition."
+            ) from error
         if any(needs_sum(site) and name not in params for name, site in trace.items()):
             return split_density(model, trace, params, args, kwargs, prior_sites)
         likelihood = prior = jnp.zeros(())

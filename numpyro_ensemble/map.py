@@ -25,7 +25,7 @@ from numpyro_ensemble.fit.repulsion import Repulsion
 from numpyro_ensemble.fit.state import GuideValues
 from numpyro_ensemble.fit.sums import check_sums
 from numpyro_ensemble.handlers import check_weight, reweight
-from numpyro_ensemble.primitives import combine, partition, stack_members
+from numpyro_ensemble.primitives import combine, density_parts, partition, stack_members
 from numpyro_ensemble.results import EnsembleResult
 
 
@@ -253,13 +253,12 @@ class _RawMAP(EnsembleMAP):
         def model(*args: Any, **kwargs: Any) -> None:
             arrays = numpyro.param("params", lambda key: partition(init_fn(key))[0])
             with handlers.block():  # hides the sites of a density that was made from a model
-                log_likelihood, log_prior = log_joint(combine(arrays, shared), *args, **kwargs)
+                returned = log_joint(combine(arrays, shared), *args, **kwargs)
+            log_likelihood, log_prior = density_parts(returned)
             numpyro.factor("log_likelihood", log_likelihood)
             numpyro.factor("log_prior", log_prior)
 
-        with contextlib.suppress(
-            TypeError, ValueError
-        ):  # so that errors name the density's arguments
+        with contextlib.suppress(TypeError, ValueError):  # errors name the density's arguments
             first, *rest = inspect.signature(log_joint).parameters.values()
             model.__signature__ = inspect.Signature(rest)  # type: ignore[attr-defined]
         taken = sorted(options.keys() & {"prior_sites", "likelihood_sites"})

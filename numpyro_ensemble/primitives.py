@@ -176,6 +176,23 @@ def ensemble_init(
     return EnsembleState(params, jax.vmap(optimizer.init)(partition(params)[0]))
 
 
+def density_parts(returned: Any) -> tuple[Any, Any]:
+    """Return the log likelihood and the log prior that a density has returned.
+
+    Raises:
+        TypeError: if these are not two values.
+    """
+    try:
+        log_likelihood, log_prior = returned
+    except (TypeError, ValueError):
+        shape = getattr(returned, "shape", None)
+        told = f"a {type(returned).__name__}" if shape is None else f"an array of shape {shape}"
+        raise TypeError(
+            f"log_joint must return two numbers, (log_likelihood, log_prior); it returned {told}."
+        ) from None
+    return log_likelihood, log_prior
+
+
 def ensemble_loss(
     log_joint: Callable, *, prior_weight: ArrayLike = 1.0, scale: ArrayLike = 1.0
 ) -> Callable[..., jax.Array]:
@@ -199,7 +216,7 @@ def ensemble_loss(
     scale = check_weight("scale", scale)
 
     def loss(params: Any, *batch: Any) -> jax.Array:
-        log_likelihood, log_prior = log_joint(params, *batch)
+        log_likelihood, log_prior = density_parts(log_joint(params, *batch))
         if is_zero(prior_weight):
             return -(scale * log_likelihood)
         return -(scale * log_likelihood + prior_weight * log_prior)

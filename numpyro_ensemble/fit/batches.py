@@ -164,6 +164,11 @@ def _sizes(site: Site) -> list[int]:
 
 
 def _check_observed(whole: Site, piece: Site, batches: Batches) -> None:
+    if isinstance(whole.shape, list):
+        raise ValueError(
+            f"observed site {whole.name!r} has a list as its data, which batch_size="
+            f"{batches.size} cannot cut: pass an array, numpy.asarray(...)."
+        )
     for (plate, before), (_, after) in zip(whole.plates, piece.plates, strict=True):
         if before == after == batches.total:
             raise ValueError(
