@@ -1,4 +1,4 @@
-"""Names of NumPyro that are not public: what stands in for each, and why it is needed.
+"""Private names of NumPyro, each behind a name of ours, with the reason why it is needed.
 
 `tests/test_compat.py` fails when one of them moves. `fit.point_guide` and `fit.guides` derive from
 `AutoGuide` and override its `_setup_prototype`, as every autoguide of NumPyro does.
@@ -17,11 +17,11 @@ from numpyro.optim import _NumPyroOptim
 from numpyro.primitives import _PYRO_STACK
 from numpyro.util import _validate_model
 
-# The handlers that a call stands in: a program made inside `with handlers.scale(...)` is another.
+# The handlers around a call: a program traced inside `with handlers.scale(...)` differs.
 HANDLERS: list[Any] = _PYRO_STACK
 
-# What `SVI` takes for an optimiser as it stands: others it wraps, which suits those alone that need
-# a gradient and nothing else.
+# `SVI` uses optimisers of this class unchanged. It wraps all others, which suits only optimisers
+# that need nothing but a gradient.
 NumPyroOptimiser = _NumPyroOptim
 
 # Attributes of an autoguide that its set-up fills key by key: a fresh copy begins with none.

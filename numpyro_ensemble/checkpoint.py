@@ -1,4 +1,4 @@
-"""Runs that survive being stopped: Orbax keeps their states, and the same call goes on."""
+"""Checkpoints of runs, written by Orbax: the same call goes on from the newest one."""
 
 from __future__ import annotations
 
@@ -37,15 +37,15 @@ _LOCK = "in_use"
 class Checkpoint:
     """Where and how often a run is saved, so that the same call made again goes on from there.
 
-    A run that goes on ends with the numbers of one that was never stopped, bit for bit on the same
-    machine and with the same `PYTHONHASHSEED`: without it NumPyro's ELBO adds its terms in another
-    order in each process. It refuses checkpoints of another model, other data or other settings.
+    A resumed run ends with the numbers of a run that was never stopped. They are equal bit for bit
+    on the same machine with the same `PYTHONHASHSEED`: otherwise NumPyro's ELBO adds its terms in
+    another order in each process. Checkpoints of another model, data or settings are an error.
 
     Args:
-        directory: where checkpoints are kept, one run's alone.
-        every: steps between two of them.
-        keep: how many of the newest are kept.
-        on_error: "warn" and go on, or "raise", where a checkpoint cannot be written.
+        directory: a folder for the checkpoints of this run alone.
+        every: number of steps between two checkpoints.
+        keep: number of checkpoints that are kept, the newest ones.
+        on_error: what to do when a checkpoint cannot be written: "warn" and go on, or "raise".
 
     Example:
         >>> from numpyro_ensemble import Checkpoint
@@ -66,12 +66,12 @@ class Checkpoint:
 
 
 class Keeper:
-    """The checkpoints of one run: what they hold is read once, and written every so often.
+    """Reads the newest checkpoint of a run, and writes new ones.
 
     Args:
-        checkpoint: where they are.
-        fingerprint: what the run is of, as texts by name in named groups.
-        placement: whose processes run it together; the first of them writes.
+        checkpoint: the user's settings.
+        fingerprint: texts that identify the run, by name in named groups.
+        placement: where the run is computed; the first of its processes writes.
 
     Raises:
         ValueError: if another run uses the directory, or some processes have no part in the run.
@@ -121,7 +121,7 @@ class Keeper:
         of_all = self._placement.of_all
         while True:
             steps = sorted(found.step for found in self._orbax.checkpoints)
-            # all go on from the one that the first process finds
+            # all processes use the step that the first one finds
             step = int(of_all(np.int32(steps[-1] if steps else -1))[0])
             if step < 0:
                 return None
@@ -141,7 +141,7 @@ class Keeper:
             )
             if self._placement.speaks:
                 self._set_aside(step)
-            of_all(True)  # it is gone when the others look
+            of_all(True)  # the others look only after it was moved
             self._orbax.reload()
 
     def _tried(self, step: int) -> tuple[Leaves | None, Exception | None]:
@@ -160,7 +160,7 @@ class Keeper:
     def _read(self, step: int) -> Leaves:
         told = self._orbax.metadata(step).custom_metadata
         if not isinstance(told, dict) or told.get("digest") != _digest_of(told):
-            raise ValueError("its description is not whole")
+            raise ValueError("its description is incomplete")
         if told["format"] != _FORMAT:
             raise _OfAnotherRunError(
                 f"the checkpoints in {self.path} are of format {told['format']}, and this version "
@@ -183,13 +183,13 @@ class Keeper:
             raise self._of_another_run(difference)
 
     def compare_numbers(self, what: str, before: Any, now: Any, *tolerances: float) -> None:
-        """Raise a ValueError where numbers of the kept run come out as others in this one.
+        """Raise a ValueError where numbers of this run differ from those of the saved run.
 
         Args:
-            what: they are.
-            before: in the run that was kept.
-            now: in this one.
-            *tolerances: relative, in double and in single precision.
+            what: the name of the numbers.
+            before: their values in the saved run.
+            now: their values in this run.
+            *tolerances: relative tolerances in double and in single precision.
         """
         before, now = np.asarray(before), np.asarray(now)
         double, single = tolerances
@@ -198,8 +198,8 @@ class Keeper:
         if not close.all():
             place = tuple(np.argwhere(~close)[0])
             raise self._of_another_run(
-                f"{what} was {before[place]:.8g}, and is {now[place]:.8g}, by another number in "
-                f"the model, the guide or the optimiser, or other versions of packages"
+                f"{what} was {before[place]:.8g}, and is {now[place]:.8g}: a number in the model, "
+                f"the guide or the optimiser has changed, or the version of a package"
             )
 
     def _of_another_run(self, difference: str) -> ValueError:
@@ -212,7 +212,7 @@ class Keeper:
         """Write a checkpoint in the background, once the one before it is written."""
         leaves = Leaves.of(tree)
         plain = [without_key(leaf) for leaf in leaves.leaves]
-        arrays = [np.array(array) for array, _ in plain]  # the next steps take the buffers over
+        arrays = [np.array(array) for array, _ in plain]  # the next steps reuse the buffers
         named = {f"leaf_{i}": array for i, array in enumerate(arrays)}
         empty = {k: [v.dtype.name, list(v.shape)] for k, v in named.items() if not v.size}
         told = {
@@ -227,12 +227,12 @@ class Keeper:
         try:
             full = {k: v for k, v in named.items() if k not in empty}  # Orbax takes no empty arrays
             self._orbax.save_async(step, full, force=True, custom_metadata=told)
-        except Exception as error:  # of this one, or of the one before it
-            self._failed(f"that of step {step}", error)
+        except Exception as error:  # from this checkpoint, or from the one before it
+            self._failed(f"the checkpoint of step {step}", error)
 
     def _failed(self, which: str, error: Exception) -> None:
         message = (
-            f"of the checkpoints in {self.path}, {which} could not be written: "
+            f"{which} in {self.path} could not be written: "
             f"{type(error).__name__}: {str(error)[:200]}"
         )
         if self.checkpoint.on_error == "raise":
@@ -240,23 +240,23 @@ class Keeper:
         warn(f"{message}. The run goes on without it.")
 
     def _set_aside(self, step: int) -> None:
-        """Keep a damaged checkpoint where it is not one any more: the run writes this step anew."""
+        """Rename the folder of a damaged checkpoint, so that the run can write this step again."""
         aside = self.path / f"damaged_{step}"
         shutil.rmtree(aside, ignore_errors=True)
         (self.path / str(step)).rename(aside)
 
     def close(self) -> None:
-        """Wait for what is being written, and give the directory free."""
+        """Wait until the last checkpoint is written, and release the directory."""
         try:
             self._orbax.close()
         except Exception as error:
-            self._failed("the last one", error)
+            self._failed("the last checkpoint", error)
         finally:
             unlock(self._lock)
 
 
 class _OfAnotherRunError(ValueError):
-    """A checkpoint that is whole, and of something else."""
+    """An intact checkpoint that belongs to another run."""
 
 
 def _digest_of(told: dict[str, Any]) -> str:

@@ -28,11 +28,11 @@ from numpyro_ensemble.handlers import Role, is_factor, site_role, unwrapped
 def log_joint(
     model: Callable, *, prior_sites: Collection[str] = ()
 ) -> Callable[..., tuple[jax.Array, jax.Array]]:
-    """Turn a NumPyro model into a function of its latents that returns likelihood and prior apart.
+    """Turn a model into a function of its latents that returns log likelihood and log prior.
 
     Args:
-        model: a NumPyro model; one with randomness of its own (a subsampled plate) is given a
-            `numpyro.handlers.seed` first, as `numpyro.infer.util.log_density` asks.
+        model: a NumPyro model. Seed a model with randomness of its own (a subsampled plate) by
+            `numpyro.handlers.seed` first, as for `numpyro.infer.util.log_density`.
         prior_sites: names of `numpyro.factor` sites that belong to the prior.
 
     Returns:
@@ -40,7 +40,7 @@ def log_joint(
         `log_density(model, args, kwargs, params)[0]`. `params` maps latent sites to constrained
         values. Discrete latents that are marked `infer={"enumerate": "parallel"}` and not in
         `params` are summed out: the prior is then that of the other latents, and the likelihood
-        that of the data given these.
+        that of the data given these. It raises a ValueError if `params` lacks a latent.
 
     Example:
         >>> import numpyro, numpyro.distributions as dist
@@ -54,7 +54,18 @@ def log_joint(
     """
 
     def split(params: dict, *args: Any, **kwargs: Any) -> tuple[jax.Array, jax.Array]:
-        log_probs, trace = compute_log_probs(with_placeholders(model), args, kwargs, params)
+        try:
+            log_probs, trace = compute_log_probs(with_placeholders(model), args, kwargs, params)
+        except AssertionError as error:  # NumPyro cannot draw a latent without a key
+            sites = model_sites(model, args, kwargs).values()
+            drawn = ("latent", "discrete")
+            lacking = [s.name for s in sites if s.kind in drawn and s.name not in params]
+            if not lacking:
+                raise
+            raise ValueError(
+                f"params has no value for the latent sites {lacking}. Give constrained values of "
+                f"all latents, or condition the model on some by numpyro.handlers.condition."
+            ) from error
         if any(needs_sum(site) and name not in params for name, site in trace.items()):
             return split_density(model, trace, params, args, kwargs, prior_sites)
         likelihood = prior = jnp.zeros(())
@@ -72,7 +83,7 @@ def log_joint(
 
 
 class Site(NamedTuple):
-    """What is known of one site of a model before it runs."""
+    """A site of a model, as an abstract trace describes it."""
 
     name: str
     kind: str  # "latent", "discrete", "observed", "factor", "param", "mutable", "plate"
@@ -80,7 +91,7 @@ class Site(NamedTuple):
     shape: Any  # a tuple, or a tree of tuples for parameters
     plates: tuple[tuple[str, int], ...]  # (name, size) of the plates around a sample site
     distribution: str
-    scale: Any = None  # of a sample site; an array's is not known before anything runs
+    scale: Any = None  # of a sample site; of an array only the shape is known
     event_dim: int = 0  # trailing axes along which the values of one draw depend on each other
     drawn_from: int | None = None  # of a plate that draws some of its rows: how many there are
     marked: bool = False  # infer={"enumerate": "parallel"}

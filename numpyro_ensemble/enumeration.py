@@ -53,7 +53,7 @@ def why_not_summed(site: Mapping[str, Any]) -> str:
     """Return why a discrete latent cannot be summed out, "" where it can."""
     fn, mark = site["fn"], (site.get("infer") or {}).get("enumerate", "parallel")
     if mark not in (None, "parallel"):
-        return f"it is marked enumerate={mark!r}, and sums are made in parallel alone"
+        return f"it is marked enumerate={mark!r}; mark it enumerate='parallel'"
     if not fn.has_enumerate_support:
         return "its values cannot be enumerated"
     if fn.event_dim:
@@ -66,7 +66,7 @@ def why_not_summed(site: Mapping[str, Any]) -> str:
 
 
 def check_funsor(names: Iterable[str]) -> None:
-    """Raise an ImportError where discrete latents cannot be summed out for want of funsor."""
+    """Raise an ImportError where discrete latents need funsor and it is not installed."""
     if importlib.util.find_spec("funsor") is None:
         raise ImportError(
             f"the latent sites {list(names)} are discrete, and summing them out needs funsor: "

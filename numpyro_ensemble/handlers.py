@@ -20,7 +20,7 @@ from numpyro.primitives import Messenger
 from numpyro.util import is_prng_key
 
 Role = Literal["prior", "likelihood", "jacobian"]
-# with a separator: numpyro_forecast is a user of NumPyro
+# with a separator, since a package named numpyro_forecast counts as the user's code
 _PACKAGES = (__file__, numpyro.__file__, jax.__file__)
 _INSIDE = tuple(f"{Path(path).parent}{os.sep}" for path in _PACKAGES)
 
@@ -135,14 +135,14 @@ class reweight(Messenger):
 
 
 def check_names(option: str, names: Collection[str]) -> tuple[str, ...]:
-    """Return names of sites as a tuple; a string would be taken for one name a letter."""
+    """Return names of sites as a tuple; a string would be read as one name per letter."""
     if isinstance(names, str):
         raise TypeError(f"{option} takes a collection of names, got the string {names!r}.")
     return tuple(names)
 
 
 def warn(message: str) -> None:
-    """Warn the user, with the line of their own that led here, through NumPyro and JAX too."""
+    """Warn at the line of the user's own code, outside of this package, NumPyro and JAX."""
     frame, level = inspect.currentframe(), 0
     while frame is not None and frame.f_code.co_filename.startswith(_INSIDE):
         frame, level = frame.f_back, level + 1

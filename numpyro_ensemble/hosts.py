@@ -1,4 +1,4 @@
-"""Several processes whose devices are one mesh: what each has, and what all must agree on."""
+"""Values of several processes that share a mesh: collected, and checked to agree."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def processes(mesh: Mesh | None) -> list[int]:
 
 
 def of_all(value: Any, mesh: Mesh | None) -> np.ndarray:
-    """Return what each process of a mesh gives here, `(P, ...)`: all of them call it together."""
+    """Return the values of all processes of a mesh, `(P, ...)`; all of them call it together."""
     value = np.asarray(value)
     if mesh is None or not mesh.is_multi_process:
         return value[None]
@@ -37,11 +37,12 @@ Told = Mapping[str, Mapping[str, str]]  # texts by name in named groups
 
 
 def check_alike(mesh: Mesh | None, describe: Callable[[], Told]) -> None:
-    """Raise a ValueError in all processes of a mesh where they are called with different things.
+    """Raise a ValueError in all processes of a mesh if their calls differ.
 
     Args:
-        mesh: whose processes call it together.
-        describe: says what a process was called with; it is asked on several hosts alone.
+        mesh: its processes call this function together.
+        describe: returns texts of what this process was called with. It is called only where
+            there are several processes.
     """
     if mesh is None or not mesh.is_multi_process:
         return
@@ -49,8 +50,8 @@ def check_alike(mesh: Mesh | None, describe: Callable[[], Told]) -> None:
     names = sorted(texts)
     if _differ(of_all(_digest("".join(map(repr, names))), mesh)):
         raise ValueError(
-            "processes call this with different models or arguments: their names differ. All of "
-            "them run one script."
+            "processes call this with different models or arguments: their names differ. Run the "
+            "same script in all processes."
         )
     digests = of_all(np.stack([_digest(texts[name]) for name in names]), mesh)
     for i, (group, name) in enumerate(names):
@@ -58,7 +59,7 @@ def check_alike(mesh: Mesh | None, describe: Callable[[], Told]) -> None:
             other = processes(mesh)[int((digests[:, i] != digests[0, i]).any(axis=1).argmax())]
             raise ValueError(
                 f"{group} {name!r} differs between processes {processes(mesh)[0]} and {other}: "
-                f"all of them take the same data, keys and settings, and the mesh spreads them."
+                f"pass the same data, keys and settings in all of them; the mesh spreads them."
             )
 
 
@@ -72,7 +73,7 @@ def _digest(text: str) -> np.ndarray:
 
 
 def home(tree: Any) -> Any:
-    """Return arrays of which each of several processes has all, where some are spread over them."""
+    """Return arrays that this process has whole, where some were spread over processes."""
     leaves, treedef = jax.tree.flatten(tree)
     far = [i for i, leaf in enumerate(leaves) if _is_far(leaf)]
     if not far:

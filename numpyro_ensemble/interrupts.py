@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM between the chunks of a run, where nothing is lost."""
+"""Ctrl-C and SIGTERM, handled between the chunks of a run, so that no step is lost."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from numpyro_ensemble.hosts import of_all
 
 
 class Interrupts:
-    """Note the first Ctrl-C, and SIGTERM where a checkpoint can be written; a second one ends all.
+    """Notes the first Ctrl-C, or SIGTERM if the run has checkpoints; a second ends the process.
 
-    Handlers that a program has set itself stay, and threads have none. Where one of several
-    processes is interrupted, all end their runs together.
+    Handlers that the user's program has set are left in place, and threads set none. If one of
+    several processes is interrupted, all end their runs together.
     """
 
     def __init__(self, saves: bool, mesh: Mesh | None = None) -> None:
@@ -54,7 +54,7 @@ class Interrupts:
 
     @property
     def ended_a_run(self) -> bool:
-        """Return whether there was one, in this process or in another that runs the same."""
+        """Return whether a signal ended the run, in this process or in another one of the run."""
         return self.came is not None or self._elsewhere
 
     def end_process(self) -> None:

@@ -1,4 +1,4 @@
-"""Modes that members have found, and the mixture of Laplace approximations at these."""
+"""Modes that members have found, and the mixture of their Laplace approximations."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ class Modes(NamedTuple):
     """The modes of a posterior density in unconstrained space, the most probable one first.
 
     Attributes:
-        members: `(E,)`, the mode of each member, -1 where it has not come to one.
-        counts: `(M,)`, how many members have found each.
-        best: `(M,)`, the member that came nearest to it.
-        location: `(M, D)`.
+        members: `(E,)`, the mode of each member, -1 for a member that has not reached one.
+        counts: `(M,)`, number of members at each mode.
+        best: `(M,)`, the member with the highest log density at each mode.
+        location: `(M, D)`, the modes in unconstrained space.
         log_density: `(M,)`, with the Jacobian of the constraints.
         precision: `(M, D, D)`, the negative Hessian.
-        positive_definite: `(M,)`, whether that is the inverse of a covariance; otherwise the place
-            is a saddle or a ridge.
-        log_evidence: `(M,)`, the log of the mass around it by Laplace's method, NaN where the
-            precision is not positive definite.
+        positive_definite: `(M,)`, whether the precision is positive definite; if not, the
+            point is a saddle or on a ridge.
+        log_evidence: `(M,)`, the log of the mass around each mode by Laplace's method, NaN where
+            the precision is not positive definite.
         weights: `(M,)`, shares of the evidence, which add up to 1.
     """
 
@@ -50,10 +50,10 @@ class LaplaceMixture(NamedTuple):
 
     Attributes:
         samples: draws by site name, constrained, deterministic sites too; they lead with `(S,)`.
-        modes: where the parts of the mixture are, and their weights.
+        modes: the modes and their weights in the mixture.
         part: `(S,)`, the mode that each draw comes from.
-        log_ratios: `(S,)`, log density of the posterior less that of the mixture.
-        log_weights: `(S,)`, the same smoothed by PSIS, adding up to 1: weights of the draws.
+        log_ratios: `(S,)`, log density of the posterior less log density of the mixture.
+        log_weights: `(S,)`, log weights of the draws: the ratios smoothed by PSIS, adding up to 1.
         pareto_k: below 0.7 the weighted draws are those of the posterior; above, they are not.
     """
 
@@ -74,15 +74,15 @@ def modes(
         runner: an `EnsembleVI` with an `AutoLaplaceApproximation`.
         result: what its `run` returned.
         *args: arguments of the model, those of the run.
-        tolerance: distance, in standard deviations of the Laplace approximation, up to which two
-            members are at the same mode, and a member is at a mode at all.
+        tolerance: the largest distance between a member and its mode, and between two members
+            at one mode, in standard deviations of the Laplace approximation.
         **kwargs: keyword arguments of the model.
 
     Returns:
-        A `Modes`. Modes that differ by the labels of their components alone are different ones.
+        A `Modes`. Modes that differ only in the labels of components count as different modes.
 
     Raises:
-        ValueError: if no member has come to a mode, or the fit is not one of a single density.
+        ValueError: if no member has reached a mode, or members were fitted to different densities.
 
     Example:
         >>> import jax, jax.numpy as jnp, numpyro, numpyro.distributions as dist, optimistix
@@ -117,9 +117,9 @@ def laplace(
     tolerance: float = 0.1,
     **kwargs: Any,
 ) -> LaplaceMixture:
-    """Draw from the mixture of Laplace approximations at all modes, and tell whether to trust it.
+    """Draw from the mixture of Laplace approximations at all modes, and compute Pareto k.
 
-    The parts are weighed by their evidence, so that a mode counts once, however many members have
+    Modes are weighed by their evidence, so that a mode counts once, however many members have
     found it.
 
     Args:

@@ -25,18 +25,18 @@ from numpyro_ensemble.fit.repulsion import Repulsion
 from numpyro_ensemble.fit.state import GuideValues
 from numpyro_ensemble.fit.sums import check_sums
 from numpyro_ensemble.handlers import check_weight, reweight
-from numpyro_ensemble.primitives import combine, partition, stack_members
+from numpyro_ensemble.primitives import combine, density_parts, partition, stack_members
 from numpyro_ensemble.results import EnsembleResult
 
 
 @dataclass(frozen=True, eq=False)
 class MAPProblem(Problem):
-    """The fit of a point guide: a mode.
+    """The fit of a point guide, which finds a mode.
 
     Attributes:
-        init_loc_fn: where latents start.
-        jacobian: whether the density is that of the unconstrained latents; None where only
-            members that repel each other ask for it.
+        init_loc_fn: the strategy by which latents start.
+        jacobian: whether the density is that over the unconstrained latents; None is True only
+            with repulsion.
     """
 
     init_loc_fn: Callable = init_to_uniform
@@ -58,7 +58,7 @@ class MAPProblem(Problem):
         return True
 
     def fresh_guide(self, init_params: dict | None, sites: dict) -> tuple[Callable, dict | None]:
-        """Return a new point guide, which takes the latents' start values; `SVI.init` the rest."""
+        """Return a new point guide with the starts of latents, and the rest for `SVI.init`."""
         given = dict(init_params or {})
         latents = {k: given.pop(k) for k in list(given) if sites[k].kind == "latent"}
         guide = PointGuide(
@@ -115,30 +115,30 @@ class MAPProblem(Problem):
 
 
 class EnsembleMAP(Ensemble):
-    """An ensemble of MAP estimates of one NumPyro model, each for about the price of one fit.
+    """An ensemble of MAP estimates of one NumPyro model, for about the price of one fit.
 
-    Finds modes of the density of the model over constrained latents, walked in unconstrained
-    space, as `SVI` with `AutoDelta(model, init_loc_fn=init_to_uniform)` does: member e is that fit
-    made with key e. Parameters
+    Each member finds a mode of the model's density over constrained latents, by steps in
+    unconstrained space. Member e is the fit that `SVI` with
+    `AutoDelta(model, init_loc_fn=init_to_uniform)` makes with key e. Parameters
     (`numpyro.param`), neural network modules and mutable state of the model train too.
     `result.params` holds the constrained values by site name.
 
     Args:
-        model: a NumPyro model; its discrete latents are summed out where they are marked
-            `infer={"enumerate": "parallel"}`, and belong to the likelihood of the others.
+        model: a NumPyro model. Discrete latents that are marked
+            `infer={"enumerate": "parallel"}` are summed out, as part of the likelihood.
         optim: a `numpyro.optim` or optax optimiser, or a minimiser of optimistix; L-BFGS,
             `optimistix.LBFGS(rtol=1e-8, atol=1e-8)`, where none is given.
         ensemble_size: number of members E.
         member_batch_size: how many members are computed at once, on each device, to bound memory;
             all of them by default.
-        mesh: devices that members are spread over, a `jax.sharding.Mesh` with an axis "member", or
-            "all"; with an axis "data" too, rows of the data are spread over that one.
+        mesh: devices that members are spread over: "all", or a `jax.sharding.Mesh` with an axis
+            "member". Rows of the data are spread over an axis "data", if there is one.
         prior_weight: weight of the prior; 1 is MAP, a Python 0 is maximum likelihood.
         init_loc_fn: a NumPyro initialisation strategy, `init_to_uniform(radius=0.5)` say.
         jacobian: whether the density is that over unconstrained latents. None is False, and True
-            where members repel each other, which then approximate the posterior.
-        repulsion: a `Repulsion` by which members push each other apart, each no longer a single
-            run; `optim` must follow a gradient then.
+            with `repulsion`, since members then approximate the posterior.
+        repulsion: a `Repulsion`: members push each other apart, and are no longer single runs.
+            It needs an optimiser that follows a gradient, Adam for example.
         prior_sites: names of `numpyro.factor` sites that belong to the prior.
         likelihood_sites: names of `factor` sites that may be rescaled with the batches.
 
@@ -221,9 +221,10 @@ class EnsembleMAP(Ensemble):
             **options: as for the class.
 
         Returns:
-            A runner whose `run` takes the density's data; its `result.params` and `init_params`
-            are members stacked. Member e starts at `init_fn(keys[e])`. Leaves that are no real
-            arrays are shared and left alone.
+            A runner whose `run` takes the arguments of the density after `params`. Its
+            `result.params` and `init_params` are stacked members. Member e starts at
+            `init_fn(keys[e])`. Leaves that are not arrays of real numbers are shared and not
+            trained.
 
         Example:
             >>> import jax, numpyro
@@ -246,17 +247,18 @@ class _RawMAP(EnsembleMAP):
 
     def __init__(self, log_joint: Callable, init_fn: Callable, optim: Any, **options: Any) -> None:
         self._init_fn = init_fn
-        # one member is enough for what all share; its arrays are only shapes to come
+        # shared leaves are those of one member; only the shapes of its arrays count
         self._shared = shared = partition(stack_members(init_fn, jax.random.key(0)[None]))[1]
 
         def model(*args: Any, **kwargs: Any) -> None:
             arrays = numpyro.param("params", lambda key: partition(init_fn(key))[0])
-            with handlers.block():  # a density made of a model has sites, which are its own matter
-                log_likelihood, log_prior = log_joint(combine(arrays, shared), *args, **kwargs)
+            with handlers.block():  # hides the sites of a density that was made from a model
+                returned = log_joint(combine(arrays, shared), *args, **kwargs)
+            log_likelihood, log_prior = density_parts(returned)
             numpyro.factor("log_likelihood", log_likelihood)
             numpyro.factor("log_prior", log_prior)
 
-        with contextlib.suppress(TypeError, ValueError):  # the names of what it is called with
+        with contextlib.suppress(TypeError, ValueError):  # errors name the density's arguments
             first, *rest = inspect.signature(log_joint).parameters.values()
             model.__signature__ = inspect.Signature(rest)  # type: ignore[attr-defined]
         taken = sorted(options.keys() & {"prior_sites", "likelihood_sites"})

@@ -54,7 +54,7 @@ def _size(aval: Any) -> int:
 
 
 def batch_for(total: int, size: int, room: int = ROOM) -> int:
-    """Return how many draws of `size` bytes go at once; a divisor of their number is preferred."""
+    """Return how many draws of `size` bytes to compute at once, preferably a divisor of `total`."""
     most = min(total, max(1, room // max(size, 1)))
     least = -(-total // most)
     for number in range(least, min(2 * least, total) + 1):
@@ -70,9 +70,9 @@ def map_draws(
     placement: Placement | None = None,
     room: int = ROOM,
 ) -> Any:
-    """Map a function over draws in one program: so many at once, or as many as there is room.
+    """Map a function over draws in one program, `batch_size` at once, or as many as memory holds.
 
-    On a mesh that is so many on each device.
+    On a mesh each device computes that many at once.
     """
     total = jax.tree.leaves(draws)[0].shape[0]
     if batch_size is None:

@@ -1,4 +1,4 @@
-"""Pathfinder: draws from normal approximations on the ways of quasi-Newton searches."""
+"""Pathfinder: draws from normal approximations along the paths of quasi-Newton searches."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class Pathfinder:
         num_refits: int = 4,
         init_strategy: Callable = init_to_uniform,
     ) -> None:
-        # BlackJAX comes with these, which the package does not load on import
+        # these load BlackJAX, which `import numpyro_ensemble` does not
         from numpyro_ensemble.mcmc.pathfinding import Settings
         from numpyro_ensemble.mcmc.target import Target
 

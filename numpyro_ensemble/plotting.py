@@ -1,7 +1,7 @@
-"""The pictures that ArviZ does not draw: members, bands, calibration, losses, weights.
+"""Plots that ArviZ lacks: members, bands, calibration, losses, weights.
 
-Each function takes matplotlib axes, or makes some, and returns them. Nothing is told by colour
-alone: bands differ in lightness and edges, members that failed are dashed and marked.
+Each function takes matplotlib axes, or makes some, and returns them. Colour is
+never the only sign: bands differ in lightness and edges, failed members are dashed and marked.
 """
 
 from __future__ import annotations

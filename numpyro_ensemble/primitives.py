@@ -119,8 +119,9 @@ def stack_members(init_fn: Callable, keys: jax.Array) -> Any:
         arrays = [isinstance(leaf, np.ndarray | np.generic | jax.Array) for leaf in leaves]
         if not any(is_inexact(leaf) for leaf in leaves):
             raise ValueError(
-                f"init_fn makes nothing that can be trained, which takes arrays of real numbers: "
-                f"{jax.tree.unflatten(treedef, leaves)!r}. Wrap numbers in jax.numpy.asarray."
+                f"init_fn makes nothing that can be trained: it returned "
+                f"{jax.tree.unflatten(treedef, leaves)!r}, without an array of real numbers. Wrap "
+                f"numbers in jax.numpy.asarray."
             )
         first[:] = [treedef, [_ARRAY if a else x for x, a in zip(leaves, arrays, strict=True)]]
         return [jnp.asarray(x) for x, a in zip(leaves, arrays, strict=True) if a]
@@ -167,11 +168,29 @@ def ensemble_init(
     """
     check_count("ensemble_size", ensemble_size)
     if (rng_key is None) == (seed is None):
-        raise TypeError("ensemble_init takes rng_key, or seed, which is the same: one of the two.")
+        given = "neither" if rng_key is None else "both"
+        raise TypeError(f"ensemble_init takes rng_key, or its other name seed; got {given}.")
     name = "seed" if rng_key is None else "rng_key"
     keys = member_keys(seed if rng_key is None else rng_key, ensemble_size, name=name)
     params = stack_members(init_fn, keys)
     return EnsembleState(params, jax.vmap(optimizer.init)(partition(params)[0]))
+
+
+def density_parts(returned: Any) -> tuple[Any, Any]:
+    """Return the log likelihood and the log prior that a density has returned.
+
+    Raises:
+        TypeError: if these are not two values.
+    """
+    try:
+        log_likelihood, log_prior = returned
+    except (TypeError, ValueError):
+        shape = getattr(returned, "shape", None)
+        told = f"a {type(returned).__name__}" if shape is None else f"an array of shape {shape}"
+        raise TypeError(
+            f"log_joint must return two numbers, (log_likelihood, log_prior); it returned {told}."
+        ) from None
+    return log_likelihood, log_prior
 
 
 def ensemble_loss(
@@ -197,7 +216,7 @@ def ensemble_loss(
     scale = check_weight("scale", scale)
 
     def loss(params: Any, *batch: Any) -> jax.Array:
-        log_likelihood, log_prior = log_joint(params, *batch)
+        log_likelihood, log_prior = density_parts(log_joint(params, *batch))
         if is_zero(prior_weight):
             return -(scale * log_likelihood)
         return -(scale * log_likelihood + prior_weight * log_prior)

@@ -17,9 +17,9 @@ from numpyro_ensemble.hosts import home, is_far
 from numpyro_ensemble.primitives import is_inexact
 
 _RANKED_LOSSES = 100
-# what a result tells besides its fields
+# attributes of a result besides its fields
 _REPORTED = ("stopped", "completed_steps", "seconds", "gradient_norm")
-TRUSTED_K = 0.7  # Pareto shapes above have weights that a few draws own (Vehtari et al. 2024)
+TRUSTED_K = 0.7  # above this Pareto k a few draws have most of the weight (Vehtari et al. 2024)
 LEAST_DRAWS = 25  # fewer leave no tail that a Pareto distribution could be fitted to
 SAME_RATIOS = 1e-2  # log ratios that differ by less at the top are those of one distribution
 
@@ -46,7 +46,7 @@ class EnsembleResult(_Fields):
         params: fitted values by name, each leaf `(E,) + shape`.
         state: the last `SVIState`, to go on from with `init_state=`.
         losses: `(E, num_steps)`; NaN after a member's early stop.
-        stopped: which members `(E,)` stopped early, None where that is not known any more.
+        stopped: which members `(E,)` stopped early, None where that is no longer known.
         gradient_norm: length `(E,)` of each member's gradient of the loss, in unconstrained space
             and over all the data, of `EnsembleMAP`; None of other runners, and under `jit`.
         completed_steps: how many of the steps were taken before the run ended; None under `jit`.
@@ -71,7 +71,7 @@ class EnsembleResult(_Fields):
 
     @property
     def finite(self) -> jax.Array:
-        """Which members `(E,)` ended well: parameters, mutable state and last loss are finite.
+        """Which members `(E,)` have finite parameters, mutable state and last loss.
 
         The NaN losses that follow an early stop do not count.
         """

@@ -54,9 +54,9 @@ class Placement:
     mesh: Mesh | None = None
 
     def number(self, total: int) -> int:
-        """Return how many members are computed where so many are wanted: devices have equally many.
+        """Return how many members are computed, so that all devices have equally many.
 
-        Those that are added are copies of the last.
+        The members that are added are copies of the last one.
         """
         devices = 1 if self.mesh is None else self.mesh.shape[MEMBER]
         return -(-total // devices) * devices
@@ -77,7 +77,7 @@ class Placement:
         return self.spread(every, in_axes, out_axes)
 
     def spread(self, every: Callable, in_axes: Any, out_axes: Any = 0) -> Callable:
-        """Let each device call a function of many for those that are its own."""
+        """Let each device call a function of many members for its own members."""
         if self.mesh is None:
             return every
         specs = (jax.tree.map(_spec, axes, is_leaf=_is_axis) for axes in (in_axes, out_axes))
@@ -117,15 +117,15 @@ class Placement:
 
     @property
     def speaks(self) -> bool:
-        """Return whether this process is the one of several that draws bars."""
+        """Return whether this process is the first of the run; it shows bars and writes files."""
         return not self.on_hosts or jax.process_index() == processes(self.mesh)[0]
 
     def of_all(self, value: Any) -> np.ndarray:
-        """Return what each process that runs this gives here, `(P, ...)`: all call it together."""
+        """Return the values of all processes of this run, `(P, ...)`; all call it together."""
         return of_all(value, self.mesh)
 
     def check_alike(self, describe: Callable[[], Told]) -> None:
-        """Raise a ValueError where several processes are called with different things."""
+        """Raise a ValueError if the calls of several processes differ."""
         check_alike(self.mesh, describe)
 
     def check_store(self) -> None:

@@ -1,4 +1,4 @@
-"""Ensembles of variational fits: what `numpyro.infer.SVI` does, for many members."""
+"""Ensembles of variational fits: `numpyro.infer.SVI` for many members."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class VIProblem(Problem):
 
     @property
     def tempered(self) -> bool:
-        """Whether the divergence has another weight than 1."""
+        """Whether the weight of the divergence is not 1."""
         return callable(self.kl_weight) or bool(self.kl_weight != 1.0)
 
     def weighted(self, guide: Callable, scale: float, step: Any) -> tuple[Callable, Callable]:
@@ -53,7 +53,7 @@ class VIProblem(Problem):
         return self.reweighted(weight, scale), guide
 
     def check_model(self, sites: dict) -> None:
-        """Raise a ValueError where a site is enumerated and the divergence is weighed."""
+        """Raise a ValueError for enumerated sites with a `kl_weight` other than 1."""
         if self.tempered and isinstance(self.loss, TraceEnum_ELBO):
             discrete = [site.name for site in sites.values() if site.kind == "discrete"]
             if discrete:
@@ -64,7 +64,7 @@ class VIProblem(Problem):
                 )
 
     def check_guide(self, guide: Callable, args: tuple, kwargs: dict) -> None:
-        """Raise a ValueError where a score term would be weighed as well."""
+        """Raise a ValueError for guide sites whose score term would be weighed too."""
         if not (self.tempered and isinstance(self.loss, TraceGraph_ELBO)):
             return
         seeded = handlers.seed(guide, jax.random.key(0))
@@ -83,23 +83,24 @@ class VIProblem(Problem):
 
 
 class EnsembleVI(Ensemble):
-    """An ensemble of variational fits, in the place of `numpyro.infer.SVI`.
+    """An ensemble of variational fits, used like `numpyro.infer.SVI`.
 
-    Positional order, methods and keywords are those of `SVI`; every leaf of what comes back has a
-    leading member axis, and member e is the single run made with key e. An autoguide that was not
-    set up yet is set up by the first call, as by `SVI.init`, with the first member's values; one
-    that was is left as it is, and no result depends on which it was.
+    Positional order, methods and keywords are those of `SVI`. Every leaf of a result has a leading
+    member axis, and member e is the single run made with key e. The first call sets an autoguide
+    up, as `SVI.init` does, with the first member's values. A guide that was set up before stays as
+    it is, with the same results.
 
     Args:
         model: a NumPyro model.
         guide: an autoguide or a hand-written one.
-        optim: a `numpyro.optim`, `jax.example_libraries` or optax optimiser, line searches apart.
+        optim: a `numpyro.optim`, `jax.example_libraries` or optax optimiser. Line searches and
+            minimisers need a guide without noise, `AutoLaplaceApproximation` for example.
         loss: any ELBO of NumPyro.
         ensemble_size: number of members E.
         member_batch_size: how many members are computed at once, on each device, to bound memory;
             all of them by default.
-        mesh: devices that members are spread over, a `jax.sharding.Mesh` with an axis "member", or
-            "all"; with an axis "data" too, rows of the data are spread over that one.
+        mesh: devices that members are spread over: "all", or a `jax.sharding.Mesh` with an axis
+            "member". Rows of the data are spread over an axis "data", if there is one.
         kl_weight: weight of the divergence from the prior, a number or a schedule of the step; 1
             is the plain ELBO. It weighs the prior in the model and everything in the guide.
         prior_sites: names of `numpyro.factor` sites that belong to the prior.
@@ -206,8 +207,8 @@ class EnsembleVI(Ensemble):
             **kwargs: keyword arguments of the model and guide.
 
         Returns:
-            Draws by site name. What the model computes from sites outside the guide comes from the
-            same draw of these, which are returned as well.
+            Draws by site name. Sites of the model that the guide lacks are drawn too, and
+            deterministic sites are computed from the same draws.
         """
         samples, _ = self.draws(rng_key, result, num_samples, args, kwargs)
         if group_by_member:
@@ -227,9 +228,9 @@ class EnsembleVI(Ensemble):
         """Draw `(E, num_samples, ...)` from the guides, then run the model on the draws.
 
         The second value has the log density of each draw under its own guide, `log_q`, and under
-        the mixture of all, `log_q_mixture`, where they are wanted and known. They are not of point
-        masses, of `AutoLaplaceApproximation`, and where a support depends on another latent;
-        `log_q_mixture` needs a guide whose latents tell its density.
+        the mixture of all guides, `log_q_mixture`, where they are wanted and known. They are
+        unknown for point masses, for `AutoLaplaceApproximation`, and where a support depends on
+        another latent. `log_q_mixture` needs a guide whose density follows from its latents.
         """
         if not isinstance(result, EnsembleResult):
             raise TypeError(f"result takes what run returned, got {type(result).__name__}.")

@@ -71,6 +71,14 @@ def test_factors_are_likelihood_unless_they_are_named():
     assert abs(penalty) > 0.1
 
 
+def test_latents_without_a_value_are_named():
+    joint = log_joint(ridge)
+    with pytest.raises(ValueError, match=r"no value for the latent sites \['w'\]\. Give"):
+        joint({}, X, Y)
+    with numpyro.handlers.seed(rng_seed=0):  # a key around the call draws them
+        assert jnp.isfinite(joint({}, X, Y)[0])
+
+
 @pytest.mark.core
 @pytest.mark.leaks
 def test_the_parts_differentiate_and_vectorise():

@@ -98,7 +98,7 @@ def test_processes_agree(tmp_path):
     with Cluster("agreed", 2, tmp_path) as cluster:
         found = cluster.found()
     check(found)
-    between = "differs between processes 0 and 1: all of them take the same data"
+    between = "differs between processes 0 and 1: pass the same data"
     said = {
         "data": f"argument 'y' {between}",
         "keys": f"setting 'rng_key' {between}",

@@ -77,7 +77,7 @@ def test_an_integer_stands_for_its_key(name, fit):
 
 def test_one_of_two_names(key):
     for names in ({}, {"rng_key": 0, "seed": 0}):
-        with pytest.raises(TypeError, match="rng_key, or seed, which is the same: one of the two"):
+        with pytest.raises(TypeError, match="rng_key, or its other name seed; got (neither|both)"):
             ensemble_init(jax.random.normal, optax.adam(0.1), ensemble_size=2, **names)
     with pytest.raises(ValueError, match="seed takes one key or ensemble_size=2 keys"):
         ensemble_init(jax.random.normal, optax.adam(0.1), ensemble_size=2, seed=jnp.ones(3))

@@ -208,6 +208,12 @@ def test_a_model_that_does_not_follow_its_batches_is_refused(
     assert count.count == 0, count.names
 
 
+def test_a_list_of_data_is_not_cut(key):
+    runner = EnsembleMAP(ridge, numpyro.optim.Adam(0.1), ensemble_size=2)
+    with pytest.raises(ValueError, match=r"'y' has a list as its data.*numpy\.asarray"):
+        quiet(runner, key, 1, X, list(Y), batch_size=4)
+
+
 @pytest.mark.parametrize(("where", "times"), [("prior_sites", 1.0), ("likelihood_sites", 4.0)])
 def test_a_declared_factor_is_rescaled_or_not(where, times, key):
     options = {where: ["penalty"], "ensemble_size": 2}

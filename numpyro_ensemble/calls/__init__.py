@@ -1,1 +1,1 @@
-"""What a call depends on: arguments, the functions it is given, the programs kept for it."""
+"""What a call depends on: its arguments, its functions, and the programs kept for it."""

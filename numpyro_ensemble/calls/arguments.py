@@ -1,4 +1,4 @@
-"""Model arguments: which stay concrete, which are traced, and when two sets of them are equal."""
+"""Model arguments: which stay concrete, which are traced, and when two sets are equal."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Arguments(NamedTuple):
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """What the user calls each leaf."""
+        """The user's name of each leaf."""
         return tuple(
             _owner(path, self.names)[0] + jax.tree_util.keystr(path[2:])
             for path in _paths(self.treedef)
@@ -48,7 +48,7 @@ class Arguments(NamedTuple):
         return [(label, leaf) for label, leaf, kind in triples if kind in kinds]
 
     def holding_nan(self) -> list[str]:
-        """Return what the user calls the arrays that hold a NaN."""
+        """Return the user's names of the arrays that hold a NaN."""
         return [
             label
             for label, leaf in zip(self.labels, self.leaves, strict=True)
@@ -75,7 +75,7 @@ class Arguments(NamedTuple):
         return self._replace(leaves=tuple(x if kind == FIXED else None for x, kind in pairs))
 
     def key(self) -> tuple:
-        """Return a hashable that is equal for arguments that one compiled program can serve."""
+        """Return a hashable that is equal for arguments that can share a compiled program."""
         marks = [
             fingerprint(leaf) if kind == FIXED else (np.shape(leaf), str(leaf.dtype))
             for leaf, kind in zip(self.leaves, self.kinds, strict=True)
@@ -89,7 +89,7 @@ NO_ARGUMENTS = Arguments(jax.tree.structure(((), {})), (), ())
 class CallForm:
     """The arguments of a call without those that a program takes as inputs.
 
-    Two are equal, and hash alike, where the contents of what they hold are equal.
+    Two are equal, and have equal hashes, if their contents are equal.
     """
 
     def __init__(self, arguments: Arguments) -> None:
@@ -113,7 +113,7 @@ class CallForm:
 
 def _unpickled_form(arguments: Arguments) -> CallForm:
     form = CallForm(NO_ARGUMENTS)
-    form.arguments, form.key = arguments, (object(),)  # equal to itself alone
+    form.arguments, form.key = arguments, (object(),)  # equal only to itself
     form._hash = hash(form.key)
     return form
 
@@ -126,12 +126,12 @@ def _is_readable(leaf: Any) -> bool:
 
 
 def has_tracers(tree: Any) -> bool:
-    """Return whether any leaf is a tracer, so that nothing about its value is known."""
+    """Return whether any leaf is a tracer, whose value is unknown."""
     return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
 
 
 def traces(tree: Any) -> bool:
-    """Return whether a transformation is under way that programs made now would be part of."""
+    """Return whether the call is inside a JAX transformation, which would trace new programs."""
     return has_tracers(tree) or isinstance(jax.lax.full((), 0), jax.core.Tracer)
 
 
@@ -154,8 +154,8 @@ def arrange(
     the second. Inputs are put on the device, unless `placed` is False.
 
     Raises:
-        ValueError: if `batch_args` or `member_args` name what is no argument, or no array that has
-            such an axis. The user calls the former `batch_option`.
+        ValueError: if `batch_args` or `member_args` name no argument, or one without an array that
+            has the axis. `batch_option` is the user's name of `batch_args`.
     """
     leaves, treedef = jax.tree.flatten((args, kwargs))
     names = _positional_names(model)

@@ -25,9 +25,9 @@ def is_traceable(leaf: Any) -> bool:
 
 
 def _loses_by_narrowing(array: np.ndarray) -> bool:
-    """Return whether a NumPy array says something else in the precision of JAX.
+    """Return whether the values of a NumPy array change in the precision of JAX.
 
-    That is so of seconds since 1970 in float32: a model may subtract the first of them in NumPy.
+    Seconds since 1970 change in float32, for example; a model may subtract the first in NumPy.
     """
     narrow = jax.dtypes.canonicalize_dtype(array.dtype)
     if narrow == array.dtype or not array.size:

@@ -1,4 +1,4 @@
-"""Compiled programs of functions whose surroundings cannot be compared."""
+"""Compiled programs of functions that depend on values that cannot be compared."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ _KEPT = 32  # compiled programs
 
 
 class Executables:
-    """Programs found by what they lower to, for which nothing has to be compiled."""
+    """Compiled programs, found by the code that a function lowers to."""
 
     def __init__(self) -> None:
         self._kept: OrderedDict[Any, Any] = OrderedDict()
 
     def wrap(self, program: Any, statics: int = 0) -> Callable:
-        """Return a function that traces a jitted one anew in every call, and compiles what is new.
+        """Return a function that traces a jitted one in every call, and compiles new code only.
 
         Args:
             program: what `jax.jit` returned.
@@ -53,7 +53,7 @@ class Executables:
 
     def _key(self, traced: Any, lowered: Any, inputs: tuple) -> Any:
         text = lowered.as_text()
-        if "callback" in text:  # a program calls back what it was compiled with: it serves once
+        if "callback" in text:  # it would call the functions of this call again: it is not kept
             return None
         leaves, treedef = jax.tree.flatten(inputs)
         placed = tuple(x.sharding if isinstance(x, jax.Array) else None for x in leaves)
@@ -66,7 +66,7 @@ class Executables:
 
 
 def keep(store: OrderedDict, key: Any, value: Any, most: int) -> None:
-    """Put a value into a store of so many values at most; those not used for longest go."""
+    """Put a value into a store of limited size; the values not used for longest are dropped."""
     if key in store and next(reversed(store)) is key:
         return
     with TRACING:

@@ -1,8 +1,8 @@
-"""When two values are equal, and what a function takes from its surroundings.
+"""When two values are equal, and which values a function takes from its surroundings.
 
-Contents are compared where it is plain what they are: numbers, text, arrays, containers, functions
+Contents are compared if they can be listed: numbers, text, arrays, containers, functions
 with what they close over, and simple objects of these. Everything else is `Unknown`: it equals
-nothing, and a program that depends on it is traced anew and found by what it lowers to.
+nothing, and a program that depends on it is traced anew, and found by its lowered code.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def _digest(array: jax.Array) -> str:
     known = _constants.get(array)
     if known is not None:
         return known
-    with jax.ensure_compile_time_eval():  # inside a transformation as well
+    with jax.ensure_compile_time_eval():  # also inside a transformation
         is_key = jnp.issubdtype(array.dtype, jax.dtypes.prng_key)
         digest = contents(np.asarray(jax.random.key_data(array) if is_key else array))
     _constants.put(array, digest)
@@ -80,8 +80,8 @@ def contents(array: np.ndarray) -> str:
 def fingerprint(leaf: Any) -> Any:
     """Return a hashable that is equal for leaves of equal contents.
 
-    NumPy's arrays are hashed by their contents, never by identity: one that was changed in place is
-    another.
+    NumPy's arrays are hashed by their contents, never by identity: an array that was changed in
+    place is a different value.
     """
     mark = _mark(leaf)
     return closure_fingerprint(leaf) if mark is None else mark
@@ -133,9 +133,9 @@ def closure_fingerprint(value: Any) -> tuple:
 
 
 def may_differ(mine: Any, theirs: Any) -> bool:
-    """Return whether two functions are not known to be the same one.
+    """Return whether two functions may differ.
 
-    A function is the same as itself, whatever it reads that cannot be compared.
+    A function is the same as itself, even if it reads values that cannot be compared.
     """
     return mine is not theirs and closure_fingerprint(mine) != closure_fingerprint(theirs)
 
@@ -153,7 +153,7 @@ def holds_tracers(marks: Any) -> bool:
 
 
 def can_return(marks: Any) -> bool:
-    """Return whether a key can be met again.
+    """Return whether an equal key can come again.
 
     A model may close over values of a transformation around the call, and over what cannot be
     compared.

@@ -1,4 +1,4 @@
-"""Whether a call can be made: keywords of an option, of the model, of both or of neither."""
+"""Checks of a call's keywords: of an option, of the model, of both or of neither."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _Returned = TypeVar("_Returned")
 
 
 def checked_keywords(fn: Callable[_Parameters, _Returned]) -> Callable[_Parameters, _Returned]:
-    """Make a function of a model, or a method of a runner, look at the keywords of each call.
+    """Make a function of a model, or a method of a runner, check the keywords of each call.
 
-    It then refuses a keyword that is an option and a parameter of the model as well, and one that
-    is neither, before the model is called.
+    Before the model is called, it raises an error for a keyword that is both an option and a
+    parameter of the model, and for one that is neither.
     """
     signature = inspect.signature(fn)
     parameters = signature.parameters.values()
@@ -27,11 +27,13 @@ def checked_keywords(fn: Callable[_Parameters, _Returned]) -> Callable[_Paramete
     @functools.wraps(fn)
     def checked(*args: _Parameters.args, **kwargs: _Parameters.kwargs) -> _Returned:
         if kwargs:
-            functions = _functions(signature.bind_partial(*args, **kwargs).arguments)
+            bound = signature.bind_partial(*args, **kwargs).arguments
+            functions = _functions(bound)
             _refuse_clashes(owner, kwargs.keys() & set(options), functions)
             if passes_on:
                 unknown = [name for name in kwargs if name not in signature.parameters]
-                _refuse_unknown(owner, unknown, options, functions)
+                maker = type(bound["self"]) if "self" in bound else None
+                _refuse_unknown(owner, unknown, options, functions, maker)
         return fn(*args, **kwargs)
 
     return checked
@@ -70,8 +72,15 @@ def _refuse_clashes(owner: str, given: Iterable[str], functions: Mapping[str, An
 
 
 def _refuse_unknown(
-    owner: str, unknown: Iterable[str], options: list[str], functions: Mapping[str, Any]
+    owner: str,
+    unknown: Iterable[str],
+    options: list[str],
+    functions: Mapping[str, Any],
+    maker: type | None,
 ) -> None:
+    classes = maker.__mro__ if maker is not None else ()
+    public = next((cls for cls in classes if not cls.__name__.startswith("_")), None)
+    settings = _free_keywords(public) if public is not None else set()
     for name in unknown:
         for kind, function in functions.items():
             signature = _signature(function)
@@ -85,6 +94,8 @@ def _refuse_unknown(
             known = {word.lower(): word for word in (*options, *parameters)}
             close = difflib.get_close_matches(name.lower(), known, 1)
             meant = f" Did you mean {known[close[0]]}?" if close else ""
+            if public is not None and name in settings:
+                meant = f" It is a setting: {public.__name__}(..., {name}=...)."
             raise TypeError(
                 f"{owner} has no option {name!r}, and the {kind} takes no such keyword.{meant}"
             )

@@ -1,4 +1,4 @@
-"""Marks that tell values apart, where their contents are not compared."""
+"""Marks of values whose contents are not compared."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ BY_VALUE = (type(None), type(...), bool, int, float, complex, str, bytes, np.dty
 
 
 class Unknown:
-    """A value that cannot be compared; equal to nothing but itself."""
+    """A value that cannot be compared; it equals only itself."""
 
 
 class Hashed:
@@ -29,7 +29,7 @@ class Hashed:
 
 
 class ByIdentity:
-    """Equal to another one of the very same object, which it keeps alive."""
+    """Equal to another one of the same object, which it keeps alive."""
 
     def __init__(self, value: Any) -> None:
         self.value = value

@@ -26,20 +26,21 @@ _PARTS_OF_CLASSES = {
     "__match_args__", "__module__", "__orig_bases__", "__parameters__", "__qualname__",
     "__static_attributes__", "__weakref__", "_abc_impl",
 }  # fmt: skip
-# what these reach is not in the code that calls them
+# the code that calls these does not show what they reach
 _REFLECTION = {
     "__import__", "compile", "delattr", "dir", "eval", "exec", "getattr", "globals", "hasattr",
     "id", "input", "locals", "open", "setattr", "vars",
 }  # fmt: skip
-# modules of Python's own whose functions depend on their arguments alone
+# Python's own modules whose functions depend only on their arguments
 _PURE = {
     "abc", "builtins", "cmath", "collections", "contextlib", "copy", "dataclasses", "enum",
     "fractions", "functools", "itertools", "math", "numbers", "operator", "re", "statistics",
     "string", "textwrap", "types", "typing", "warnings",
 }  # fmt: skip
 _OPERATIONS = ("GLOBAL", "LOAD_NAME"), ("ATTR", "LOAD_METHOD"), ("IMPORT_NAME",)  # see _names
-_PLAIN_PACKAGES = {"jax", "numpyro", __name__.partition(".")[0]}  # whose objects hide nothing
-_LIBRARIES = {"jax", "jaxlib", "numpy", "numpyro", "optax"}  # checkouts of them too
+# packages whose objects have no hidden state
+_PLAIN_PACKAGES = {"jax", "numpyro", __name__.partition(".")[0]}
+_LIBRARIES = {"jax", "jaxlib", "numpy", "numpyro", "optax"}  # also where they are checkouts
 
 
 def children_of(value: Any) -> tuple[Any, list[Any]]:
@@ -88,7 +89,7 @@ def _open_function(fn: types.FunctionType) -> tuple[Any, list[Any]]:
 
 
 def _reached(fn: types.FunctionType) -> tuple[list[Any], bool]:
-    """Return what a function's code takes by name, and whether it may take more than it names."""
+    """Return the values that a function's code names, and whether it may use others."""
     names, attributes, imports = _names(fn.__code__)
     found: list[Any] = []
     hides = not all(map(_is_fixed, imports))
@@ -113,7 +114,7 @@ def _open_class(cls: type) -> tuple[Any, list[Any]]:
 
 
 def _open_object(value: Any) -> tuple[Any, list[Any]]:
-    """Open an object that is known to be no more than its attributes."""
+    """Open an object whose state is in its attributes."""
     kind = type(value)
     if isinstance(value, AutoGuide):
         learnt = learnt_by(value)
@@ -173,7 +174,7 @@ def _is_of_library(value: Any) -> bool:
     return getattr(sys.modules.get(module), name, None) is value
 
 
-# What autoguides have learnt of their models ------------------------------------------------------
+# Attributes that the set-up of autoguides has written ---------------------------------------------
 
 _learnt: weakref.WeakKeyDictionary[AutoGuide, dict[str, Any]] = weakref.WeakKeyDictionary()
 
@@ -184,7 +185,7 @@ def note_learnt(guide: AutoGuide, names: frozenset[str]) -> None:
 
 
 def learnt_by(guide: Any) -> frozenset[str]:
-    """Return which attributes of a guide hold what its set-up has written, as far as is known."""
+    """Return which attributes of a guide its set-up has written, as far as is known."""
     written = _learnt.get(guide, {})
     return frozenset(n for n, held in written.items() if _held(vars(guide).get(n)) == held)
 

@@ -20,7 +20,7 @@ REMEMBERED = 256  # sets of arguments with which a model is known to look at val
 
 
 def surroundings() -> tuple:
-    """Return marks of the handlers that a call stands in: a program made there is another."""
+    """Return marks of the handlers around a call, which its programs depend on."""
     with TRACING:  # or another thread's are taken for this call's
         return closure_fingerprint(tuple(HANDLERS))
 
@@ -44,7 +44,7 @@ class Programs:
         kwargs: dict,
         *others: Any,
     ) -> Any:
-        """Return what was built for arguments of equal contents, or build it."""
+        """Return the value that was built for arguments of equal contents, or build it."""
         arguments = arrange(model, args, kwargs, traced=False)
         if has_tracers(arguments.leaves):
             return build()
@@ -61,10 +61,10 @@ class Programs:
         prepare: Callable[[], None] | None = None,
         placement: Placement | None = None,
     ) -> Any:
-        """Run `fn((args, kwargs), *inputs)` compiled, for arguments of other contents too.
+        """Run `fn((args, kwargs), *inputs)` compiled; arguments of other contents use it too.
 
-        Arrays among the arguments are inputs of the program. A model that looks at their values has
-        them concrete, and its program serves equal ones alone.
+        Arrays among the arguments are inputs of the program. A model that looks at their values
+        gets them concretely, and its program is used again only for equal values.
 
         Args:
             fn: the function.

@@ -1,4 +1,4 @@
-"""Tracing models: one thread at a time, and what models raise that look at values.
+"""Tracing models: one thread at a time, and the errors of models that look at values.
 
 NumPyro keeps its handlers in one list that all threads share.
 """
@@ -18,7 +18,7 @@ TRACING = threading.RLock()
 def tracing_alone(fn: Callable) -> Callable:
     """Make a function that runs NumPyro code wait until no other thread traces.
 
-    A function given to `jax.jit` runs when it is traced, so that compiled programs never wait.
+    A function given to `jax.jit` runs only when it is traced, so compiled programs never wait.
     """
 
     @functools.wraps(fn)
@@ -35,7 +35,7 @@ VALUES_WANTED = (
     jax.errors.TracerIntegerConversionError,
     jax.errors.NonConcreteBooleanIndexError,
 )
-# what a model raises that was written for NumPy arrays and is given traced ones
+# errors of a model that was written for NumPy arrays and gets traced ones
 NUMPY_WANTED = (*VALUES_WANTED, TypeError, AttributeError)
 
 

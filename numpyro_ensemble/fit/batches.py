@@ -1,4 +1,4 @@
-"""Batches of the data: whole epochs without replacement, drawn on the device."""
+"""Batches of the data: epochs of all rows without replacement, drawn on the device."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _STREAM = 0x62617463  # folds a key into one that no split of it yields: "batc" 
 
 
 class Batches(NamedTuple):
-    """How an epoch is cut: `size` rows of `total` a step, the last batch with what is left."""
+    """How an epoch is cut: `size` of `total` rows per step, and the rest in the last batch."""
 
     size: int
     total: int
@@ -24,7 +24,7 @@ class Batches(NamedTuple):
 
     @property
     def per_epoch(self) -> int:
-        """Number of batches in an epoch, a ragged last one included."""
+        """Number of batches in an epoch, including a smaller last one."""
         return -(-self.total // self.size)
 
     @property
@@ -34,7 +34,7 @@ class Batches(NamedTuple):
 
 
 class Order(NamedTuple):
-    """The shuffled rows of the epoch under way."""
+    """The shuffled rows of the current epoch."""
 
     epoch: jax.Array
     rows: jax.Array  # (N,), or (E, N) where each member has its own
@@ -60,8 +60,8 @@ def draw(
 
     Args:
         batches: how an epoch is cut.
-        order: the rows of the epoch under way.
-        step: the optimiser's step, which alone decides epoch and batch.
+        order: the rows of the current epoch.
+        step: the optimiser's step; epoch and batch depend on it alone.
         keys: what `batch_keys` returned.
         update: takes the rows of the batch, `(B,)` or `(E, B)`; called once for each batch size.
     """
@@ -164,6 +164,11 @@ def _sizes(site: Site) -> list[int]:
 
 
 def _check_observed(whole: Site, piece: Site, batches: Batches) -> None:
+    if isinstance(whole.shape, list):
+        raise ValueError(
+            f"observed site {whole.name!r} has a list as its data, which batch_size="
+            f"{batches.size} cannot cut: pass an array, numpy.asarray(...)."
+        )
     for (plate, before), (_, after) in zip(whole.plates, piece.plates, strict=True):
         if before == after == batches.total:
             raise ValueError(

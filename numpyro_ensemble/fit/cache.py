@@ -36,7 +36,7 @@ _KEPT = 2 * KEPT  # programs for a form of arguments are found by two keys
 class ProgramCache:
     """The programs of a runner for the last few forms of arguments.
 
-    No answer depends on what is kept: it can be dropped at any time.
+    Results do not depend on the cache: it can be dropped at any time.
     """
 
     def __init__(self) -> None:
@@ -55,20 +55,20 @@ class ProgramCache:
         starts: Mapping[str, Any] = MappingProxyType({}),
         state: SVIState | None = None,
     ) -> Returned:
-        """Return what a function makes of the programs for these arguments.
+        """Call a function with the programs for these arguments, and return its value.
 
         Arrays among the arguments are inputs of the programs. A model that looks at their values
         is found out when it is traced, and is then given them concretely.
 
         Args:
             problem: what is fitted.
-            use: what to do with the programs; it is called again with concrete arguments where
-                the model looks at values.
+            use: the function of the programs; it is called again with concrete arguments if the
+                model looks at values.
             args: arguments of the model.
             kwargs: its keyword arguments.
             options: of `run`.
             starts: values, or shapes, for parameters that are declared without any.
-            state: what is gone on from, which may have started with other arguments.
+            state: of the earlier run, if any, which may have started with other arguments.
         """
         options = RunOptions() if options is None else options
         twice = sorted(kwargs.keys() & problem.static_kwargs)
@@ -86,7 +86,9 @@ class ProgramCache:
                 except LooksAtValuesError as error:
                     if not falls_back:
                         raise looks_at(arguments, error) from error
-                except NUMPY_WANTED:  # before anything ran: of a model that needs NumPy's arrays?
+                except (
+                    NUMPY_WANTED
+                ):  # an error before anything ran may come from a model that needs NumPy's arrays
                     if not falls_back or call is not None:
                         raise
         arguments, key = _arranged(problem, args, kwargs, options, traced=False, like=first)

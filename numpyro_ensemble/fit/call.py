@@ -49,8 +49,8 @@ class FitCall:
     Args:
         programs: for these arguments.
         given: the arguments as the user gave them.
-        arguments: the same where they are used.
-        form: what of them decides about programs.
+        arguments: the same, put on their devices.
+        form: the arguments without inputs of programs, by which programs are found.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class FitCall:
 
     @property
     def forms(self) -> StartForms:
-        """The forms of what a start with these arguments returns."""
+        """The shapes and dtypes of what a start with these arguments returns."""
         self.programs.trace_start(self.arguments, self.form)
         assert self.programs.forms is not None
         return self.programs.forms
@@ -107,7 +107,7 @@ class FitCall:
             init_params = placement.fill(init_params, axes)
         fast_compile = not traces((keys, init_params, self.arguments.leaves))
         start = programs.start_program(maker, axes, fast_compile)
-        with jax.disable_jit(False):  # what is traced in a set-up is not the same without jit
+        with jax.disable_jit(False):  # a set-up traces other values without jit
             outcome = start(self.form, keys, init_params, self.dynamic)
         state, values, first, _, alike, inside = outcome
         if not has_tracers((state, values, first)):

@@ -1,4 +1,4 @@
-"""What is known, and what is refused, before anything is compiled."""
+"""Checks of the model and its arguments before anything is compiled."""
 
 from __future__ import annotations
 
@@ -60,9 +60,9 @@ def looks_at(arguments: Arguments, error: Exception) -> ValueError:
 
 
 class _Supply(Messenger):
-    """Give parameters that are declared without a value those that the user starts them at.
+    """Give parameters that are declared without a value the user's start values.
 
-    The modules of `numpyro.contrib` ask for theirs in this way too, and then make them.
+    The modules of `numpyro.contrib` declare their parameters in this way too.
     """
 
     def __init__(self, starts: Mapping[str, Any]) -> None:
@@ -226,7 +226,7 @@ def _trace(
 
 
 def check_values(problem: Problem, arguments: Arguments) -> None:
-    """Let NumPyro check the values of the data, which it cannot do where they are traced.
+    """Let NumPyro check the values of the data, which it cannot do while they are traced.
 
     It warns of observations outside their support, for example. Nothing is compiled.
     """
@@ -242,12 +242,12 @@ def check_values(problem: Problem, arguments: Arguments) -> None:
         filled = handlers.substitute(seeded, substitute_fn=init_to_uniform())
         compute_log_probs(filled, args, kwargs, {})
 
-    with contextlib.suppress(Exception):  # what fails here fails where the model is fitted
+    with contextlib.suppress(Exception):  # an error here comes again when the model is fitted
         jax.eval_shape(tracing_alone(look))
 
 
 def check_one_posterior(problem: Problem, arguments: Arguments) -> None:
-    """Raise a ValueError where members push each other apart that are fitted to different data."""
+    """Raise a ValueError for repulsion between members that are fitted to different data."""
     own = [label for label, _ in arguments.labelled(MEMBER, MEMBER_BATCH)]
     if problem.repels and own:
         raise ValueError(

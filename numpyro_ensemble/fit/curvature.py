@@ -1,4 +1,4 @@
-"""The density that a Laplace guide approximates, at the members' points and at others."""
+"""The density that a Laplace guide approximates, at the members' points and at draws."""
 
 from __future__ import annotations
 
@@ -80,10 +80,10 @@ def draws_at(call: FitCall, state: SVIState, points: jax.Array, key: jax.Array) 
 
 
 def with_first_member(call: FitCall, key: Any, one: Callable) -> Callable:
-    """Return a compiled function of a state that looks at its first member.
+    """Return a compiled function of a state that uses its first member.
 
-    It is for densities that all members share. Without a `vmap` over members, factorisations go one
-    after the other: XLA's thread pool can stop for good on many at once.
+    It is for densities that all members share. It has no `vmap` over members, since XLA's thread
+    pool can hang on many factorisations at once.
     """
     programs = call.programs  # a kept program must not hold this call, which holds data
 

@@ -1,4 +1,4 @@
-"""Draws from one member's guide, and the model on what is known."""
+"""Draws from one member's guide, and their densities."""
 
 from __future__ import annotations
 
@@ -55,9 +55,9 @@ def draw_with_density(
 def density_at(
     guide: Callable, latents: dict, values: dict, params: dict, args: tuple, kwargs: dict
 ) -> tuple[jax.Array, jax.Array]:
-    """Return a guide's log density at another guide's draw, and whether it is of the same draw.
+    """Return a guide's log density at another guide's draw, and whether it is of that draw.
 
-    It is not where a guide computes its latents from random values and parameters of its own.
+    It is not if a guide computes its latents from random values and its own parameters.
     """
     filled = handlers.substitute(handlers.seed(guide, jax.random.key(0)), data=values)
     log_probs, trace = compute_log_probs(filled, args, kwargs, params)
@@ -67,7 +67,7 @@ def density_at(
 
 
 def _tells_density(guide: Callable) -> bool:
-    """Return whether calling a guide tells the density of what `draw_latents` draws."""
+    """Return whether a call of the guide gives the density of what `draw_latents` draws."""
     if isinstance(guide, AutoGuideList):
         return all(map(_tells_density, guide))
     return not isinstance(guide, AutoLaplaceApproximation | AutoDelta)

@@ -128,7 +128,7 @@ class Ensemble:
         vars(self).update(state, _cache=ProgramCache())
 
     def use(self, use: Callable[[FitCall], Any], *call: Any, **how: Any) -> Any:
-        """Return what a function makes of the programs for a call, see `ProgramCache.use`."""
+        """Call a function with the programs for a call, see `ProgramCache.use`."""
         return self._cache.use(self.problem(), use, *call, **how)
 
     # SVI's methods ------------------------------------------------------------------------------
@@ -144,8 +144,8 @@ class Ensemble:
             *args: arguments of the model.
             init_params: start values by the names of `get_params`, or a callable that makes them
                 from one member's key. A leaf of the single fit's shape is shared, one with a
-                leading E is per member. What a parameter that is declared without a value is given
-                here decides its shape, and is shared.
+                leading E is per member. A parameter that is declared without a value takes its
+                shape from the value here, which all members share.
             **kwargs: keyword arguments of the model.
         """
         keys = member_keys(rng_key, self.ensemble_size)
@@ -239,19 +239,20 @@ class Ensemble:
                 optimiser's step alone.
             batch_args: names or positions of the batched arguments (default: every array with rows,
                 which stand along the first axis, or the second one in what `member_args` names).
-            shared_batches: all members see the same batches, or each its own.
-            early_stopping: when a member stops, an `EarlyStopping`.
+            shared_batches: whether all members see the same batches, or each its own.
+            early_stopping: an `EarlyStopping`, the rule by which each member stops.
             callback: `callback(step, state, losses)` after each chunk; a true value ends the run.
-            jit_model_args: None makes arrays among the arguments inputs of the program, so that
-                other values of equal shapes use it again; a model that looks at their values is
-                given them concretely. True never does that, and False always, as `SVI.run`.
+            jit_model_args: whether arrays among the arguments are inputs of the program, so that
+                other values of equal shapes compile nothing. None is True with a fallback: a
+                model that looks at their values is given them concretely. False always gives
+                them concretely, as `SVI.run` does.
             member_args: names or positions of arguments with a leading `(E,)`, one per member.
-            chunk_size: steps between two looks at the losses (default: a twentieth of a run that
-                has a progress bar, a callback or early stopping).
-            checkpoint: a `Checkpoint`, from whose newest the same call made again goes on. Ctrl-C
-                ends a run after the chunk under way, with what there is; SIGTERM writes a
-                checkpoint first.
-            gather: give every process the whole result, where a mesh has devices of several;
+            chunk_size: steps in a chunk; the progress bar, the callback and early stopping act
+                between chunks (default: a twentieth of a run that has one of these).
+            checkpoint: a `Checkpoint`: the same call made again goes on from the newest one.
+                Ctrl-C ends a run after the current chunk, and the result so far is returned.
+                SIGTERM writes a checkpoint, and then ends the process.
+            gather: whether every process gets the whole result, on a mesh of several processes;
                 False leaves parameters and state on their devices.
             **kwargs: keyword arguments of the model (and guide).
 

@@ -14,12 +14,12 @@ _HIGHEST = jax.lax.Precision.HIGHEST  # products of single precision are coarse 
 
 
 class Pull(NamedTuple):
-    """What one member brings to a step, before it is pushed.
+    """What one member contributes to a step, before forces act on it.
 
     Attributes:
-        state: its state after the step, but for the optimiser's.
-        loss: at its present parameters.
-        gradient: that of the loss in its unconstrained parameters.
+        state: its state after the step, except the optimiser's.
+        loss: at its current parameters.
+        gradient: of the loss in its unconstrained parameters.
         place: the parameters, or values of a function, by which it repels others.
         step: the number of the optimiser's step.
     """
@@ -34,8 +34,8 @@ class Pull(NamedTuple):
 def forces(repulsion: Repulsion, pulls: Pull) -> tuple[Any, Any]:
     """Return the gradient that each member follows, and a push on the values of its function.
 
-    Where members repel by their parameters, the gradient has the push in it, and None is returned
-    for it. A member that is not finite pushes no other, and keeps its own gradient.
+    If members repel by their parameters, the gradient includes the push, and the second value is
+    None. A member that is not finite pushes no other, and keeps its own gradient.
 
     Args:
         repulsion: how members push each other apart.
@@ -53,7 +53,7 @@ def forces(repulsion: Repulsion, pulls: Pull) -> tuple[Any, Any]:
         share = 1.0 / jnp.maximum(alive.sum(), 1).astype(totals.dtype)
 
         def follow(own: jax.Array, place: jax.Array) -> jax.Array:
-            # kernel @ gradients less kernel slopes, as one product: most of what a step costs more
+            # kernel @ gradients less kernel slopes, as one product: most of the cost of repulsion
             known = share * (_where(alive, _wide(own), 0.0) + slope * place)
             total = _mixed(kernel, known) - _column(share * slope * totals, place) * place
             return _where(alive, total, own).astype(own.dtype)
@@ -65,7 +65,7 @@ def forces(repulsion: Repulsion, pulls: Pull) -> tuple[Any, Any]:
         return jax.tree.map(lambda g, p: g - p.astype(g.dtype), pulls.gradient, pushes), None
 
     def on_values(push: jax.Array, own: jax.Array) -> jax.Array:
-        return _where(alive, push, 0 * own).astype(own.dtype)  # no member fails in silence
+        return _where(alive, push, 0 * own).astype(own.dtype)  # a failed member stays visible
 
     return pulls.gradient, jax.tree.map(on_values, pushes, pulls.place)
 
@@ -87,7 +87,7 @@ def _kernel(repulsion: Repulsion, places: Any, alive: jax.Array) -> tuple[jax.Ar
 
 
 def _finite(tree: Any) -> jax.Array:
-    """Return which members have nothing but finite numbers: other ones spoil the sum of all."""
+    """Return which members have only finite numbers: others would spoil the sum over all."""
     sums = [
         _flat(leaf) @ jnp.ones(_flat(leaf).shape[1], leaf.dtype)
         for leaf in map(_wide, jax.tree.leaves(tree))
@@ -114,9 +114,9 @@ def _where(flags: jax.Array, one: jax.Array, other: Any) -> jax.Array:
 
 
 def _centred(places: Any, alive: jax.Array) -> Any:
-    """Return places from one in their midst, so that differences keep their digits.
+    """Return places relative to one in the middle, so that differences keep their digits.
 
-    It is the place nearest to the mean of those alive: seen from a member that is far from all
+    That is the place nearest to the mean of the finite members. Relative to a member far from all
     others, these would differ by little more than rounding.
     """
     number = jnp.maximum(alive.sum(), 1)

@@ -1,9 +1,9 @@
-"""Autoguides are set up by their first call: here that happens to copies, and leaves no tracer.
+"""Setting autoguides up: a copy is called in a compiled program, and no tracer stays behind.
 
-An autoguide keeps what it learns of the model (a trace, start values, closures over both) in its
-attributes. `fresh` copies a guide without it. After the copy was called inside a compiled program,
-`take_out` replaces every tracer in it by a numbered slot; `fill` puts arrays there: traced ones
-inside the next program, concrete ones to set up the user's own guide.
+An autoguide keeps the values of its set-up in its attributes: a trace of the model, start values,
+closures over both. `fresh` copies a guide without these. After the copy was called
+inside a compiled program, `take_out` replaces every tracer in it by a numbered slot. `fill` puts
+arrays there: traced ones inside the next program, concrete ones to set up the user's own guide.
 """
 
 from __future__ import annotations
@@ -144,7 +144,7 @@ def check_hidden(guide: Callable) -> None:
 
 
 def set_up(guide: Callable, other: Callable) -> None:
-    """Give a guide that was not set up yet what its copy has learnt."""
+    """Set a guide up with the values that its copy has computed, if it was not set up yet."""
     if is_set_up(guide):
         return
     for part, of_other in zip(parts_of(guide), parts_of(other), strict=True):

@@ -1,4 +1,4 @@
-"""Optimisers that search along a line, or to the end, in one step: optax's and `Minimize`."""
+"""Optimisers whose step is a line search (optax's) or a whole search (`Minimize`)."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ class WholeSearch(LossComparing):
         outcome, new = self.optim.eval_and_update(fn, (count, self.optim.init(params)[1]))
         return outcome, (new[0], self.optim.get_params(new))
 
-    eval_and_stable_update = eval_and_update  # NumPyro's own would leave the parameters alone
+    eval_and_stable_update = eval_and_update  # NumPyro's own method would not change the parameters
 
 
 class OptaxSearch(LossComparing):
-    """An optax transformation that may search along a line, and is given the loss for that."""
+    """An optax transformation that is given the loss, for line searches."""
 
     def __init__(self, transformation: optax.GradientTransformation) -> None:
         plain = optax_to_numpyro(transformation)

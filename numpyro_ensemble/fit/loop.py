@@ -1,4 +1,4 @@
-"""The one compiled training loop: chunks of steps, batches, stopping, progress."""
+"""The compiled training loop: chunks of steps, batches, stopping, progress."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from numpyro_ensemble.primitives import is_inexact
 from numpyro_ensemble.results import name_members
 
 _CHUNKS = 20  # a run is cut into about so many chunks, as SVI.run updates its bar
-_CAPACITY = 2048  # losses that a compiled chunk has room for, at least
+_CAPACITY = 2048  # the least number of steps that a chunk is compiled for
 
 
 class Carry(NamedTuple):
-    """What a chunk hands on to the next."""
+    """What one chunk passes on to the next."""
 
     state: Any
     stop: Stop | None
@@ -39,9 +39,9 @@ class Carry(NamedTuple):
 
 
 def keep_good(old: Any, new: Any, loss: jax.Array, counts: bool) -> tuple[Any, jax.Array]:
-    """Keep one member's old state, but for its key, where the new one or the loss is not finite.
+    """Keep one member's old state, except its key, if the new one or the loss is not finite.
 
-    With `counts` the step that failed is counted by the optimiser, since batches follow its count.
+    With `counts` the optimiser counts the failed step, since batches follow its count.
     """
     leaves = [leaf for leaf in jax.tree.leaves((new, loss)) if is_inexact(leaf)]
     good = jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves]).all()
@@ -65,13 +65,13 @@ def make_chunk(
         update: `(state, values, dynamic, rows) -> (state, losses)`, for all members at once.
         ensemble_size: number of members that are computed.
         capacity: number of losses a chunk has room for.
-        batches: how the data is cut, or None.
+        batches: how the data are cut, or None.
         rule: when members stop, or None.
 
     Returns:
         `chunk(carry, number, done, step, values, dynamic, keys) -> (carry, (losses, flags))`:
-        takes `number` steps, of which `done` precede in this run and `step` in the optimiser's
-        life; the losses are `(capacity, E)`, and the flags who has stopped, and after how many
+        takes `number` steps, after `done` steps of this run and `step` steps of the optimiser. The
+        losses are `(capacity, E)`. The flags tell which members have stopped, and after how many
         steps.
     """
 
@@ -105,10 +105,10 @@ def make_chunk(
 
 
 def capacity_for(num_steps: int, chunk_size: int | None, watched: bool) -> tuple[int, int]:
-    """Return the number of steps in a chunk, and the room that its program is compiled with.
+    """Return the number of steps in a chunk, and the number that its program is compiled for.
 
-    Where nobody looks between chunks, these are as long as there is room. Room comes in powers of
-    two and no less than 2048, so that runs of other lengths use the same program.
+    If nothing happens between chunks, a chunk is as long as its program allows. Programs are
+    compiled for powers of two from 2048 on, so that runs of other lengths use the same one.
     """
     if chunk_size is None:
         chunk_size = -(-num_steps // _CHUNKS) if watched else _CAPACITY
@@ -117,7 +117,7 @@ def capacity_for(num_steps: int, chunk_size: int | None, watched: bool) -> tuple
 
 
 def chunk_ends(first: int, num_steps: int, size: int, every: int | None) -> list[int]:
-    """Return the steps after which chunks end: so many apart, and where a checkpoint is due."""
+    """Return the steps after which chunks end: `size` apart, and where a checkpoint is due."""
     ends: list[int] = []
     done = first
     while done < num_steps:
@@ -133,9 +133,9 @@ class Looks(NamedTuple):
         progress_bar: show mean, best and worst loss.
         callback: `callback(step, state, losses)`; a true value returned ends the run.
         keep: `keep(step, carry, losses)` writes a checkpoint.
-        every: steps between two checkpoints.
-        stable: failed steps are left out by design, so that a first bad one is no failed start.
-        holding_nan: names the arguments that hold a NaN, where members cannot start.
+        every: number of steps between two checkpoints.
+        stable: whether failed steps are skipped, so that a bad first step is no failed start.
+        holding_nan: returns the names of arguments that hold a NaN, for the error of a start.
     """
 
     progress_bar: bool
@@ -150,7 +150,7 @@ class Looks(NamedTuple):
         return self.every is not None and done % self.every == 0
 
     def waits(self, done: int) -> bool:
-        """Return whether somebody wants the state after this step, before the next is taken."""
+        """Return whether the state after this step is needed before the next chunk begins."""
         return self.callback is not None or self.keeps(done)
 
 
@@ -163,17 +163,17 @@ def train(
     before: np.ndarray,
     interrupts: Interrupts,
 ) -> tuple[Carry, np.ndarray, np.ndarray]:
-    """Run chunks until the steps are done, all have stopped, or the callback or the user says stop.
+    """Run chunks until all steps are done, all members have stopped, or the run is ended.
 
     Args:
         chunk: `(carry, number, done) -> (carry, (losses, stopped))`, compiled; it consumes the
             carry.
-        carry: where to begin.
+        carry: where the run begins.
         ends: the steps after which chunks end.
         num_steps: number of steps.
         looks: what happens between chunks.
-        before: losses `(steps, E)` of the steps that were taken before, in a run that was stopped.
-        interrupts: whether the user wants the run to end.
+        before: losses `(steps, E)` of the steps before a checkpoint that the run goes on from.
+        interrupts: signals that end the run.
 
     Returns:
         The last carry, the losses `(steps, E)` of the steps taken, and which members have stopped
@@ -217,7 +217,7 @@ def _dispatched(
     looks: Looks,
     interrupts: Interrupts,
 ) -> Iterator[tuple[Carry, int, Any]]:
-    """Yield each chunk's outcome, with the next one under way where nobody waits for the state."""
+    """Yield each chunk's outcome; the next chunk runs already if the state is not needed."""
     ahead: tuple[int, Any] | None = None
     for end in ends:
         if interrupts.ended():
@@ -239,7 +239,7 @@ def _check_start(
     """Name the members that have had no finite loss since their start; `losses` is (steps, E)."""
     failed = ~np.isfinite(losses).any(axis=0)
     if flags is not None:
-        failed &= np.asarray(flags[1]) > 0  # others had ended before they were gone on from
+        failed &= np.asarray(flags[1]) > 0  # others had ended before this run
     size = losses.shape[1]
     remedy = "Give other starts by init_params= or the guide's init_loc_fn=, or check the data."
     if failed.any() and (named := holding_nan()):

@@ -1,4 +1,4 @@
-"""One member, past its start: a plain `SVI` that steps and tells its loss and parameters."""
+"""One member after its start: a plain `SVI` as pure functions of its state."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from numpyro_ensemble.results import converged
 
 
 class Noting(Messenger):
-    """A handler that notes the constraints of the parameters it has seen last."""
+    """A handler that notes the constraints of parameters."""
 
     def __init__(self, fn: Callable) -> None:
         self.constraints: dict[str, Any] = {}
@@ -59,7 +59,7 @@ class Member(NamedTuple):
         return self.problem.current_guide(filled_guide(self.template, values.guide))
 
     def svi(self, state: SVIState, values: SetupValues, scale: float = 1.0) -> SVI:
-        """Return a plain SVI, past its `init`."""
+        """Return a plain SVI, as it is after its `init`."""
         model, guide = self.problem.weighted(self.guide(values), scale, state.optim_state[0])
         svi = SVI(model, guide, self.problem.optim, self.problem.loss)
         constraints = iter(values.constraints)
@@ -94,19 +94,19 @@ class Member(NamedTuple):
         self, state: SVIState, new: SVIState, loss: jax.Array, stable: bool, counts: bool
     ) -> tuple[SVIState, jax.Array]:
         """Return the state after a step, held where the step failed or the member has ended."""
-        if new.mutable_state is None:  # losses of several particles leave it alone
+        if new.mutable_state is None:  # losses of several particles do not set it
             new = new._replace(mutable_state=state.mutable_state)
         if stable:
             new, loss = keep_good(state, new, loss, counts)
         ended = converged(state)
-        if ended is not None:  # nothing of the member moves any more, its key included
+        if ended is not None:  # nothing of the member changes any more, nor its key
             new = jax.tree.map(lambda a, b: jnp.where(ended, a, b), state, new)
         return new, loss
 
     def pull(
         self, state: SVIState, values: SetupValues, dynamic: dict, rows: Any, forward: bool
     ) -> Pull:
-        """Return what the member brings to a step in which it is pushed by others."""
+        """Return what the member contributes to a step with repulsion."""
         args, kwargs, scale = self.arguments(dynamic, rows)
         svi = self.svi(state, values, scale)
         svi.optim = GradientOnly(svi.optim)
@@ -118,7 +118,7 @@ class Member(NamedTuple):
         self, state: SVIState, values: SetupValues, dynamic: dict, pull: Pull, gradient: Any,
         push: Any, stable: bool, counts: bool,
     ) -> tuple[SVIState, jax.Array]:  # fmt: skip
-        """Take the step along a gradient, less a push on the values of the member's function."""
+        """Take the optimiser's step along a gradient, less a push on the values of a function."""
         optim = self.problem.optim
         if push is not None:
             params = optim.get_params(state.optim_state)
@@ -129,7 +129,7 @@ class Member(NamedTuple):
         return self._settled(state, new, pull.loss, stable, counts)
 
     def place_at(self, state: SVIState, values: SetupValues, dynamic: dict) -> Callable:
-        """Return what the member repels others by as a function of unconstrained parameters."""
+        """Return the member's place as a function of unconstrained parameters, see `Pull`."""
         repulsion = self.problem.repulsion
         if not repulsion.in_function_space:
             return lambda params: params
@@ -141,7 +141,7 @@ class Member(NamedTuple):
         return place
 
     def place(self, state: SVIState, values: SetupValues, dynamic: dict) -> Any:
-        """Return what the member repels others by."""
+        """Return the member's place, see `Pull`."""
         params = self.problem.optim.get_params(state.optim_state)
         return self.place_at(state, values, dynamic)(params)
 
@@ -197,7 +197,7 @@ class Member(NamedTuple):
     def shown(
         self, state: SVIState, values: SetupValues, dynamic: dict, params: dict
     ) -> dict[str, Any]:
-        """Return what users see of some unconstrained parameters."""
+        """Return unconstrained parameters in the form that users see."""
         args, kwargs = self.call.rebuild(dynamic)
         params = self.svi(state, values).constrain_fn(params)
         guide = self.problem.current_guide(self.template.guide)

@@ -32,7 +32,7 @@ class MemberGuides(NamedTuple):
     ) -> tuple[dict[str, Any], dict[str, jax.Array], jax.Array]:
         """Return the model's sites `(E, number, ...)` at draws from the guides, and log densities.
 
-        The last value says whether the density under the mixture is that of the same draws.
+        The last value says whether the mixture's density is that of the same draws.
         """
         size = self.ensemble_size
         keys = jax.random.split(key, (size, number))
@@ -58,7 +58,7 @@ class MemberGuides(NamedTuple):
         return draw_latents(guide, key, params, self.args, self.kwargs), None
 
     def _filled(self, keys: jax.Array, params: dict, latents: dict) -> dict[str, Any]:
-        """Run the model on the draws, as many at once as there is room for."""
+        """Run the model on the draws, as many at once as memory allows."""
         model = self.model
 
         def one(where: tuple) -> dict[str, Any]:

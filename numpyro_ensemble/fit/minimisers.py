@@ -1,4 +1,4 @@
-"""Optimistix minimisers as optimisers of NumPyro, one evaluation of the loss a step."""
+"""Optimistix minimisers as optimisers of NumPyro, with one evaluation of the loss per step."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from jax.flatten_util import ravel_pytree
 
 from numpyro_ensemble._compat import NumPyroOptimiser
 
-_ROUNDINGS = 10  # a criterion below so many units of rounding is never met
+_ROUNDINGS = 10  # a criterion below this many units of rounding is never met
 _TOLERANCE = 1e-8
 _HISTORY = 10  # optimistix's own
 
 
 class MinimiserState(NamedTuple):
-    """What a minimiser knows of one member.
+    """The state of a minimiser for one member.
 
     Attributes:
         params: unconstrained parameters by name.
@@ -44,11 +44,11 @@ class LossComparing(NumPyroOptimiser):
 
 
 class Minimiser(LossComparing):
-    """A minimiser of optimistix in the place of an optimiser of NumPyro.
+    """A minimiser of optimistix with the interface of NumPyro's optimisers.
 
     A step evaluates the loss once, at a point that the solver then accepts or rejects, so that
-    the members of an ensemble step together whatever their line searches do. The loss of a step
-    is that at the parameters before it, as in `SVI.update`.
+    the members of an ensemble step together, independently of their line searches. The loss of a
+    step is that at the parameters before it, as in `SVI.update`.
 
     Args:
         solver: an `optimistix.AbstractMinimiser`.
@@ -78,7 +78,7 @@ class Minimiser(LossComparing):
         return equinox.partition(state, equinox.is_array)
 
     def reachable(self, dtype: Any) -> Any:
-        """Return the solver with a criterion that numbers of this type can meet."""
+        """Return the solver with a criterion that numbers of this dtype can meet."""
         import equinox
 
         floor = _ROUNDINGS * float(jnp.finfo(dtype).eps)
@@ -123,7 +123,7 @@ class Minimiser(LossComparing):
     eval_and_stable_update = eval_and_update  # a step to values that are not finite is rejected
 
     def noted(self, new: MinimiserState, solver: Any) -> Any:
-        """Return the state after a step, to which a subclass adds what it reads off the solver's.
+        """Return the state after a step; a subclass adds values from the solver's state.
 
         Args:
             new: the state after the step.
@@ -138,7 +138,7 @@ def is_minimiser(optim: Any) -> bool:
     Raises:
         TypeError: for a solver of optimistix that solves another problem.
     """
-    optimistix = sys.modules.get("optimistix")  # who has a minimiser has imported it
+    optimistix = sys.modules.get("optimistix")  # without the import no object can be a minimiser
     if optimistix is None or not isinstance(optim, optimistix.AbstractIterativeSolver):
         return False
     if not isinstance(optim, optimistix.AbstractMinimiser):
@@ -150,7 +150,7 @@ def is_minimiser(optim: Any) -> bool:
 
 
 def default_minimiser(tolerance: float = _TOLERANCE, history: int = _HISTORY) -> Any:
-    """Return the minimiser that is taken where no optimiser is given.
+    """Return the minimiser that is used if no optimiser is given.
 
     Args:
         tolerance: of its criterion, relative and absolute.

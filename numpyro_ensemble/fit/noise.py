@@ -1,4 +1,4 @@
-"""Whether a loss is one function of the parameters, as optimisers that compare losses need."""
+"""Checks that a loss has no noise, as optimisers that compare losses need."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ def check_exact(
         optim: the optimiser.
         loss: the members' losses, a function of the next three.
         state: shapes and dtypes of the state of all members.
-        values: those of what the start has set up.
+        values: shapes and dtypes of the values of the set-up.
         dynamic: arrays among the arguments.
         batches: how the data is cut, None where each step takes all of it.
-        repels: whether members push each other apart.
+        repels: whether members repel each other.
     """
     compares = getattr(optim, "compares_losses", None)
     if compares is None or not compares(state.optim_state[1]):

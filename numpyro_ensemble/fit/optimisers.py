@@ -1,4 +1,4 @@
-"""Choosing an optimiser, and giving others than `SVI` knows its interface."""
+"""Choosing an optimiser, and adapting optimisers that `SVI` does not know."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class _Held:
 
 
 class GradientOnly(NumPyroOptimiser):
-    """An optimiser that takes no step: it hands on the gradient in the place of its next state."""
+    """An optimiser that takes no step: its next state is the gradient."""
 
     def __init__(self, optim: NumPyroOptimiser) -> None:
         super().__init__(lambda: (optim.init_fn, None, optim.get_params_fn))
@@ -52,10 +52,10 @@ class GradientOnly(NumPyroOptimiser):
 
 
 def adapted(optim: Any) -> Any:
-    """Return an optimiser with the interface of NumPyro's, where `SVI` gives it none or too little.
+    """Return an optimiser with NumPyro's interface, if `SVI` does not wrap it well enough.
 
     Raises:
-        TypeError: for a solver of optimistix that minimises nothing.
+        TypeError: for a solver of optimistix that is not a minimiser.
     """
     if is_minimiser(optim):
         return Minimiser(optim)

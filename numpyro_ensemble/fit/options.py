@@ -1,4 +1,4 @@
-"""The options of `run`, and what is wrong with them."""
+"""The options of `run`, and their checks."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class RunOptions(NamedTuple):
             )
 
     def batches(self, arguments: Arguments, ensemble_size: int) -> Batches | None:
-        """Return how the data is cut, None for all of it at each step.
+        """Return how the data are cut into batches, None for all rows at each step.
 
         Raises:
             ValueError: if numbers of rows differ, or leading lengths of member_args are not the

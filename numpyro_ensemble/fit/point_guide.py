@@ -1,4 +1,4 @@
-"""A guide of point masses: what makes the engine find modes."""
+"""A guide of point masses, with which the engine finds modes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from numpyro_ensemble.enumeration import SummedOut
 
 
 class Point(NamedTuple):
-    """What the point guide knows of one latent site."""
+    """One latent site of the point guide."""
 
     frames: tuple[Any, ...]
     event_dim: int
@@ -34,8 +34,8 @@ class Point(NamedTuple):
 class PointGuide(AutoGuide):
     """A guide of point masses at unconstrained parameters `{site}_auto_loc`.
 
-    It starts where `AutoDelta` starts with the same key, and walks the same way. Unlike it, a
-    support that depends on other latents is the one at their present values, not at the first.
+    It has the starts and steps of `AutoDelta` with the same key, with one difference: a support
+    that depends on other latents is that at their current values, not at their start.
 
     Args:
         model: the model, unweighted.
@@ -107,7 +107,7 @@ class PointGuide(AutoGuide):
         return guide
 
     def __call__(self, *args: Any, **kwargs: Any) -> dict[str, jax.Array]:
-        """Sample the latent sites from point masses, whose places are parameters."""
+        """Sample the latent sites from point masses, whose positions are parameters."""
         if self.prototype_trace is None:
             self._setup_prototype(*args, **kwargs)
         plates = self._create_plates(*args, **kwargs)
@@ -128,7 +128,7 @@ class PointGuide(AutoGuide):
                 extra = jnp.ndim(log_det) - jnp.ndim(value) + point.event_dim
                 log_density = -sum_rightmost(log_det, extra)
                 mass = dist.Delta(value, log_density, event_dim=point.event_dim)
-            else:  # its density is known to be 0 where it is sampled, so none is computed
+            else:  # its log density at its own sample is 0, so none is computed
                 mass = dist.Delta(value, event_dim=point.event_dim).mask(False)
             with ExitStack() as stack:
                 for frame in point.frames:
@@ -146,7 +146,7 @@ class PointGuide(AutoGuide):
     ) -> dict[str, tuple[jax.Array, Any]]:
         """Return each site's constrained value and transform at unconstrained values.
 
-        Sites may be given constrained values instead, on which the supports of others depend.
+        Sites may have constrained values instead; the supports of other sites depend on them.
         """
         if all(point.transform is not None for point in self.points.values()):
             return {k: (p.transform(locs[k]), p.transform) for k, p in self.points.items()}
@@ -162,7 +162,7 @@ class PointGuide(AutoGuide):
             walked[site["name"]] = (value, transform)
             return value
 
-        # the model's parameters are shown to SVI, everything else in this walk is hidden from it
+        # SVI sees the model's parameters; everything else of this trace is hidden from it
         with handlers.block(hide_fn=lambda site: site["type"] != "param"):
             seeded = handlers.seed(self.model, jax.random.key(0))
             handlers.substitute(seeded, substitute_fn=constrain)(*args, **kwargs)
@@ -182,6 +182,6 @@ class PointGuide(AutoGuide):
     def sample_posterior(
         self, rng_key: Any, params: Any, *args: Any, sample_shape: tuple = (), **kwargs: Any
     ) -> dict[str, Any]:
-        """Return the point itself, as often as asked for."""
+        """Return copies of the point, in the shape of the samples."""
         values = self.constrained(params, args, kwargs)
         return {k: jnp.broadcast_to(values[k], sample_shape + values[k].shape) for k in self.points}

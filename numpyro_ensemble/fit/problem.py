@@ -1,4 +1,4 @@
-"""What is fitted: one member, in the terms of a plain `SVI`."""
+"""What is fitted: how one member differs from a plain `SVI`."""
 
 from __future__ import annotations
 
@@ -18,29 +18,28 @@ from numpyro_ensemble.fit.state import GuideValues
 from numpyro_ensemble.handlers import reweight
 from numpyro_ensemble.sharding import Placement
 
-_APART = ("model", "guide", "static_kwargs", "hint")  # not settings, or without consequence
+_APART = ("model", "guide", "static_kwargs", "hint")  # not settings, or without effect on programs
 
 
 @dataclass(frozen=True, eq=False)
 class Problem:
-    """A model, how to fit it, and what to check: all that the engine knows of a runner.
+    """A model, how to fit it, and its checks: the engine knows nothing else of a runner.
 
-    A runner describes itself anew for each call, so that a setting that is assigned holds from the
-    next call on. A kind of ensemble is a class derived from this one, whose methods say how a
-    member of that kind differs from a plain `SVI`; every field takes part in what programs are
-    kept by.
+    A runner makes a new description for each call, so that an assigned setting holds from the next
+    call on. Each kind of ensemble derives a class from this one, whose methods define how a member
+    differs from a plain `SVI`. Programs are kept for each value of all fields.
 
     Attributes:
         model, guide, optim, loss, static_kwargs: as in `numpyro.infer.SVI`.
         ensemble_size: number of members E.
-        member_batch_size: how many members go at once, on each device; None for all.
+        member_batch_size: how many members each device computes at once; None for all.
         mesh: devices that members are spread over.
         prior_weight: weight of the prior.
         repulsion: how members push each other apart, None where each is fitted alone.
         prior_sites: factors that belong to the prior.
         likelihood_sites: factors that may be rescaled with the batches.
-        data_sites: factors that must depend on the batch, though no user has said so.
-        hint: what to add where the model cannot be called.
+        data_sites: factors that must depend on the batch, besides `likelihood_sites`.
+        hint: a text for the error when the model cannot be called.
     """
 
     model: Callable
@@ -71,7 +70,7 @@ class Problem:
 
     @property
     def finds_modes(self) -> bool:
-        """Whether a fit ends where a gradient is zero."""
+        """Whether fits end at a zero of the gradient."""
         return False
 
     @property
@@ -91,7 +90,7 @@ class Problem:
 
     @property
     def places(self) -> int:
-        """How many members are computed: devices have equally many."""
+        """How many members are computed, equally many on each device."""
         return self.placement.number(self.ensemble_size)
 
     # One member ---------------------------------------------------------------------------------
@@ -126,11 +125,11 @@ class Problem:
     # Its guide ----------------------------------------------------------------------------------
 
     def fresh_guide(self, init_params: dict | None, sites: dict) -> tuple[Callable, dict | None]:
-        """Return a guide that was not set up, and the start values that `SVI.init` is to take."""
+        """Return a guide that is not set up, and the start values for `SVI.init`."""
         return fresh(self.guide), init_params
 
     def distilled_guide(self, guide: Callable, tracer: type) -> tuple[Callable, GuideValues]:
-        """Return what a guide is after its set-up, with what was traced apart."""
+        """Return a guide after its set-up without traced values, and these values."""
         return take_out(guide, tracer)
 
     def current_guide(self, guide: Callable) -> Callable:
@@ -146,4 +145,4 @@ class Problem:
         """Raise an error where the guide does not go with the settings."""
 
     def check_run(self, first: int, num_steps: int) -> None:
-        """Raise an error where the steps to come cannot be taken."""
+        """Raise an error if the steps of a run cannot be taken."""

@@ -56,9 +56,9 @@ class FitPrograms:
 
     Args:
         problem: what is fitted.
-        make_key: tells what the programs depend on, once the guide's set-up was traced.
+        make_key: returns what the programs depend on, once the guide's set-up was traced.
         batches: how the data is cut.
-        template: of the state that is gone on from, which may have started with other arguments.
+        template: of the earlier run's state, if any, which may have other arguments.
         starts: values, or shapes, for parameters that are declared without any.
         executables: where programs are found, if what they depend on cannot be compared.
     """
@@ -132,10 +132,10 @@ class FitPrograms:
         loss = self.over_members(call, "loss")
         repels = self.problem.repels
         check_exact(self.problem.optim, loss, *forms, arguments.dynamic, self.batches, repels)
-        if repels:  # what the members are compared by is found wrong before anything is compiled
+        if repels:  # wrong sites and functions of a repulsion are found before anything is compiled
             place = tracing_alone(looking(self.over_members(call, "place")))
             jax.eval_shape(place, *forms, arguments.dynamic)
-        self.forms = forms  # what has failed is checked again
+        self.forms = forms  # a failed check is made again in the next call
 
     @property
     def sites(self) -> dict[str, Site]:
@@ -173,7 +173,7 @@ class FitPrograms:
             read = drop_unread(guide, every, params, args, kwargs)
             transforms = {**model.transforms(), **called.transforms()}
             leaves, tree = jax.tree.flatten(transforms)
-            # start values can make a tracer of what is a number in another start
+            # a number of one start can be a tracer in another start
             numeric = [isinstance(leaf, _NUMBERS) for leaf in leaves]
             constraints = [jnp.asarray(leaf) for leaf, n in zip(leaves, numeric, strict=True) if n]
             known = tuple(None if n else leaf for leaf, n in zip(leaves, numeric, strict=True))
@@ -223,7 +223,7 @@ class FitPrograms:
     def _repelled_updates(
         self, call: CallForm, axes: tuple, stable: bool, forward: bool
     ) -> Callable:
-        """Return the same where members meet in the middle of a step: each needs all the others."""
+        """Return the same for repulsion, where each member needs all others in a step."""
         placement, size = self.problem.placement, self.problem.ensemble_size
 
         def pull(state: SVIState, values: SetupValues, dynamic: dict, rows: Any) -> Any:
@@ -249,7 +249,7 @@ class FitPrograms:
         """Return a compiled function of a `CallForm` and arrays, made when first asked for.
 
         Args:
-            key: what tells it from the others.
+            key: identifies the program.
             build: makes the function.
             donate: positions of the arguments that it consumes.
             fast_compile: compile without optimisation, for a program that runs once in a fit.

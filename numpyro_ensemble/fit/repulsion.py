@@ -1,4 +1,4 @@
-"""How members push each other apart: what the user asks for, and where a member is."""
+"""Repulsion between members: the user's options, and the place of a member."""
 
 from __future__ import annotations
 
@@ -26,21 +26,20 @@ _KERNELS, _METHODS = ("rbf",), ("svgd", "wgd")
 class Repulsion:
     """How the members of an `EnsembleMAP` push each other apart.
 
-    Members repel by their parameters, or by values of a function of these: of a `site` of the model
-    at some `inputs`, or of a `function`. Each step has one gradient of each member, and the pushes
-    between all pairs. With `weight=1` members that repel by their parameters approximate draws of
-    the posterior; other weights are temperatures, and aim at the posterior to the power
-    `1 / weight`.
+    Members repel by their parameters, or by the values of a function: of a `site` of the model at
+    some `inputs`, or of any `function`. A step computes one gradient of each member, and the forces
+    between all pairs. With `weight=1`, members that repel by their parameters approximate draws of
+    the posterior; other weights are temperatures, for the posterior to the power `1 / weight`.
 
     Attributes:
-        weight: of the pushes; a number, or a schedule of the optimiser's step. A Python 0 is a fit
-            without any repulsion.
-        kernel: how nearness falls with the distance: "rbf", `exp(-distance**2 / bandwidth)`.
+        weight: of the forces, a number or a function of the optimiser's step. A Python 0 is a fit
+            without repulsion.
+        kernel: how forces fall with the distance: "rbf" is `exp(-distance**2 / bandwidth)`.
         method: "svgd" (Liu and Wang 2016): each member follows the gradients of all, weighed by the
             kernel and divided by the number of members, as in `numpyro.contrib.einstein.SVGD`.
-            "wgd" (D'Angelo and Fortuin 2021): its own gradient, less the slope of the log of the
-            kernel density estimate of all members. None is "wgd" for members that repel by a
-            function, and "svgd" for others.
+            "wgd" (D'Angelo and Fortuin 2021): each member follows its own gradient, less the slope
+            of the log of the kernel density estimate of all members. None is "wgd" with `site` or
+            `function`, and "svgd" otherwise.
         bandwidth: of the kernel; None is NumPyro's rule, the squared median of all distances over
             the logarithm of the number of members, at each step.
         site: a deterministic site of the model, a latent, or an observed one, whose mean is taken.
@@ -133,7 +132,7 @@ class Repulsion:
         return not callable(self.weight) and is_zero(self.weight)
 
     def check_size(self, ensemble_size: int) -> None:
-        """Raise a ValueError where a member has no other that it could be pushed by."""
+        """Raise a ValueError if there is only one member."""
         if ensemble_size < 2:
             raise ValueError(
                 f"repulsion is between members, and there is one: ensemble_size={ensemble_size}. "
@@ -145,7 +144,7 @@ class Repulsion:
         check_schedule("Repulsion's weight", self.weight, first, num_steps)
 
     def weight_at(self, step: Any) -> jax.Array:
-        """Return the weight of the pushes at a step of the optimiser."""
+        """Return the weight of the forces at a step of the optimiser."""
         return jnp.asarray(weight_at("Repulsion's weight", self.weight, step), float)
 
     # Where a member is --------------------------------------------------------------------------
@@ -170,8 +169,8 @@ class Repulsion:
                 for leaf in leaves
             ]
             raise ValueError(
-                f"{what} is to give arrays of real numbers by which members are compared, and "
-                f"gives {', '.join(form) or 'none'}."
+                f"{what} must return arrays of real numbers, by which members are compared; it "
+                f"returns {', '.join(form) or 'none'}."
             )
         return values
 
@@ -204,7 +203,7 @@ class Repulsion:
             return site["value"]
         mean = None
         with contextlib.suppress(NotImplementedError), jax.ensure_compile_time_eval():
-            mean = site["fn"].mean  # NumPyro has constants, NaN, where there is none
+            mean = site["fn"].mean  # NumPyro's means are constants, or NaN, where there is none
         if mean is None or not (has_tracers(mean) or np.isfinite(mean).all()):
             raise ValueError(
                 f"Repulsion's site {self.site!r} ({type(site['fn']).__name__}) has no mean: name "

@@ -1,4 +1,4 @@
-"""What a run keeps in its checkpoints, and how it goes on from one."""
+"""What the checkpoints of a run hold, and how a run goes on from one."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _SETTINGS = (
 
 @contextmanager
 def keeping(call: FitCall, keys: jax.Array, options: RunOptions) -> Iterator[Keeper | None]:
-    """Open the checkpoints of a run, if it has some.
+    """Open the folder of checkpoints of a run, None without `checkpoint=`.
 
     Raises:
         ValueError: for checkpoints that are in use, or processes that run different things.
@@ -58,9 +58,9 @@ def keeping(call: FitCall, keys: jax.Array, options: RunOptions) -> Iterator[Kee
 
 
 def kept(call: FitCall, carry: Carry, losses: np.ndarray) -> dict[str, Any]:
-    """Return what a checkpoint holds: the members that were asked for, and all losses so far.
+    """Return what a checkpoint holds: the members without added copies, and all losses.
 
-    The order of the batches is not kept: it follows from the keys and the step.
+    The order of the batches is not saved: it follows from the keys and the step.
     """
     state, stop = home((call.cut(carry.state), call.cut(carry.stop)))
     return {"state": state, "stop": stop, "losses": losses}
@@ -77,7 +77,7 @@ def resume(call: FitCall, carry: Carry, keeper: Keeper) -> tuple[Carry, np.ndarr
 
 
 def _fingerprint(call: FitCall, keys: jax.Array, options: RunOptions) -> dict[str, dict[str, str]]:
-    """Return what the checkpoints of a run are told apart by."""
+    """Return texts that identify a run."""
     problem = call.problem
     forms = Leaves.of(call.forms.state)
     state = {
@@ -105,7 +105,7 @@ def _fingerprint(call: FitCall, keys: jax.Array, options: RunOptions) -> dict[st
 
 
 def _of_repulsion(repulsion: Any) -> str:
-    """Return a text that tells how members repel each other from other ways."""
+    """Return a text that identifies the options of a repulsion."""
     if repulsion is None:
         return "none"
     return ", ".join(

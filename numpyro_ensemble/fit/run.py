@@ -1,4 +1,4 @@
-"""One run: the start, or a state to go on from, the loop, and what comes out."""
+"""One run: the start or an earlier state, the loop, and the result."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from numpyro_ensemble.hosts import home
 from numpyro_ensemble.interrupts import Interrupts
 from numpyro_ensemble.results import EnsembleResult, name_members
 
-_STEEP = 0.01  # length of the gradient, relative to the loss, that no mode has
+_STEEP = 0.01  # a longer gradient, relative to the loss, means that a point is no mode
 
 
 class Start(NamedTuple):
@@ -86,7 +86,7 @@ def fit(
     result.completed_steps = taken
     if slope is not None and not has_tracers(slope):
         result.gradient_norm = np.asarray(slope)
-    if stopped is not None:  # steps that were left out on purpose are no failures either
+    if stopped is not None:  # skipped steps are no failures
         result.stopped = stopped | stable
     if not has_tracers((finite, losses)):
         finite = np.asarray(finite) & np.asarray(result.finite)
@@ -98,7 +98,7 @@ def fit(
 
 
 def _started(call: FitCall, rng_key: jax.Array, keys: jax.Array, options: RunOptions) -> Start:
-    """Start all members, or take the state that is gone on from."""
+    """Start all members, or take the state of an earlier run."""
     if options.init_state is None:
         state: SVIState = call.start(keys, options.init_params)
         step: Any = 0
@@ -186,15 +186,15 @@ def _loop(
     if keep is not None and taken > len(before) and not looks.keeps(taken):
         keep(taken, carry, losses)
     missing = np.full((num_steps - taken, losses.shape[1]), np.nan, losses.dtype)
-    # a run that was ended leaves all members where they are: what is missing is no failure
+    # in a run that was ended, missing losses are no failures
     ended = stopped | (np.isfinite(losses[-1]) & bool(len(missing)))
     return carry, np.ascontiguousarray(np.concatenate([losses, missing]).T), ended, taken
 
 
 def _check_same(keeper: Keeper, before: np.ndarray, now: np.ndarray) -> None:
-    """Raise a ValueError where the first two losses come out as others than in the kept run.
+    """Raise a ValueError if the first two losses differ from those of the saved run.
 
-    The second one tells of the optimiser.
+    The second loss depends on the optimiser.
     """
     for i, tolerances in enumerate([(1e-9, 1e-4), (1e-6, 1e-3)][: len(before)]):
         keeper.compare_numbers(f"the loss of step {i + 1}", before[i], now[i], *tolerances)
@@ -218,7 +218,7 @@ def _warn_unconverged(open_ones: np.ndarray, optim: Any, losses: np.ndarray) -> 
 
 
 def _warn_steep(ended: np.ndarray, optim: Any, result: EnsembleResult) -> None:
-    """Name the members whose minimiser has stopped, by steps that were too short, on a slope."""
+    """Name the members whose minimiser stopped away from a mode, by steps that were too short."""
     slope, loss = result.gradient_norm, home(getattr(result.state.optim_state[1], "loss", None))
     if slope is None or loss is None:
         return

@@ -1,4 +1,4 @@
-"""The structure of what the start of a fit sets up."""
+"""The structure of the set-up of a fit."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from numpyro_ensemble.fit.state import GuideValues
 class SetupTemplate:
     """The structure of a set-up fit, without any value that was traced.
 
-    Two are equal where everything that they were made from is, so that states of two fits of one
+    Two templates are equal if they were made from equal values, so that states of two fits of one
     model can be combined.
 
     Attributes:
@@ -55,14 +55,14 @@ class SetupTemplate:
         return hash(self.key)
 
     def __reduce__(self) -> tuple:
-        """Leave out the key, which holds code: a template from elsewhere equals itself alone."""
+        """Leave out the key, which holds code: an unpickled template equals only itself."""
         leaves = [_HOLE if leaf is None else leaf for leaf in self.leaves]
         transforms = jax.tree.unflatten(self.transforms, leaves)
         fields = (self.model, self.guide, self.guide_forms, transforms)
         return _template, (*fields, self.sites, self.undeclared, self.member_labels)
 
     def fill_values(self, values: GuideValues) -> GuideValues:
-        """Return a value for each slot: zeros where no call reads more than the shape."""
+        """Return a value for each slot: zeros where only the shape is ever read."""
 
         def fill(form: Any, value: Any) -> Any:
             return jnp.zeros(form.shape, form.dtype) if value is None else value

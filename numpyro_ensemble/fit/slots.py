@@ -1,4 +1,4 @@
-"""What the set-up of a guide has traced: taken out of it, and put back as other values."""
+"""Slots of a guide: traced values of its set-up are taken out, and other values put in."""
 
 from __future__ import annotations
 
@@ -72,13 +72,15 @@ def filled_guide(template: SetupTemplate, values: GuideValues) -> Callable:
 def drop_unread(
     guide: Callable, values: GuideValues, params: dict, args: tuple, kwargs: dict
 ) -> GuideValues:
-    """Return the values with None for those that neither a step nor a draw of the guide reads.
+    """Return the values, with None for those that no step and no draw of the guide reads.
 
-    Start values, for example, serve for their shape alone once the parameters exist, and most
-    guides never read the data that they were set up with.
+    Of start values, for example, only the shape is used once the parameters exist. Most guides
+    never read the data of their set-up.
     """
     leaves, treedef = jax.tree.flatten(values)
-    if not leaves or not _of_numpyro(guide):  # another's may read them in a branch not taken here
+    if not leaves or not _of_numpyro(
+        guide
+    ):  # a user's own guide may read them in a branch that was not taken here
         return values
 
     def read(leaves: list[Any]) -> Any:
@@ -92,7 +94,11 @@ def drop_unread(
 
     try:
         jaxpr = jax.make_jaxpr(read)(leaves).jaxpr
-    except (*NUMPY_WANTED, ValueError, NotImplementedError):  # not to be traced alone: all are kept
+    except (
+        *NUMPY_WANTED,
+        ValueError,
+        NotImplementedError,
+    ):  # cannot be traced alone: all values are kept
         return values
     used = {id(v) for equation in jaxpr.eqns for v in equation.invars}
     used |= {id(v) for v in jaxpr.outvars}

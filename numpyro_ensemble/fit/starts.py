@@ -1,4 +1,4 @@
-"""Checking the values that members start at."""
+"""Checks of start values."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ def start_forms(init_params: Any, keys: jax.Array) -> dict[str, Any]:
 
 
 def arrays_alone(params: dict[str, Any]) -> dict[str, Any]:
-    """Return parameters without the places that NumPyro's random modules keep for their latents.
+    """Return parameters without the placeholders of latents in NumPyro's random modules.
 
-    A parameter that is nothing but such places is left out. In one that has others too, zeros take
-    them: the module's latents stand in for these.
+    A parameter of placeholders alone is left out. In other parameters zeros stand for them, since
+    the module uses its latents there.
     """
 
     def is_place(leaf: Any) -> bool:
@@ -99,12 +99,12 @@ def _check_one(name: str, value: Any, form: Any, size: int | None) -> tuple[Any,
 
 
 def kept(given: dict[str, Any], reached: dict[str, Any]) -> dict[str, jax.Array]:
-    """Return for each start value of one member whether the fit takes it unchanged."""
+    """Return for each start value of one member whether the fit uses it unchanged."""
 
     def same(a: jax.Array, b: jax.Array) -> jax.Array:
         if not is_inexact(a):
             return jnp.asarray(True)
-        # values that are not finite are another matter, which the loss at the start tells
+        # values that are not finite are found by the loss at the start
         return (jnp.isclose(a, b, rtol=1e-3, atol=1e-3) | ~jnp.isfinite(a)).all()
 
     def every(a: Any, b: Any) -> jax.Array:

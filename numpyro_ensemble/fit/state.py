@@ -1,4 +1,4 @@
-"""The state of a fit, which carries what its start has set up."""
+"""The state of a fit, which carries the values of the guide's set-up."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from numpyro_ensemble.sharding import map_axes
 class GuideValues(NamedTuple):
     """The values that a guide's set-up computed; None for those that no later call reads."""
 
-    supports: list[Any]  # what the support of a latent depends on, per member
-    own: list[Any]  # everything else of the member's own
-    shared: list[Any]  # what all members share: arguments, and what was computed from these
+    supports: list[Any]  # values that the support of a latent depends on, per member
+    own: list[Any]  # other values of each member
+    shared: list[Any]  # values that all members share: arguments, and values computed from these
 
 
 class SetupValues(NamedTuple):
@@ -44,7 +44,7 @@ STATE_AXES = (0, VALUE_AXES, MEMBER_AXES)  # of a state, its values, and the arg
 
 
 def _dumped(structure: Any) -> bytes | None:
-    """Pickle a structure, None where that cannot be: pickle knows no closures, cloudpickle does."""
+    """Pickle a structure, None if pickle fails: it takes no closures, cloudpickle does."""
     for module in (pickle, sys.modules.get("cloudpickle")):
         if module is not None:
             with contextlib.suppress(Exception):  # which depends on what cannot be pickled
@@ -57,7 +57,7 @@ def _loaded(values: SetupValues, structure: bytes | None) -> Setup:
 
 
 class Setup:
-    """What a state carries from the start of its fit: values, and the structure that holds them.
+    """The set-up of a fit, which its states carry: values, and the structure that holds them.
 
     Attributes:
         values: arrays, `SetupValues`.
@@ -100,7 +100,7 @@ jax.tree_util.register_pytree_with_keys(
 
 
 class FitState(SVIState):
-    """NumPyro's `SVIState` of all members, with what the start of the fit has set up.
+    """NumPyro's `SVIState` of all members, with the set-up of the fit.
 
     It unpacks into the three fields of `SVIState`; each of their leaves leads with `(E,)`.
     """
@@ -154,7 +154,7 @@ def setup_of(state: SVIState) -> Setup | None:
 
 
 def agree(first: SetupValues, second: SetupValues) -> bool:
-    """Return whether two starts lead to the same values, for all members of both."""
+    """Return whether two starts have the same set-up values, for all members of both."""
     forms = (first.constraints, first.guide.supports, first.guide.own)
     others = (second.constraints, second.guide.supports, second.guide.own)
     pairs = zip(jax.tree.leaves(forms), jax.tree.leaves(others), strict=True)

@@ -1,4 +1,4 @@
-"""Which members have stopped before the run ends, and what is left of their losses."""
+"""Early stopping: which members have stopped, and their losses."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from numpyro_ensemble.results import converged
 
 
 class EarlyStopping(NamedTuple):
-    """Stop a member when the mean loss of a window has not improved for a while.
+    """Stop a member when its mean loss no longer falls.
 
-    Losses are averaged over windows of steps, since one stochastic loss is mostly noise. A member
-    that has stopped is frozen; the run ends at the next chunk after all have.
+    Losses are averaged over windows of steps, since a single stochastic loss is mostly noise. A
+    member that has stopped no longer changes. The run ends after the chunk in which all have.
 
     Attributes:
         patience: number of windows without improvement after which a member stops.
-        min_delta: what a window's mean must fall below the best one by, to count as better.
+        min_delta: how far a window's mean must be below the best one, to count as better.
         window: number of steps in a window.
         min_steps: number of steps before which no member stops.
 
@@ -48,10 +48,10 @@ class EarlyStopping(NamedTuple):
 
 
 class Stop(NamedTuple):
-    """Who has stopped, and the counters of early stopping, each `(E,)`."""
+    """Which members have stopped, and the counters of early stopping, each `(E,)`."""
 
-    total: jax.Array  # sum of the finite losses in the window under way
-    number: jax.Array  # how many these are
+    total: jax.Array  # sum of the finite losses in the current window
+    number: jax.Array  # number of these losses
     best: jax.Array  # lowest mean of a window so far
     stale: jax.Array  # windows since then
     stopped: jax.Array
@@ -71,7 +71,7 @@ def first_stop(state: Any, rule: EarlyStopping | None) -> Stop | None:
 def end_step(
     state: Any, new: Any, stop: Stop, losses: jax.Array, done: jax.Array, rule: EarlyStopping | None
 ) -> tuple[Any, jax.Array, Stop]:
-    """Hold the members that had stopped before a step, and note who stops with it."""
+    """Keep the members that had stopped before a step, and note those that stop in it."""
     losses = jnp.where(stop.stopped, 0.0, losses)  # see `without_stopped`
     if rule is None:
         stop = stop._replace(taken=stop.taken + ~stop.stopped)
@@ -113,7 +113,7 @@ def where_members(flags: jax.Array, chosen: Any, other: Any) -> Any:
 def without_stopped(losses: Any, done: int, flags: Any) -> Any:
     """Return losses `(steps, E)` with NaN for the steps after a member's stop.
 
-    Compiled programs hold no NaN of their own, or `jax.debug_nans` would stop them.
+    These NaN are not made in compiled programs, since `jax.debug_nans` would stop there.
     """
     if flags is None:
         return losses
