@@ -129,6 +129,7 @@ class EnsembleVI(Ensemble):
 
     kind = VIProblem
 
+    @checked_keywords
     def __init__(
         self,
         model: Callable,

@@ -93,6 +93,16 @@ def test_a_model_without_anything_to_fit_is_refused(key):
     assert result.params["m"].shape == (2,)
 
 
+def test_a_keyword_that_the_constructor_does_not_know_is_named_there():
+    with pytest.raises(TypeError, match="EnsembleVI has no option 'kl_wieght'.* Did you mean kl_w"):
+        variational(kl_wieght=0.5)
+    with pytest.raises(
+        TypeError,
+        match=r"no option 'init_loc_fn'.* Give it to the guide: AutoNormal\(model, init_loc_fn=",
+    ):
+        variational(init_loc_fn=numpyro.infer.init_to_median)
+
+
 def test_a_guide_class_is_no_guide():
     with pytest.raises(TypeError, match=r"guide takes an instance, AutoNormal\(model\) say"):
         EnsembleVI(model, AutoNormal, ADAM, Trace_ELBO())

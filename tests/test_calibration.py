@@ -309,7 +309,10 @@ SHOP = np.arange(9) % 3
         ),
         (lambda o: calibrated(posterior, number=3), "num_datasets must be at least 10, got 3"),
         (lambda o: calibrated(NUTS(regression)), r"fit takes an MCMC: MCMC\(NUTS\(model\)"),
-        (lambda o: calibrated(EnsembleMAP(regression, ADAM)), "is a point without draws"),
+        (
+            lambda o: calibrated(EnsembleMAP(regression, ADAM), num_steps=5),
+            "is a point without draws",
+        ),
         (
             lambda o: calibrated(
                 EnsembleVI(regression, AutoNormal(regression), ADAM, Trace_ELBO())

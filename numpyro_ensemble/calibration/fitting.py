@@ -43,14 +43,6 @@ def draws_of(
             )
         check_count("num_steps", num_steps)
         return _by_guide(fit, num_draws, num_steps, options)
-    if num_steps is not None or options:
-        given = [*(["num_steps"] if num_steps is not None else []), *options]
-        raise ValueError(
-            f"{given} are options of variational fits, and fit is a {type(fit).__name__}: leave "
-            f"them out."
-        )
-    if isinstance(fit, MCMC):
-        return _by_chains(fit, num_draws)
     if isinstance(fit, MCMCKernel):
         raise TypeError(
             f"fit takes an MCMC: MCMC({type(fit).__name__}(model), num_warmup=500, "
@@ -61,8 +53,16 @@ def draws_of(
             "fit is an EnsembleMAP, and a MAP estimate is a point without draws to rank: use "
             "EnsembleVI with an AutoLaplaceApproximation, which draws around the estimate."
         )
-    if not callable(fit):
+    if not isinstance(fit, MCMC) and not callable(fit):
         raise TypeError(f"fit takes an EnsembleVI, an MCMC or a function, got {fit!r}.")
+    if num_steps is not None or options:
+        given = [*(["num_steps"] if num_steps is not None else []), *options]
+        raise ValueError(
+            f"{given} are options of variational fits, and fit is a {type(fit).__name__}: leave "
+            f"them out."
+        )
+    if isinstance(fit, MCMC):
+        return _by_chains(fit, num_draws)
     return lambda key, args, kwargs: thinned(dict(fit(key, *args, **kwargs)), num_draws)
 
 

@@ -27,11 +27,12 @@ def checked_keywords(fn: Callable[_Parameters, _Returned]) -> Callable[_Paramete
     @functools.wraps(fn)
     def checked(*args: _Parameters.args, **kwargs: _Parameters.kwargs) -> _Returned:
         if kwargs:
-            functions = _functions(signature.bind_partial(*args, **kwargs).arguments)
+            known = signature.bind_partial(*args, **kwargs).arguments
+            functions = _functions(known)
             _refuse_clashes(owner, kwargs.keys() & set(options), functions)
             if passes_on:
                 unknown = [name for name in kwargs if name not in signature.parameters]
-                _refuse_unknown(owner, unknown, options, functions)
+                _refuse_unknown(owner, unknown, options, functions, known.get("guide"))
         return fn(*args, **kwargs)
 
     return checked
@@ -70,7 +71,11 @@ def _refuse_clashes(owner: str, given: Iterable[str], functions: Mapping[str, An
 
 
 def _refuse_unknown(
-    owner: str, unknown: Iterable[str], options: list[str], functions: Mapping[str, Any]
+    owner: str,
+    unknown: Iterable[str],
+    options: list[str],
+    functions: Mapping[str, Any],
+    guide: Any = None,
 ) -> None:
     for name in unknown:
         for kind, function in functions.items():
@@ -85,6 +90,9 @@ def _refuse_unknown(
             known = {word.lower(): word for word in (*options, *parameters)}
             close = difflib.get_close_matches(name.lower(), known, 1)
             meant = f" Did you mean {known[close[0]]}?" if close else ""
+            of_guide = None if guide is None else _signature(type(guide))
+            if of_guide is not None and name in of_guide.parameters:
+                meant = f" Give it to the guide: {type(guide).__name__}(model, {name}=...)."
             raise TypeError(
                 f"{owner} has no option {name!r}, and the {kind} takes no such keyword.{meant}"
             )

@@ -88,7 +88,10 @@ def read_given(
         raise ValueError("batch_ndims=2 needs posterior_samples, of leading axes (E, S).")
     samples, params = samples or {}, params or {}
     if num_samples is None and not samples and (guide is not None or not fitted):
-        raise ValueError("num_samples is needed with a guide, and for predictions from the prior.")
+        raise ValueError(
+            "num_samples is needed with a guide, and for predictions from the prior: pass "
+            "num_samples=100."
+        )
     if ndims == 0:
         samples, params = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], (samples, params))
     size, number = _size(samples, params, num_samples, ndims)

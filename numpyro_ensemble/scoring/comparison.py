@@ -104,7 +104,9 @@ def compare(
 
 
 def _label(name: str, index: int | None) -> str:
-    return name if index is None else f"{name}[{index}]"
+    if index is None:
+        return name
+    return f"{name}[{index}]" if name else f"member {index}"
 
 
 def _left_out(

@@ -293,5 +293,6 @@ def warn_of_unreliable(found: dict[str, LeftOut]) -> None:
     more = [f"{len(bad) - _NAMED} others"] if len(bad) > _NAMED else []
     warn(
         f"leave-one-out is not to be trusted where the shape k of the importance ratios is above "
-        f"{TRUSTED_K}: {'; '.join(parts + more)}. scoring.cross_validate fits anew instead."
+        f"{TRUSTED_K}: {'; '.join(parts + more)}. Use scoring.cross_validate there, which fits "
+        f"without these rows."
     )
