@@ -115,7 +115,7 @@ class Densities:
     # Rows ---------------------------------------------------------------------------------------
 
     def _plan(self, rows: Rows, forms: tuple) -> None:
-        """Find the row axis of each site and log density, and raise a ValueError if one has none."""
+        """Find the row axis of sites and log densities, and raise a ValueError if one has none."""
         samples = self.draws.samples
         known = samples.keys() - self.hidden
         self.plan = row_plan(forms, rows.few, known, lambda name: name in self.wanted.deterministic)
@@ -133,8 +133,8 @@ class Densities:
                 right = [pairs[i] for i in changed] == [(rows.few, 2 * rows.few)]
                 if (changed and not right) or (not changed and name in self.plan.axes):
                     raise ValueError(
-                        f"the log density of {name!r} is one number for all rows: put the rows in a "
-                        f"plate, and not in an event (to_event). {REMEDY}"
+                        f"the log density of {name!r} is one number for all rows: put the rows in "
+                        f"a plate, and not in an event (to_event). {REMEDY}"
                     )
                 self.axes[name] = changed[0] if changed else None
         check_independent(self._numbers(rows))

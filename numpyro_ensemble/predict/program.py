@@ -125,7 +125,7 @@ class PredictiveProgram:
         values: GuideValues | None,
         rows: RowBlock | None = None,
     ) -> dict[str, Any]:
-        """Return predictions with one leading axis for all places (the function that is compiled)."""
+        """Return predictions with one leading axis for all places; this function is compiled."""
         keys, samples, where = self.latents(call, rng_key, places, samples, params, values)
         args, kwargs = call
 
