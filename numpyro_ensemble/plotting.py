@@ -1,7 +1,7 @@
 """Plots that ArviZ lacks: members, bands, calibration, losses, weights.
 
-Each function takes matplotlib axes, or makes some, and returns them. Colour is
-never the only sign: bands differ in lightness and edges, failed members are dashed and marked.
+Each function takes matplotlib axes, or makes some, and returns them. Colour is never the only
+difference: bands differ in lightness and edges, members that failed are dashed and marked.
 """
 
 from __future__ import annotations
@@ -38,16 +38,16 @@ def plot_predictive(
     max_members: int = 16,
     ax: Any = None,
 ) -> Any:
-    """Draw members, their mean, the epistemic band and the total one, and the data.
+    """Draw the data, a line for each member, their mean, and bands of means and of observations.
 
     Args:
         x: inputs `(N,)`.
-        means: mean predictions of members `(S, N)`, or of members and draws `(E, S, N)`, of which
-            the lines are the members' means.
-        draws: predictions with noise, `(S, N)` or `(E, S, N)`, for the total band.
+        means: mean predictions of members `(S, N)`, or of members and draws `(E, S, N)`. A
+            member's line is the mean of its draws.
+        draws: predictions with noise, `(S, N)` or `(E, S, N)`, for the band of observations.
         data: observed `(x, y)`.
         level: probability of the bands.
-        weights: weights of the leading axis of `means`; `draws` are taken as they are.
+        weights: weights of the leading axis of `means`. They do not change `draws`.
         max_members: number of lines drawn, of members spread evenly over the leading axis.
         ax: matplotlib axes.
 
@@ -68,7 +68,10 @@ def plot_predictive(
     check_count("max_members", max_members)
     x, means = np.asarray(x), np.asarray(means)
     if means.ndim not in (2, 3) or not means.size or x.shape != means.shape[-1:]:
-        raise ValueError(f"x of shape {x.shape} does not go with means of shape {means.shape}.")
+        raise ValueError(
+            f"x has shape {x.shape} and means {means.shape}: for inputs (N,), means takes (S, N) "
+            f"or (E, S, N)."
+        )
     lines = means if means.ndim == 2 else means.mean(axis=1)
     if weights is not None and means.ndim == 3:
         weights = np.repeat(np.asarray(weights), means.shape[1])
@@ -78,7 +81,10 @@ def plot_predictive(
     if draws is not None:
         draws = np.asarray(draws)
         if draws.ndim not in (2, 3) or draws.shape[-1:] != x.shape:
-            raise ValueError(f"x of shape {x.shape} does not go with draws of shape {draws.shape}.")
+            raise ValueError(
+                f"x has shape {x.shape} and draws {draws.shape}: for inputs (N,), draws takes "
+                f"(S, N) or (E, S, N)."
+            )
         low, high = (np.asarray(end[0]) for end in interval(draws.reshape(-1, x.size), (level,)))
         label = f"{100 * level:g} % of observations"
         ax.fill_between(x[order], low[order], high[order], color=_WIDE, lw=0, label=label)
@@ -107,9 +113,9 @@ def plot_calibration(
     ax: Any = None,
     **options: Any,
 ) -> Any:
-    """Draw the share of observations inside central intervals against their probability.
+    """Draw the share of observations inside central intervals against the intervals' probability.
 
-    Curves on the same axes differ in their dashes and markers.
+    Further curves on the same axes have other dashes and markers.
 
     Args:
         draws: `(S, N)` draws, or ArviZ data.
@@ -164,7 +170,9 @@ def plot_losses(result: Any, *, ax: Any = None) -> Any:
     """
     losses = np.asarray(getattr(result, "losses", result), float)
     if losses.ndim != 2 or not losses.size:
-        raise ValueError(f"losses take the shape (E, num_steps), got {losses.shape}.")
+        raise ValueError(
+            f"result takes an EnsembleResult, or losses (E, num_steps); got shape {losses.shape}."
+        )
     finite = np.asarray(getattr(result, "finite", np.isfinite(losses[:, -1])))
     ax = _axes(ax)
     for row, good in zip(losses, finite, strict=True):
@@ -211,14 +219,14 @@ def plot_weights(weights: ArrayLike, *, ax: Any = None) -> Any:
 
 
 def plot_ranks(calibration: Any, *, level: float = 0.95, max_lines: int = 8, ax: Any = None) -> Any:
-    """Draw how far the ranks' distribution functions are from those of an exact posterior.
+    """Draw the distribution function of the ranks, less the uniform one, for each quantity.
 
-    Quantities are named with their p-values; lines are thicker where ranks are not uniform.
+    The legend names quantities and p-values. Lines are thicker if ranks are not uniform.
 
     Args:
         calibration: what `calibration.sbc` returned.
-        level: the probability that a curve of uniform ranks lies in the band as a whole.
-        max_lines: of a quantity with many numbers those with the smallest p-values are drawn.
+        level: the probability that all of a curve of uniform ranks lies in the band.
+        max_lines: number of lines of a quantity, those with the smallest p-values.
         ax: matplotlib axes.
 
     Returns:

@@ -130,6 +130,7 @@ class EnsembleVI(Ensemble):
 
     kind = VIProblem
 
+    @checked_keywords
     def __init__(
         self,
         model: Callable,

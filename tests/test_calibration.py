@@ -192,9 +192,9 @@ def test_calibration_where_the_posterior_is():
         num_steps=800,
     )
     assert runner.miscalibrated == []
-    with pytest.raises(TypeError, match="fit takes a function of a model"):
+    with pytest.raises(TypeError, match="fit takes a function that makes the fit"):
         calibrated_there(MCMC(NUTS(regression), num_warmup=1, num_samples=1))
-    with pytest.raises(ValueError, match=r"posterior_samples has no \['w'\]"):
+    with pytest.raises(ValueError, match=r"posterior_samples lacks \['w'\]"):
         sbc(regression, posterior, X, SEEN, rng_key=KEY, posterior_samples={"b": np.zeros(9)})
 
 
@@ -299,19 +299,25 @@ SHOP = np.arange(9) % 3
             ),
             "2 arguments hold the values of site 'sold'",
         ),
-        (lambda o: calibrated(posterior, num_steps=5), r"\['num_steps'\] are of variational fits"),
+        (
+            lambda o: calibrated(posterior, num_steps=5),
+            r"\['num_steps'\] are options of variational fits",
+        ),
         (
             lambda o: calibrated(posterior, num_draws=500),
-            "500 draws of each site or more are needed",
+            "500 draws of each site are needed at least",
         ),
         (lambda o: calibrated(posterior, number=3), "num_datasets must be at least 10, got 3"),
         (lambda o: calibrated(NUTS(regression)), r"fit takes an MCMC: MCMC\(NUTS\(model\)"),
-        (lambda o: calibrated(EnsembleMAP(regression, ADAM)), "has no spread"),
+        (
+            lambda o: calibrated(EnsembleMAP(regression, ADAM), num_steps=5),
+            "is a point without draws",
+        ),
         (
             lambda o: calibrated(
                 EnsembleVI(regression, AutoNormal(regression), ADAM, Trace_ELBO())
             ),
-            "needs num_steps=",
+            "num_steps is missing",
         ),
         (lambda o: calibrated(quantities=lambda w, *_: {"w": 0.0}), r"\['w'\], which are ranked"),
     ],

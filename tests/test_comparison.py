@@ -331,7 +331,7 @@ def test_members_that_failed_and_masked_rows():
     found = scoring.compare({"a": data, "b": data})
     assert found.weights["a"].shape == (40,) and found.weights["a"][7] == 0
     with pytest.raises(
-        ValueError, match=r"different numbers of observations: \{'a': 23, 'b': 24\}"
+        ValueError, match=r"different numbers of observations, .*: \{'a': 23, 'b': 24\}"
     ):
         scoring.compare({"a": data, "b": few(y)})
 
@@ -389,7 +389,7 @@ def test_draws_that_leave_the_support_and_data_that_differ():
         name: scoring.cross_validate(regression, fit, X, values, **options)
         for name, values in {"a": y, "b": 3.0 * y}.items()
     }
-    with pytest.raises(ValueError, match="'a' and 'b' have seen different observations"):
+    with pytest.raises(ValueError, match="'a' and 'b' have different observations"):
         scoring.compare(models)
 
 
@@ -410,9 +410,9 @@ def few(y, **options):
         ),
         (
             lambda d: scoring.compare({"a": d, "b": few(X[:, 0])}),
-            ValueError, "'a' and 'b' have seen different observations",
+            ValueError, "'a' and 'b' have different observations",
         ),
-        (lambda d: scoring.compare({"a": 3, "b": d}), TypeError, "expected draws .* ArviZ data"),
+        (lambda d: scoring.compare({"a": 3, "b": d}), TypeError, "draws takes .* ArviZ data"),
         (lambda d: scoring.mix(jax.random.key(0), {}, {"a": 1.0}), ValueError, r"lack .*\['a'\]"),
         (
             lambda d: scoring.mix(

@@ -134,7 +134,7 @@ def test_a_table_of_rows_and_a_second_site():
         kinds, fit, counts, 0.3, rng_key=KEY, folds=4, var_name="z", num_draws=200
     )
     assert_allclose(found.elpd_i, stats.poisson(1.5).logpmf(counts), rtol=1e-5)
-    with pytest.raises(ValueError, match=r"observes \['z', 'other'\]: say which one"):
+    with pytest.raises(ValueError, match=r"observes \['z', 'other'\]: name one by var_name"):
         cross_validate(kinds, fit, counts, 0.3, rng_key=KEY)
 
 
@@ -182,9 +182,9 @@ EMPTY = np.zeros((2, N), bool)
     ("model", "options", "said"),
     [
         (regression, {"folds": 1}, "folds takes 2 to 12 for 12 rows, got 1"),
-        (regression, {"folds": np.zeros(N, int)}, "one fold alone"),
+        (regression, {"folds": np.zeros(N, int)}, "only one fold"),
         (regression, {"folds": np.arange(5)}, r"a number for each of 12 rows, got shape \(5,\)"),
-        (regression, {"folds": (EMPTY, ~EMPTY)}, "a row is scored twice"),
+        (regression, {"folds": (EMPTY, ~EMPTY)}, "scores a row twice"),
         (regression, {"folds": (EMPTY, EMPTY)}, r"folds \[0, 1\] leave no row to fit"),
         (regression, {"folds": (EMPTY[:, :4], EMPTY)}, r"two masks \(K, 12\)"),
         (regression, {"var_name": "z"}, "none of the observed sites"),

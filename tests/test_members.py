@@ -171,9 +171,9 @@ def test_what_members_may_not_be(fit, run):
     runner, result = fit
     _, mcmc = run
     for members in ([0, 1], np.zeros(8), np.zeros((8, 1), int)):
-        with pytest.raises(ValueError, match="members takes a member's number for each of 8 chain"):
+        with pytest.raises(ValueError, match="members takes one integer for each of 8 chain"):
             to_arviz(model, mcmc, X, Y, members=members)
-    with pytest.raises(ValueError, match="leave it out where the draws are the members' own"):
+    with pytest.raises(ValueError, match="draws of this result are the members' own"):
         to_arviz(runner, result, X, Y, members=[0, 1, 2, 3, 4])
     idle = MCMC(NUTS(model), num_warmup=10, num_samples=10)
     with pytest.raises(ValueError, match="MCMC without draws: call its run first"):

@@ -292,7 +292,7 @@ def stacked(**leaves):
         ((DRAWS,), {"weights": np.zeros(3)}, ValueError, "weights add up to 0"),
         (
             (DRAWS,), {"weights": np.ones(3), "group_by_member": True}, ValueError,
-            "leave out one of weights and group_by_member",
+            "leave out weights or group_by_member",
         ),
         ((DRAWS,), {"batch_size": 2, "parallel": True}, ValueError, "either batch_size or"),
         ((DRAWS,), {"batch_size": 0}, ValueError, "batch_size must be at least 1"),
@@ -315,9 +315,9 @@ def test_bad_input(args, options, error, message):
 
 def test_a_result_of_another_model_is_refused(key):
     result = fit(vi_on_ridge(), key, X, Y)
-    with pytest.raises(ValueError, match="'w_auto_loc'.*takes its guide along, guide=runner.guide"):
+    with pytest.raises(ValueError, match="'w_auto_loc'.*pass guide=runner.guide"):
         EnsemblePredictive(ridge, result)(key, X, None)
-    with pytest.raises(ValueError, match="params comes with the EnsembleResult"):
+    with pytest.raises(ValueError, match="the EnsembleResult has the params"):
         EnsemblePredictive(ridge, result, params={})
 
 

@@ -250,7 +250,7 @@ def test_a_density_that_other_members_cannot_tell(key):
     result = runner.run(key, 1, DATA, progress_bar=False)
     data = to_arviz(runner, result, DATA, num_samples=50)
     assert np.isnan(scoring.khat(data).mixture)
-    with pytest.raises(ValueError, match="does not tell the density of one member's draw"):
+    with pytest.raises(ValueError, match="has no density for another member's draws"):
         scoring.importance_resample(key, data)
 
 
@@ -365,21 +365,21 @@ def test_bad_input(fits, key):
     data = fits[2]
     with pytest.raises(ValueError, match=r"draws have shape \(4000, 3\) and y \(2,\)"):
         scoring.crps(DRAWS, SEEN[:2])
-    with pytest.raises(ValueError, match="y, the observations, is missing"):
+    with pytest.raises(ValueError, match="y is missing"):
         scoring.crps(DRAWS)
     with pytest.raises(ValueError, match="weights takes one number for each of 4000 draws"):
         scoring.crps(DRAWS, SEEN, weights=np.ones(3))
     with pytest.raises(ValueError, match="weights add up to 0"):
         scoring.rmse(DRAWS, SEEN, weights=np.zeros(MANY))
     for wrong, message in (
-        (DRAWS[:0], "draws must lead with S draws"),
-        (data["posterior"], "expected draws as an array|no group"),
+        (DRAWS[:0], r"draws takes shape \(S, N\)"),
+        (data["posterior"], "draws takes|no group"),
     ):
         with pytest.raises((TypeError, ValueError), match=message):
             scoring.crps(wrong, SEEN)
     with pytest.raises(TypeError, match=r"unknown options \['wieghts'\]"):
         scoring.crps(DRAWS, SEEN, wieghts=1)
-    with pytest.raises(ValueError, match=r"var_name must be one of \['y'\], got 'typo'"):
+    with pytest.raises(ValueError, match=r"var_name takes one of \['y'\], got 'typo'"):
         scoring.crps(data, var_name="typo")
     with pytest.raises(TypeError, match="predictions takes a dict by row name"):
         scoring.summary(DRAWS, SEEN)
@@ -394,11 +394,11 @@ def test_bad_input(fits, key):
     runner = EnsembleMAP(conjugate, numpyro.optim.Adam(0.1), ensemble_size=4)
     with pytest.warns(UserWarning, match="4 members of 1 draws each are too few for az.loo"):
         mapped = to_arviz(runner, runner.run(key, 3, DATA, progress_bar=False), DATA)
-    with pytest.raises(ValueError, match="LOO needs 25 draws at least, got 1: .*num_samples=100"):
+    with pytest.raises(ValueError, match="LOO needs 25 draws at least, got 1. .*num_samples=100"):
         scoring.member_weights(mapped)
     with pytest.raises(ValueError, match="the draws of each member are all the same"):
         scoring.member_weights(
             to_arviz(runner, runner.run(key, 3, DATA, progress_bar=False), DATA, num_samples=30)
         )
-    with pytest.raises(ValueError, match="no log_q: importance weights need variational fits"):
+    with pytest.raises(ValueError, match="no log_q: importance weights need data"):
         scoring.khat(mapped)

@@ -306,10 +306,10 @@ def test_a_store_of_another_call_is_refused(stopped, changed, said):
 
 def test_other_contents_are_refused(predictive, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(ValueError, match="the store exists: .* holds something else"):
+    with pytest.raises(ValueError, match="the store exists: .* was not written by this package"):
         write(predictive, tmp_path, X)
     xr.Dataset({"y": ("rows", X[:, 0])}).to_zarr(tmp_path / "a", consolidated=False, zarr_format=3)
-    with pytest.raises(ValueError, match="the store exists: .* holds something else"):
+    with pytest.raises(ValueError, match="the store exists: .* was not written by this package"):
         write(predictive, tmp_path / "a", X)
     assert_array_equal(xr.open_zarr(tmp_path / "a", consolidated=False)["y"], X[:, 0])
 
@@ -330,9 +330,9 @@ def test_one_call_at_a_time(predictive, tmp_path, monkeypatch):
 
 
 def test_stores_that_cannot_be_written(predictive, tmp_path):
-    with pytest.raises(ValueError, match="opened to read alone"):
+    with pytest.raises(ValueError, match="opened read-only"):
         write(predictive, MemoryStore(read_only=True), X)
-    with pytest.raises(ValueError, match="cannot write a place twice"):
+    with pytest.raises(ValueError, match="cannot overwrite values"):
         write(predictive, ZipStore(tmp_path / "store.zip", mode="w"), X)
 
 
@@ -445,7 +445,7 @@ def of_all_data(x, y=None):
         (a_mean_of_latents, "'y'.* depend on all rows"),
         (named_rows, r"the sites \['y_10', .* depend on the number of rows"),
         (some_rows, "the plate 'rows' draws some of its rows"),
-        (parameters, "the parameter 'own' has values of single rows"),
+        (parameters, "the parameter 'own' has values for single rows"),
         (own_numbers, "random numbers with numpyro.prng_key"),
         (level_of_a_scan, "'level' is drawn within a scan and has no rows"),
         (of_all_data, "the model cannot be called with 16 or fewer of the 23 rows"),
@@ -487,9 +487,9 @@ def test_guides_of_the_rows_are_refused():
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"row_args": None}, "row_batch_size goes with row_args"),
+        ({"row_args": None}, "row_batch_size needs row_args"),
         ({"row_args": ["z"]}, r"row_args names 'z'; the model was called with \['x'\]"),
-        ({"row_args": []}, "row_args takes names of arguments with equally many rows"),
+        ({"row_args": []}, "row_args takes names of arguments with the same number of rows"),
         ({"dims": {"q": ["rows"]}}, "dims names 'q', which is none of"),
         ({"dims": {"mu": ["a", "b"]}}, r"dims names \['a', 'b'\] for 'mu'"),
         ({"dims": {"mu": ["w_dim_0"]}, "return_w": True}, "'w_dim_0' has length"),
@@ -510,14 +510,16 @@ def test_arguments_of_unequal_lengths():
         numpyro.deterministic("mu", x[:, 0] + z)
 
     predictive = EnsemblePredictive(model, num_samples=2)
-    with pytest.raises(ValueError, match=r"equally many rows .*'x': 23, 'z': 5"):
+    with pytest.raises(ValueError, match=r"the same number of rows .*'x': 23, 'z': 5"):
         write(predictive, MemoryStore(), X, np.ones(5), row_args=["x", "z"])
     data = write(predictive, MemoryStore(), X, z=np.ones(N), row_args=(0, "z"), row_batch_size=7)
     assert_allclose(data["mu"][0, 1], X[:, 0] + 1)
     with pytest.raises(ValueError, match="cannot be called with 16 or fewer of the 23 rows"):
         write(predictive, MemoryStore(), X, np.ones(N), row_args=["x"])
     discrete = EnsemblePredictive(model, num_samples=2, infer_discrete=True)
-    with pytest.raises(ValueError, match="infer_discrete=True draws from what is of all rows"):
+    with pytest.raises(
+        ValueError, match="infer_discrete=True draws discrete latents given all rows"
+    ):
         write(discrete, MemoryStore(), X, np.ones(N), row_args=["x", "z"])
 
 

@@ -197,9 +197,9 @@ def test_rows_that_depend_on_each_other_are_refused(model, said, tmp_path):
 
 
 def test_options_that_make_no_sense_are_refused():
-    with pytest.raises(ValueError, match="give store="):
+    with pytest.raises(ValueError, match="pass store="):
         to_arviz(local, SAMPLES, X, SEEN, Y, row_args=["x"])
-    with pytest.raises(ValueError, match="prior draws are not written to a store"):
+    with pytest.raises(ValueError, match="prior= does not go with store="):
         in_store(prior=True)
     with pytest.raises(ValueError, match="If other arguments have rows too, name them"):
         by_rows(row_args=["x"])

@@ -26,7 +26,8 @@ def draws_of(
     """Return a function of a key and a call that fits it and draws `(num_draws, ...)` by site.
 
     Args:
-        fit: an `EnsembleVI`, an `MCMC`, or such a function, of which all draws are taken.
+        fit: an `EnsembleVI`, an `MCMC`, or a function of a key and the model's arguments that
+            returns draws by site.
         num_draws: from each fit.
         num_steps: of a variational fit.
         options: of its `run`.
@@ -37,14 +38,11 @@ def draws_of(
     """
     if isinstance(fit, EnsembleVI):
         if num_steps is None:
-            raise ValueError("an EnsembleVI needs num_steps=, the steps of each fit.")
+            raise ValueError(
+                "num_steps is missing: an EnsembleVI needs it, the number of steps of each fit."
+            )
         check_count("num_steps", num_steps)
         return _by_guide(fit, num_draws, num_steps, options)
-    if num_steps is not None or options:
-        given = [*(["num_steps"] if num_steps is not None else []), *options]
-        raise ValueError(f"{given} are of variational fits, and fit is a {type(fit).__name__}.")
-    if isinstance(fit, MCMC):
-        return _by_chains(fit, num_draws)
     if isinstance(fit, MCMCKernel):
         raise TypeError(
             f"fit takes an MCMC: MCMC({type(fit).__name__}(model), num_warmup=500, "
@@ -52,17 +50,25 @@ def draws_of(
         )
     if isinstance(fit, Ensemble):
         raise TypeError(
-            "a MAP estimate has no spread that could be calibrated: take EnsembleVI with an "
-            "AutoLaplaceApproximation, which draws around it."
+            "fit is an EnsembleMAP, and a MAP estimate is a point without draws to rank: use "
+            "EnsembleVI with an AutoLaplaceApproximation, which draws around the estimate."
         )
-    if not callable(fit):
+    if not isinstance(fit, MCMC) and not callable(fit):
         raise TypeError(f"fit takes an EnsembleVI, an MCMC or a function, got {fit!r}.")
+    if num_steps is not None or options:
+        given = [*(["num_steps"] if num_steps is not None else []), *options]
+        raise ValueError(
+            f"{given} are options of variational fits, and fit is a {type(fit).__name__}: leave "
+            f"them out."
+        )
+    if isinstance(fit, MCMC):
+        return _by_chains(fit, num_draws)
     return lambda key, args, kwargs: thinned(dict(fit(key, *args, **kwargs)), num_draws)
 
 
 def _by_guide(runner: EnsembleVI, num_draws: int, num_steps: int, options: Mapping) -> Callable:
     one = copy.copy(runner)
-    one.ensemble_size = 1  # data sets are told apart by the vmap around it
+    one.ensemble_size = 1  # the vmap around it maps over data sets
 
     def draw(key: jax.Array, args: tuple, kwargs: dict) -> dict[str, jax.Array]:
         fit_key, draw_key = jax.random.split(key)
@@ -76,16 +82,17 @@ def _by_guide(runner: EnsembleVI, num_draws: int, num_steps: int, options: Mappi
 def _by_chains(mcmc: MCMC, num_draws: int) -> Callable:
     if mcmc.num_chains > 1 and mcmc.chain_method != "vectorized":
         raise ValueError(
-            f'fit has {mcmc.num_chains} chains: say MCMC(..., chain_method="vectorized"), so that '
-            f"those of all data sets run together."
+            f'fit has {mcmc.num_chains} chains: write MCMC(..., chain_method="vectorized"), so '
+            f"that the chains of all data sets run together."
         )
     if mcmc.num_chains * mcmc.num_samples < num_draws:
         raise ValueError(
-            f"num_draws={num_draws}, and fit makes {mcmc.num_chains} x {mcmc.num_samples} draws."
+            f"num_draws={num_draws}, and fit makes {mcmc.num_chains} x {mcmc.num_samples} draws: "
+            f"lower num_draws, or raise num_samples of the MCMC."
         )
 
     def draw(key: jax.Array, args: tuple, kwargs: dict) -> dict[str, jax.Array]:
-        own = copy_of(mcmc)  # the user's keeps nothing of what is traced here
+        own = copy_of(mcmc)  # so that no tracer stays in the user's MCMC
         own.progress_bar = False
         own.run(key, *args, **kwargs)
         return thinned(own.get_samples(), num_draws)
@@ -101,9 +108,9 @@ def mapped_fits(one: Callable, given: Any, batch_size: int | None) -> Any:
 
 
 def thinned(draws: dict[str, Any], number: int) -> dict[str, jax.Array]:
-    """Return so many draws that lie equally far apart."""
+    """Return `number` equally spaced draws."""
     total = {len(value) for value in draws.values()}
     if len(total) != 1 or min(total) < number:
-        raise ValueError(f"{number} draws of each site or more are needed, got {sorted(total)}.")
+        raise ValueError(f"{number} draws of each site are needed at least, got {sorted(total)}.")
     places = np.linspace(0, total.pop() - 1, number).round().astype(int)
     return {name: jnp.asarray(value)[places] for name, value in draws.items()}

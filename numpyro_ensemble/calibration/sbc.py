@@ -22,21 +22,21 @@ from numpyro_ensemble.results import name_members
 from numpyro_ensemble.vi import EnsembleVI
 
 _LIKELIHOOD = "log_likelihood"
-_LEAST = 10  # data sets, of which a test of uniformity can say something
+_LEAST = 10  # with fewer data sets a test of uniformity detects nothing
 _ALARM = 0.01  # a p-value below which a quantity is called miscalibrated
 
 
 class Calibration(NamedTuple):
-    """Ranks of true values among draws, and a test of whether an exact posterior has such ranks.
+    """Ranks of true values among draws, and a test that the ranks are uniform.
 
     Attributes:
-        data: ArviZ data with the group `prior_sbc`, or `posterior_sbc`: for each quantity the ranks
+        data: ArviZ data with the group `prior_sbc`, or `posterior_sbc`: the ranks of each quantity
             as numbers between 0 and 1, `(1, D, ...)`, uniform for an exact posterior.
-        ranks: by quantity, `(D, ...)`, how many draws are below the true value.
-        p_values: by quantity, `(...)`, of the test that ranks are uniform.
+        ranks: for each quantity, `(D, ...)`, the number of draws below the true value.
+        p_values: for each quantity, `(...)`, the p-value of the test that ranks are uniform.
         miscalibrated: quantities whose smallest p-value is below 0.01 over their size.
         truths: the latents that the data were simulated with, `(D, ...)`.
-        failed: numbers of the data sets that were left out.
+        failed: indices of the data sets that were left out.
     """
 
     data: Any
@@ -74,29 +74,30 @@ def sbc(
 ) -> Calibration:
     """Simulate data from the prior, fit all of them, and rank the true values among the draws.
 
-    Of an exact posterior the ranks are uniform (Talts et al., 2018). Which way they are not tells
-    what is wrong: draws that are too narrow have true values at both ends, shifted ones at one.
+    If the fits are exact, the ranks are uniform (Talts et al., 2018). If draws are too narrow, true
+    values are too often at both ends of them; if draws are shifted, at one end.
 
     Args:
         model: a NumPyro model.
-        fit: an `EnsembleVI`, of which each data set is one member's; an `MCMC`, with any kernel;
-            or a function of a key and a call of the model that returns draws by site.
+        fit: an `EnsembleVI` (one member fits each data set); an `MCMC` with any kernel; or a
+            function of a key and the model's arguments that returns draws by site.
         *args: arguments of the model, with data of the shape that is to be simulated.
         rng_key: one key.
-        num_datasets: how many data sets D are simulated.
-        num_draws: draws of each fit that a true value is ranked among; those of chains are taken
-            equally far apart.
+        num_datasets: number D of data sets that are simulated.
+        num_draws: number of draws of each fit among which a true value is ranked. Of chains,
+            equally spaced draws are taken.
         num_steps: steps of a variational fit.
-        run_options: of the `run` of a variational fit.
+        run_options: options of the variational fit's `run`.
         posterior_samples: draws `(S, ...)` of all latents from the posterior of the call's own
-            data: data are then simulated from these, and fitted together with the call's own,
-            which tells of the places that matter (posterior calibration; Säilynoja et al., 2025).
-            `fit` is then a function of a model that returns one of the above.
-        data_sites: names of the observed sites, or the name or position of the argument that
-            holds the data of each; needed where there are several, or no argument is equal to them.
-        quantities: of the latents and the model's arguments, returns more numbers to rank by name.
-            The log likelihood is always one: it finds what the latents alone do not.
-        batch_size: how many data sets are fitted at once (default: all).
+            data. Data are then simulated from these draws, and fitted together with the call's own
+            data (posterior calibration; Säilynoja et al., 2025). `fit` is then a function of a
+            model that returns one of the above.
+        data_sites: names of the observed sites, or a dict with the name or position of the
+            argument of each site's data. Needed for several sites, or if no argument equals them.
+        quantities: a function of the latents and the model's arguments that returns more numbers
+            to rank, by name. The log likelihood is always ranked: it detects errors that the
+            latents do not show.
+        batch_size: number of data sets that are fitted at once (default: all).
         on_failed: "warn" leaves out data sets that are not finite, or whose fits are not, "raise"
             raises.
         **kwargs: keyword arguments of the model.
@@ -168,7 +169,7 @@ def _drawn_before(samples: Mapping[str, Any], sites: DataSites, number: int) -> 
     """Return as many draws of all latents as there are data sets."""
     missing = sorted(set(sites.latent) - samples.keys())
     if missing:
-        raise ValueError(f"posterior_samples has no {missing}: it needs draws of all latents.")
+        raise ValueError(f"posterior_samples lacks {missing}: pass draws of all latents.")
     try:
         return thinned({name: samples[name] for name in sites.latent}, number)
     except ValueError as error:
@@ -176,11 +177,11 @@ def _drawn_before(samples: Mapping[str, Any], sites: DataSites, number: int) -> 
 
 
 def _made(make: Any, model: Callable) -> Any:
-    """Return the fit of a model that has seen the call's own data."""
+    """Return the fit of a model with the call's own data added."""
     if isinstance(make, EnsembleVI | MCMC) or not callable(make):
         raise TypeError(
-            "with posterior_samples, fit takes a function of a model that has seen the data of "
-            "this call as well, and returns the fit: lambda model: MCMC(NUTS(model), ...)."
+            "with posterior_samples, fit takes a function that makes the fit of a given model: "
+            "lambda model: MCMC(NUTS(model), ...)."
         )
     return make(model)
 
@@ -204,7 +205,7 @@ def _counted(
         found = {} if quantities is None else dict(quantities(values, *args, **kwargs))
         clash = sorted(found.keys() & {*values, _LIKELIHOOD})
         if clash:
-            raise ValueError(f"quantities returns {clash}, which are ranked already.")
+            raise ValueError(f"quantities returns {clash}, which are ranked already: rename them.")
         if known == list(sites.latent):
             found[_LIKELIHOOD] = density(values, *args, **kwargs)[0]
         return {name: jnp.asarray(value) for name, value in found.items()}
@@ -235,9 +236,9 @@ def _report_left_out(simulated: np.ndarray, fitted: np.ndarray, on_failed: str) 
     message = "; ".join(parts)
     if on_failed == "raise" or (simulated & fitted).sum() < _LEAST:
         raise RuntimeError(
-            f"{message}. on_failed='warn' leaves them out, where {_LEAST} others are left."
+            f"{message}. on_failed='warn' leaves them out, if {_LEAST} others remain."
         )
-    warn(f"{message}. They are left out: ranks are of the others, and tell nothing of these.")
+    warn(f"{message}. They are left out, so the ranks are only those of the other data sets.")
 
 
 def _uniform(key: jax.Array, shapes: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

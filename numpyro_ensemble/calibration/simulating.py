@@ -1,4 +1,4 @@
-"""Data sets that are simulated from a model, and how its call takes them in."""
+"""Data sets that are simulated from a model, and the arguments that they replace."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ class DataSites(NamedTuple):
         model: a NumPyro model.
         args: its arguments.
         kwargs: its keyword arguments.
-        places: of each observed site the position, or the keyword, of the argument.
+        places: position or keyword of the argument of each observed site.
         latent: names of the latent sites.
-        dims: names of the axes of those that have them.
+        dims: names of the axes of latent sites in plates.
     """
 
     model: Callable
@@ -81,7 +81,7 @@ class DataSites(NamedTuple):
         return tuple(args), kwargs
 
     def simulate(self, keys: jax.Array, known: Mapping[str, Any]) -> tuple[dict, dict]:
-        """Draw latents and data, `(D, ...)`, one of each for a key.
+        """Draw latents and data, `(D, ...)`, one data set for each key.
 
         Args:
             keys: `(D,)`.
@@ -105,7 +105,7 @@ class DataSites(NamedTuple):
 
 
 def with_data(model: Callable, args: tuple, kwargs: dict[str, Any]) -> Callable:
-    """Return a model of a call that has seen the data of another call as well."""
+    """Return a model whose density also has the log joint of another call's data."""
     density = log_joint(model)
 
     def seen_both(*own: Any, **named: Any) -> Any:
@@ -128,20 +128,20 @@ def _check_generative(sampled: dict[str, Any], observed: dict[str, Any]) -> None
     """Raise a ValueError for a model that data cannot be simulated from."""
     if not observed:
         raise ValueError(
-            "the model has no observed site, so that there are no data to simulate: pass it data "
-            "of the shape that is to be simulated."
+            "the model has no observed site, so there are no data to simulate: pass data of the "
+            "shape that is to be simulated."
         )
     factors = [name for name, site in sampled.items() if is_factor(site)]
     if factors:
         raise ValueError(
-            f"the model has factors {factors}, which are in its density, but cannot be drawn from: "
-            f"say the same with numpyro.sample."
+            f"the model has factors {factors}, which are part of its density but cannot be drawn "
+            f"from: write these terms as numpyro.sample."
         )
     improper = [name for name, site in sampled.items() if is_improper(site)]
     if improper:
         raise ValueError(
-            f"the prior of {improper} is improper, so that nothing can be simulated from it: give "
-            f"it a proper one."
+            f"the prior of {improper} is improper, so nothing can be simulated from it: use a "
+            f"proper prior."
         )
 
 
@@ -149,8 +149,8 @@ def _given(data_sites: Any, observed: dict[str, Any]) -> dict[str, str | int | N
     """Return the argument that the user names for each observed site, None where none is named."""
     if data_sites is None and len(observed) > 1:
         raise ValueError(
-            f"the model observes {list(observed)}: name them, data_sites={list(observed)}, or say "
-            f"which argument holds which, as a dict."
+            f"the model observes {list(observed)}: name them, data_sites={list(observed)}, or "
+            f"pass a dict with the argument of each."
         )
     if data_sites is None:
         return dict.fromkeys(observed)
@@ -164,9 +164,9 @@ def _given(data_sites: Any, observed: dict[str, Any]) -> dict[str, str | int | N
     missing = [name for name in observed if name not in named]
     if unknown or missing:
         raise ValueError(
-            f"data_sites has to name the observed sites, {list(observed)}: it names {unknown}, "
-            f"which are none, and lacks {missing}. Data that are not simulated would be in "
-            f"the fit without being in the simulation."
+            f"data_sites must name all observed sites, {list(observed)}: it lacks {missing}, and "
+            f"names {unknown}, which are not observed. Each fit would otherwise contain observed "
+            f"data that were not simulated."
         )
     return named
 
@@ -174,7 +174,7 @@ def _given(data_sites: Any, observed: dict[str, Any]) -> dict[str, str | int | N
 def _place(
     site: str, value: Any, given: Any, model: Callable, args: tuple, kwargs: dict[str, Any]
 ) -> int | str:
-    """Return where the data of a site stand among the arguments."""
+    """Return position or keyword of the argument that holds the data of a site."""
     if given is not None:
         return _named_place(site, given, model, args, kwargs)
     places = [place for place, own in _by_place(args, kwargs).items() if _is(own, value)]
@@ -182,8 +182,9 @@ def _place(
         return places[0]
     found = f"{len(places)} arguments hold" if places else "no argument holds"
     raise ValueError(
-        f"{found} the values of site {site!r}: say which one, data_sites={{{site!r}: 'its name'}}. "
-        f"Data that a model computes anew from an argument cannot be replaced by simulated ones."
+        f"{found} the values of site {site!r}: name it, data_sites={{{site!r}: 'its name'}}. "
+        f"Data that a model computes from an argument, or reads from a global, cannot be replaced "
+        f"by simulated data: pass them as an argument."
     )
 
 

@@ -14,17 +14,17 @@ _SIMULATED = 2000  # sets of uniform numbers that the test is calibrated with
 
 
 def uniformity(values: ArrayLike) -> np.ndarray:
-    """Test that values are uniform between 0 and 1 by their whole distribution function at once.
+    """Test that values are uniform between 0 and 1, by their whole distribution function.
 
-    At each of 100 places the number of values below is binomial; the test takes the least
-    probable of these numbers, and compares it with those of simulated uniform values (Säilynoja,
-    Bürkner and Vehtari, 2022).
+    For uniform values, the number of values below each of 100 points is binomial. The test takes
+    the least probable of these numbers, and compares its probability with that in simulated uniform
+    values (Säilynoja, Bürkner and Vehtari, 2022).
 
     Args:
-        values: `(N, ...)`, N independent values of each quantity.
+        values: `(N, ...)`, N independent values of each quantity, N at least 10.
 
     Returns:
-        p-values `(...)`; a small one says that the values are not uniform.
+        p-values `(...)`; if one is small, the values are not uniform.
 
     Raises:
         ValueError: for values outside 0 and 1, or fewer than 10.
@@ -38,7 +38,10 @@ def uniformity(values: ArrayLike) -> np.ndarray:
     """
     values = np.asarray(values, float)
     if values.ndim == 0 or len(values) < 10:
-        raise ValueError(f"a test of uniformity needs 10 values, got shape {values.shape}.")
+        raise ValueError(
+            f"values takes shape (N, ...), with 10 values or more of each quantity; got "
+            f"{values.shape}."
+        )
     if not ((values >= 0.0) & (values <= 1.0)).all():
         raise ValueError("values must be between 0 and 1, and finite.")
     flat = values.reshape(len(values), -1)
@@ -47,14 +50,14 @@ def uniformity(values: ArrayLike) -> np.ndarray:
 
 
 def ecdf_band(number: int, level: float = 0.95) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the band in which the distribution function of uniform values lies as a whole.
+    """Return a simultaneous band for the distribution function of uniform values.
 
     Args:
-        number: of values.
-        level: the probability that it does.
+        number: number of values.
+        level: the probability that the whole function lies in the band.
 
     Returns:
-        Places between 0 and 1, and the lower and upper end of the band at each.
+        Points between 0 and 1, and the lower and upper end of the band at each.
 
     Raises:
         ValueError: if level is not between 0 and 1.
@@ -86,7 +89,7 @@ def _places(number: int) -> np.ndarray:
 
 
 def _least_probable(values: np.ndarray) -> np.ndarray:
-    """Return of each row `(R, N)` the smallest tail probability of its counts below the places."""
+    """Return the smallest tail probability of each row's `(R, N)` counts below the places."""
     number = values.shape[1]
     places = _places(number)
     edges = np.concatenate([[0.0], places, [1.0]])

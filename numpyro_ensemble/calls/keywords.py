@@ -32,8 +32,8 @@ def checked_keywords(fn: Callable[_Parameters, _Returned]) -> Callable[_Paramete
             _refuse_clashes(owner, kwargs.keys() & set(options), functions)
             if passes_on:
                 unknown = [name for name in kwargs if name not in signature.parameters]
-                maker = type(bound["self"]) if "self" in bound else None
-                _refuse_unknown(owner, unknown, options, functions, maker)
+                places = _places_of_settings(bound)
+                _refuse_unknown(owner, unknown, options, functions, places)
         return fn(*args, **kwargs)
 
     return checked
@@ -71,16 +71,29 @@ def _refuse_clashes(owner: str, given: Iterable[str], functions: Mapping[str, An
             )
 
 
+def _places_of_settings(bound: Mapping[str, Any]) -> dict[str, str]:
+    """Return where a keyword belongs that is a setting of the runner, or of the guide."""
+    places: dict[str, str] = {}
+    guide = bound.get("guide")
+    of_guide = None if guide is None else _signature(type(guide))
+    if of_guide is not None:
+        call = f"{type(guide).__name__}(model, "
+        places |= {n: f" Give it to the guide: {call}{n}=...)." for n in of_guide.parameters}
+    classes = type(bound["self"]).__mro__ if "self" in bound else ()
+    public = next((cls for cls in classes if not cls.__name__.startswith("_")), None)
+    if public is not None:
+        call = f"{public.__name__}(..., "
+        places |= {n: f" It is a setting: {call}{n}=...)." for n in _free_keywords(public)}
+    return places
+
+
 def _refuse_unknown(
     owner: str,
     unknown: Iterable[str],
     options: list[str],
     functions: Mapping[str, Any],
-    maker: type | None,
+    places: Mapping[str, str],
 ) -> None:
-    classes = maker.__mro__ if maker is not None else ()
-    public = next((cls for cls in classes if not cls.__name__.startswith("_")), None)
-    settings = _free_keywords(public) if public is not None else set()
     for name in unknown:
         for kind, function in functions.items():
             signature = _signature(function)
@@ -94,8 +107,7 @@ def _refuse_unknown(
             known = {word.lower(): word for word in (*options, *parameters)}
             close = difflib.get_close_matches(name.lower(), known, 1)
             meant = f" Did you mean {known[close[0]]}?" if close else ""
-            if public is not None and name in settings:
-                meant = f" It is a setting: {public.__name__}(..., {name}=...)."
+            meant = places.get(name, meant)
             raise TypeError(
                 f"{owner} has no option {name!r}, and the {kind} takes no such keyword.{meant}"
             )

@@ -54,33 +54,33 @@ def to_arviz(
 ) -> Any:
     """Turn a fitted ensemble into ArviZ data.
 
-    A member becomes a chain, and a draw within a member a draw. `az.loo` needs some draws: give
-    `num_samples` where a MAP ensemble has few members.
+    Each member becomes a chain with `num_samples` draws. `az.loo` needs at least 4 draws of each
+    member and 25 in all. Draws of a MAP member are all the same.
 
     Args:
         inference: an `EnsembleMAP`, an `EnsembleVI`, a `Pathfinder`, a model, or a
-            `numpyro.infer.MCMC` that has run, alone.
-        result: what `run` returned; for a model, samples by site that lead with `(E, S)`, or a
-            `numpyro.infer.MCMC` that has run, whose extra fields become sample stats.
-        *args: arguments of the model, the observed ones too.
+            `numpyro.infer.MCMC` that has run (without `result`).
+        result: what `run` returned. For a model, samples by site with leading axes `(E, S)`, or a
+            `numpyro.infer.MCMC` that has run. Its extra fields become sample stats.
+        *args: arguments of the model, with the observed data.
         rng_key: for draws and predictions (default: key 0).
         num_samples: draws per member (default: 1 for MAP, 100 for variational fits).
-        prior: add prior and prior predictive draws, 500 or as many as said.
+        prior: add prior and prior predictive draws: True for 500, or their number.
         posterior_predictive: add predictions of the observed sites.
         log_likelihood: add the log likelihood of each observation.
         log_prior: add the log prior density of each latent value, as large as the posterior.
         unconstrained: add the latents in unconstrained space, `unconstrained_posterior`.
-        predictions: predictions for other data, leading with `(E, S)` or `(E * S,)`.
+        predictions: predictions for other data, with leading axes `(E, S)` or `(E * S,)`.
         constant_data: the group of that name.
         coords: coordinates by dimension.
         dims: dimensions by site; those of plates and `infer={"event_dims": ...}` are known.
         on_failed: "warn" leaves members that are not finite out with a warning, "raise" raises.
-        members: the member that each chain `(E,)` of samples or an `MCMC` started at, of
-            `mcmc.starts.chain_members`: a coordinate `member` of the dimension `chain`.
-        store: a path, or a store of Zarr's, to write to block by block; what is returned reads from
-            it. A call that was stopped goes on where it was when it is made again.
+        members: the member `(E,)` that each chain of samples or of an `MCMC` started at, from
+            `mcmc.starts.chain_members`. It becomes the coordinate `member` of `chain`.
+        store: a path, or a store of Zarr's, to write to block by block. The returned data reads
+            from the store. If a call was stopped, the same call continues it.
         row_args: names or positions of the arguments with rows along their leading axes, the
-            observed ones too, to cut what is stored by these rows.
+            observed ones too: the store is then written in blocks of these rows.
         row_batch_size: rows of a block (default: as many as fit).
         progress_bar: show how many blocks are written.
         mesh: devices that draws are spread over, as in `EnsemblePredictive`.
@@ -90,11 +90,11 @@ def to_arviz(
     `elbo` in the attributes.
 
     Returns:
-        `arviz.InferenceData` below ArviZ 1.0, from then on an `xarray.DataTree`; both have the
-        group `training` with the losses besides ArviZ's own.
+        `arviz.InferenceData` below ArviZ 1.0, and an `xarray.DataTree` from 1.0 on, with ArviZ's
+        groups and a group `training` with the losses.
 
     Raises:
-        TypeError: if `inference` is no runner and no model, or `result` is not of its kind.
+        TypeError: if `inference` is no runner and no model, or `result` does not belong to it.
         ValueError: for samples with unequal leading axes, or a result of another model.
 
     Example:
@@ -181,16 +181,16 @@ def to_arviz(
 
 
 def _check_store(store: Any, prior: bool | int, unconstrained: bool, options: StoreOptions) -> None:
-    """Raise a ValueError for options that go with a store alone, or with none."""
+    """Raise a ValueError for options that need a store, or that do not go with one."""
     if store is None and (options.row_args is not None or options.row_batch_size is not None):
-        raise ValueError("row_args and row_batch_size cut what is written to a store: give store=.")
+        raise ValueError("row_args and row_batch_size set the blocks of a store: pass store= too.")
     if store is not None and prior:
         raise ValueError(
-            "prior draws are not written to a store with the others: leave prior out, and write "
-            "them by EnsemblePredictive(model, num_samples=500).to_zarr."
+            "prior= does not go with store=: leave prior out, and write prior draws by "
+            "EnsemblePredictive(model, num_samples=500).to_zarr."
         )
     if store is not None and unconstrained:
-        raise ValueError("unconstrained latents are not written to a store: leave them out.")
+        raise ValueError("unconstrained=True does not go with store=: leave it out.")
 
 
 def _check_dims(dims: Mapping[str, list[str]], sites: Sites, more: Mapping[str, Any]) -> None:
@@ -208,17 +208,17 @@ def _check_dims(dims: Mapping[str, list[str]], sites: Sites, more: Mapping[str, 
 
 
 def _warn_of_gaps(draws: Draws, sites: Sites, with_likelihood: bool) -> None:
-    """Warn of what the groups leave out, or what they are not enough for."""
+    """Warn of sites that the groups leave out, and of too few draws for LOO."""
     if sites.subsampled:
         warn(
             f"the model subsamples {sorted(sites.subsampled)}: all groups are of one batch of "
-            f"rows. Use a model without subsampling in the runner's place for the whole data."
+            f"rows. For all rows pass a model without subsampling instead of the runner."
         )
     if sites.discrete:
         warn(
-            f"the latents {sorted(sites.discrete)} are discrete and were summed out: they, lp, "
-            f"log_likelihood and deterministic sites are left out. Sum them out in the model "
-            f"(MixtureSameFamily) to have these."
+            f"the latents {sorted(sites.discrete)} are discrete and were summed out. The data has "
+            f"neither these latents nor lp, log_likelihood and deterministic sites. To have the "
+            f"others, sum the latents out in the model (MixtureSameFamily)."
         )
     if sites.factors and with_likelihood:
         warn(
@@ -228,8 +228,8 @@ def _warn_of_gaps(draws: Draws, sites: Sites, with_likelihood: bool) -> None:
     if with_likelihood and (draws.shape[1] < 4 or np.prod(draws.shape) < 25):
         warn(
             f"{draws.shape[0]} members of {draws.shape[1]} draws each are too few for az.loo: pass "
-            f"num_samples=100 (draws of a MAP estimate are all the same, so that only many members "
-            f"make LOO mean something), or log_likelihood=False where you do not need it."
+            f"num_samples=100 for a variational fit, or log_likelihood=False. Draws of a MAP "
+            f"estimate are all the same: LOO of a MAP ensemble needs many members."
         )
 
 
@@ -241,7 +241,7 @@ def _stats(draws: Draws, values: Computed) -> dict[str, Any]:
     if bad.any():
         warn(
             f"{bad.sum()} of {bad.size} draws have no finite log density (lp), of members "
-            f"{name_members(bad.any(axis=1))}: do not trust scores of them."
+            f"{name_members(bad.any(axis=1))}: do not trust scores of these members."
         )
     target = {"log_p": values.density} if "log_q" in draws.stats else {}
     return {"lp": values.density, **target, **draws.stats}
@@ -256,7 +256,7 @@ def _prior(
     args: tuple,
     kwargs: dict,
 ) -> dict[str, dict[str, Any]]:
-    """Draw from the prior, where it can be drawn from."""
+    """Draw from the prior, unless it is improper."""
     if sites.improper:
         warn(f"prior draws are left out: the prior of {sites.improper} is improper.")
         return {}
@@ -284,8 +284,8 @@ def _group(values: Mapping[str, Any], shape: tuple[int, int]) -> dict[str, Any]:
             value = value.reshape(*shape, *value.shape[1:])
         if value.shape[:2] != shape:
             raise ValueError(
-                f"predictions[{name!r}] has shape {value.shape}; it must lead with {shape}, or "
-                f"with {shape[0] * shape[1]}."
+                f"predictions[{name!r}] has shape {value.shape}: its leading axes must be {shape}, "
+                f"or ({shape[0] * shape[1]},)."
             )
         grouped[name] = value
     return grouped

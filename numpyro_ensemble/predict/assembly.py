@@ -1,4 +1,4 @@
-"""Groups of arrays as the data of whichever line of ArviZ is installed."""
+"""Groups of arrays as data of the installed line of ArviZ."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 from numpyro_ensemble.predict.collect import Draws
 from numpyro_ensemble.streaming.writing import library_attributes
 
-_LATER_GROUPS = ("log_prior", "unconstrained_posterior")  # of which `from_dict` knows less
+_LATER_GROUPS = ("log_prior", "unconstrained_posterior")  # not known to every `from_dict`
 
 # groups whose chains are those of the draws
 OF_MEMBERS = (
@@ -20,7 +20,7 @@ OF_MEMBERS = (
 
 
 def assemble(groups: dict[str, dict[str, Any]], draws: Draws, dims: dict, coords: dict) -> Any:
-    """Make ArviZ data of the groups, of whichever kind the installed ArviZ has."""
+    """Make data of the installed line of ArviZ of the groups."""
     import arviz as az  # NumPyro has been imported by now: the other order breaks ArviZ's adapter
 
     attrs: dict[str, Any] = dict(library_attributes())
@@ -29,7 +29,7 @@ def assemble(groups: dict[str, dict[str, Any]], draws: Draws, dims: dict, coords
     attrs["ensemble_size"] = draws.ensemble_size
     attrs["num_chains"] = len(draws.members)  # those that are not left out
     attrs.update(draws.attrs)
-    # a slash in a name, as of scopes, is a path to trees and refused by files
+    # a slash in a name, from a scope, would be a path in a tree, and files do not allow it
     groups = {
         name: {site.replace("/", "."): np.asarray(value) for site, value in group.items()}
         for name, group in groups.items()
@@ -64,7 +64,7 @@ def assemble(groups: dict[str, dict[str, Any]], draws: Draws, dims: dict, coords
 def single_group(
     name: str, values: dict[str, Any], dims: dict[str, list[str]], attrs: dict[str, Any]
 ) -> Any:
-    """Make ArviZ data of one group, of arrays that lead with `(chain, draw)`."""
+    """Make ArviZ data of one group, of arrays with leading axes `(chain, draw)`."""
     import arviz as az
     import xarray as xr
 
@@ -108,7 +108,7 @@ def _add_group(data: Any, name: str, dataset: Any) -> None:
 
 
 def read_arviz(store: Any) -> Any:
-    """Return the data of a Zarr store, which are read when they are used."""
+    """Return the data of a Zarr store, read lazily."""
     import arviz as az
     import xarray as xr
 

@@ -30,11 +30,11 @@ class Predictions:
         args: arguments of the model.
         kwargs: its keyword arguments.
         rows: the rows of the call, where they are cut.
-        group: of the store, that they go to.
+        group: the group of the store that they are written to.
 
     Attributes:
         outputs: the arrays that they fill.
-        places: of all predictions.
+        places: member and draw of each prediction.
 
     Raises:
         ValueError: for a model whose rows depend on each other.
@@ -95,10 +95,12 @@ class Predictions:
     # Rows ---------------------------------------------------------------------------------------
 
     def _plan(self, rows: Rows, forms: tuple) -> None:
-        """Find the rows of each site, and raise a ValueError where it has none of its own."""
+        """Find the row axis of each site, and raise a ValueError if a site has none."""
         predictive = self.predictive
         if predictive.infer_discrete:
-            raise ValueError(f"infer_discrete=True draws from what is of all rows. {REMEDY}")
+            raise ValueError(
+                f"infer_discrete=True draws discrete latents given all rows at once. {REMEDY}"
+            )
         half = rows.cut(self.few, slice(rows.few))
         latents = self._latent_shapes(half)
         chosen = predictive.return_sites
@@ -206,7 +208,7 @@ class Predictions:
 
     @property
     def fingerprint(self) -> dict[str, dict[str, str]]:
-        """What the call is told from others by."""
+        """Digests that identify the call."""
         predictive, given = self.predictive, self.predictive.given
         guide = jax.tree.leaves(self.program.guide_values)
         setting = {

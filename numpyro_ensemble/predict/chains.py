@@ -18,7 +18,7 @@ _ARVIZ_NAMES = {  # of what MCMC collects
 
 
 def chains_of(mcmc: MCMC) -> tuple[Any, dict[str, Any]]:
-    """Return the draws of a run, and what else it has collected of each, chains leading.
+    """Return the draws of a run and its extra fields, with a leading chain axis.
 
     Raises:
         ValueError: if it has not run.
@@ -60,15 +60,15 @@ class Run(NamedTuple):
         """
         if result is not None or args or kwargs:
             raise TypeError(
-                "to_arviz(mcmc) has the arguments of its run: for others, or another model, say "
-                "to_arviz(model, mcmc, *args)."
+                "to_arviz(mcmc) uses the arguments of its run. For other arguments or another "
+                "model, write to_arviz(model, mcmc, *args)."
             )
         check_run(mcmc)
         model = getattr(mcmc.sampler, "model", None)
         if model is None:
             raise ValueError(
-                "the chains are of a potential energy and not of a model, so that there are no "
-                "sites: az.convert_to_dataset(mcmc.get_samples(group_by_chain=True)) takes them."
+                "the chains are of a potential energy, which has no sites of a model. Write "
+                "az.convert_to_dataset(mcmc.get_samples(group_by_chain=True))."
             )
         return cls(model, mcmc, *call_of(mcmc))
 
@@ -88,7 +88,7 @@ def checked_members(members: ArrayLike, num_chains: int) -> np.ndarray:
     numbers = np.asarray(members)
     if numbers.shape != (num_chains,) or not np.issubdtype(numbers.dtype, np.integer):
         raise ValueError(
-            f"members takes a member's number for each of {num_chains} chains, as "
-            f"mcmc.starts.chain_members gives them; got {numbers.dtype} of shape {numbers.shape}."
+            f"members takes one integer for each of {num_chains} chains, as "
+            f"mcmc.starts.chain_members returns them; got {numbers.dtype} of shape {numbers.shape}."
         )
     return numbers

@@ -1,4 +1,4 @@
-"""Whether predictions can be made: samples, parameters and names that are the model's."""
+"""Checks that samples, parameters and names fit the model, before predictions are made."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _DRAWN = ("latent", "discrete")  # kinds of sites
 
 
 def check_returned(return_sites: Collection[str] | None, names: Iterable[str]) -> None:
-    """Raise a ValueError where `return_sites` names what is not returned."""
+    """Raise a ValueError if `return_sites` names a site that is not returned."""
     missing = sorted(set(return_sites or ()) - set(names))
     if missing:
         raise ValueError(
@@ -26,29 +26,33 @@ def check_returned(return_sites: Collection[str] | None, names: Iterable[str]) -
 
 
 def check_model(predictive: Any, args: tuple, kwargs: dict) -> None:
-    """Raise a ValueError, or warn, where what `EnsemblePredictive` was given is not the model's."""
+    """Raise a ValueError, or warn, if arguments of `EnsemblePredictive` do not fit the model."""
     setup = predictive.setup
     sites = model_sites(predictive.model, args, kwargs)
     if predictive.given.fitted and not predictive.guide:
         unknown = sorted(predictive.given.fitted - sites.keys())
         if unknown:
             raise ValueError(
-                f"the result is of another model, which has {unknown}, or of a variational "
-                f"fit: that takes its guide along, guide=runner.guide."
+                f"the result has {unknown}, which are no sites of this model. If it is of a "
+                f"variational fit, pass guide=runner.guide and num_samples too; otherwise pass "
+                f"the model of the fit."
             )
     for name, value in predictive.given.samples.items():
         site, shape = sites.get(name), np.shape(value)[max(predictive.given.ndims, 1) :]
         if site is not None and site.kind == "latent" and len(shape) != len(site.shape):
             raise ValueError(
-                f"each of the samples of {name!r} has shape {shape}, and the model's site "
-                f"{site.shape}: batch_ndims says how many axes of the samples lead (2 for "
-                f"members and draws), got {predictive.given.ndims}."
+                f"each sample of {name!r} has shape {shape}, and the model's site {site.shape}, "
+                f"with batch_ndims={predictive.given.ndims}: batch_ndims is the number of leading "
+                f"axes of the samples, 1 for members, 2 for members and draws."
             )
     known = predictive.given.known
     if known is not None:
         new = [n for n, s in sites.items() if s.kind in _DRAWN and n not in known]
         if new:
-            warn(f"{new} were no sites of the fitted model and are drawn from their prior.")
+            warn(
+                f"{new} were no sites of the fitted model and are drawn from their prior: pass "
+                f"the model of the fit, if that is not intended."
+            )
     if predictive.guide is not None:
         guide = predictive.guide
         if setup is not None:
@@ -63,7 +67,7 @@ def check_model(predictive: Any, args: tuple, kwargs: dict) -> None:
     if observed and not predictive.infer_discrete:
         warn(
             f"{observed} are observed in this call, so that what is returned for them is the "
-            f"data. Leave the observed arguments out, y=None say."
+            f"data. For predictions leave the observed arguments out, y=None for example."
         )
 
 

@@ -1,4 +1,4 @@
-"""The draws of a fitted ensemble, and what the model says of each of them."""
+"""The draws of a fitted ensemble, and the sites of its model."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _VI_DRAWS = 100
 
 
 class Draws(NamedTuple):
-    """Draws of members, all of them or those that have not failed."""
+    """Draws of all members, or of those that have not failed."""
 
     model: Callable
     samples: dict[str, Any]  # (E, S, ...)
@@ -66,11 +66,11 @@ def collect(
     on_failed: str,
     members: ArrayLike | None = None,
 ) -> Draws:
-    """Return the draws of what was fitted, a runner's or those given for a model."""
+    """Return the draws of a fit, or the samples that were given for a model."""
     if members is not None and isinstance(result, EnsembleResult | PathfinderResult):
         raise ValueError(
-            "members tells which member each chain of a model's draws started at: leave it out "
-            "where the draws are the members' own."
+            "members= names the member that each chain started at, and the draws of this result "
+            "are the members' own: leave members out."
         )
     if isinstance(result, PathfinderResult):
         draws = _of_paths(inference, result, num_samples, rng_key)
@@ -84,7 +84,9 @@ def collect(
         raise TypeError(f"result takes what run returned, got {type(result).__name__}.")
     else:
         if getattr(inference, "raw", False):
-            raise TypeError("to_arviz takes fits of NumPyro models, not of raw densities.")
+            raise TypeError(
+                "to_arviz takes fits of NumPyro models, and this is one of a raw density."
+            )
         check_gathered(result)
         _check_fit(inference, result, args, kwargs)
         if isinstance(inference, EnsembleVI):
@@ -98,15 +100,15 @@ def collect(
 
 
 def _check_fit(runner: Ensemble, result: EnsembleResult, args: tuple, kwargs: dict) -> None:
-    """Raise a ValueError where the arguments are not such as the fit had, as far as it is known."""
+    """Raise a ValueError if the arguments lack data that the fit had, as far as is known."""
     setup = setup_of(result.state)
     if setup is None or setup.template is None:
         return
     own = setup.template.member_labels
     if own:
         raise ValueError(
-            f"the members were fitted to data of their own, member_args={list(own)}: make ArviZ "
-            f"data of one at a time, to_arviz(runner.model, ...) with its draws and its data."
+            f"each member was fitted to its own data, member_args={list(own)}: make ArviZ data of "
+            f"one member at a time, by to_arviz(runner.model, ...) with its draws and its data."
         )
     now = model_sites(runner.model, args, kwargs)
     lost = [
@@ -122,7 +124,7 @@ def _check_fit(runner: Ensemble, result: EnsembleResult, args: tuple, kwargs: di
 
 
 def _given(inference: Any, result: Any, num_samples: int | None) -> Draws:
-    """Return samples that the user has, of a model or of what has one."""
+    """Return the user's samples of a model."""
     model = getattr(inference, "model", inference)
     if not callable(model):
         raise TypeError(f"inference takes a runner or a model, got {inference!r}.")
@@ -130,10 +132,12 @@ def _given(inference: Any, result: Any, num_samples: int | None) -> Draws:
         raise TypeError(f"result takes samples by site name, got {type(result).__name__}.")
     shapes = {name: np.shape(value)[:2] for name, value in result.items()}
     if len(set(shapes.values())) != 1 or len(next(iter(shapes.values()))) != 2:
-        raise ValueError(f"samples must lead with the same (E, S); got {shapes}.")
+        raise ValueError(f"samples must have the same leading axes (E, S); got {shapes}.")
     shape = next(iter(shapes.values()))
     if num_samples not in (None, shape[1]):
-        raise ValueError(f"num_samples={num_samples}, and the samples lead with {shape}.")
+        raise ValueError(
+            f"num_samples={num_samples}, and samples lead with {shape}: leave num_samples out."
+        )
     samples = {name: jnp.asarray(value) for name, value in result.items()}
     finite = finite_members(samples, shape[0])
     return Draws(model, samples, {}, shape, {}, np.arange(shape[0]), finite, shape[0])
@@ -189,7 +193,7 @@ def _of_fit(
     number: int,
     stats: dict[str, Any],
 ) -> Draws:
-    """Put together what a fit tells besides its draws."""
+    """Return the draws of a fit, with its parameters, losses and attributes."""
     params = {**own, **(result.state.mutable_state or {})}
     size, losses = runner.ensemble_size, np.asarray(result.losses)
     attrs = {"runner": type(runner).__name__, "num_steps": losses.shape[-1]}
@@ -206,10 +210,10 @@ def _name(what: Any) -> str:
 
 
 class Sites(NamedTuple):
-    """What a trace of the model with its data tells."""
+    """The sites of a model, from a trace with its data."""
 
     latent: dict[str, Any]
-    discrete: list[str]  # latent ones that no fit has drawn
+    discrete: list[str]  # discrete latents without draws
     deterministic: list[str]
     observed: dict[str, Any]  # the data by name, NaN where it is masked
     factors: list[str]
@@ -254,7 +258,7 @@ def _seen(site: dict[str, Any]) -> np.ndarray:
     """Return the data of a site, NaN where a mask leaves it out."""
     value, process = np.asarray(site["value"]), unwrapped(site["fn"])
     seen = getattr(process, "observed", None)
-    if seen is not None:  # a process has a mask of its own, of its values
+    if seen is not None:  # a process masks single values of its event
         value = np.where(np.broadcast_to(np.asarray(seen), value.shape), value, np.nan)
     mask = mask_of(site["fn"])
     if mask is True or np.all(mask):
@@ -266,7 +270,7 @@ def _seen(site: dict[str, Any]) -> np.ndarray:
 
 
 def mask_of(fn: Any) -> Any:
-    """Return what of a distribution's batch its masks leave, True of all."""
+    """Return the mask of a distribution's batch, True if nothing is masked."""
     mask: Any = True
     while isinstance(fn, dist.MaskedDistribution | dist.ExpandedDistribution | dist.Independent):
         if isinstance(fn, dist.MaskedDistribution):
@@ -276,19 +280,19 @@ def mask_of(fn: Any) -> Any:
 
 
 def check_sites(draws: Draws, sites: Sites) -> None:
-    """Raise a ValueError where samples are not those of the model."""
+    """Raise a ValueError if samples do not fit the model."""
     unknown = sorted(draws.samples.keys() - sites.names)
     missing = sorted(sites.latent.keys() - draws.samples.keys())
     if unknown or missing:
         raise ValueError(
-            f"the samples are of another model: they lack {missing}, and have {unknown}, which "
-            f"this model does not."
+            f"the samples are of another model: they lack the sites {missing}, and have {unknown}, "
+            f"which this model lacks."
         )
     for name, value in sites.latent.items():
         given = draws.samples[name]
         if given.shape[2:] != np.shape(value):
             raise ValueError(
-                f"samples of {name!r} have shape {given.shape[2:]}, and the model, called with "
-                f"these arguments, {np.shape(value)}: pass the arguments of the fit; or, where the "
-                f"model subsamples a plate, a model without subsampling in the runner's place."
+                f"samples of {name!r} have shape {given.shape[2:]}, and with these arguments the "
+                f"model's site has {np.shape(value)}: pass the arguments of the fit. If the model "
+                f"subsamples a plate, pass a model without subsampling instead of the runner."
             )

@@ -20,7 +20,7 @@ from numpyro_ensemble.sharding import Placement
 
 
 class Computed(NamedTuple):
-    """What the model says of each draw; every array leads with `(E, S)`."""
+    """Values and log densities of each draw; every array has leading axes `(E, S)`."""
 
     deterministic: dict[str, Any]
     density: Any
@@ -30,7 +30,7 @@ class Computed(NamedTuple):
 
 
 class Wanted(NamedTuple):
-    """The sites of which something is wanted: their values, or their log densities."""
+    """Names of the sites whose values or log densities are computed."""
 
     deterministic: tuple[str, ...]
     log_likelihood: tuple[str, ...]
@@ -46,7 +46,7 @@ class Wanted(NamedTuple):
         log_prior: bool,
         unconstrained: bool,
     ) -> Wanted:
-        """Return those of a call; deterministic sites are given where draws have them."""
+        """Return the names for a call; deterministic sites among the draws are not computed."""
         latent = tuple(sites.latent)
         return cls(
             tuple(name for name in sites.deterministic if name not in draws.samples),
@@ -57,7 +57,7 @@ class Wanted(NamedTuple):
 
 
 class OfDraw(NamedTuple):
-    """What the model says of one draw.
+    """Values and log densities of one draw.
 
     Attributes:
         posterior: deterministic sites.
@@ -77,7 +77,7 @@ class OfDraw(NamedTuple):
 def of_draw(
     model: Callable, key: jax.Array, known: dict, wanted: Wanted, args: tuple, kwargs: dict
 ) -> OfDraw:
-    """Run the model once on what is known of a draw."""
+    """Run the model once with the values of a draw."""
     terms, trace = compute_log_probs(
         handlers.seed(model, key), args, kwargs, known, sum_log_prob=False
     )
@@ -108,7 +108,7 @@ def compute(
 ) -> Computed:
     """Compute deterministic sites, log densities and their terms in one program.
 
-    What depends on discrete sites that were summed out is left out.
+    If discrete sites were summed out, nothing is computed, since all of it may depend on them.
     """
     if sites.discrete:
         return Computed({}, None, {}, {}, {})
@@ -118,7 +118,7 @@ def compute(
     samples = {name: value for name, value in draws.samples.items() if name not in hidden}
     params = {name: value for name, value in draws.params.items() if name not in hidden}
 
-    # draws are inputs: of constants XLA would compute the densities itself, as it compiles
+    # draws are inputs: if they were constants, XLA would compute the densities while it compiles
     def every(keys: jax.Array, samples: dict[str, Any], params: dict[str, Any]) -> Computed:
         def one(where: tuple) -> Computed:
             key, e, s = where
@@ -136,11 +136,11 @@ def compute(
 
 
 def each_value(site: dict[str, Any]) -> Any:
-    """Return the log densities of a site's values, each given all others where they depend.
+    """Return the log density of each value of a site.
 
-    A Gaussian process is one event, whose log density tells nothing of its single values. Weights,
-    of a scale or of plates that draw some of their rows, are left out, as NumPyro's
-    `log_likelihood` does.
+    A Gaussian process is one event with one log density, so its values have the log density given
+    all other values. Weights of a scale, or of plates that draw some of their rows, are left out,
+    as in NumPyro's `log_likelihood`.
     """
     process: Any = unwrapped(site["fn"])
     if not site["is_observed"] or not hasattr(process, "pointwise_log_prob"):

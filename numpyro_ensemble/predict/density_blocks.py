@@ -1,4 +1,4 @@
-"""Log densities, log likelihoods and deterministic sites, of which blocks are computed."""
+"""Log densities, log likelihoods and deterministic sites, computed block by block."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ SUMS = "sample_stats/lp_of_blocks"  # the terms of each block of rows in the log
 
 
 class Densities:
-    """What the model says of the draws of one call, of which blocks are computed.
+    """Values and log densities of the draws of one call, computed block by block.
 
     Args:
         draws: of members.
         sites: of the model.
-        wanted: the sites of which something is wanted.
-        rng_key: of what the model draws itself.
+        wanted: names of the sites whose values or log densities are computed.
+        rng_key: for sites that the model draws itself.
         args: arguments of the model.
         kwargs: its keyword arguments.
-        rows: the rows of the call, where they are cut.
-        forms: of the sites, with few rows, where these are cut.
+        rows: the rows of the call, None if they are not cut.
+        forms: of the sites, with few rows, None if rows are not cut.
 
     Attributes:
-        outputs: the arrays that they fill, but for the log densities.
+        outputs: the arrays that they fill, without the log densities.
 
     Raises:
         ValueError: for a model whose rows depend on each other.
@@ -115,7 +115,7 @@ class Densities:
     # Rows ---------------------------------------------------------------------------------------
 
     def _plan(self, rows: Rows, forms: tuple) -> None:
-        """Find the rows of each site and term, and raise a ValueError where they are not apart."""
+        """Find the row axis of sites and log densities, and raise a ValueError if one has none."""
         samples = self.draws.samples
         known = samples.keys() - self.hidden
         self.plan = row_plan(forms, rows.few, known, lambda name: name in self.wanted.deterministic)
@@ -133,8 +133,8 @@ class Densities:
                 right = [pairs[i] for i in changed] == [(rows.few, 2 * rows.few)]
                 if (changed and not right) or (not changed and name in self.plan.axes):
                     raise ValueError(
-                        f"the log density of {name!r} is one number for all rows: let them stand "
-                        f"in a plate, and not in an event (to_event). {REMEDY}"
+                        f"the log density of {name!r} is one number for all rows: put the rows in "
+                        f"a plate, and not in an event (to_event). {REMEDY}"
                     )
                 self.axes[name] = changed[0] if changed else None
         check_independent(self._numbers(rows))
@@ -224,7 +224,7 @@ class Densities:
             if rows is not None and axis is None:
                 term = jnp.where(rows.number == 0, term.sum(), 0.0)
             elif rows is not None:
-                # the last row fills a block up
+                # copies of the last row pad the block
                 real = jnp.append(True, rows.places[1:] != rows.places[:-1])
                 shape = [len(real) if i == axis else 1 for i in range(term.ndim)]
                 term = jnp.where(real.reshape(shape), term, 0.0)

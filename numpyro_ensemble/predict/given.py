@@ -1,4 +1,4 @@
-"""What predictions are made from: samples and parameters of members, as the user gives them."""
+"""The user's samples and parameters of members, from which predictions are made."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Given(NamedTuple):
         if weights is None:
             return None
         if has_tracers(weights):
-            raise ValueError("weights decide how many draws a member makes: they cannot be traced.")
+            raise ValueError("weights set each member's number of draws, so they cannot be traced.")
         values = np.asarray(check_mixture(weights, self.finite.size, "members"))[self.finite]
         if not values.sum() > 0:
             raise ValueError("weights add up to 0 over the finite members.")
@@ -60,13 +60,13 @@ def read_given(
     batch_ndims: int | None,
     on_failed: str,
 ) -> Given:
-    """Sort out what `EnsemblePredictive` was given, and leave out members that are not finite."""
+    """Read the arguments of `EnsemblePredictive`, and leave out members that are not finite."""
     samples, fitted = posterior_samples, frozenset[str]()
     ended_well: Any = True
     known = setup = None
     if isinstance(posterior_samples, EnsembleResult):
         if params is not None:
-            raise ValueError("params comes with the EnsembleResult: leave it out.")
+            raise ValueError("the EnsembleResult has the params: leave params out.")
         if batch_ndims not in (None, 1):
             raise ValueError(f"an EnsembleResult has batch_ndims=1, got {batch_ndims}.")
         result = posterior_samples
@@ -85,10 +85,13 @@ def read_given(
         raise ValueError(f"batch_ndims takes 0, 1 or 2, got {batch_ndims}.")
     ndims = 1 if batch_ndims is None else batch_ndims
     if ndims == 2 and samples is None:
-        raise ValueError("batch_ndims=2 goes with posterior_samples alone.")
+        raise ValueError("batch_ndims=2 needs posterior_samples, of leading axes (E, S).")
     samples, params = samples or {}, params or {}
     if num_samples is None and not samples and (guide is not None or not fitted):
-        raise ValueError("num_samples is needed with a guide, and for predictions from the prior.")
+        raise ValueError(
+            "num_samples is needed with a guide, and for predictions from the prior: pass "
+            "num_samples=100."
+        )
     if ndims == 0:
         samples, params = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], (samples, params))
     size, number = _size(samples, params, num_samples, ndims)
@@ -123,21 +126,26 @@ def _sorted(samples: Any, params: Any) -> tuple[dict | None, dict | None]:
 def _size(
     samples: dict, params: dict, num_samples: int | None, ndims: int
 ) -> tuple[int | None, int]:
-    """Return the number of members, None where there are none, and that of draws from each."""
+    """Return the number of members, None without members, and the draws of each."""
     lead = _leading(samples, 2 if ndims == 2 else 1, "posterior_samples")
     size = _leading(params, 1, "params")
     if lead and size and lead[:1] != size:
-        raise ValueError(f"posterior_samples lead with {lead[:1]}, and params with {size}.")
+        raise ValueError(
+            f"posterior_samples have {lead[0]} members, and params {size[0]}: give as many of both."
+        )
     number = num_samples or 1
     if lead and ndims == 2:
         if num_samples not in (None, lead[1], lead[0] * lead[1]):
-            raise ValueError(f"num_samples={num_samples}, and posterior_samples lead with {lead}.")
+            raise ValueError(
+                f"num_samples={num_samples}, and posterior_samples lead with {lead}: leave "
+                f"num_samples out."
+            )
         number = lead[1]
     return (lead or size or (None,))[0], number
 
 
 def _leading(tree: dict[str, Any], ndims: int, option: str) -> tuple[int, ...]:
-    """Return the leading shape that all arrays share, nothing where there is none."""
+    """Return the leading shape of all arrays, `()` if there are no arrays."""
     shapes = {
         name: {np.shape(leaf)[:ndims] for leaf in jax.tree.leaves(value)}
         for name, value in tree.items()
@@ -146,7 +154,7 @@ def _leading(tree: dict[str, Any], ndims: int, option: str) -> tuple[int, ...]:
     if len(found) > 1 or any(len(shape) < ndims for shape in found):
         named = {name: sorted(values) for name, values in shapes.items()}
         raise ValueError(
-            f"{option} must lead with the same {ndims} axes, of members"
+            f"{option} must have the same leading axes, of members"
             f"{' and draws' if ndims == 2 else ''}; got {named}."
         )
     return next(iter(found), ())

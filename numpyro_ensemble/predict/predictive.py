@@ -29,20 +29,21 @@ from numpyro_ensemble.streaming.options import StoreOptions, call_digests
 class EnsemblePredictive:
     """Predictions from all members of an ensemble, called as NumPyro's `Predictive` is.
 
-    Samples lead, `E * num_samples` of them, or `(E, num_samples)` with `group_by_member=True` and
-    for samples given as `(E, S, ...)`. Members that are not finite are left out.
+    The first axis of each prediction has the `E * num_samples` draws of E members. With
+    `group_by_member=True`, and for samples given as `(E, S, ...)`, predictions have shape
+    `(E, num_samples, ...)`. Members that are not finite are left out.
 
     Args:
         model: a NumPyro model.
-        posterior_samples: an `EnsembleResult`, or a dict of samples by site name that lead with
-            `(E,)`, or `(E, S)` if `batch_ndims=2`. A variational result takes its `guide` along.
-        params: parameters of the model and the guide, each leaf with a leading `(E,)`.
+        posterior_samples: an `EnsembleResult`, or a dict of samples by site name with leading axes
+            `(E,)`, or `(E, S)` if `batch_ndims=2`. A variational result also needs `guide`.
+        params: parameters of the model and the guide, each with a leading axis `(E,)`.
         guide: draws the latents, with each member's parameters.
         num_samples: draws per member, 1 by default; needed with a guide and for prior predictions.
         return_sites: names of the sites to return (default: the model's sample sites that were not
             given, and its deterministic ones).
         group_by_member: return `(E, num_samples, ...)`.
-        weights: weights `(E,)` of a mixture; as many draws, from members resampled by weight.
+        weights: mixture weights `(E,)`: members are resampled by them, with as many draws in all.
         batch_size: draws made at once (default: as many as fit into a quarter of a gigabyte).
         parallel: True makes all draws at once, False one at a time.
         batch_ndims: number of leading axes of the samples, 0 (one member), 1 or 2.
@@ -53,7 +54,7 @@ class EnsemblePredictive:
             or "all".
 
     Raises:
-        ValueError: for samples with unequal leading axes, weights that are none, a result of
+        ValueError: for samples with unequal leading axes, invalid weights, a result of
             another model, or options that contradict each other.
 
     Example:
@@ -100,8 +101,8 @@ class EnsemblePredictive:
             raise ValueError("give either batch_size or parallel, not both.")
         if weights is not None and group_by_member:
             raise ValueError(
-                "weights resample the members, so that draws cannot be grouped by them: leave out "
-                "one of weights and group_by_member."
+                "weights resample the members, so draws cannot be grouped by member: leave out "
+                "weights or group_by_member."
             )
         self.model, self.guide = model, guide
         self.return_sites = None if return_sites is None else list(return_sites)
@@ -125,7 +126,7 @@ class EnsemblePredictive:
         return self.given.size or 1
 
     def _setup_of_guides(self) -> Setup | None:
-        """Return the set-up of the fit's guides, if the guide that was given is one of these."""
+        """Return the set-up of the fit's guides, if the given guide is of their kind."""
         setup = self.given.setup
         if setup is None or setup.template is None or not isinstance(self.guide, AutoGuide):
             return None
@@ -176,11 +177,11 @@ class EnsemblePredictive:
     ) -> Any:
         """Write predictions to a Zarr store, block by block, and return them as a dataset on disk.
 
-        Memory holds three blocks of 24 MiB and what a model needs to compute one. Cut by draws
-        alone, the numbers are those of the call with the same key, products of matrices to
-        rounding. Cut by rows as well, what is drawn for the rows of a block has a key of its own,
-        so that it depends on `row_batch_size`; everything else is equal to rounding. A call that
-        was stopped goes on where it was when it is made again.
+        Memory holds three blocks of 24 MiB, and the values that a model needs to compute one. With
+        blocks of draws alone, the numbers are those of the call with the same key (products of
+        matrices to rounding). With blocks of rows too, each block has its own key for the random
+        numbers of its rows, so these depend on `row_batch_size`. Everything else is equal to
+        rounding. If a call was stopped, the same call continues it.
 
         Args:
             store: a path, or a store of Zarr's.
@@ -199,7 +200,7 @@ class EnsemblePredictive:
             The draws of a mixture (`weights=`) are one chain.
 
         Raises:
-            ValueError: for a store of something else or a finished one, and for a model whose rows
+            ValueError: for a store of another call or a finished store, and for a model whose rows
                 depend on each other, if `row_args` is given.
 
         Example:
@@ -224,7 +225,7 @@ class EnsemblePredictive:
     # What programs are made of ------------------------------------------------------------------
 
     def program(self, plan: RowPlan | None = None, room: int = ROOM) -> PredictiveProgram:
-        """Return the program of a call, whose rows are cut where there is a plan for them."""
+        """Return the program of a call. Its rows are cut if a plan is given."""
         total = self.ensemble_size * self.num_samples
         at_once = self.batch_size
         if self.parallel is not None:

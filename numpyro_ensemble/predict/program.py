@@ -24,12 +24,12 @@ from numpyro_ensemble.streaming.rows import block_seed
 
 
 class Places(NamedTuple):
-    """Which predictions a program makes, `(c, s)`: s of each of c members, or of a mixture of all.
+    """The predictions that a program makes, `(c, s)`: s of each of c members, or of their mixture.
 
     Attributes:
-        index: of their keys, among those of all predictions.
-        member: of each.
-        draw: of each, among the draws that the member was given with.
+        index: of each prediction's key, among the keys of all predictions.
+        member: of each prediction.
+        draw: of each prediction, among the given draws of its member.
     """
 
     index: Any
@@ -44,14 +44,15 @@ def places_of(rng_key: jax.Array, size: int, number: int, weights: np.ndarray | 
         return Places(*(x.reshape(size, number) for x in (index, *np.divmod(index, number))))
     total = size * number
     key_place, key_first = jax.random.split(jax.random.fold_in(rng_key, total))
-    # whole strata and the rest apart, or single precision would round a draw to the next member
+    # whole strata and the rest separately: in one sum, single precision could round a draw to the
+    # next member
     bounds = np.minimum(np.cumsum(weights) * total, total)
     bounds[np.flatnonzero(weights)[-1] :] = total
     whole = np.floor(bounds)[:, None]
     stratum, place = np.arange(total), jax.random.uniform(key_place, (total,))
     ended = (whole < stratum) | ((whole == stratum) & (bounds[:, None] - whole <= place[None]))
     members = ended.sum(axis=0)
-    # a member's own draws are taken in turn, from a random one on
+    # a member's own draws are taken in turn, starting with a random one
     rank = jnp.arange(total) - jnp.searchsorted(members, members, side="left")
     first = jax.random.randint(key_first, (size,), 0, number)
     draws = (first[members] + rank) % number
@@ -59,7 +60,7 @@ def places_of(rng_key: jax.Array, size: int, number: int, weights: np.ndarray | 
 
 
 class RowBlock(NamedTuple):
-    """A block of rows: their places `(R,)`, and its number."""
+    """A block of rows: the indices `(R,)` of its rows, and its number."""
 
     places: Any
     number: Any
@@ -71,17 +72,17 @@ class PredictiveProgram:
 
     Attributes:
         model: the model.
-        guide: draws the latents, where there are no samples.
-        setup: of the fit's guides, if the guide is one of these.
+        guide: draws the latents, if no samples are given.
+        setup: of the fit's guides, if the guide is of their kind.
         return_sites: names of the sites to return.
         infer_discrete: as in `Predictive`.
         condition_deterministic: as in `Predictive`.
-        at_once: draws made at once: a number, True for all, None for as many as there is room for.
+        at_once: draws made at once: a number, True for all, None for as many as fit in `room`.
         total: number of all predictions.
         ndims: number of leading axes of the samples.
         grouped: whether a row of places is of one member.
         placement: the devices that predictions are spread over.
-        plan: how sites follow the rows, where these are cut.
+        plan: the row axes of sites, None if rows are not cut.
         room: bytes that the draws made at once may take.
     """
 
@@ -101,7 +102,7 @@ class PredictiveProgram:
 
     @property
     def key(self) -> tuple:
-        """What tells programs of one model apart."""
+        """The key of the program among those of one model."""
         template = None if self.setup is None else self.setup.template
         sites = None if self.return_sites is None else tuple(self.return_sites)
         plan = (None if self.plan is None else self.plan.key, self.room)
@@ -111,7 +112,7 @@ class PredictiveProgram:
 
     @property
     def guide_values(self) -> GuideValues | None:
-        """What the guides' set-up computed, which is an input of the program."""
+        """The values that the guides' set-up computed, an input of the program."""
         return None if self.setup is None else self.setup.values.guide
 
     def __call__(
@@ -124,7 +125,7 @@ class PredictiveProgram:
         values: GuideValues | None,
         rows: RowBlock | None = None,
     ) -> dict[str, Any]:
-        """Return predictions, led by all places in one axis; this is what is compiled."""
+        """Return predictions with one leading axis for all places; this function is compiled."""
         keys, samples, where = self.latents(call, rng_key, places, samples, params, values)
         args, kwargs = call
 
@@ -157,7 +158,7 @@ class PredictiveProgram:
         params: dict,
         values: GuideValues | None,
     ) -> tuple[jax.Array, dict[str, Any], tuple]:
-        """Return the predictions' keys, the samples, and where each prediction has its own."""
+        """Return the predictions' keys, the samples, and the place of each prediction's sample."""
         index, member, draw = (place.reshape(-1) for place in places)
         where = (member, draw) if self.ndims == 2 else (member,)
         if self.guide is not None:
@@ -169,7 +170,7 @@ class PredictiveProgram:
         return keys[index], samples, where
 
     def known(self, sample: dict[str, Any], rows: RowBlock | None) -> dict[str, Any]:
-        """Return the latents of one draw, those of the rows at hand."""
+        """Return the latents of one draw, cut to the rows of the block."""
         if rows is None or self.plan is None:
             return sample
         given = self.plan.given
@@ -181,7 +182,7 @@ class PredictiveProgram:
     def trace(
         self, call: tuple, key: jax.Array, known: dict, params: dict, values: dict
     ) -> dict[str, Any]:
-        """Return the trace of the model for one draw, with values for what it would draw."""
+        """Return the trace of the model for one draw, with given values for some of its sites."""
         model = handlers.substitute(self.model, data=params)
         if self.condition_deterministic:
             model = handlers.substitute(model, data=known)
@@ -200,7 +201,7 @@ class PredictiveProgram:
         values: GuideValues | None,
         call: tuple,
     ) -> dict[str, Any]:
-        """Draw the latents of each prediction from the guide, as each member has set it up."""
+        """Draw the latents of each prediction from the guide, with the set-up of each member."""
         args, kwargs = call
 
         def draw(key: jax.Array, own: Any, values: GuideValues | None) -> dict[str, Any]:
@@ -216,7 +217,7 @@ class PredictiveProgram:
         axes = None if values is None else VALUE_AXES.guide
         if not self.grouped:
             return jax.vmap(draw, in_axes=(0, 0, axes))(keys, pick(params, owner), values)
-        # what a guide computes from a member's parameters alone, it computes once
+        # values that depend only on a member's parameters are computed once for each member
         many = jax.vmap(jax.vmap(draw, in_axes=(0, None, None)), in_axes=(0, 0, axes))
         grouped = keys.reshape(*member.shape, *keys.shape[1:])
         draws = many(grouped, pick(params, owner), values)

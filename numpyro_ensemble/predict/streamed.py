@@ -29,13 +29,13 @@ _LP = "sample_stats/lp"
 
 
 class Cut(NamedTuple):
-    """A call of a model, and its rows where they are cut.
+    """A call of a model, and its rows if they are cut.
 
     Attributes:
         args: arguments of the model.
         kwargs: its keyword arguments.
-        rows: of the call, None where they are not cut.
-        forms: of the sites with few rows, and with twice as many, where they are cut.
+        rows: of the call, None if they are not cut.
+        forms: of the sites with few rows and with twice as many, None if rows are not cut.
     """
 
     args: tuple
@@ -79,7 +79,7 @@ class Cut(NamedTuple):
         on_failed: str,
         members: Any = None,
     ) -> Draws:
-        """Return the draws of what was fitted; those of a guide do not need all of the rows."""
+        """Return the draws of a fit. Draws of a guide do not need all rows."""
         call = self.few
         if self.rows is None or self.forms is None:
             return collect(inference, result, key, number, *call, on_failed, members)
@@ -96,7 +96,7 @@ class Cut(NamedTuple):
         )
 
     def sites(self, model: Callable, draws: Draws) -> Sites:
-        """Return what a trace of the model tells; latents of rows have the shape of all of them."""
+        """Return the sites of the model; latents of single rows have the shape for all rows."""
         sites = Sites.of(model, *self.few, draws.samples)
         if self.rows is None:
             return sites
@@ -130,10 +130,10 @@ class Streamed:
         cut: the call.
         draws: of members.
         sites: of the model.
-        predictive: makes predictions, if they are wanted.
-        wanted: the sites of which something is wanted.
-        keys: for densities the second one, for predictions the third.
-        options: how the user wants it.
+        predictive: an `EnsemblePredictive`, None without predictions.
+        wanted: names of the sites whose values or log densities are computed.
+        keys: the second is for densities, the third for predictions.
+        options: the user's options of the store.
         placement: the devices that draws are spread over.
     """
 
@@ -163,7 +163,7 @@ class Streamed:
 
         Args:
             store: a path, or a store of Zarr's.
-            assembled: makes ArviZ data of what the densities and other groups are.
+            assembled: makes ArviZ data of the densities and other groups.
         """
         parts = [part for part in (self.densities, self.predictions) if part is not None]
         outputs = [self._named(output) for part in parts for output in part.outputs]
@@ -235,11 +235,11 @@ class Streamed:
         outputs: list[Output],
         assembled: Callable[[Computed, dict], Any],
     ) -> None:
-        """Write the groups that fit into memory, and what streamed ones lack."""
+        """Write the groups that fit into memory, and attributes and coordinates of the others."""
         draws, values = self.draws, Computed({}, None, {}, {}, {})
         if self.densities is not None:
             given = {n: draws.samples[n] for n in self.sites.deterministic if n in draws.samples}
-            # a call that was stopped in here has them added up
+            # without SUMS, an earlier call was stopped below, after lp had been written
             density = opened.read(SUMS).sum(axis=-1) if opened.has(SUMS) else opened.read(_LP)
             values = Computed(given, density, {}, {}, {})
         data = assembled(values, {"observed_data": self.cut.observed(draws.model, draws, grid)})

@@ -29,12 +29,12 @@ class Comparison(NamedTuple):
     """What each model predicts, and how to mix them.
 
     Attributes:
-        table: a pandas frame, ArviZ's of `az.compare`, the best model first, with the largest shape
-            `pareto_k` of its importance ratios, and whether draws were `corrected` for their guide:
-            chains need no correction, and guides without a density have none.
-        weights: by model the weights `(E,)` of its members, `()` for folds; those of all models add
-            up to 1. `EnsemblePredictive(..., weights=weights[name])` predicts by them, where they
-            are not all 0, and `scoring.mix` mixes what models predict.
+        table: the pandas frame of `az.compare`, the best model first, with two more columns:
+            `pareto_k`, the largest shape of the importance ratios, and `corrected`, whether draws
+            were corrected for their guide (never for chains and for guides without a density).
+        weights: for each model the weights `(E,)` of its members, or `()` for folds. The weights
+            of all models add up to 1. Pass those of a model to `EnsemblePredictive(..., weights=)`
+            if they are not all 0, and mix the predictions of models by `scoring.mix`.
     """
 
     table: Any
@@ -51,20 +51,20 @@ def compare(
 ) -> Comparison:
     """Compare models by leave-one-out or by folds, and weigh them for predictions.
 
-    Unlike `az.compare` it corrects the draws of variational fits for their guides, tells models
-    apart that saw different data, and weighs members of ensembles.
+    Unlike `az.compare` it corrects the draws of variational fits for their guides, raises an error
+    for models that were fitted to different data, and weighs members of ensembles.
 
     Args:
-        models: by name, what `to_arviz` made of any runner or chains, or a `CrossValidation`.
-        members: weigh each member as a model of its own, instead of all members of one alike.
+        models: a dict by model name of ArviZ data (from `to_arviz`), or of `CrossValidation`.
+        members: weigh each member as a separate model, instead of all members of a model alike.
         method: "stacking", "pseudo-bma", or "bb-pseudo-bma" (with the Bayesian bootstrap).
-        var_name: the observed site, where there are several; by model, where names differ.
-        corrected: weigh draws of guides towards the posterior, where their densities are known.
+        var_name: the observed site, if there are several; a dict by model if names differ.
+        corrected: weigh draws of guides towards the posterior, if the guides have densities.
 
     Raises:
-        TypeError: if models do not come by name.
-        ValueError: for fewer than two, an unknown method, models of different data, or data without
-            what leave-one-out needs.
+        TypeError: if `models` is not a dict.
+        ValueError: for fewer than two models, an unknown method, models of different data, or data
+            that leave-one-out cannot use.
 
     Example:
         >>> import jax, jax.numpy as jnp, numpyro, numpyro.distributions as dist
@@ -104,7 +104,9 @@ def compare(
 
 
 def _label(name: str, index: int | None) -> str:
-    return name if index is None else f"{name}[{index}]"
+    if index is None:
+        return name
+    return f"{name}[{index}]" if name else f"member {index}"
 
 
 def _left_out(
@@ -121,11 +123,14 @@ def _left_out(
 
 
 def _check_alike(parts: Mapping[_Part, LeftOut | CrossValidation]) -> None:
-    """Raise a ValueError for models that have seen different data."""
+    """Raise a ValueError for models of different data."""
     models = {name: part for (name, _), part in parts.items()}
     number = {name: part.data["n_data_points"] for name, part in models.items()}
     if len(set(number.values())) > 1:
-        raise ValueError(f"the models are scored on different numbers of observations: {number}.")
+        raise ValueError(
+            f"the models have different numbers of observations, so their scores cannot be "
+            f"compared: {number}."
+        )
     values = {
         name: part.observations for name, part in models.items() if part.observations is not None
     }
@@ -133,8 +138,8 @@ def _check_alike(parts: Mapping[_Part, LeftOut | CrossValidation]) -> None:
     for name, seen in values.items():
         if not np.array_equal(seen, values[first]):  # type: ignore[index]
             raise ValueError(
-                f"the models {first!r} and {name!r} have seen different observations, so that "
-                f"their scores cannot be compared."
+                f"the models {first!r} and {name!r} have different observations, so their scores "
+                f"cannot be compared: make the data of both with the same observations."
             )
 
 
@@ -146,7 +151,9 @@ def _compared(
 
     rows = {_label(*part): part for part in parts}
     if len(rows) < len(parts):
-        raise ValueError(f"names of models and members are not told apart: {list(parts)}.")
+        raise ValueError(
+            f"names of models equal those of members, name[e]: {list(parts)}. Rename the models."
+        )
     given = {row: parts[part].data for row, part in rows.items()}
     plain: Any = {"seed": 0} if makes_inference_data() else {"round_to": "none"}  # for bootstraps
     with warnings.catch_warnings():
@@ -163,7 +170,7 @@ def _compared(
 
 
 def _of_members(data: Any, name: str, shares: Mapping[_Part, float]) -> np.ndarray:
-    """Return the weights of a model's members, those that were left out too."""
+    """Return the weights of all members of a model, with 0 for those that were left out."""
     if isinstance(data, CrossValidation):
         return np.asarray(shares[name, None])
     size = group_of(data, "posterior").sizes["chain"]
@@ -188,13 +195,14 @@ def mix(
     weights: Mapping[str, ArrayLike],
     num_samples: int | None = None,
 ) -> Any:
-    """Draw from the mixture of what several models predict.
+    """Draw from the mixture of the predictions of several models.
 
     Args:
         rng_key: one key.
-        predictions: by model, draws that lead with `(S,)`, or such draws by site.
-        weights: by model, of `compare`; a model of weight 0 needs no predictions.
-        num_samples: number of draws (default: of the model that has most).
+        predictions: a dict by model name of draws `(S, ...)`, or of dicts of draws by site.
+        weights: a dict by model name of weights, from `compare`. A model of weight 0 needs no
+            predictions.
+        num_samples: number of draws (default: the largest number of draws of a model).
 
     Raises:
         ValueError: for predictions of different sites or shapes, or weights that do not fit.
@@ -211,7 +219,10 @@ def mix(
     missing = sorted(name for name, share in shares.items() if share and name not in predictions)
     unknown = sorted(predictions.keys() - shares.keys())
     if missing or unknown:
-        raise ValueError(f"predictions lack the models {missing}, and weights lack {unknown}.")
+        raise ValueError(
+            f"predictions lack the models {missing}, and weights lack {unknown}: give both for "
+            f"each model."
+        )
     names = [name for name in shares if name in predictions]
     check = check_mixture([shares[name] for name in names], len(names), "models")
     forms = {name: jax.tree.map(lambda x: jnp.shape(x)[1:], predictions[name]) for name in names}
@@ -219,7 +230,7 @@ def mix(
         raise ValueError(f"the models predict different sites or shapes: {forms}.")
     lengths = {name: {len(x) for x in jax.tree.leaves(predictions[name])} for name in names}
     if any(len(found) != 1 for found in lengths.values()):
-        raise ValueError(f"the sites of a model lead with different numbers of draws: {lengths}.")
+        raise ValueError(f"the sites of a model have different numbers of draws: {lengths}.")
     sizes = [lengths[name].pop() for name in names]
     number = max(sizes) if num_samples is None else num_samples
     check_count("num_samples", number)

@@ -12,7 +12,7 @@ from numpyro_ensemble.results import TRUSTED_K
 
 
 def are_unreliable(pareto_k: np.ndarray) -> np.ndarray:
-    """Return which terms are not to be trusted, those of unknown shape among them."""
+    """Return which terms have a Pareto k above 0.7, or an unknown one."""
     return ~(pareto_k <= TRUSTED_K)
 
 
@@ -30,14 +30,14 @@ def as_elpd(
     pareto_k: np.ndarray | None = None,
     num_parameters: float = np.nan,
 ) -> Any:
-    """Return what `az.compare` of the installed line takes.
+    """Return log predictive densities in the form of `az.compare` of the installed line.
 
     Args:
         terms: `(N,)`, finite.
-        num_draws: that each is a mean of.
-        folds: of cross-validation; none for leave-one-out.
+        num_draws: number of draws that each term averages.
+        folds: number of folds of cross-validation, None for leave-one-out.
         pareto_k: `(N,)`, of leave-one-out.
-        num_parameters: the effective number.
+        num_parameters: the effective number of parameters.
     """
     import xarray as xr
 

@@ -23,14 +23,14 @@ _DRAWS_AT_ONCE = 16  # of each fold, whose terms are computed
 
 
 class CrossValidation(NamedTuple):
-    """How well rows are predicted by fits that have not seen them.
+    """Scores of rows, each predicted by a fit without it.
 
     Attributes:
         elpd: the expected log predictive density of all rows that were held out.
-        se: its standard error, over N or N - 1 as the installed line of ArviZ has it.
-        elpd_i: `(N, ...)`, the terms of the rows, NaN where none was held out.
-        observations: values of the rows that were held out, in one row.
-        data: ArviZ's form of it, which `az.compare` takes; it cannot hold NaN.
+        se: its standard error, with N or N - 1 as in the installed ArviZ.
+        elpd_i: `(N, ...)`, the terms of the rows, NaN for rows that were never held out.
+        observations: values of the rows that were held out, as one vector.
+        data: the terms in ArviZ's form, for `az.compare`, without rows that were never held out.
     """
 
     elpd: float
@@ -41,9 +41,9 @@ class CrossValidation(NamedTuple):
 
 
 class _Kept(Messenger):
-    """Let the rows of one site that are kept alone count in the density.
+    """Mask the rows of one site that are held out, so that only the others count in the density.
 
-    It stands around a whole fit: the model is called within, by whatever fits it.
+    The handler is entered around a whole fit, which calls the model inside.
     """
 
     def __init__(self, site: str, keep: jax.Array) -> None:
@@ -71,24 +71,23 @@ def cross_validate(
     batch_size: int | None = None,
     **kwargs: Any,
 ) -> CrossValidation:
-    """Fit a model without the rows of each fold, and score the predictions of these.
+    """Fit a model without the rows of each fold, and score the predictions of these rows.
 
-    All folds are fitted in one program. Rows that are held out are masked and keep their places,
-    so that latents of single rows are drawn from what is known of them without their data.
+    All folds are fitted in one program. Rows that are held out are masked and stay in the arrays,
+    so that a latent of a single row is drawn from its distribution without the row's data.
 
     Args:
         model: a NumPyro model.
-        fit: an `EnsembleVI`, an `MCMC` with any kernel, or a function of a key and a call of the
-            model that returns draws by site.
+        fit: an `EnsembleVI`, an `MCMC` with any kernel, or a function of a key and the model's
+            arguments that returns draws by site.
         *args: arguments of the model, with the data.
         rng_key: one key.
-        folds: how many, of rows that are dealt by chance; or the number of each row's fold, `(N,)`,
-            as for groups; or which rows are fitted and which are scored, two of `(K, N)`, as to
-            leave the future out.
+        folds: the number of random folds; or the fold of each row, `(N,)`, for groups; or two masks
+            `(K, N)`, of the rows that are fitted and those that are scored, to hold out the future.
         num_draws: draws of each fit.
         num_steps: steps of a variational fit.
-        run_options: of its `run`.
-        var_name: the observed site, where there are several; its first axis is that of the rows.
+        run_options: options of the variational fit's `run`.
+        var_name: the observed site, if there are several; its first axis has the rows.
         batch_size: how many folds are fitted at once (default: all).
         **kwargs: keyword arguments of the model.
 
@@ -145,14 +144,14 @@ def _rows_of(
     some = [name for name, found in trace.items() if is_subsampled(found)]
     if some:
         raise ValueError(
-            f"the model draws some rows of the plates {some}: cross-validation needs all of them. "
-            f"Leave subsample_size out."
+            f"the model draws some rows of the plates {some}, and cross-validation needs all rows: "
+            f"leave subsample_size out."
         )
     observed = list(observed_sites(trace))
     if not observed:
-        raise ValueError("the model has no observed site: pass it the data, as to the fit.")
+        raise ValueError("the model has no observed site: pass the data, as to the fit.")
     if var_name is None and len(observed) > 1:
-        raise ValueError(f"the model observes {observed}: say which one, var_name=...")
+        raise ValueError(f"the model observes {observed}: name one by var_name=.")
     name = observed[0] if var_name is None else var_name
     if name not in observed:
         raise ValueError(f"var_name={name!r} is none of the observed sites, {observed}.")
@@ -160,8 +159,8 @@ def _rows_of(
     shape = np.shape(found["value"])[: np.ndim(found["value"]) - found["fn"].event_dim]
     if not shape:
         raise ValueError(
-            f"site {name!r} is one event, so that its rows cannot be held out one by one: let them "
-            f"stand in a plate (without to_event)."
+            f"site {name!r} is one event, so its rows cannot be held out one by one: put them in a "
+            f"plate (without to_event)."
         )
     return name, np.asarray(found["value"]), shape
 
@@ -176,7 +175,10 @@ def _masks(folds: Any, number: int, key: jax.Array) -> tuple[np.ndarray, np.ndar
                 f"that are scored; got {fitted.shape} and {scored.shape}."
             )
         if (scored.sum(axis=0) > 1).any() or (fitted & scored).any():
-            raise ValueError("a row is scored twice, or in a fold that is fitted to it.")
+            raise ValueError(
+                "folds scores a row twice, or in a fold that is fitted to it: score each row once, "
+                "in a fold that leaves it out."
+            )
     else:
         if np.ndim(folds) == 0:
             check_count("folds", folds)
@@ -191,7 +193,9 @@ def _masks(folds: Any, number: int, key: jax.Array) -> tuple[np.ndarray, np.ndar
                 )
         names = np.unique(labels)
         if len(names) < 2:
-            raise ValueError("folds has one fold alone, which leaves no row to fit.")
+            raise ValueError(
+                "folds has only one fold, which leaves no row to fit: give two or more."
+            )
         scored = labels[None] == names[:, None]
         fitted = ~scored
     for what, mask in (("fit", fitted), ("score", scored)):
@@ -204,7 +208,7 @@ def _masks(folds: Any, number: int, key: jax.Array) -> tuple[np.ndarray, np.ndar
 def _scored(
     densities: np.ndarray, scored: np.ndarray, values: np.ndarray, num_draws: int
 ) -> CrossValidation:
-    """Pick the terms of each row from the fold that has held it out."""
+    """Take the terms of each row from the fold that held it out."""
     held = scored.any(axis=0)
     terms = np.where(
         held.reshape(-1, *[1] * (densities.ndim - 2)),

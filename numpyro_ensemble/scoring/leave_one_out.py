@@ -1,4 +1,4 @@
-"""Leave-one-out by importance sampling, corrected for the guides that draws are of."""
+"""Leave-one-out by importance sampling, corrected for the guides of variational draws."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ _NAMED = 3  # models or members that a warning names
 def smoothed(log_ratios: np.ndarray, efficiency: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
     """Return ArviZ's smoothed log weights, each row adding up to 1, and the shapes of its tail.
 
-    The shape is 0 where the largest ratios are all the same, as those of an exact guide: they have
-    no tail to which ArviZ could fit a distribution.
+    The shape is 0 if the largest ratios are all the same, as for an exact guide: then there is no
+    tail to which ArviZ could fit a distribution.
     """
     rows = np.asarray(log_ratios, float).reshape(-1, log_ratios.shape[-1])
     number = rows.shape[-1]
@@ -51,17 +51,17 @@ def _smoothed_by_arviz(rows: np.ndarray, efficiency: float) -> tuple[np.ndarray,
 
 
 class Likelihoods(NamedTuple):
-    """Log likelihoods of draws, and how draws lie to the posterior.
+    """Log likelihoods of draws, and importance ratios of the draws.
 
     Attributes:
         name: of the observed site.
-        terms: `(E, S, N)`, of the observations that are not masked.
-        seen: `(...)`, which observations these are.
-        observations: their values in one row, None where the data has none.
+        terms: `(E, S, N)` log likelihoods of the observations that are not masked.
+        seen: `(...)`, True for observations that are not masked.
+        observations: their values as one vector, None if the data has none.
         ratios: `(E, S)` log densities of the posterior less those of each member's own guide, None
             for draws of the posterior itself.
-        mixture: the same, less those of the mixture of all guides.
-        efficiency: effective draws a draw, of draws of the posterior itself.
+        mixture: log densities of the posterior less those of the mixture of all guides.
+        efficiency: effective draws over draws, for draws of the posterior itself.
     """
 
     name: str
@@ -77,11 +77,13 @@ class Likelihoods(NamedTuple):
         """Read ArviZ data.
 
         Raises:
-            ValueError: if it has no log likelihood, or of several sites and none is named.
+            ValueError: if it has no log likelihood, or several and `var_name` is None.
         """
         found = group_of(data, "log_likelihood")
         if found is None:
-            raise ValueError("leave-one-out needs the group log_likelihood, which the data lacks.")
+            raise ValueError(
+                "the data lacks the group log_likelihood: use to_arviz(..., log_likelihood=True)."
+            )
         name = name_of(found, var_name)
         terms = np.asarray(found[name].values, float)
         values = observed(data, name)
@@ -99,12 +101,12 @@ class Likelihoods(NamedTuple):
         return cls(name, terms[:, :, seen], seen, observations, ratios, mixture, efficiency)
 
     def member(self, index: int) -> Likelihoods:
-        """Return those of one member alone."""
+        """Return the log likelihoods of one member."""
         ratios = None if self.ratios is None else self.ratios[[index]]
         return self._replace(terms=self.terms[[index]], ratios=ratios, mixture=None, efficiency=1.0)
 
     def left_out(self) -> LeftOut:
-        """Weigh draws as if each observation had not been seen.
+        """Predict each observation from all others, by importance weights of the draws.
 
         Raises:
             ValueError: if there are too few draws, or they are all the same.
@@ -133,24 +135,24 @@ class Likelihoods(NamedTuple):
             return self.ratios
         if self.mixture is None:
             warn(
-                "the density of one member's draws under the others is not known, so that "
-                "leave-one-out of all members is not corrected for the guide. One member alone, "
-                "or members=True in scoring.compare, is."
+                "the guide has no density for another member's draws, so leave-one-out of all "
+                "members is not corrected for the guide. For a correction compare single members, "
+                "by members=True in scoring.compare."
             )
         return self.mixture
 
     def _check_draws(self, size: int, number: int) -> None:
-        """Raise a ValueError where draws cannot be weighed."""
+        """Raise a ValueError if the draws cannot be weighed."""
         if size * number < LEAST_DRAWS:
             raise ValueError(
-                f"LOO needs {LEAST_DRAWS} draws at least, got {size * number}: make the data of "
-                f"variational fits with more, to_arviz(..., num_samples=100). The members of a MAP "
-                f'ensemble have one each; member_weights(..., "elbo") weighs them by their losses.'
+                f"LOO needs {LEAST_DRAWS} draws at least, got {size * number}. For a variational "
+                f"fit write to_arviz(..., num_samples=100). A MAP member has one draw: weigh MAP "
+                f'members by their losses, member_weights(..., "elbo").'
             )
         if number > 1 and (np.ptp(self.terms, axis=1) == 0).all() and size < LEAST_DRAWS:
             raise ValueError(
-                "the draws of each member are all the same, as MAP estimates are: LOO has nothing "
-                'to weigh within a member. Use member_weights(..., "elbo"), or score held-out data.'
+                "the draws of each member are all the same, as those of MAP estimates, so LOO "
+                'cannot weigh them. Use member_weights(..., "elbo"), or score held-out data.'
             )
         bad = ~np.isfinite(self.terms)
         if bad.any():
@@ -158,7 +160,8 @@ class Likelihoods(NamedTuple):
             raise ValueError(
                 f"the log likelihood of site {self.name!r} is not finite in {draws} of "
                 f"{size * number} draws, at the observations {rows[:10].tolist()} of those that "
-                f"are not masked: LOO cannot weigh such draws. Look at the model's support there."
+                f"are not masked: LOO cannot weigh such draws. Check that these observations are "
+                f"in the support of the site's distribution."
             )
 
 
@@ -167,8 +170,8 @@ class LeftOut(NamedTuple):
 
     Attributes:
         terms: `(N,)` log predictive densities.
-        observations: their values in one row, None where the data has none.
-        pareto_k: `(N,)`, above 0.7 a term is not to be trusted.
+        observations: their values as one vector, None if the data has none.
+        pareto_k: `(N,)`; do not trust a term above 0.7.
         log_weights: `(N, S)`, of the draws of all members.
         num_parameters: the effective number.
         corrected: whether draws were weighed towards the posterior first.
@@ -183,12 +186,12 @@ class LeftOut(NamedTuple):
 
     @property
     def unreliable(self) -> int:
-        """Number of the observations whose terms are not to be trusted."""
+        """Number of observations whose Pareto k is above 0.7 or unknown."""
         return int(are_unreliable(self.pareto_k).sum())
 
     @property
     def data(self) -> Any:
-        """ArviZ's form of it, which `az.compare` takes."""
+        """The terms in ArviZ's form, for `az.compare`."""
         number = self.log_weights.shape[1]
         return as_elpd(
             self.terms, number, pareto_k=self.pareto_k, num_parameters=self.num_parameters
@@ -196,20 +199,20 @@ class LeftOut(NamedTuple):
 
 
 def _seen(values: np.ndarray | None, shape: tuple[int, ...]) -> np.ndarray:
-    """Return which terms are of observations, which the model does not mask."""
+    """Return which terms belong to observations that are not masked."""
     if values is None:
         return np.ones(shape, bool)
     return ~np.isnan(values).reshape(*shape, -1).any(axis=-1)  # a row may be one event
 
 
 def _efficiency(data: Any, number: int) -> float:
-    """Return effective draws a draw as `az.loo` counts them."""
+    """Return effective draws over draws, as `az.loo` computes it."""
     import arviz as az
 
     ess: Any = az.ess(group_of(data, "posterior"), method="mean")
     values = [np.asarray(ess[name]).ravel() for name in ess.data_vars]
     efficiency = float(np.concatenate(values).mean() / number)
-    return efficiency if np.isfinite(efficiency) else 1.0  # of a few draws nothing is known
+    return efficiency if np.isfinite(efficiency) else 1.0  # NaN for a few draws
 
 
 def loo_pit(
@@ -221,21 +224,22 @@ def loo_pit(
 ) -> np.ndarray:
     """Return the predictive probability below each observation, given the others.
 
-    Of a model that predicts well they are uniform, and nearly independent:
-    `calibration.uniformity(values[:, None])` tests that. Of counts they are uniform with a key
-    alone: draws that are equal to an observation count half, or with a key a random part.
+    If a model predicts well, these probabilities are uniform, and nearly independent:
+    `calibration.uniformity(values[:, None])` tests this. For counts they are uniform only with a
+    key. A draw that is equal to an observation counts half, or with a key a random fraction.
 
     Args:
-        data: what `to_arviz` made, with `num_samples=` draws enough of an ensemble.
-        var_name: the observed site, where there are several.
-        corrected: weigh draws of guides towards the posterior, where their densities are known.
-        rng_key: one key, for sites that are discrete.
+        data: ArviZ data from `to_arviz`. An ensemble needs enough draws, `num_samples=100`.
+        var_name: the observed site, if there are several.
+        corrected: weigh draws of guides towards the posterior, if the guides have densities.
+        rng_key: one key, for discrete sites.
 
     Returns:
-        `(...)`, NaN where an observation is masked.
+        An array of the shape of the observations, NaN for masked ones.
 
     Raises:
-        ValueError: if the data lacks what it needs, has too few draws, or has vectors in its rows.
+        ValueError: if the data lacks predictions or log likelihoods, has too few draws, or if an
+            observation is a vector.
 
     Example:
         >>> import jax, jax.numpy as jnp, numpyro, numpyro.distributions as dist
@@ -254,13 +258,13 @@ def loo_pit(
     values = observed(data, found.name)
     if group is None or found.name not in group or values is None:
         raise ValueError(
-            f"the probabilities of {found.name!r} need its predictions and its observations: leave "
-            f"posterior_predictive=True in to_arviz."
+            f"loo_pit needs predictions and observations of {found.name!r}, which the data lacks: "
+            f"make it by to_arviz(..., posterior_predictive=True) with the observed data."
         )
     if values.shape != found.seen.shape:
         raise ValueError(
-            f"site {found.name!r} has events of shape {values.shape[found.seen.ndim :]}, and the "
-            f"probability below a vector is no number: let its values stand in a plate."
+            f"site {found.name!r} has events of shape {values.shape[found.seen.ndim :]}, and a "
+            f"vector has no probability below it: put its values in a plate."
         )
     left = found.left_out()
     warn_of_unreliable({f"site {found.name!r}": left})
@@ -277,7 +281,7 @@ def loo_pit(
 
 
 def warn_of_unreliable(found: dict[str, LeftOut]) -> None:
-    """Warn of terms that are not to be trusted, where there are any."""
+    """Warn of terms whose Pareto k is above 0.7 or unknown."""
     bad = {name: left for name, left in found.items() if left.unreliable}
     if not bad:
         return
@@ -289,5 +293,6 @@ def warn_of_unreliable(found: dict[str, LeftOut]) -> None:
     more = [f"{len(bad) - _NAMED} others"] if len(bad) > _NAMED else []
     warn(
         f"leave-one-out is not to be trusted where the shape k of the importance ratios is above "
-        f"{TRUSTED_K}: {'; '.join(parts + more)}. scoring.cross_validate fits anew instead."
+        f"{TRUSTED_K}: {'; '.join(parts + more)}. Use scoring.cross_validate there, which fits "
+        f"without these rows."
     )

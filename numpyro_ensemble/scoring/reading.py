@@ -20,35 +20,35 @@ def is_array(value: Any) -> bool:
 
 
 def group_of(data: Any, name: str) -> Any:
-    """Return a group of ArviZ data of either kind, None where it has none.
+    """Return a group of ArviZ data of either line, None if the data lacks it.
 
     Raises:
-        TypeError: if it is no ArviZ data.
+        TypeError: if `data` is not ArviZ data.
     """
     names = getattr(data, "children", None)
     if names is None and not callable(getattr(data, "groups", None)):
         raise TypeError(
-            f"expected draws as an array that leads with them, or ArviZ data (of to_arviz, say); "
-            f"got {type(data).__name__}."
+            f"draws takes an array (S, N), or ArviZ data (from to_arviz, for example); got "
+            f"{type(data).__name__}."
         )
     known = set(names) if names is not None else set(data.groups())
     return data[name] if name in known else None
 
 
 def holds_all_members(data: Any) -> bool:
-    """Return whether no chain was selected, so that a mixture's density is that of the draws."""
+    """Return whether the data has the chains of all members, as mixture densities assume."""
     posterior = group_of(data, "posterior")
     chains = posterior.sizes["chain"]
     return bool(posterior.attrs.get("num_chains", chains) == chains)
 
 
 def name_of(found: Any, var_name: str | None) -> str:
-    """Return the name of a group's variable, which must be given where there are several."""
+    """Return the name of a group's variable, which must be given if there are several."""
     names = list(found.data_vars)
     if var_name is None and len(names) == 1:
         return names[0]
     if var_name is None or var_name not in names:
-        raise ValueError(f"var_name must be one of {names}, got {var_name!r}.")
+        raise ValueError(f"var_name takes one of {names}, got {var_name!r}.")
     return var_name
 
 
@@ -79,11 +79,11 @@ def read(
     if y is None and data is not None:
         y = observed(data, name)
     if y is None:
-        raise ValueError("y, the observations, is missing.")
+        raise ValueError("y is missing: pass the observations, (N,) for draws (S, N).")
     y = _real("y", y)
     if draws.shape[1:] != y.shape:
         raise ValueError(
-            f"draws have shape {draws.shape} and y {y.shape}: draws must lead, (S, N) for (N,)."
+            f"draws have shape {draws.shape} and y {y.shape}: draws takes (S, N) for y of (N,)."
         )
     draws, y = draws.reshape(len(draws), -1), y.reshape(-1)
     draws, p = without_failed(draws, weights, data, jnp.isfinite)
@@ -101,23 +101,25 @@ def read(
 def find_draws(
     draws: Any, *, group: str = "posterior_predictive", var_name: str | None = None, **unknown: Any
 ) -> tuple[jax.Array, str, Any]:
-    """Return draws `(S, ...)`, the variable's name, and the ArviZ data they are of, or None."""
+    """Return draws `(S, ...)`, the variable's name, and their ArviZ data or None."""
     if unknown:
-        raise TypeError(f"unknown options {sorted(unknown)}; there are weights, group, var_name.")
+        raise TypeError(
+            f"unknown options {sorted(unknown)}: the options are weights, group and var_name."
+        )
     name, data = "", None
     if not is_array(draws):
         data = draws
         name, draws = variable(data, group, var_name)
     draws = _real("draws", draws)
     if draws.ndim < 1 or not draws.size:
-        raise ValueError(f"draws must lead with S draws, (S, N); got shape {draws.shape}.")
+        raise ValueError(f"draws takes shape (S, N), for S draws; got {draws.shape}.")
     return draws, name, data
 
 
 def without_failed(
     rows: jax.Array, weights: Any, data: Any, good: Any
 ) -> tuple[jax.Array, jax.Array | None]:
-    """Return the rows that are good in all places, and their weights; others are warned of."""
+    """Return the rows that are good everywhere and their weights, and warn of the others."""
     p = _check_weights(weights, len(rows), data)
     if has_tracers(rows):
         return rows, p
@@ -131,7 +133,7 @@ def without_failed(
 
 
 def _check_weights(weights: Any, number: int, data: Any) -> jax.Array | None:
-    """Return one weight for each draw, those of members spread over their draws."""
+    """Return one weight for each draw; a member's weight is that of each of its draws."""
     if weights is None:
         return None
     if data is not None:

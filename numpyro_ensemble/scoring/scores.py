@@ -1,10 +1,9 @@
-"""How good predictions are: proper scores, calibration, and the weights of members.
+"""Scores of predictions: proper scores, calibration, and variances.
 
-Functions of draws take an array that leads with the draws, `(S, N)`, or ArviZ data, whose
-predictive draws and observations they then find. They return means over the observations, or with
-`pointwise=True` one value for each. Observations that the model masks, and draws that are not
-finite, are left out. `weights` are those of the draws `(S,)`; ArviZ data takes those of the members
-as well.
+Each function takes draws `(S, N)` and observations `(N,)`, or ArviZ data with both. It returns the
+mean over the observations, or with `pointwise=True` one value for each. Observations that the model
+masks, and draws that are not finite, are left out. `weights` has one weight for each draw, `(S,)`,
+or with ArviZ data one for each member.
 """
 
 from __future__ import annotations
@@ -63,8 +62,7 @@ def nll(
     """Return the negative log score of the mixture of all draws.
 
     Args:
-        log_likelihood: `(S, N)` log likelihoods of the observations, for any likelihood, or ArviZ
-            data that has them.
+        log_likelihood: `(S, N)` log likelihoods of the observations, or ArviZ data.
         weights: weights `(S,)` of the draws.
         pointwise: one value for each observation.
         var_name: the observed site, where ArviZ data has several.
@@ -135,7 +133,7 @@ def crps(
 def energy_score(
     draws: Any, y: ArrayLike | None = None, *, weights: Any = None, **where: Any
 ) -> jax.Array:
-    """Return the energy score of all observations together, a `crps` for vectors.
+    """Return the energy score of all observations together, the `crps` of a vector.
 
     Args:
         draws: `(S, N)` draws, or ArviZ data.
@@ -175,7 +173,8 @@ def interval(
 ) -> jax.Array:
     """Return the ends of central intervals, `(2, levels, N)`.
 
-    Quantiles lie between draws; with weights they are draws, the first to reach the probability.
+    Quantiles interpolate between draws. With weights, a quantile is the first draw that reaches the
+    probability.
 
     Args:
         draws: `(S, N)` draws.

@@ -33,16 +33,16 @@ def summary(
     """Return a pandas frame of scores, a row for each set of predictions.
 
     Args:
-        predictions: draws `(S, N)`, or ArviZ data, by the row's name.
-        y: the observations; ArviZ data has its own.
-        truth: what the mean prediction is compared with besides.
-        log_likelihood: `(S, N)` by the row's name, for the column `NLL`; ArviZ data has its own,
-            of its own observations.
-        level: of the intervals.
-        var_name: the observed site, where ArviZ data has several.
+        predictions: a dict by row name of draws `(S, N)`, or of ArviZ data.
+        y: the observations `(N,)`. ArviZ data has its own.
+        truth: true values `(N,)`, for the column `RMSE truth` of the mean prediction.
+        log_likelihood: a dict by row name of log likelihoods `(S, N)`, for the column `NLL`. ArviZ
+            data has its own, for its own observations.
+        level: probability of the intervals.
+        var_name: the observed site, if ArviZ data has several.
 
     Raises:
-        TypeError: if predictions or log_likelihood do not come by name.
+        TypeError: if `predictions` or `log_likelihood` is not a dict.
         ValueError: if shapes or names do not fit.
 
     Example:

@@ -26,7 +26,7 @@ def psis(log_ratios: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
 
     Returns:
         The smoothed log weights `(..., S)`, each row adding up to 1, and the shapes k-hat `(...)`.
-        Above 0.7 the weights are not to be trusted.
+        Do not trust the weights above 0.7.
 
     Raises:
         ValueError: if there are too few draws.
@@ -42,8 +42,8 @@ def psis(log_ratios: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
     ratios = np.asarray(log_ratios, float)
     if ratios.ndim < 1 or ratios.shape[-1] < LEAST_DRAWS:
         raise ValueError(
-            f"PSIS needs {LEAST_DRAWS} draws at least, got log_ratios of shape {ratios.shape}; "
-            f"draw more per member, num_samples=100 say."
+            f"PSIS needs {LEAST_DRAWS} draws at least, got log_ratios of shape {ratios.shape}: "
+            f"make more draws of each member, num_samples=100."
         )
     return smoothed(ratios)
 
@@ -60,23 +60,23 @@ def _ratios(data: Any, name: str = "log_q") -> np.ndarray:
     stats = group_of(data, "sample_stats")
     if stats is None or "log_q" not in stats:
         raise ValueError(
-            "the ArviZ data has no log_q: importance weights need variational fits, by to_arviz, "
-            "whose guide tells the density of its draws. Point masses (AutoDelta), "
-            "AutoLaplaceApproximation and supports that depend on other latents do not."
+            "the ArviZ data has no log_q: importance weights need data that to_arviz made of a "
+            "variational fit, with a guide that has a density. AutoDelta, "
+            "AutoLaplaceApproximation and guides with supports that depend on other latents have "
+            "none."
         )
     return stats["log_p"].values - stats[name].values
 
 
 def khat(data: Any) -> Khat:
-    """Return how far each member, and the mixture of all, is from the posterior.
+    """Return the Pareto k-hat of each member's guide, and that of the mixture of all.
 
     Args:
         data: what `to_arviz` made of variational fits.
 
     Returns:
-        `Khat`: k-hat by member, and that of all draws as draws of the equal mixture of all guides,
-        NaN where the guide does not tell the density of another member's draw. Below 0.5 is good,
-        above 0.7 bad.
+        `Khat`: the k-hat of each member, and that of the equal mixture of all guides (NaN if a
+        guide has no density for another member's draws). Below 0.5 is good, above 0.7 bad.
 
     Raises:
         ValueError: if the data has no densities, or too few draws.
@@ -110,8 +110,8 @@ def importance_resample(
 ) -> dict[str, jax.Array]:
     """Resample the variational draws of all members towards the posterior.
 
-    They count as draws of the equal mixture of all guides, so that members that agree do not count
-    twice.
+    The draws are weighted as draws of the equal mixture of all guides, so that members that agree
+    do not count twice.
 
     Args:
         rng_key: one key.
@@ -119,7 +119,7 @@ def importance_resample(
         num_samples: number of draws (default: as many as there are).
 
     Returns:
-        Draws by site name, which lead with `(num_samples,)`.
+        Draws by site name, with a leading axis `(num_samples,)`.
 
     Raises:
         ValueError: if the data has no densities, or too few draws.
@@ -144,8 +144,8 @@ def importance_resample(
     if ratios.shape[0] > 1:
         if "log_q_mixture" not in group_of(data, "sample_stats") or not holds_all_members(data):
             raise ValueError(
-                "the guide does not tell the density of one member's draw under another: resample "
-                "one member at a time, data.sel(chain=[e])."
+                "the guide has no density for another member's draws: resample one member at a "
+                "time, data.sel(chain=[e])."
             )
         ratios = _ratios(data, "log_q_mixture")
     if num_samples is not None:
@@ -153,8 +153,8 @@ def importance_resample(
     log_weights, shape = psis(ratios.reshape(-1))
     if not shape <= TRUSTED_K:
         warn(
-            f"k-hat is {float(shape):.2f}, above 0.7: a few draws carry the weight of "
-            f"all. Fit longer, or with a richer guide."
+            f"k-hat is {float(shape):.2f}, above 0.7: a few draws have most of the weight. Fit "
+            f"longer, or with a more flexible guide."
         )
     number = ratios.size if num_samples is None else num_samples
     chosen = jax.random.categorical(one_key(rng_key), jnp.asarray(log_weights), shape=(number,))
@@ -207,7 +207,8 @@ def member_weights(
         training = group_of(data, "training")
         if training is None:
             raise ValueError(
-                'method="elbo" needs the losses, which to_arviz keeps for runners alone.'
+                'method="elbo" needs the losses, which only data of a runner has: write '
+                "to_arviz(runner, result, ...)."
             )
         score = np.array([last_losses(row) for row in training["loss"].values])
         values = np.asarray(jax.nn.softmax(-jnp.asarray(score)))

@@ -11,11 +11,11 @@ import numpy as np
 from numpyro_ensemble.mapping import ROOM, platform_of
 
 # Three blocks are alive at once: one is computed, one is written, and one is copied by the writer.
-# glibc uses buffers of up to 32 MiB again, and has the system map larger ones anew, page by page:
-# blocks of 64 MiB took 1.5 times as long.
+# glibc reuses buffers of up to 32 MiB. The system maps larger ones again, page by page, and blocks
+# of 64 MiB took 1.5 times as long.
 BLOCK_BYTES = 24 << 20
 _TEMPORARY_BYTES = 16 << 20
-_LEAST_ROWS = 1024  # for which a program is worth starting
+_LEAST_ROWS = 1024  # with fewer, starting the program takes longer than its work
 
 
 def room_in_block(*trees: Any) -> int:
@@ -27,13 +27,13 @@ class Output(NamedTuple):
     """An array that the blocks of a call fill.
 
     Attributes:
-        path: its name, behind that of its group if there are groups.
+        path: its name, after the name of its group if there are groups.
         dims: names of the axes of one draw.
         shape: of one draw, with all rows.
         dtype: of its numbers.
-        axis: of the rows; None where it has none, and the first block of rows has it all.
+        axis: of the rows. None if it has no rows: then the first block of rows has all of it.
         sums: whether each block of rows gives one number, along this axis.
-        drawn: whether it leads with chains and draws.
+        drawn: whether it has leading axes of chains and draws.
     """
 
     path: str
@@ -149,7 +149,7 @@ def _cuts(total: int, size: int) -> list[slice]:
 
 
 def _even(total: int, most: int) -> int:
-    """Return the size of as few equal parts as there can be of at most some size."""
+    """Return the size of the parts if a total is cut into few equal parts of at most a size."""
     most = min(max(most, 1), total)
     return -(-total // -(-total // most))
 
@@ -166,7 +166,7 @@ def grid_for(
     draws_at_once: int | None = None,
     rows_first: bool = True,
 ) -> Grid:
-    """Return the blocks of a call, of 24 MiB where nothing else is said.
+    """Return the blocks of a call, of 24 MiB by default.
 
     Args:
         chains: number of chains.
@@ -175,8 +175,8 @@ def grid_for(
         rows: number of rows, 1 where rows are not cut.
         most_rows: rows of a block at most, by what they need besides the outputs.
         most_draws: draws of a block at most, by what they need besides the outputs.
-        row_size: rows of a block, as the user says.
-        draws_at_once: draws of a block, as the user says.
+        row_size: rows of a block, set by the user.
+        draws_at_once: draws of a block, set by the user.
         rows_first: whether all draws of some rows follow each other, or all rows of some draws.
     """
     fixed = sum(output.row_bytes for output in outputs if output.axis is None)

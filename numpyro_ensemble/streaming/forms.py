@@ -1,4 +1,4 @@
-"""The sites of a model, and which of their axes the rows of a call are, by their shapes alone."""
+"""The sites of a model, and the axes of their rows, found from shapes alone."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from numpyro_ensemble.streaming.rows import REMEDY, Rows
 
 
 class SiteForm(NamedTuple):
-    """What is known of a site before the model runs."""
+    """Properties of a site that are known before the model runs."""
 
     type: str
     shape: Any  # a tuple, or a tree of tuples for parameters
     dims: list[str] | None = None
     distribution: str = ""
-    event_dim: int = 0  # trailing axes that are one event, but for what `to_event` has made one
+    event_dim: int = 0  # trailing axes that are one event, without those of `to_event`
     observed: bool = False
     looped: bool = False  # within a scan
     subsampled: bool = False  # of a plate
@@ -40,7 +40,7 @@ def site_forms(model: Callable, args: tuple, kwargs: dict) -> dict[str, SiteForm
 
 
 def forms_of(trace: Mapping[str, dict[str, Any]]) -> dict[str, SiteForm]:
-    """Return what a trace tells of its sites."""
+    """Return the properties of the sites of a trace."""
     forms = {}
     for name, site in trace.items():
         form = SiteForm(site["type"], jax.tree.map(jnp.shape, site["value"]))
@@ -83,7 +83,7 @@ class RowPlan:
         return frozenset(n for n in self.axes if self.forms[n].type == "sample") - self.known
 
     def shows(self, name: str, site: Mapping[str, Any], chosen: Collection[str] | None) -> bool:
-        """Return whether what a call returns is seen from the numbers of a site of a trace."""
+        """Return whether a call returns this site, or values that depend on its draws."""
         if site["type"] == "deterministic":
             return chosen is None or name in chosen or name not in self.forms
         drawn = site["type"] == "sample" and not site["is_observed"]
@@ -91,7 +91,7 @@ class RowPlan:
 
     @property
     def key(self) -> tuple:
-        """A hashable that is equal for plans that one program can serve."""
+        """A hashable that is equal for plans with the same program."""
         return (tuple(sorted(self.axes.items())), self.known)
 
 
@@ -111,11 +111,12 @@ def tried_forms(
     try:
         large = look(*call)
         small = look(*rows.cut(call, slice(rows.few)))
-    except Exception as error:  # whatever a model raises that does not bear fewer rows
+    except Exception as error:  # a model may raise anything if it needs all rows
         raise ValueError(
             f"the model cannot be called with {2 * rows.few} or fewer of the {rows.total} rows of "
             f"row_args={rows.labels}: {type(error).__name__}: {error} If other arguments have rows "
-            f"too, name them. Or leave row_args out: the call is then cut by draws alone."
+            f"too, name them in row_args. Or leave row_args out: the call is then cut by draws "
+            f"alone."
         ) from error
     if small.keys() != large.keys():
         raise ValueError(
@@ -132,17 +133,17 @@ def row_plan(
     wanted: Callable[[str], bool],
     conditioned: bool = False,
 ) -> RowPlan:
-    """Find the rows of each site from two numbers of rows, and refuse what has rows within it.
+    """Find the row axis of each site from its shapes with two numbers of rows.
 
     Args:
         forms: what `tried_forms` returned.
         few: the smaller number of rows.
         known: names of sites whose values are given.
         wanted: whether a deterministic site is returned, by its name.
-        conditioned: whether values that are given of deterministic sites count.
+        conditioned: whether given values of deterministic sites are used.
 
     Raises:
-        ValueError: for a site that shows by its shape that it is of several rows.
+        ValueError: for a site whose shape shows that it depends on several rows.
     """
     small, large = forms
     computed = {name for name, form in large.items() if form.type == "deterministic"}
@@ -159,7 +160,7 @@ def row_plan(
             axes[name] = axis
         elif form.looped and form.type == "sample" and not (form.observed or name in known):
             raise ValueError(
-                f"{name!r} is drawn within a scan and has no rows: blocks would not agree on its "
+                f"{name!r} is drawn within a scan and has no rows: each block would draw another "
                 f"value. {REMEDY}"
             )
     return RowPlan(large, axes, known)
@@ -172,7 +173,7 @@ def _row_axis(name: str, small: SiteForm, large: SiteForm, few: int) -> int | No
     if small.shape == large.shape or large.type == "plate":
         return None
     if large.type not in ("sample", "deterministic"):
-        raise ValueError(f"the parameter {name!r} has values of single rows. {REMEDY}")
+        raise ValueError(f"the parameter {name!r} has values for single rows. {REMEDY}")
     pairs = list(zip(small.shape, large.shape, strict=False))
     changed = [i for i, (a, b) in enumerate(pairs) if a != b]
     if len(small.shape) != len(large.shape) or [pairs[i] for i in changed] != [(few, 2 * few)]:

@@ -1,6 +1,6 @@
-"""Whether rows are independent of each other, by the numbers of a few of them.
+"""Check that rows are independent of each other, by the numbers of a few of them.
 
-A mean over the rows, or their number, is not seen in any shape.
+A mean over the rows, or their number, does not show in shapes.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def tried_numbers(
     call: tuple[tuple, dict],
     compared: Callable[[str, dict], bool],
 ) -> dict[str, Numbers]:
-    """Run a model on the rows it is tried with, and on each half of them; this is compiled.
+    """Run a model on a few rows, and on each half of these (called inside a compiled function).
 
     Args:
         run: `run(call, places, values)` returns the trace of the model for one draw, at rows at
@@ -79,7 +79,7 @@ def _is_number(leaf: Any) -> bool:
 
 
 def _densities(*sites: dict[str, Any]) -> tuple[Any, Any, Any] | None:
-    """Return the log density of a sample site's values: parameters may be out of sight."""
+    """Return the log density of a sample site's values, since parameters may not be visible."""
     if sites[0]["type"] != "sample":
         return None
     try:
@@ -92,7 +92,7 @@ def _densities(*sites: dict[str, Any]) -> tuple[Any, Any, Any] | None:
 
 
 def check_independent(numbers: Mapping[str, Numbers]) -> None:
-    """Raise a ValueError for sites whose numbers are others where a half of the rows is missing."""
+    """Raise a ValueError for sites whose numbers change if half of the rows is left out."""
     bound = []
     for name, (whole, halves, densities) in numbers.items():
         equal = True
@@ -111,7 +111,7 @@ def check_independent(numbers: Mapping[str, Numbers]) -> None:
     if bound:
         raise ValueError(
             f"the sites {bound} depend on all rows of the call at once (a mean over them, or their "
-            f"number): they are others with some of the rows left out. Compute what is of all rows "
+            f"number): their values change if rows are left out. Compute the mean or the number "
             f"before, and pass it as an argument; or leave row_args out: the call is then cut by "
             f"draws alone."
         )

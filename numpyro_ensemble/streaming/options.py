@@ -1,4 +1,4 @@
-"""How a call is cut and stored, as the user says, and what the store is told from others by."""
+"""The user's options of a store, and digests that identify its call."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from numpyro_ensemble.streaming.rows import Rows
 
 
 class StoreOptions(NamedTuple):
-    """How a call is cut and stored, as the user says."""
+    """The user's options of how a call is cut and stored."""
 
     row_args: Iterable[str | int] | None
     row_batch_size: int | None
@@ -26,7 +26,7 @@ class StoreOptions(NamedTuple):
     progress_bar: bool
 
     def rows_of(self, model: Callable, args: tuple, kwargs: dict) -> Rows | None:
-        """Return the rows of a call, None where they are not cut.
+        """Return the rows of a call, None if they are not cut.
 
         Raises:
             ValueError: for options that contradict each other or the arguments.
@@ -36,7 +36,7 @@ class StoreOptions(NamedTuple):
             check_count("row_batch_size", self.row_batch_size)
             if self.row_args is None:
                 raise ValueError(
-                    "row_batch_size goes with row_args, the names of the arguments with rows."
+                    "row_batch_size needs row_args, the names of the arguments with rows."
                 )
         if self.row_args is None:
             return None
@@ -68,7 +68,7 @@ class StoreOptions(NamedTuple):
         return list(known.values())
 
     def fingerprint(self, grid: Grid, outputs: Iterable[Output]) -> dict[str, dict[str, str]]:
-        """Return what outputs, blocks and coordinates are told from others by."""
+        """Return digests that identify outputs, blocks and coordinates."""
         sites = {o.path: f"{o.dtype} {list(o.shape)} {list(o.dims)}" for o in outputs}
         blocks = {
             "row_batch_size": str(grid.row_size if grid.row_blocks > 1 else None),
@@ -81,7 +81,7 @@ class StoreOptions(NamedTuple):
 def argument_digests(
     model: Callable, args: tuple, kwargs: dict, rows: Rows | None
 ) -> dict[str, str]:
-    """Return digests of the arguments of a call, by what the user calls them."""
+    """Return digests of the arguments of a call, by the user's names."""
     arguments = arrange(model, args, kwargs, traced=False, placed=False)
     cut = [] if rows is None else rows.labels
     digests = {label: describe(leaf) for label, leaf in arguments.labelled(FIXED)}
@@ -91,7 +91,7 @@ def argument_digests(
 def call_digests(
     rng_key: Any, samples: Any, params: Any, model: Callable, args: tuple, kwargs: dict
 ) -> dict[str, dict[str, str]]:
-    """Return digests of all that a call of something with draws depends on."""
+    """Return digests of everything that a call with draws depends on."""
     return {
         "setting": {"rng_key": describe(rng_key)},
         "sample": tree_digests(samples),

@@ -1,4 +1,4 @@
-"""Which arguments of a call have rows, calls with some of the rows, and what these draw."""
+"""The arguments of a call that have rows, calls with some of the rows, and their keys."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Rows:
     """The rows of a call, along the leading axes of some of its arguments.
 
     Attributes:
-        arguments: of the call, those with rows as what batches cut.
+        arguments: of the call; those with rows are labelled as batched.
         total: number of rows.
     """
 
@@ -33,10 +33,10 @@ class Rows:
     def of(
         cls, model: Callable, args: tuple, kwargs: dict, row_args: Iterable[str | int]
     ) -> Rows | None:
-        """Return the rows of a call, None where there is but one.
+        """Return the rows of a call, None if there is only one.
 
         Raises:
-            ValueError: if `row_args` names what is no argument, or arrays of unequal lengths.
+            ValueError: if `row_args` names no argument, or arrays of unequal lengths.
         """
         arguments = arrange(
             model, args, kwargs, batched=True, batch_args=row_args, traced=False, placed=False,
@@ -45,8 +45,8 @@ class Rows:
         lengths = {label: len(leaf) for label, leaf in arguments.labelled(BATCH)}
         if len(set(lengths.values())) != 1 or 0 in lengths.values():
             raise ValueError(
-                f"row_args takes names of arguments with equally many rows along their leading "
-                f"axes, and at least one; got {lengths or list(row_args)}."
+                f"row_args takes names of arguments with the same number of rows along their "
+                f"leading axes, at least one row; got {lengths or list(row_args)}."
             )
         total = next(iter(lengths.values()))
         return cls(arguments, total) if total > 1 else None
@@ -58,12 +58,12 @@ class Rows:
 
     @property
     def tried(self) -> np.ndarray:
-        """Places of twice as many rows, over all: the first ones of ordered data are too alike."""
+        """Indices of twice as many rows, spread over all, since the first rows may be alike."""
         return np.linspace(0, self.total - 1, 2 * self.few).round().astype(int)
 
     @property
     def labels(self) -> list[str]:
-        """What the user calls the arguments with rows."""
+        """The user's names of the arguments with rows."""
         return [label for label, _ in self.arguments.labelled(BATCH)]
 
     @property
@@ -100,9 +100,9 @@ class Rows:
 
 
 class block_seed(Messenger):  # noqa: N801  # a handler, lowercase as NumPyro's
-    """Seed a model as NumPyro's `seed` does, but sites that have rows anew in each block of rows.
+    """Seed a model as NumPyro's `seed` does, with a new key in each block for sites with rows.
 
-    What has no rows is drawn equal in all blocks, as one call for all rows would draw it.
+    Sites without rows have equal draws in all blocks, those of one call for all rows.
 
     Args:
         fn: the model; None for a context.
@@ -122,7 +122,7 @@ class block_seed(Messenger):  # noqa: N801  # a handler, lowercase as NumPyro's
     ) -> None:
         super().__init__(fn)
         self.rng_key, self.known, self.drawn, self.block = rng_key, known, drawn, block
-        self._asked: Any = None  # a key that was asked for, and not by a site so far
+        self._asked: Any = None  # a key that `prng_key` returned and no site has used yet
 
     def __exit__(self, *exc_info: Any) -> None:
         super().__exit__(*exc_info)
@@ -135,7 +135,7 @@ class block_seed(Messenger):  # noqa: N801  # a handler, lowercase as NumPyro's
             return
         given = msg["kwargs"].get("rng_key")
         if msg["type"] == "sample" and given is not None and given is self._asked:
-            self._asked = None  # NumPyro's `uncondition` asks in the name of a site
+            self._asked = None  # NumPyro's `uncondition` asks for the key of a site
             msg["kwargs"]["rng_key"] = self._of_site(msg, given)
             return
         self._check_asked()
@@ -156,6 +156,6 @@ class block_seed(Messenger):  # noqa: N801  # a handler, lowercase as NumPyro's
     def _check_asked(self) -> None:
         if self._asked is not None:
             raise ValueError(
-                f"the model draws random numbers with numpyro.prng_key, which may be of all rows. "
-                f"{REMEDY}"
+                f"the model draws random numbers with numpyro.prng_key, which may belong to all "
+                f"rows at once. {REMEDY}"
             )

@@ -1,4 +1,4 @@
-"""A Zarr store that one call fills block after block, and goes on with after it was stopped."""
+"""A Zarr store that one call fills block after block, and continues after it was stopped."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 
 from numpyro_ensemble.storage import first_difference, lock, unlock
 
-# attributes of the store: what it is of, and how many blocks are whole
+# attributes of the store: its call, its number of blocks, and the number of whole blocks
 _CALL, _BLOCKS, _WRITTEN = "call", "blocks", "blocks_written"
 
 
@@ -48,19 +48,19 @@ def local_path(store: Any) -> Path | None:
 class BlockStore:
     """A store that is open for the blocks of one call, which are written in their order.
 
-    A block counts from when all of its arrays are written: one that was written in part is written
+    A block counts once all of its arrays are written. A block that was written in part is written
     again.
 
     Args:
         store: a path, or a store of Zarr's.
-        fingerprint: what the call is of, as texts by name in named groups.
+        fingerprint: digests that identify the call, by name in named groups.
         blocks: number of blocks.
 
     Attributes:
         written: number of blocks that are whole.
 
     Raises:
-        ValueError: if the store is of something else, or finished, or another call writes it.
+        ValueError: if the store is finished, or another call owns or writes it.
     """
 
     def __init__(
@@ -70,10 +70,10 @@ class BlockStore:
         self._lock: Any = None
         self.store = store
         if getattr(store, "read_only", False):
-            raise ValueError(f"{self.name} was opened to read alone: give a store to write to.")
+            raise ValueError(f"{self.name} was opened read-only: open it for writing.")
         if getattr(store, "supports_deletes", True) is False:
             raise ValueError(
-                f"{self.name} cannot write a place twice: write a directory, and pack it then."
+                f"{self.name} cannot overwrite values: write to a directory, and pack it then."
             )
         if self._path is not None:
             self._path.mkdir(parents=True, exist_ok=True)
@@ -81,8 +81,8 @@ class BlockStore:
         self._lock = None if self._path is None else lock(self._path)
         if self._lock is False:
             raise ValueError(
-                f"another call writes {self.name}: give this one a store of its own. Of several "
-                f"processes that run one script one writes (if jax.process_index() == 0)."
+                f"another call writes {self.name}: give this call another store. If several "
+                f"processes run one script, let one of them write: if jax.process_index() == 0."
             )
         try:
             self._root = self._opened(fingerprint, blocks)
@@ -117,7 +117,7 @@ class BlockStore:
         if consolidated and root.attrs[_WRITTEN] == root.attrs[_BLOCKS]:
             raise ValueError(
                 f"the store exists: {self.name} holds all of this call, and xarray.open_zarr reads "
-                f"it. Remove it to write it anew."
+                f"it. Remove it to write it again."
             )
         if self._path is not None:  # files that were being written when their process ended
             for part in self._path.rglob("*.partial"):
@@ -125,7 +125,10 @@ class BlockStore:
         return root
 
     def _foreign(self) -> ValueError:
-        return ValueError(f"the store exists: {self.name} holds something else. Give another one.")
+        return ValueError(
+            f"the store exists: {self.name} was not written by this package. Give this call "
+            f"another store."
+        )
 
     @property
     def written(self) -> int:
@@ -145,10 +148,10 @@ class BlockStore:
         dtype: Any,
         chunks: tuple[int, ...] | None = None,
     ) -> Any:
-        """Make an array without values, in place of one that is there; NaN stands for no value."""
+        """Make an array without values, replacing one of its name. Missing values are NaN."""
         group, _, name = path.rpartition("/")
         dtype = stored_dtype(dtype)
-        # noise does not get smaller: compressing it takes longer than writing it
+        # random numbers do not compress: compressing them takes longer than writing them
         packed = self._zarr.codecs.BloscCodec(cname="lz4", clevel=1, shuffle="bitshuffle")
         return (self._root.require_group(group) if group else self._root).create_array(
             name,
@@ -159,7 +162,7 @@ class BlockStore:
             fill_value=np.nan if dtype.kind in "fc" else None,
             dimension_names=tuple(dims),
             overwrite=True,
-            config={"write_empty_chunks": True},  # or each chunk is searched for values
+            config={"write_empty_chunks": True},  # False would search each chunk for values
         )
 
     def put(self, path: str, dims: Iterable[str], values: Any) -> None:
@@ -196,7 +199,7 @@ class BlockStore:
         self._root.attrs[_WRITTEN] = self.written + 1
 
     def finish(self) -> None:
-        """Gather all descriptions in one place, from where readers take them."""
+        """Gather all metadata in one file, which readers use."""
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Consolidated metadata is currently not part")
             self._zarr.consolidate_metadata(self.store, zarr_format=3)

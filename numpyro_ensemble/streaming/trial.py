@@ -1,4 +1,4 @@
-"""What a call gives, as it is found out with few of its rows."""
+"""The outputs of a call, found from a trial with a few of its rows."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from numpyro_ensemble.streaming.store import stored_dtype
 
 
 def stored_name(name: str) -> str:
-    """Return the name of a site or dimension in a store, where a slash is a path."""
+    """Return the name of a site or dimension in a store, where a slash would be a path."""
     return name.replace("/", ".")
 
 
@@ -67,7 +67,7 @@ def outputs_of(
 
 
 def check_given(plan: RowPlan, shapes: Mapping[str, tuple[int, ...]], rows: Rows) -> None:
-    """Raise a ValueError where a latent of single rows is given for other rows than the call's.
+    """Raise a ValueError if a latent of single rows is given for another number of rows.
 
     Args:
         plan: how sites follow the rows.
@@ -77,15 +77,15 @@ def check_given(plan: RowPlan, shapes: Mapping[str, tuple[int, ...]], rows: Rows
     for name, axis in plan.given.items():
         if shapes[name][axis : axis + 1] != (rows.total,):
             raise ValueError(
-                f"{name!r} has one value for each row, and what is given has shape {shapes[name]}: "
-                f"it takes {rows.total} of them along axis {axis} to be cut with the rows. {REMEDY}"
+                f"{name!r} has one value for each row, and its samples have shape {shapes[name]}: "
+                f"to be cut with the rows they need {rows.total} values along axis {axis}. {REMEDY}"
             )
 
 
 def rows_that_fit(
     rows: Rows, room: int, of_draw: Callable[[tuple, int], Callable], *inputs: Any
 ) -> int:
-    """Return how many rows of a call there is room for, with all that one draw computes of them.
+    """Return how many rows of a call fit into memory, with all values that one draw computes.
 
     Args:
         rows: of the call.

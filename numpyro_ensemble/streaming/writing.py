@@ -1,4 +1,4 @@
-"""Blocks that are computed while those before them are written."""
+"""Blocks that are computed while the blocks before them are written."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ def write_call(
         grid: the blocks.
         outputs: the arrays that they fill.
         compute: as in `write_blocks`.
-        fingerprint: what tells the call from others, besides its outputs and blocks.
+        fingerprint: digests that identify the call, besides its outputs and blocks.
         members: coordinates of the chains.
-        options: how the user wants it.
+        options: the user's options.
     """
     import_zarr()
     import xarray
@@ -70,8 +70,8 @@ def write_blocks(
         store: where they go.
         grid: the blocks.
         outputs: the arrays that they fill.
-        compute: starts the computation of a block; what it returns waits for it, and gives arrays
-            by path that lead with the chains and draws of a whole block.
+        compute: starts the computation of a block, and returns a function that waits for its
+            arrays, by path, with leading axes of the chains and draws of a whole block.
         progress_bar: show how many blocks are written.
     """
     if not store.written:
@@ -105,13 +105,13 @@ def write_blocks(
             if ahead is not None:
                 ahead.result()
             ahead = writer.submit(write, block, wait)
-            del wait  # or its arrays would live on beside those of the next block
+            del wait  # so that its arrays are freed before those of the next block
         if ahead is not None:
             ahead.result()
 
 
 def _real(region: tuple[slice, ...]) -> tuple[slice, ...]:
-    """Return where the numbers of a region stand in its block, which is filled up to its size."""
+    """Return the slices of a region's numbers in its block, which is padded to its size."""
     return tuple(slice(0, part.stop - part.start) for part in region)
 
 
@@ -122,10 +122,10 @@ def _check_goes_on(
     block: Block,
     values: Mapping[str, Any],
 ) -> None:
-    """Raise a ValueError where the last block that was written comes out as another now.
+    """Raise a ValueError if the last written block has other numbers when computed again.
 
-    What a model computes is in no fingerprint. Single numbers may differ, where another machine's
-    rounding turns one draw of whole numbers into the next.
+    A fingerprint does not contain the computations of the model. Up to 1 % of the numbers may
+    differ, since the rounding of another machine can change a draw of whole numbers.
     """
     for output in outputs:
         region = grid.region(block, output)
@@ -148,7 +148,7 @@ def coords_of(
 ) -> dict[str, Any]:
     """Return the coordinates of a group: those given, and numbers for the other dimensions.
 
-    A dimension of rows has those that are given alone: readers hold coordinates in memory.
+    A dimension of rows has only given coordinates, because readers hold coordinates in memory.
 
     Raises:
         ValueError: for a dimension of two lengths, and coordinates of another length.
@@ -161,7 +161,7 @@ def coords_of(
             if sizes.setdefault(dim, length) != length:
                 raise ValueError(
                     f"dimension {dim!r} has length {sizes[dim]} in one site, and {length} in "
-                    f"{output.path!r}: give one of them another name, by dims=."
+                    f"{output.path!r}: rename one of them by dims=."
                 )
             if axis == output.axis:
                 with_rows.add(dim)
@@ -177,7 +177,7 @@ def coords_of(
 
 
 def library_attributes() -> dict[str, str]:
-    """Return attributes that say what has written a group."""
+    """Return attributes with the versions of the libraries that wrote a group."""
     import numpyro_ensemble
 
     return {
