@@ -80,7 +80,10 @@ def check_inputs(finite: dict[str, jax.Array]) -> None:
     """Raise a ValueError for a process whose inputs in a call are not all finite."""
     for name, flags in finite.items():
         if not has_tracers(flags) and not holds(flags):
-            raise ValueError(f"the inputs of {name!r} in this call are not all finite.")
+            raise ValueError(
+                f"the inputs of {name!r} in this call are not all finite: leave out the rows "
+                f"with NaN or infinity, or impute them."
+            )
 
 
 _PART = 1 << 20  # numbers that are read at once

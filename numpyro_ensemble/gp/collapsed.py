@@ -22,10 +22,10 @@ from numpyro_ensemble.gp.process import Process
 
 
 class CollapsedSparseGP(Process):
-    """Observations of a process with normal noise through inducing points, as Titsias' bound.
+    """Observations of a process with normal noise, approximated by inducing points (Titsias, 2009).
 
-    `log_prob(y)` is the bound of Titsias (2009): the best there is over all distributions of the
-    inducing values. As one observed site it goes with any inference for the hyperparameters.
+    `log_prob(y)` is the bound of Titsias (2009), which is optimal over all distributions of the
+    inducing values. Use it as one observed site, with any inference for the hyperparameters.
 
     Args:
         kernel: a kernel.

@@ -84,8 +84,8 @@ def draw_paths(
         observed: which values count, `(N,)`; the others may be NaN.
         num_paths: number of functions.
         num_features: columns of a random basis, even.
-        num_bases: random bases, which the paths share evenly: the error that a basis makes is not
-            removed by more paths.
+        num_bases: number of random bases, shared evenly by the paths. More bases average over the
+            error of a single basis; more paths do not.
         solver: "cholesky", or "cg" for conjugate gradients in memory that grows with N.
         tolerance: relative residual of conjugate gradients (default: the root of the precision).
         copies: how many paths that follow each other share a basis: those of a plate's processes.

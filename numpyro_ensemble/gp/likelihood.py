@@ -20,10 +20,10 @@ _MOST_NUMBERS = 2**20  # of latents at its points, at once
 
 
 class ExpectedLikelihood(dist.Distribution):
-    """The likelihood of values whose mean log density is taken over normal latents.
+    """The expected log likelihood of values over normal latents.
 
-    `log_prob(y)` is `E log p(y | f)`, f normal: in closed form where the likelihood is normal
-    around f itself, by quadrature else. Sampling draws f, then y.
+    `log_prob(y)` is `E log p(y | f)` for normal f: in closed form if the likelihood is normal
+    around f itself, else by quadrature. Sampling draws f, then y.
 
     Args:
         likelihood: a function of f that returns a distribution of f's shape; with several latents
@@ -31,8 +31,9 @@ class ExpectedLikelihood(dist.Distribution):
         m: mean `(N,)` of the latents, or `(L, N)`.
         v: their variance, of the same shape; the L latents of a value are independent.
 
-    Quadrature of up to four latents errs by 3e-4 or less for softmax and the like. Beyond, 1,024
-    points of a Sobol sequence err by 1e-3, and by some percent for `exp` of their sum.
+    For one to four latents, Gauss-Hermite quadrature has errors of at most 3e-4 for likelihoods
+    like softmax. For more latents, 1,024 points of a Sobol sequence have errors of 1e-3, and of some
+    percent for `exp` of the latents' sum.
 
     Example:
         >>> import jax.numpy as jnp, numpyro.distributions as dist

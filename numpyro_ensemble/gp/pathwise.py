@@ -49,16 +49,17 @@ from numpyro_ensemble.streaming.options import StoreOptions, call_digests
 class Pathwise:
     """Posterior functions of the Gaussian processes in a model, called as `Predictive` is.
 
-    `pathwise(rng_key, X_new)` draws functions for each posterior draw and runs the model on them at
-    the new inputs. One key is one set of functions, wherever they are evaluated, for data of one
-    dtype, and of the noise at each input. Latent processes return their values, observed ones
-    `{name}` with noise and `{name}_f` without; other sites that were not sampled are drawn on top.
+    `pathwise(rng_key, X_new)` draws functions for each posterior draw, and runs the model on them
+    at the new inputs. The same key gives the same functions, and the same noise at each input, in
+    every call (for data of the same dtype). A latent process returns its values. An observed process
+    returns `{name}` with noise and `{name}_f` without. Other sites without samples are drawn from
+    the model.
 
     Args:
         model: the NumPyro model that was fitted.
         posterior_samples: a dict by site name, from any inference, or the result of a MAP ensemble.
         *args: arguments of the fit.
-        params: the model's parameters: of its own shapes, or for each draw.
+        params: the model's parameters, in the model's shapes or with a leading axis of draws.
         batch_ndims: number of leading axes of the samples, 0, 1 or 2.
         return_sites: names of the sites to return (default: all that were not given).
         num_paths: functions for each draw.
@@ -69,13 +70,12 @@ class Pathwise:
         group_by_draw: return `(S, num_paths, ...)`.
         solver: "cholesky" or "cg".
         tolerance: relative residual of conjugate gradients.
-        mesh: devices that draws are spread over: a `jax.sharding.Mesh` with an axis "member", or
-            "all".
+        mesh: devices for the draws: a `jax.sharding.Mesh` with an axis "member", or "all".
         **kwargs: keyword arguments of the fit.
 
     Raises:
         ValueError: for a model without a Gaussian process, samples that lack a latent, and draws
-            that no functions can be made of.
+            for which the process cannot be solved.
 
     Example:
         >>> import jax, jax.numpy as jnp, numpyro, numpyro.distributions as dist
@@ -400,7 +400,7 @@ class Pathwise:
         if bound:
             raise ValueError(
                 f"the inputs of {bound} depend on another process, so that the moments have no "
-                f"closed form: take those of draws."
+                f"closed form: compute them from the draws that a call returns."
             )
         return each
 

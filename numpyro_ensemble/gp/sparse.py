@@ -46,24 +46,24 @@ def sparse_gp(
     mean_fn: Any = None,
     jitter: ArrayLike | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Sample a process at inducing points, and return its moments at inputs given these values.
+    """Sample a process at inducing points, and return its mean and variance at inputs given these.
 
-    Its only latent is `{name}_u_base`, independent standard normals (`{name}_u` if not whitened).
-    Call it outside the plate of the data, and `ExpectedLikelihood` inside, so that ordinary guides
-    and batches optimise the bound of Hensman et al. (2013). Inside a plate of its own it samples as
-    many independent processes, which a model may mix.
+    The only latent is `{name}_u_base`, independent standard normals (`{name}_u` if not whitened).
+    Call `sparse_gp` outside the plate of the data, and `ExpectedLikelihood` inside. Then any guide
+    and batches of any size optimise the bound of Hensman et al. (2013). In a plate of its own,
+    `sparse_gp` samples one independent process for each row of the plate.
 
     Args:
         name: of the process.
         kernel: a kernel.
-        X: inputs `(N, D)`, those of a batch say.
+        X: inputs `(N, D)` or `(N,)`, of all data or of a batch.
         Z: inducing points `(M, D)`, fixed or parameters.
         whiten: sample independent normals.
         mean_fn: a number, or a function of the inputs.
         jitter: what is added to the inducing points' diagonal.
 
     Returns:
-        Mean and variance `(*copies, N)`; functions and 0 where `Pathwise` predicts.
+        Mean and variance `(*copies, N)`. In a call of `Pathwise`: values of a function, and 0.
 
     Example:
         >>> import jax.numpy as jnp, numpyro, numpyro.distributions as dist

@@ -90,15 +90,15 @@ def run_checkpointed(
     init_params: Any = None,
     **kwargs: Any,
 ) -> None:
-    """Do what `mcmc.run` does, with checkpoints, so that the same call made again goes on.
+    """Run `mcmc.run` with checkpoints: after a stop, the same call continues.
 
-    For NumPyro's kernels and those of this package, warm-up included. The draws are those of
-    `mcmc.run` with the same key, to rounding, and the same bit for bit however often a run was
-    stopped. They are kept in every checkpoint, all so far: choose
-    `Checkpoint(directory, every=...)` by their size.
+    Works with NumPyro's kernels and those of this package, warm-up included. The draws are those of
+    `mcmc.run` with the same key up to rounding, and do not depend on where the run was stopped.
+    Every checkpoint holds all draws so far, so choose `Checkpoint(directory, every=...)` by their
+    size.
 
-    After Ctrl-C the draws so far are in `mcmc`, and SIGTERM writes a checkpoint before it ends the
-    process.
+    After Ctrl-C, `mcmc` holds the draws so far. SIGTERM writes a checkpoint before the process
+    ends.
 
     Args:
         mcmc: a NumPyro `MCMC`.
@@ -110,7 +110,7 @@ def run_checkpointed(
         **kwargs: keyword arguments of the model.
 
     Raises:
-        TypeError: if `mcmc` or `checkpoint` is none.
+        TypeError: if `mcmc` is no `MCMC`, or `checkpoint` no `Checkpoint`.
         ValueError: for checkpoints of another run, or a directory that another run uses.
         KeyboardInterrupt: after Ctrl-C in warm-up, when there are no draws.
 

@@ -25,27 +25,27 @@ from numpyro_ensemble.mcmc.trajectories import TrajectoryKernel
 class ChEES(TrajectoryKernel):
     """Hamiltonian Monte Carlo over many chains, adapted by ChEES (Hoffman et al., 2021).
 
-    For `MCMC(ChEES(model), num_chains=64, chain_method="vectorized", ...)`. All chains make
-    trajectories of one length, a quasi-random part of a longest one that is found by gradient
-    ascent; step size and scale are found from all chains too. The kernel finds its start alone.
+    For `MCMC(ChEES(model), num_chains=64, chain_method="vectorized", ...)`. Each
+    iteration, all chains make trajectories of the same length, a quasi-random fraction of a longest
+    one. Gradient ascent adapts the longest length; step size and metric are adapted over all chains
+    too. By default the kernel finds its own start.
 
     Args:
         model: a NumPyro model whose latents are continuous.
         potential_fn: a potential energy instead of a model; `MCMC.run` needs `init_params` then.
-        step_size: the first step size, in units of the metric; None is what the gradients suggest.
+        step_size: the first step size, in units of the metric. None takes it from the gradients.
         learning_rate: of the ascent on the logarithm of the trajectory length.
         target_accept_prob: the acceptance probability that the step size is adapted to, that of
             NUTS by default. 0.651 is best in theory, but reaches thin tails too rarely.
         max_leapfrog_steps: the most leapfrog steps of a trajectory in warm-up.
-        metric: "dense", which knows all correlations, "low_rank", which knows the 16 strongest
-            directions, or the number of these, or "diagonal", a scale for each latent. "auto" is
-            the first of them that so many chains can learn in so many dimensions.
+        metric: "dense" (all correlations), "low_rank" (the 16 strongest directions), a number of
+            directions, or "diagonal" (a scale for each latent). "auto" is the first of these that
+            the number of chains can estimate.
         start: where chains start: "nuts", "pathfinder", "microcanonical", "init"
             (`init_strategy` alone), or a function `(rng_key, num_chains, *args, **kwargs)` that
             returns what `MCMC.run` takes as `init_params`.
-        init_strategy: a NumPyro initialisation strategy, from which the start is looked for.
-        mesh: devices that chains are spread over: a `jax.sharding.Mesh` with an axis "member", or
-            "all".
+        init_strategy: a NumPyro initialisation strategy: where the search for the start begins.
+        mesh: devices for the chains: a `jax.sharding.Mesh` with an axis "member", or "all".
 
     Raises:
         TypeError, ValueError: if an argument is of the wrong kind or out of range.

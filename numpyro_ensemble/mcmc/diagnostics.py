@@ -18,19 +18,20 @@ _CHANCE = 0.01  # of a warning about good chains that are judged alone
 
 
 def rhat_nested(samples: Any, superchains: ArrayLike, *, method: str = "rank") -> Any:
-    """Compute nested R-hat, for many chains that are too short for R-hat each (Margossian et al.).
+    """Compute nested R-hat, for many short chains (Margossian et al., 2024).
 
-    Chains that start at the same point make a superchain. What is compared is the means of
-    superchains, so that a chain may be as short as one draw. It tells whether chains have
-    forgotten where they started, and is 1 or more. `arviz.rhat_nested` is the same, for one
-    parameter or ArviZ data, from ArviZ 1.0 on.
+    Chains that start at the same point make a superchain. Nested R-hat compares the means of
+    superchains, so a chain may have one draw only. It is at least 1, and near 1 if the chains have
+    forgotten where they started. From ArviZ 1.0 on, `arviz.rhat_nested` computes the same for one
+    parameter or for ArviZ data.
 
     Args:
         samples: draws `(C, N, ...)`, or a dict of them: `mcmc.get_samples(group_by_chain=True)`.
-        superchains: `(C,)` the number of each chain's starting point; each has as many chains.
+        superchains: `(C,)`, the number of each chain's starting point. All superchains need the
+            same number of chains.
             After `starts.from_nuts` with S starts that is `np.arange(C) % S`.
-        method: "rank" is the larger one of that of ranks and of folded ranks, on halves of chains;
-            "identity" takes draws as they are.
+        method: "rank" returns the larger of the values for ranks and for folded ranks, on halves of
+            chains; "identity" uses the draws themselves.
 
     Returns:
         Nested R-hat of each parameter, in the form of the samples.

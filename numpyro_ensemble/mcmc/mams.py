@@ -24,28 +24,28 @@ from numpyro_ensemble.mcmc.trajectories import TrajectoryKernel
 class MAMS(TrajectoryKernel):
     """Adjusted microcanonical sampling over many chains (Robnik et al., 2025).
 
-    For `MCMC(MAMS(model), num_chains=64, chain_method="vectorized", ...)`. A trajectory goes on at
-    constant speed and turns where the density bends it; its end is accepted or rejected, so that
-    draws are exact. All chains make trajectories of one length, a quasi-random part of a longest
-    one; step size, length and scale come from all chains. The kernel finds its start alone.
+    For `MCMC(MAMS(model), num_chains=64, chain_method="vectorized", ...)`. A trajectory
+    moves at constant speed, and the gradient turns it. Its end is accepted or rejected, so draws
+    have no bias. Each iteration, all chains make trajectories of the same length, a quasi-random
+    fraction of a longest one. Step size, length and metric are adapted over all chains. By default
+    the kernel finds its own start.
 
     Args:
         model: a NumPyro model whose latents are continuous.
         potential_fn: a potential energy instead of a model; `MCMC.run` needs `init_params` then.
-        step_size: the first step size, in coordinates in which the metric is the identity; None is
-            what the gradients suggest.
+        step_size: the first step size, in coordinates in which the metric is the identity. None
+            takes it from the gradients.
         target_accept_prob: the acceptance probability that the step size is adapted to.
-        length_factor: of the longest trajectory that the chains' spread suggests.
-        max_steps: the most leapfrog steps of a trajectory.
-        metric: "dense", which knows all correlations, "low_rank", which knows the 16 strongest
-            directions, or the number of these, or "diagonal", a scale for each latent. "auto" is
-            the first of them that so many chains can learn in so many dimensions.
+        length_factor: multiplies the longest trajectory, which is computed from the chains' spread.
+        max_steps: the largest number of leapfrog steps of a trajectory.
+        metric: "dense" (all correlations), "low_rank" (the 16 strongest directions), a number of
+            directions, or "diagonal" (a scale for each latent). "auto" is the first of these that
+            the number of chains can estimate.
         start: where chains start: "nuts", "pathfinder", "microcanonical", "init"
             (`init_strategy` alone), or a function `(rng_key, num_chains, *args, **kwargs)` that
             returns what `MCMC.run` takes as `init_params`.
-        init_strategy: a NumPyro initialisation strategy, from which the start is looked for.
-        mesh: devices that chains are spread over: a `jax.sharding.Mesh` with an axis "member", or
-            "all".
+        init_strategy: a NumPyro initialisation strategy: where the search for the start begins.
+        mesh: devices for the chains: a `jax.sharding.Mesh` with an axis "member", or "all".
 
     Raises:
         TypeError, ValueError: if an argument is of the wrong kind or out of range.

@@ -32,34 +32,33 @@ _REMEDIES_ALONE = (
 class MCLMC(ManyChainKernel):
     """Microcanonical Langevin dynamics over many chains (Robnik et al., 2023).
 
-    For `MCMC(MCLMC(model), num_chains=64, chain_method="vectorized", ...)`. A chain goes on at
-    constant speed, turns where the density bends it, and forgets its direction slowly. Every step
-    is accepted: draws have a bias, which the step size bounds by `desired_energy_var`. A run whose
-    energy error is larger ends with a warning; `MAMS` has no such bias. The kernel finds its start
-    alone.
+    For `MCMC(MCLMC(model), num_chains=64, chain_method="vectorized", ...)`. A chain moves
+    at constant speed, the gradient turns it, and it forgets its direction slowly. Every step is
+    accepted, so draws have a bias, which `desired_energy_var` controls through the step size. A run
+    whose energy error is larger ends with a warning. `MAMS` has no such bias. By default the kernel
+    finds its own start.
 
     Args:
         model: a NumPyro model whose latents are continuous, of two dimensions or more.
         potential_fn: a potential energy instead of a model; `MCMC.run` needs `init_params` then.
         desired_energy_var: the variance of a step's energy change, for each dimension, that the
             step size is adapted to. The bias falls with its third root or faster. The extra field
-            `energy_var` holds the mean square of the energy changes of each draw's steps. A pair
-            begins warm-up with its first value, which is large where chains have far to go, and
-            ends at its second, which draws are made with.
+            `energy_var` holds the mean square of the energy changes of each draw's steps. With a
+            pair, warm-up goes from the first value (large, if chains start far from the mass) to
+            the second, and draws are made with the second.
         adapt: "all" adapts over all chains at once; "each" adapts every chain alone, for chains
-            that stay in modes of their own, such as the members of an ensemble
-            (`starts.from_ensemble`), and judges each alone at the run's end.
-        length_factor: of the distance in which a direction is forgotten.
-        steps_per_draw: steps between two draws; a draw costs so many gradients.
-        metric: with adapt="all": "dense", which knows all correlations, "low_rank", which knows the
-            16 strongest directions, or the number of these, or "diagonal", a scale for each latent.
-            "auto" is the first of them that so many chains can learn in so many dimensions.
+            that stay in different modes, such as those of members (`starts.from_ensemble`). The
+            check at the run's end then judges each chain alone.
+        length_factor: multiplies the distance in which a chain forgets its direction.
+        steps_per_draw: steps between two draws; each step costs one gradient.
+        metric: with adapt="all": "dense" (all correlations), "low_rank" (the 16 strongest
+            directions), a number of directions, or "diagonal" (a scale for each latent). "auto" is
+            the first of these that the number of chains can estimate.
         start: where chains start: "nuts", "pathfinder", "microcanonical", "init"
             (`init_strategy` alone), or a function `(rng_key, num_chains, *args, **kwargs)` that
             returns what `MCMC.run` takes as `init_params`.
-        init_strategy: a NumPyro initialisation strategy, from which the start is looked for.
-        mesh: devices that chains are spread over: a `jax.sharding.Mesh` with an axis "member", or
-            "all".
+        init_strategy: a NumPyro initialisation strategy: where the search for the start begins.
+        mesh: devices for the chains: a `jax.sharding.Mesh` with an axis "member", or "all".
 
     Raises:
         TypeError, ValueError: if an argument is of the wrong kind or out of range.

@@ -26,27 +26,27 @@ _FEW = 16  # below so many chains in a fold, they and the step size may be far o
 class MEADS(ManyChainKernel):
     """Generalized HMC over many chains, adapted by MEADS (Hoffman and Sountsov, 2022).
 
-    For `MCMC(MEADS(model), num_chains=64, chain_method="vectorized", ...)`. Every chain takes its
-    step size, scale and damping from other chains; no trajectory length is needed, since momentum
-    persists from step to step. The kernel finds its start alone.
+    For `MCMC(MEADS(model), num_chains=64, chain_method="vectorized", ...)`. Step size,
+    metric and damping of a chain are computed from other chains. There is no trajectory length,
+    since momentum persists from step to step. By default the kernel finds its own start.
 
     Args:
         model: a NumPyro model whose latents are continuous.
         potential_fn: a potential energy instead of a model; `MCMC.run` needs `init_params` then.
-        num_folds: number of folds K, a divisor of the number of chains; 16 chains in each or more.
-        step_size_multiplier: of the step size that the gradients suggest.
+        num_folds: number of folds K, a divisor of the number of chains. Each fold should have 16
+            chains or more.
+        step_size_multiplier: multiplies the step size, which is computed from the gradients.
         damping_slowdown: how slowly the floor of the damping falls; larger is slower.
-        steps_per_draw: steps between two draws; a draw costs so many gradients.
-        metric: "dense", which knows all correlations, "low_rank", which knows the 16 strongest
-            directions, or the number of these, or "diagonal", a scale for each latent and fold.
-            "auto" is the first of them that so many chains can learn in so many dimensions.
+        steps_per_draw: steps between two draws; each step costs one gradient.
+        metric: "dense" (all correlations), "low_rank" (the 16 strongest directions), a number of
+            directions, or "diagonal" (a scale for each latent and fold). "auto" is the first of
+            these that the number of chains can estimate.
         start: where chains start: "nuts", "pathfinder", "microcanonical", "init"
             (`init_strategy` alone: MEADS freezes far from the typical set), or a function
             `(rng_key, num_chains, *args, **kwargs)` that returns what `MCMC.run` takes as
             `init_params`.
-        init_strategy: a NumPyro initialisation strategy, from which the start is looked for.
-        mesh: devices that chains are spread over: a `jax.sharding.Mesh` with an axis "member", or
-            "all".
+        init_strategy: a NumPyro initialisation strategy: where the search for the start begins.
+        mesh: devices for the chains: a `jax.sharding.Mesh` with an axis "member", or "all".
 
     Raises:
         TypeError, ValueError: if an argument is of the wrong kind or out of range.

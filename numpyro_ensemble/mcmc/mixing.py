@@ -75,20 +75,20 @@ class _Whole(CollectedDraws):
 
 
 class CollectedEnergy(_Whole):
-    """The energy errors that `MCMC` collects, and what was asked for."""
+    """The energy errors that `MCMC` collects, and the desired one."""
 
     def check(self) -> None:
-        """Warn where the error is larger than was asked for."""
+        """Warn if the error is larger than desired."""
         errors = np.asarray(self[""], float)  # (C, N)
         asked = float(np.ravel(np.asarray(self["asked"]))[0]) if errors.size else 0.0
         if errors.size and asked and errors.mean() > _ENERGY * asked:
             over = np.flatnonzero(errors.mean(axis=1) > _ENERGY * asked)
             warn(
-                f"The energy error of {self.advice} is larger than was asked for: its mean square "
+                f"The energy error of {self.advice} is larger than desired: its mean square "
                 f"per dimension is {errors.mean():.2g}, and desired_energy_var={asked:.2g} "
-                f"({len(over)} of {len(errors)} chains: {listed(over)}). These draws are more "
-                f"biased than that bounds. Try, in this order: more warm-up (num_warmup=1000 or "
-                f"more); a smaller desired_energy_var; MAMS(model), which has no such bias."
+                f"({len(over)} of {len(errors)} chains: {listed(over)}). So the draws have more "
+                f"bias than this desired_energy_var allows. Try, in this order: more warm-up "
+                f"(num_warmup=1000 or more); a smaller desired_energy_var; MAMS(model), which has no such bias."
             )
 
 

@@ -34,28 +34,28 @@ class SGMCMC(ManyChainKernel):
     """Langevin dynamics on stochastic gradients, with a thermostat (SGNHT; Ding et al., 2014).
 
     For `MCMC(SGMCMC(model), num_chains=64, chain_method="vectorized", ...)` and models whose data
-    are in plates of which some rows are taken, `numpyro.plate("data", N, subsample_size=100)`.
-    Every step of every chain draws rows of its own. Nothing is rejected: draws have a bias, which
-    falls with the step size. The kernel finds its start alone: on 1,000 rows, from where the chains
-    go together to the mode of all rows.
+    are in plates that take some of their rows, `numpyro.plate("data", N, subsample_size=100)`.
+    Each step of each chain draws its own rows. No step is rejected, so draws have a bias, which
+    falls with the step size. By default the kernel finds its own start on 1,000 rows, and then moves
+    the chains together to the mode of all rows.
 
     Args:
-        model: a NumPyro model whose latents are continuous, and outside of such plates.
+        model: a NumPyro model whose latents are continuous and stand outside of these plates.
         batch_size: rows of a step: None for the `subsample_size` of the model's plates, a number
             for all plates that have one, or a dict of numbers by the names of plates.
-        step_size: the largest step, where 1 is the scale of the steepest direction. Steps are
-            shorter where the gradient is noisy.
-        control_variates: take from each gradient that of the same rows at the chains' centre, and
-            add that of all rows there, which is computed a few times in warm-up and once a run. A
-            step takes twice as many rows then.
+        step_size: the largest step, in units of the scale of the steepest direction. Steps are
+            shorter if the gradient is noisy.
+        control_variates: subtract from each gradient that of the same rows at the chains' centre,
+            and add that of all rows at the centre, which is computed a few times in warm-up and
+            once a run. Each step then computes two gradients.
         steps_per_draw: steps between two draws, and between two adaptations in warm-up.
-        metric: "dense", which knows all correlations, "low_rank", which knows the 16 strongest
-            directions, or the number of these, or "diagonal", a scale for each latent. "auto" is
-            the first of them that so many chains can learn in so many dimensions.
+        metric: "dense" (all correlations), "low_rank" (the 16 strongest directions), a number of
+            directions, or "diagonal" (a scale for each latent). "auto" is the first of these that
+            the number of chains can estimate.
         start: where chains start: "nuts", "pathfinder", "microcanonical", "init"
             (`init_strategy` alone), or a function `(rng_key, num_chains, *args, **kwargs)` that
             returns what `MCMC.run` takes as `init_params`.
-        init_strategy: a NumPyro initialisation strategy, from which the start is looked for.
+        init_strategy: a NumPyro initialisation strategy: where the search for the start begins.
 
     Raises:
         TypeError, ValueError: if an argument is of the wrong kind or out of range.

@@ -1,4 +1,4 @@
-"""Where chains start: in the typical set, all different.
+"""Starts for chains: different points in the typical set.
 
 Each function returns unconstrained values by site with a leading chain axis: what
 `MCMC.run(init_params=...)` takes, for the kernels of this package and for NUTS alike.
@@ -93,7 +93,7 @@ def from_pathfinder(
     init_strategy: Callable = init_to_uniform,
     **kwargs: Any,
 ) -> dict[str, jax.Array]:
-    """Start at draws of Pathfinder, chosen from those of all paths by weight, none twice.
+    """Start at draws of Pathfinder, chosen by their weights from all paths, without replacement.
 
     Args:
         rng_key: one key.
@@ -218,15 +218,15 @@ def from_microcanonical(
     init_strategy: Callable = init_to_uniform,
     **kwargs: Any,
 ) -> dict[str, jax.Array]:
-    """Start where all chains end that walk to the typical set together.
+    """Start at the end of a microcanonical walk that takes all chains to the typical set.
 
     It is the first phase of LAPS (Robnik et al., 2025): microcanonical steps without a correction,
-    the more exact the nearer the chains have come, until their means no longer move.
+    which become more exact as the chains come nearer, until the means over the chains are stable.
 
     Args:
         rng_key: one key.
         model: a NumPyro model.
-        num_chains: number of chains C to come; 64 or more know well where they are.
+        num_chains: number of chains C to come, 64 or more.
         *args: arguments of the model.
         max_steps: the most steps of each chain; a step costs a gradient.
         init_strategy: where the chains' walk begins.

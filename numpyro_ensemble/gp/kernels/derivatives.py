@@ -49,16 +49,16 @@ def _with_slopes(fn: Callable[[jax.Array], jax.Array], X: jax.Array) -> jax.Arra
 
 
 class Derivatives(Kernel):
-    """The kernel of a process and of its slopes, which a last column of the inputs tells apart.
+    """The kernel of a process and of its slopes, marked by a last column of the inputs.
 
     That column is 0 for a value, and d for the slope along column d - 1 of the others:
     `numbered_inputs(X, X_slopes)` makes such inputs. `mean_fn` gets the other columns, and JAX
-    takes its slopes. Sums, products and warps of kernels go inside.
+    differentiates it. Put sums, products and warps inside: `Derivatives(k1 + k2)`.
 
     Args:
-        kernel: a kernel of functions that are differentiable, such as RBF and Matern52. One of your
-            own must be twice differentiable by JAX at equal inputs, so write it in squared
-            distances. `Stationary` ones are checked, others are not.
+        kernel: a kernel of functions that are differentiable, such as RBF and Matern52. JAX
+            must differentiate a kernel of your own twice at equal inputs, so write it in squared
+            distances. A `Stationary` kernel is checked, others are not.
 
     Raises:
         ValueError: for a kernel of functions without slopes, or whose slopes JAX does not have.

@@ -190,7 +190,7 @@ def multi_output(kernel: Kernel, W: Any, kappa: Any = None) -> Kernel:
     Args:
         kernel: a kernel of the other columns.
         W: `(num_outputs, rank)`.
-        kappa: variance of a part of each output's own, `(num_outputs,)` (default: none).
+        kappa: variances of a separate function for each output, `(num_outputs,)` (default: none).
 
     Example:
         >>> import jax.numpy as jnp
@@ -215,12 +215,12 @@ def _root(x: jax.Array) -> jax.Array:
 
 
 class Categorical(Coregion):
-    """The kernel of categories, whose numbers are a column of the inputs: no two are nearer.
+    """The kernel of categories, numbered in a column of the inputs, with equal correlations.
 
     Args:
-        num_categories: how many there are.
+        num_categories: number of categories.
         variance: one number, the covariance of a category with itself.
-        correlation: one number between 0 and 1, that of two categories.
+        correlation: one number between 0 and 1, of any two categories.
         active_dims: the column that holds the categories' numbers.
     """
 
@@ -271,13 +271,13 @@ class Envelope(Kernel):
 def change_point(
     before: Kernel, after: Kernel, location: Any, steepness: Any = 1.0, *, active_dims: int = 0
 ) -> Kernel:
-    """Return a kernel that goes over from one to another where a column passes a place.
+    """Return a kernel that changes from one to another where a column passes a location.
 
     Args:
         before: the kernel at low values.
         after: the kernel at high ones.
-        location: where both count by a half.
-        steepness: how fast it goes over, in units of one over the column's.
+        location: where both kernels have weight one half.
+        steepness: how fast the weights change, per unit of the column.
         active_dims: the column.
 
     Example:
