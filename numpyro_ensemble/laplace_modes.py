@@ -32,6 +32,8 @@ class Modes(NamedTuple):
         log_evidence: `(M,)`, the log of the mass around each mode by Laplace's method, NaN where
             the precision is not positive definite.
         weights: `(M,)`, shares of the evidence, which add up to 1.
+
+    The example of `modes` makes one.
     """
 
     members: np.ndarray
@@ -55,6 +57,8 @@ class LaplaceMixture(NamedTuple):
         log_ratios: `(S,)`, log density of the posterior less log density of the mixture.
         log_weights: `(S,)`, log weights of the draws: the ratios smoothed by PSIS, adding up to 1.
         pareto_k: below 0.7 the weighted draws are those of the posterior; above, they are not.
+
+    The example of `laplace` makes one.
     """
 
     samples: dict[str, jax.Array]

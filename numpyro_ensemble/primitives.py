@@ -38,6 +38,8 @@ class EnsembleState:
     Attributes:
         params: the members; real arrays have a leading `(E,)`, everything else is shared.
         opt_state: the optimiser's state, each leaf with a leading `(E,)`.
+
+    The example of `ensemble_init` makes one.
     """
 
     def __init__(self, params: Any, opt_state: Any) -> None:

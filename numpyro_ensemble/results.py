@@ -51,6 +51,8 @@ class EnsembleResult(_Fields):
             and over all the data, of `EnsembleMAP`; None of other runners, and under `jit`.
         completed_steps: how many of the steps were taken before the run ended; None under `jit`.
         seconds: how long the run took, compilation included, None where that is not known.
+
+    The example of `EnsembleVI` makes one.
     """
 
     stopped: np.ndarray | None = None
@@ -197,6 +199,8 @@ class PathfinderResult(NamedTuple):
         pool: all N draws, that the samples were chosen from: unconstrained values by site name,
             which lead with `(N,)`.
         pool_log_weights: `(N,)`, logarithms of their weights, smoothed by PSIS.
+
+    The example of `Pathfinder` makes one.
     """
 
     samples: dict[str, Any]

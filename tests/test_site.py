@@ -91,6 +91,20 @@ def test_the_reference_has_each_public_name_once():
     assert set(listed) == names - kernels
 
 
+@pytest.mark.parametrize("name", public_names())
+def test_each_page_of_the_reference_has_an_example(name: str):
+    """A record that a function returns names the function whose example makes one."""
+    module, _, own = name.rpartition(".")
+    found = getattr(importlib.import_module(module), own)
+    text = inspect.getdoc(found) or ""
+    if ">>> " not in text:
+        maker = re.search(r"The example of `([\w.]+)` makes one\.", text)
+        assert maker is not None
+        place, _, function = f"{PACKAGE}.{maker[1]}".rpartition(".")
+        text = inspect.getdoc(getattr(importlib.import_module(place), function)) or ""
+    assert ">>> " in text
+
+
 @pytest.mark.parametrize("path", sorted((DOCS / "inventories").iterdir()), ids=lambda p: p.stem)
 def test_inventories_are_read_by_sphinx(path: Path):
     header, project, version, *lines = path.read_text().splitlines()

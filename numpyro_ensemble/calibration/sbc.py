@@ -37,6 +37,8 @@ class Calibration(NamedTuple):
         miscalibrated: quantities whose smallest p-value is below 0.01 over their size.
         truths: the latents that the data were simulated with, `(D, ...)`.
         failed: indices of the data sets that were left out.
+
+    The example of `calibration.sbc` makes one.
     """
 
     data: Any

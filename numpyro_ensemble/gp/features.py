@@ -79,6 +79,15 @@ class Features:
     Attributes:
         blocks: of columns, functions of rows.
         observe: what the kernel sees of a function at inputs: its values, or its slopes.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from numpyro_ensemble.gp import RBF, draw_features
+        >>> features = draw_features(jax.random.key(0), RBF(), 4096, jnp.zeros((1, 2)))
+        >>> X = jnp.array([[0.0, 0.0], [1.0, 0.0]])
+        >>> columns = features(X)
+        >>> print(columns.shape, bool(jnp.abs(columns @ columns.T - RBF()(X)).max() < 0.1))
+        (2, 4096) True
     """
 
     blocks: tuple[Block, ...]

@@ -15,14 +15,20 @@ from numpyro_ensemble.gp.sites import EvaluatePaths, Site
 
 
 class Moments(NamedTuple):
-    """Mean and variance of a function over all draws."""
+    """Mean and variance of a function over all draws.
+
+    The example of `gp.Pathwise` makes one.
+    """
 
     mean: jax.Array
     variance: jax.Array
 
 
 class JointMoments(NamedTuple):
-    """Mean, variance and covariance of a function over all draws."""
+    """Mean, variance and covariance of a function over all draws.
+
+    The example of `gp.Pathwise` makes one.
+    """
 
     mean: jax.Array
     variance: jax.Array

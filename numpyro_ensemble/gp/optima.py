@@ -24,6 +24,8 @@ class Optimum(NamedTuple):
     Attributes:
         place: `(num_paths, D)`.
         value: `(num_paths,)`.
+
+    The example of `gp.maximise` makes one.
     """
 
     place: jax.Array

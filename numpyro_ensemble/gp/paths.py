@@ -54,6 +54,8 @@ class Paths(PathArrays):
         keeps_jitter: whether the jitter was given, so that updates keep it.
         whitened: covariance of the values at the first `M` points, `(M, M)`, between the inverses
             of the prior covariance's Cholesky factor; None where the values are data.
+
+    The example of `gp.draw_paths` makes one.
     """
 
     def __len__(self) -> int:

@@ -35,6 +35,8 @@ class Comparison(NamedTuple):
         weights: for each model the weights `(E,)` of its members, or `()` for folds. The weights
             of all models add up to 1. Pass those of a model to `EnsemblePredictive(..., weights=)`
             if they are not all 0, and mix the predictions of models by `scoring.mix`.
+
+    The example of `scoring.compare` makes one.
     """
 
     table: Any

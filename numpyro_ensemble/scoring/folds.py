@@ -31,6 +31,8 @@ class CrossValidation(NamedTuple):
         elpd_i: `(N, ...)`, the terms of the rows, NaN for rows that were never held out.
         observations: values of the rows that were held out, as one vector.
         data: the terms in ArviZ's form, for `az.compare`, without rows that were never held out.
+
+    The example of `scoring.cross_validate` makes one.
     """
 
     elpd: float

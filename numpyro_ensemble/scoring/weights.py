@@ -49,7 +49,10 @@ def psis(log_ratios: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
 
 
 class Khat(NamedTuple):
-    """Shapes of the tails of importance ratios."""
+    """Shapes of the tails of importance ratios.
+
+    The example of `scoring.khat` makes one.
+    """
 
     members: np.ndarray  # (E,)
     mixture: float

@@ -22,7 +22,16 @@ from numpyro_ensemble.gp.means import Function, mean_at
 
 
 class Spectrum(NamedTuple):
-    """Frequencies `(M, D)` of random features and their squared amplitudes `(M,)`, 1 on average."""
+    """Frequencies `(M, D)` of random features and their squared amplitudes `(M,)`, 1 on average.
+
+    Example:
+        >>> import jax
+        >>> from numpyro_ensemble.gp import RBF
+        >>> uniforms = jax.random.uniform(jax.random.key(0), (16, 4))
+        >>> spectrum = RBF(lengthscale=2.0).spectrum(uniforms, 3)
+        >>> print(spectrum.frequencies.shape, spectrum.weights.shape)
+        (16, 3) (16,)
+    """
 
     frequencies: jax.Array
     weights: jax.Array

@@ -120,6 +120,15 @@ class Coregion(Kernel):
         W: `(num_outputs, rank)`.
         kappa: `(num_outputs,)`, not negative (default: none).
         active_dims: the column that holds the outputs' numbers.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from numpyro_ensemble.gp import Coregion
+        >>> kernel = Coregion(jnp.array([[1.0], [0.5]]), jnp.array([0.0, 0.1]))
+        >>> numbers = jnp.array([[0.0], [1.0]])  # of the outputs
+        >>> print(kernel(numbers).round(2))
+        [[1.   0.5 ]
+         [0.5  0.35]]
     """
 
     is_numbered: ClassVar[bool] = True
@@ -222,6 +231,14 @@ class Categorical(Coregion):
         variance: one number, the covariance of a category with itself.
         correlation: one number between 0 and 1, of any two categories.
         active_dims: the column that holds the categories' numbers.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from numpyro_ensemble.gp import Categorical
+        >>> kernel = Categorical(3, variance=2.0, correlation=0.5)
+        >>> print(kernel(jnp.array([[0.0], [2.0]])).round(2))
+        [[2. 1.]
+         [1. 2.]]
     """
 
     _numbered: ClassVar[str] = "the categories"
@@ -248,6 +265,13 @@ class Envelope(Kernel):
 
     Args:
         fn: a function of the inputs, `(N, D) -> (N,)`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from numpyro_ensemble.gp import RBF, Envelope
+        >>> kernel = Envelope(lambda x: jnp.exp(-x[:, 0])) * RBF()  # variance falls
+        >>> print(kernel.diagonal(jnp.array([[0.0], [1.0]])).round(3))
+        [1.    0.135]
     """
 
     _leaves: ClassVar[tuple[str, ...]] = ("fn",)
