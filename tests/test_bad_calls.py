@@ -62,10 +62,14 @@ def test_keywords_that_nobody_knows_are_refused_before_anything_is_compiled(
                 call()
         with pytest.raises(TypeError, match="update has no option 'zeta', and the model takes no"):
             runner.update(result.state, X, X, zeta=1)
-        for runner in (point(), EnsembleMAP.from_log_joint(lambda w, x: (w, w), lambda _: X, ADAM)):
-            with pytest.raises(TypeError, match=r"a setting: EnsembleMAP\(\.\.\., prior_weight="):
-                runner.run(key, 3, X, prior_weight=0)
     assert compiled.count == 0, compiled.names
+
+
+def test_a_setting_is_named_where_run_is_given_it(key):
+    raw = EnsembleMAP.from_log_joint(lambda w, x: (w, w), lambda _: X, ADAM)
+    for runner in (point(), raw):
+        with pytest.raises(TypeError, match=r"a setting: EnsembleMAP\(\.\.\., prior_weight="):
+            runner.run(key, 3, X, prior_weight=0)
 
 
 def test_keywords_of_a_model_are_passed_on(key):
