@@ -418,7 +418,7 @@ def test_an_optimiser_state_is_each_members_own():
         (3, jax.random.split(jax.random.key(0), 2), ValueError, "^seed takes one key or .*=3 keys"),
         (3, jax.random.split(jax.random.PRNGKey(0), 4), ValueError, "^seed takes one key"),
         (3, 1.5, ValueError, "^seed takes one key .* type float"),
-        (3, None, TypeError, "^ensemble_init takes rng_key, or seed, which is the same"),
+        (3, None, TypeError, "^ensemble_init takes rng_key, or its other name seed; got"),
     ],
 )
 def test_sizes_and_seeds_are_checked(size, seed, error, message):

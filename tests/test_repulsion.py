@@ -372,7 +372,7 @@ def discrete(x, y=None):
         (lambda: runner(Repulsion(site="f", inputs=GRID[:, :2])), r"inputs, of shapes \(4, 2\)"),
         (lambda: runner(Repulsion(site="f", inputs={"z": GRID})), "unexpected keyword"),
         (lambda: runner(Repulsion(function=lambda params: "near")), "arrays of real numbers"),
-        (lambda: runner(Repulsion(function=lambda params: params["w"] > 0)), "gives bool"),
+        (lambda: runner(Repulsion(function=lambda params: params["w"] > 0)), "returns bool"),
         (lambda: runner(Repulsion(function=lambda params: params["w"][:0])), "float.*0"),
     ],
 )
