@@ -180,11 +180,12 @@ def _check_observed(whole: Site, piece: Site, batches: Batches) -> None:
         raise rescaled(whole.name, whole.scale, piece.scale, batches)
     changed = [i for i, (a, b) in enumerate(zip(whole.shape, piece.shape, strict=True)) if a != b]
     if not changed:
+        fixed = "If it is a latent that handlers.condition fixes, fix it by handlers.do. "
         raise ValueError(
             f"observed site {whole.name!r} keeps its shape {whole.shape} when "
             f"batch_size={batches.size}: it does not follow the batch, and rescaling the "
-            f"likelihood would count it {batches.total / batches.size:g} times. Name its data in "
-            f"batch_args=. {_REMEDY}"
+            f"likelihood would count it {batches.total / batches.size:g} times. "
+            f"{'' if whole.shape else fixed}Name its data in batch_args=. {_REMEDY}"
         )
     for axis in changed:
         lengths = (whole.shape[axis], piece.shape[axis])
