@@ -320,6 +320,10 @@ SHOP = np.arange(9) % 3
             "num_steps is missing",
         ),
         (lambda o: calibrated(quantities=lambda w, *_: {"w": 0.0}), r"\['w'\], which are ranked"),
+        (
+            lambda o: calibrated(lambda key, x, z: {"weights": posterior(key, x, z)["w"]}),
+            r"draws of \['weights'\], and the model's latents are \['w'\]",
+        ),
     ],
 )
 def test_bad_input(call, said):

@@ -200,6 +200,11 @@ def _counted(
     args, kwargs = sites.call(data)
     draws = draw(key, args, kwargs)
     known = [name for name in sites.latent if name in draws]
+    if not known:
+        raise ValueError(
+            f"fit returned draws of {sorted(draws)}, and the model's latents are "
+            f"{list(sites.latent)}: return a dict of draws by these names."
+        )
     latents = {name: draws[name] for name in known}
     density = log_joint(sites.model)
 
