@@ -128,7 +128,15 @@ def stack_members(init_fn: Callable, keys: jax.Array) -> Any:
         first[:] = [treedef, [_ARRAY if a else x for x, a in zip(leaves, arrays, strict=True)]]
         return [jnp.asarray(x) for x, a in zip(leaves, arrays, strict=True) if a]
 
-    stacked = iter(jax.jit(jax.vmap(one))(keys))
+    try:
+        stacked = iter(jax.jit(jax.vmap(one))(keys))
+    except Exception as error:
+        if any(is_inexact(leaf) for leaf in jax.tree.leaves(init_fn)):
+            raise TypeError(
+                f"init_fn takes a function that makes one member from a key, got a member "
+                f"({type(init_fn).__name__}). Make it inside of one: lambda key: ..."
+            ) from error
+        raise
     treedef, shared = first
     leaves = [next(stacked) if leaf is _ARRAY else leaf for leaf in shared]
     leaves = [

@@ -297,6 +297,8 @@ def test_a_raw_density_goes_on_and_compiles_once(key, compile_count):
     one_number = EnsembleMAP.from_log_joint(lambda w, *_: w["w"].sum(), init_w, adam)
     with pytest.raises(TypeError, match=r"must return two numbers.*an array of shape \(\)"):
         quiet(one_number, key, 1, X, Y)
+    with pytest.raises(TypeError, match=r"one member from a key, got a member \(dict\)"):
+        EnsembleMAP.from_log_joint(gaussian_joint, init_w(key), adam)
     with pytest.raises(ValueError, match="init_fn makes nothing that can be trained"):
         ensemble_map(
             gaussian_joint, lambda k: 0.0, ensemble_size=2, num_steps=1, data=(X, Y), rng_key=key
