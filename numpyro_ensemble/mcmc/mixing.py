@@ -88,8 +88,8 @@ class CollectedEnergy(_Whole):
                 f"per dimension is {errors.mean():.2g}, and desired_energy_var={asked:.2g} "
                 f"({len(over)} of {len(errors)} chains: {listed(over)}). So the draws have more "
                 f"bias than this desired_energy_var allows. Try, in this order: more warm-up "
-                f"(num_warmup=1000 or more); a smaller desired_energy_var; MAMS(model), which has no "
-                f"such bias."
+                f"(num_warmup=1000 or more); a smaller desired_energy_var; MAMS(model), which has "
+                f"no such bias."
             )
 
 
