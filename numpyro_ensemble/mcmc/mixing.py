@@ -236,8 +236,8 @@ def _unmixed(seen: _Seen, advice: Advice) -> str:
     chains = np.flatnonzero(over.any(axis=1))
     return (
         f"{len(chains)} of {len(over)} chains of {advice.kernel}, each of which is judged alone, "
-        f"have not settled: {listed(chains)}. Their second halves are not where their first "
-        f"halves are: {where} latent values of chains. "
+        f"have not settled: {listed(chains)}. The first and the second half of these "
+        f"chains differ: {where} latent values of chains. "
     )
 
 
