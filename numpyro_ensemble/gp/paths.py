@@ -88,8 +88,8 @@ class Paths(PathArrays):
         X = as_inputs(X)
         if X.shape[1] != self.points.shape[-1]:
             raise ValueError(
-                f"the paths are functions of {self.points.shape[-1]} columns, got {X.shape[1]}: give "
-                f"inputs with the columns of the fit."
+                f"the paths are functions of {self.points.shape[-1]} columns, got {X.shape[1]}: "
+                f"give inputs with the columns of the fit."
             )
         self.kernel.check_inputs(X)
         return X
@@ -236,8 +236,8 @@ class Paths(PathArrays):
             each = f"({self.copies}, {len(X)})" if self.copies > 1 else f"({len(X)},)"
             owners = f"process of the {self.copies}" if self.copies > 1 else "input"
             raise ValueError(
-                f"values take shape {each} or ({self.num_paths}, {len(X)}), got {values.shape}: give "
-                f"values for each {owners}, or for each path."
+                f"values take shape {each} or ({self.num_paths}, {len(X)}), got {values.shape}: "
+                f"give values for each {owners}, or for each path."
             )
         if noise is not None:
             diagonal("noise", noise, X)
