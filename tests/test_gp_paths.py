@@ -309,7 +309,9 @@ def test_an_update_conditions_the_same_functions(stacked):
     assert_allclose(paths.update(more, own, noise=0.0)(more), own, atol=known)
     noisy = paths.update(more, values)  # with the noise the paths know
     assert abs(noisy(more) - values[None]).max() > within(1e-3, 0.1)
-    with pytest.raises(ValueError, match=r"values take shape \(2,\) or"):
+    with pytest.raises(
+        ValueError, match=r"values take shape \(2,\) or.*for each input, or for each path"
+    ):
         paths.update(more, np.zeros(3))
 
 

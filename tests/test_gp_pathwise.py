@@ -315,6 +315,11 @@ BAD = {
     "no data": (latent, {"scale": SCALES}, r"\['f'\] are neither observed"),
     "transformed": (transformed, {"f": np.ones((2, 12))}, "'f' transforms a Gaussian process"),
     "axes": (observed, {"lengthscale": np.ones(2), "noise": np.ones(3)}, "must lead with the same"),
+    "one draw": (
+        observed,
+        {"lengthscale": np.array(1.0), "noise": np.array(0.1)},
+        "0 for one draw without an axis of draws",
+    ),
     "none": (observed, {"lengthscale": np.ones(0), "noise": np.ones(0)}, "hold no draw"),
 }
 

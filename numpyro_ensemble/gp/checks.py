@@ -144,7 +144,8 @@ def flat_samples(samples: Any, batch_ndims: int) -> tuple[dict[str, jax.Array], 
     }
     if len(set(lead.values())) > 1 or any(len(shape) < batch_ndims for shape in lead.values()):
         raise ValueError(
-            f"posterior_samples must lead with the same {batch_ndims} axes, got {lead}."
+            f"posterior_samples must lead with the same {batch_ndims} axes, got {lead}: "
+            f"batch_ndims is the number of leading axes, 0 for one draw without an axis of draws."
         )
     shape: tuple[int, ...] = next(iter(lead.values()), ())
     number = int(np.prod(shape))

@@ -32,8 +32,8 @@ class ExpectedLikelihood(dist.Distribution):
         v: their variance, of the same shape; the L latents of a value are independent.
 
     For one to four latents, Gauss-Hermite quadrature has errors of at most 3e-4 for likelihoods
-    like softmax. For more latents, 1,024 points of a Sobol sequence have errors of 1e-3, and of some
-    percent for `exp` of the latents' sum.
+    like softmax. For more latents, 1,024 points of a Sobol sequence have errors of 1e-3, and of
+    some percent for `exp` of the latents' sum.
 
     Example:
         >>> import jax.numpy as jnp, numpyro.distributions as dist

@@ -88,7 +88,8 @@ class Paths(PathArrays):
         X = as_inputs(X)
         if X.shape[1] != self.points.shape[-1]:
             raise ValueError(
-                f"the paths are functions of {self.points.shape[-1]} columns, got {X.shape[1]}."
+                f"the paths are functions of {self.points.shape[-1]} columns, got {X.shape[1]}: "
+                f"give inputs with the columns of the fit."
             )
         self.kernel.check_inputs(X)
         return X
@@ -233,9 +234,10 @@ class Paths(PathArrays):
         rows = self.copies if values.ndim == 2 and len(values) == self.copies else self.num_paths
         if values.shape != (rows, len(X)) and (values.shape != (len(X),) or self.copies > 1):
             each = f"({self.copies}, {len(X)})" if self.copies > 1 else f"({len(X)},)"
+            owners = f"process of the {self.copies}" if self.copies > 1 else "input"
             raise ValueError(
-                f"values take shape {each} or ({self.num_paths}, {len(X)}), got {values.shape}. "
-                f"The paths are of {self.copies} processes, of which each has values of its own."
+                f"values take shape {each} or ({self.num_paths}, {len(X)}), got {values.shape}: "
+                f"give values for each {owners}, or for each path."
             )
         if noise is not None:
             diagonal("noise", noise, X)

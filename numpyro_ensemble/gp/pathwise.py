@@ -51,9 +51,9 @@ class Pathwise:
 
     `pathwise(rng_key, X_new)` draws functions for each posterior draw, and runs the model on them
     at the new inputs. The same key gives the same functions, and the same noise at each input, in
-    every call (for data of the same dtype). A latent process returns its values. An observed process
-    returns `{name}` with noise and `{name}_f` without. Other sites without samples are drawn from
-    the model.
+    every call (for data of the same dtype). A latent process returns its values. An observed
+    process returns `{name}` with noise and `{name}_f` without. Other sites without samples are
+    drawn from the model.
 
     Args:
         model: the NumPyro model that was fitted.

@@ -179,7 +179,8 @@ class MinibatchTarget(Target):
         unknown = [name for name in asked if name not in plates]
         if unknown:
             raise ValueError(
-                f"batch_size names {unknown}, and the plates of the model are {list(plates)}."
+                f"batch_size names {unknown}, and the plates of the model are {list(plates)}: "
+                f"name one of these."
             )
         some = {name: site for name, site in plates.items() if site.drawn_from is not None}
         if not some:

@@ -88,7 +88,8 @@ class CollectedEnergy(_Whole):
                 f"per dimension is {errors.mean():.2g}, and desired_energy_var={asked:.2g} "
                 f"({len(over)} of {len(errors)} chains: {listed(over)}). So the draws have more "
                 f"bias than this desired_energy_var allows. Try, in this order: more warm-up "
-                f"(num_warmup=1000 or more); a smaller desired_energy_var; MAMS(model), which has no such bias."
+                f"(num_warmup=1000 or more); a smaller desired_energy_var; MAMS(model), which has "
+                f"no such bias."
             )
 
 
@@ -235,8 +236,8 @@ def _unmixed(seen: _Seen, advice: Advice) -> str:
     chains = np.flatnonzero(over.any(axis=1))
     return (
         f"{len(chains)} of {len(over)} chains of {advice.kernel}, each of which is judged alone, "
-        f"have not settled: {listed(chains)}. Their second halves are not where their first "
-        f"halves are: {where} latent values of chains. "
+        f"have not settled: {listed(chains)}. The first and the second half of these "
+        f"chains differ: {where} latent values of chains. "
     )
 
 

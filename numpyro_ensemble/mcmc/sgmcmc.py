@@ -36,8 +36,8 @@ class SGMCMC(ManyChainKernel):
     For `MCMC(SGMCMC(model), num_chains=64, chain_method="vectorized", ...)` and models whose data
     are in plates that take some of their rows, `numpyro.plate("data", N, subsample_size=100)`.
     Each step of each chain draws its own rows. No step is rejected, so draws have a bias, which
-    falls with the step size. By default the kernel finds its own start on 1,000 rows, and then moves
-    the chains together to the mode of all rows.
+    falls with the step size. By default the kernel finds its own start on 1,000 rows, and then
+    moves the chains together to the mode of all rows.
 
     Args:
         model: a NumPyro model whose latents are continuous and stand outside of these plates.
