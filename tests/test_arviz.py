@@ -193,7 +193,7 @@ def test_predictions_for_other_data(vi_data):
     )  # fmt: skip
     assert_array_equal(data["predictions"]["y_new"], values.reshape(4, 5, 3))
     assert groups_of(data).isdisjoint({"posterior_predictive", "log_likelihood", "prior"})
-    with pytest.raises(ValueError, match=r"predictions\['y_new'\] has shape.*lead with \(4, 5\)"):
+    with pytest.raises(ValueError, match=r"predictions\['y_new'\] has shape.*axes must be \(4, 5\)"):
         to_arviz(runner, result, GROUPS, Y, num_samples=5, predictions={"y_new": values[:7]})
 
 
@@ -317,7 +317,7 @@ def test_samples_of_another_model_are_refused(key):
     runner, result = fit_map(schools, key, GROUPS, Y)
     more = EnsembleMAP(other, ADAM, ensemble_size=4)
     for args in ((more, result, GROUPS, Y), (ridge, {"wew": np.ones((2, 3, 2))}, X, Y)):
-        with pytest.raises(ValueError, match=r"they lack \['[bw]'\]"):
+        with pytest.raises(ValueError, match=r"they lack the sites \['[bw]'\]"):
             to_arviz(*args)
     with pytest.raises(ValueError, match=r"\['wew'\], which this model lacks"):
         to_arviz(ridge, {"wew": np.ones((2, 3, 2))}, X, Y)
