@@ -193,7 +193,9 @@ def test_predictions_for_other_data(vi_data):
     )  # fmt: skip
     assert_array_equal(data["predictions"]["y_new"], values.reshape(4, 5, 3))
     assert groups_of(data).isdisjoint({"posterior_predictive", "log_likelihood", "prior"})
-    with pytest.raises(ValueError, match=r"predictions\['y_new'\] has shape.*axes must be \(4, 5\)"):
+    with pytest.raises(
+        ValueError, match=r"predictions\['y_new'\] has shape.*axes must be \(4, 5\)"
+    ):
         to_arviz(runner, result, GROUPS, Y, num_samples=5, predictions={"y_new": values[:7]})
 
 

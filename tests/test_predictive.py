@@ -285,8 +285,8 @@ def stacked(**leaves):
     [
         ((3,), {}, TypeError, "posterior_samples takes a dict.*got int"),
         ((), {}, ValueError, "num_samples is needed"),
-        (({"a": np.ones(3), "b": np.ones(2)},), {}, ValueError, "must lead with the same 1 axes"),
-        ((DRAWS,), {"params": {"slope": np.ones(2)}}, ValueError, r"lead with \(3,\), and params"),
+        (({"a": np.ones(3), "b": np.ones(2)},), {}, ValueError, "must have the same leading axes"),
+        ((DRAWS,), {"params": {"slope": np.ones(2)}}, ValueError, "have 3 members, and params"),
         ((DRAWS,), {"weights": [1.0, -1.0, 1.0]}, ValueError, "weights takes finite numbers"),
         ((DRAWS,), {"weights": [1.0, 1.0]}, ValueError, "one number for each of 3 members"),
         ((DRAWS,), {"weights": np.zeros(3)}, ValueError, "weights add up to 0"),
@@ -298,7 +298,7 @@ def stacked(**leaves):
         ((DRAWS,), {"batch_size": 0}, ValueError, "batch_size must be at least 1"),
         ((DRAWS,), {"guide": ridge}, ValueError, "either posterior_samples or a guide"),
         ((DRAWS,), {"batch_ndims": 3}, ValueError, "batch_ndims takes 0, 1 or 2"),
-        ((DRAWS,), {"batch_ndims": 2}, ValueError, "must lead with the same 2 axes"),
+        ((DRAWS,), {"batch_ndims": 2}, ValueError, "must have the same leading axes, of members and draws"),
         ((DRAWS,), {"return_sites": "y"}, TypeError, "return_sites takes a collection"),
         ((DRAWS,), {"on_failed": "ignore"}, ValueError, 'on_failed takes "warn" or "raise"'),
         ((), {"num_samples": 3, "group_by_member": True}, ValueError, "group_by_member needs"),
@@ -322,7 +322,7 @@ def test_a_result_of_another_model_is_refused(key):
 
 
 def test_samples_with_an_axis_too_many_are_refused(key):
-    with pytest.raises(ValueError, match=r"'w' has shape \(7,\).*batch_ndims.*got 1"):
+    with pytest.raises(ValueError, match=r"'w' has shape \(7,\).*batch_ndims=1"):
         EnsemblePredictive(line, {"w": np.zeros((3, 7))}, params=SLOPES)(key, INPUT)
 
 
