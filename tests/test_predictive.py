@@ -298,7 +298,7 @@ def stacked(**leaves):
         ((DRAWS,), {"batch_size": 0}, ValueError, "batch_size must be at least 1"),
         ((DRAWS,), {"guide": ridge}, ValueError, "either posterior_samples or a guide"),
         ((DRAWS,), {"batch_ndims": 3}, ValueError, "batch_ndims takes 0, 1 or 2"),
-        ((DRAWS,), {"batch_ndims": 2}, ValueError, "must have the same leading axes, of members and draws"),
+        ((DRAWS,), {"batch_ndims": 2}, ValueError, "leading axes, of members and draws"),
         ((DRAWS,), {"return_sites": "y"}, TypeError, "return_sites takes a collection"),
         ((DRAWS,), {"on_failed": "ignore"}, ValueError, 'on_failed takes "warn" or "raise"'),
         ((), {"num_samples": 3, "group_by_member": True}, ValueError, "group_by_member needs"),
