@@ -215,6 +215,7 @@ def plot_weights(weights: ArrayLike, *, ax: Any = None) -> Any:
     ax.bar(np.arange(len(values)), values, color=_NARROW, edgecolor=_INK)
     ax.axhline(1 / len(values), color="0.3", ls="--", lw=1, label="even")
     ax.set(xlabel="member", ylabel="weight")
+    ax.xaxis.get_major_locator().set_params(integer=True)
     return ax
 
 

@@ -54,6 +54,7 @@ def test_calibration_and_weights():
         plotting.plot_weights([[0.5], [0.5]])
     bars = plotting.plot_weights([0.2, 0.8])
     assert [bar.get_height() for bar in bars.patches] == [0.2, 0.8]
+    assert all(float(tick).is_integer() for tick in bars.get_xticks())  # members have no halves
 
 
 def test_failed_members_are_marked():
