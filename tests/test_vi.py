@@ -718,8 +718,10 @@ def test_bad_input_names_argument_and_remedy(key):
         quiet(runner, key, 3, X, Y, init_params={"loc": np.ones((3, 2))})
     with pytest.raises(ValueError, match=r"names \['lco'\]; the fit's parameters are \['loc'"):
         quiet(runner, key, 3, X, Y, init_params={"lco": np.ones(2)})
-    with pytest.raises(ValueError, match="static keywords .*'batch_size'.*functools.partial"):
+    with pytest.raises(TypeError, match="no option 'batch_size'.* It is an option of run"):
         EnsembleVI(ridge, random_guide, ADAM, Trace_ELBO(), batch_size=3)
+    with pytest.raises(ValueError, match="static keywords .*'batch_size'.*functools.partial"):
+        EnsembleVI(lambda x, batch_size: None, random_guide, ADAM, Trace_ELBO(), batch_size=3)
     with pytest.raises(TypeError, match="guide takes a callable"):
         EnsembleVI(ridge, None, ADAM, Trace_ELBO())
     with pytest.raises(TypeError, match="result takes what run returned, got dict"):

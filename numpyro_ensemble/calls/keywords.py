@@ -72,8 +72,9 @@ def _refuse_clashes(owner: str, given: Iterable[str], functions: Mapping[str, An
 
 
 def _places_of_settings(bound: Mapping[str, Any]) -> dict[str, str]:
-    """Return where a keyword belongs that is a setting of the runner, or of the guide."""
-    places: dict[str, str] = {}
+    """Return where a keyword belongs: to `run`, to the guide, or to the runner's settings."""
+    run = _signature(getattr(type(bound.get("self")), "run", None))
+    places = {name: " It is an option of run." for name in (run.parameters if run else ())}
     guide = bound.get("guide")
     of_guide = None if guide is None else _signature(type(guide))
     if of_guide is not None:
