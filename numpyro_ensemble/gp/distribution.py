@@ -169,8 +169,8 @@ class GaussianProcess(Process):
     def leave_one_out(self, values: ArrayLike) -> tuple[jax.Array, jax.Array]:
         """Return mean and variance of each value given all others, each `(N,)`, noise included.
 
-        Rasmussen and Williams (2006), equations 5.10 to 5.12. For an unobserved value, these are the
-        moments given all observed values.
+        Rasmussen and Williams (2006), equations 5.10 to 5.12. The moments of an unobserved value
+        are those given all observed values.
 
         Args:
             values: `(N,)`.
