@@ -1,4 +1,4 @@
-"""Weights of the sites of processes: functions follow the weighted density, or it is refused."""
+"""Weights of the sites of processes: functions follow the weighted density, or raise an error."""
 
 from functools import partial
 
@@ -46,7 +46,7 @@ def by_argument(X, y=None, weight=1.0):
 
 
 def in_plates(X, y=None):
-    """Two of three copies, drawn by a subsampled plate, whose scale is no weight."""
+    """Two of three copies, drawn by a subsampled plate: the scale of the plate is not a weight."""
     gp = GaussianProcess(kernel(), X, NOISE)
     board = numpyro.plate("board", 3, subsample_size=2, dim=-1)
     with numpyro.plate("unit", 1, dim=-2), board:

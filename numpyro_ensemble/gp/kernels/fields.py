@@ -37,7 +37,7 @@ def made_init(cls: type, own: dict[str, Any]) -> Callable:
     redeclared = {p.name for p in found} & own.keys()
     kind: Any = inspect.Parameter.POSITIONAL_OR_KEYWORD
     if any(p.default is not p.empty for p in given) and inspect.Parameter.empty in own.values():
-        kind = inspect.Parameter.KEYWORD_ONLY  # no positional argument without a default after one with a default
+        kind = inspect.Parameter.KEYWORD_ONLY  # a default precedes one without
     mine = [inspect.Parameter(name, kind, default=value) for name, value in own.items()]
     first = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
     order = sorted([*given, *mine, *named], key=lambda p: p.kind)
