@@ -69,7 +69,7 @@ def _has_its_turn(item: pytest.Item) -> bool:
 
 
 def pytest_collection_finish() -> None:
-    """Keep objects that live as long as the process, and young ones, from the garbage collector."""
+    """Freeze objects that live as long as the process, and collect young objects less often."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(20_000, 20, 20)

@@ -1,4 +1,4 @@
-"""Simulation-based calibration: exact posteriors pass, wrong ones are found."""
+"""Simulation-based calibration: exact posteriors pass, and wrong posteriors are rejected."""
 
 import warnings
 
@@ -133,7 +133,7 @@ def test_a_guide_is_fitted_to_each_data_set_as_alone():
 @pytest.mark.long
 @pytest.mark.parametrize("guide", [AutoLaplaceApproximation, AutoMultivariateNormal, AutoNormal])
 def test_guides(guide):
-    """Exact for a normal posterior, but for the mean-field one, whose sum is too narrow or wide."""
+    """Fits of a normal posterior are exact, except mean-field, whose sum is too narrow or wide."""
     x = X @ np.array([[1.0, 0.9], [0.0, 0.3]])
     runner = EnsembleVI(regression, guide(regression), ADAM, Trace_ELBO(4), ensemble_size=3)
     found = sbc(

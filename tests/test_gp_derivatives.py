@@ -241,7 +241,7 @@ def test_algebra_goes_inside(key):
 @pytest.mark.core
 @pytest.mark.parametrize("length", [0.01, 1.0, 100.0])
 def test_units_of_values_and_slopes_do_not_mix(length):
-    """In single precision, one jitter from the mean variance would hide the values or the slopes."""
+    """In single precision, a jitter from the mean variance would hide the values or the slopes."""
     points = numbered_inputs(length * np.array([0.0, 1.0, 2.0]), length * np.array([0.5, 1.5]))
     values = np.r_[0.1, 0.741, 1.009, np.cos([0.5, 1.5]) / length]
     noise = np.r_[np.full(3, 1e-3), np.full(2, 1e-3 / length**2)]

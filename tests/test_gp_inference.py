@@ -58,7 +58,7 @@ def sampled(kernel, **options):
 @pytest.mark.long
 @pytest.mark.promotes_ranks  # NumPyro's guides do
 def test_functions_from_ensembles_of_variational_fits(key):
-    """The model has a parameter, a mean, for each member; the guide can hold what is left."""
+    """The model has a mean for each member as parameter; the guide can represent the rest."""
 
     def shifted(X, y=None):
         shift = numpyro.param("shift", 0.5)
@@ -173,7 +173,7 @@ def test_minibatches_reach_titsias_bound(key):
 
     assert -0.3 < elbo(number) - bound < 0.1, bound
     assert -0.6 < elbo(50) - bound < 0.1, bound
-    # the likelihood at the mean, as if the inducing values told the process everywhere
+    # the likelihood at the mean, as if inducing values determined the process everywhere
     assert elbo(number, lambda likelihood, m, v: likelihood(m)) > bound + 0.5
 
 

@@ -24,7 +24,7 @@ DRAWS = {"width": np.array([0.7, 1.0, 1.6]), "amount": np.array([0.02, 0.1, 0.3]
 
 
 def model(X, level, y=None):
-    """A process with noise, and two copies of one without noise, which gives the log noise."""
+    """A process whose noise has two sizes, at alternate inputs."""
     width = numpyro.sample("width", dist.LogNormal(0.0, 0.5))
     amount = numpyro.sample("amount", dist.HalfNormal(0.3))
     noise = amount * (1.0 + jnp.arange(len(X)) % 2)

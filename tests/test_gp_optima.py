@@ -1,4 +1,4 @@
-"""Highest and lowest places of paths, inside and on the border, against a dense grid."""
+"""Maxima and minima of paths, inside and on the border, against a dense grid."""
 
 import jax
 import jax.numpy as jnp

@@ -104,7 +104,7 @@ def test_a_wrong_lengthscale_is_seen():
 
 @pytest.mark.long
 def test_the_prior_draw_needs_the_jitter_too():
-    """Noise and jitter of 1e-4 each: if the prior draw leaves out the jitter, paths are too narrow."""
+    """Noise and jitter of 1e-4 each: paths are too narrow if the prior draw has no jitter."""
     kernel, noise = RBF(1.0, 0.8), 1e-4
     points = np.linspace(0.0, 5.0, 40)[:, None]
     new = points[:-1:4] + 0.05
@@ -168,7 +168,7 @@ def test_the_draws_distance_is_that_of_exact_draws():
 
 @pytest.mark.core
 def test_solves_in_single_precision_are_refined(key):
-    """A factor's rounding is as large as the jitter: unrefined, the error is three roots of it."""
+    """A factor's rounding is as large as the jitter: unrefined, residuals are three roots of it."""
     points = inputs(300, 1, width=3.0).astype(np.float32)
     y = np.sin(2 * points[:, 0])
     paths = draw_paths(key, RBF(1.0, 10.0), points, y, num_paths=50, num_bases=1, num_features=64)

@@ -1,4 +1,4 @@
-"""Posterior functions from the samples of any inference, called as `Predictive` is."""
+"""Posterior functions from the samples of any inference, called like `Predictive`."""
 
 import equinox as eqx
 import jax
@@ -189,7 +189,7 @@ def test_additive_processes_and_their_parts(key):
     values = out(key, X_NEW)
     assert_allclose(values["h"], values["f"] + values["g"], rtol=1e-6, atol=within(0.0, 1e-6))
     drawn = out.draw(key)
-    # without noise the weights at the points are in the thousands, times the kernel's rounding
+    # without noise, weights in the thousands multiply the kernel's rounding
     exact = within({"rtol": 1e-6}, {"atol": 2e-2})
     assert_allclose(drawn["f"](X_NEW) + drawn["g"](X_NEW), values["h"], **exact)
 

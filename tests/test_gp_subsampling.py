@@ -180,7 +180,7 @@ def test_batches_that_processes_do_not_follow_change_nothing():
 
 
 def test_arrays_of_any_kind_are_functions_of_all_data():
-    """Before, a batch of a jax.Array counted as all data without an error: only it was fitted."""
+    """A batch of a jax.Array was once taken for all data without an error."""
     with pytest.raises(ValueError, match="follows the rows"):
         Pathwise(of_a_batch, WIDTHS, jnp.asarray(X), jnp.asarray(Y), **SMALL)
     whole = Pathwise(of_a_batch, WIDTHS, X, Y, None, **SMALL).moments(X, batch=None)["c_f"]

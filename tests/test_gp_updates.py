@@ -1,4 +1,4 @@
-"""Updates of paths: each is the joint posterior of dense linear algebra, or refused."""
+"""Updates of paths: each is the joint posterior of dense linear algebra, or an error."""
 
 from dataclasses import replace
 
@@ -76,7 +76,7 @@ def test_updates_of_collapsed_paths_move_the_inducing_values(key):
 
 @pytest.mark.long
 def test_latent_values_of_a_known_covariance_move_too(key):
-    """The posterior of inducing values, in closed form; a singular one is no trouble."""
+    """The posterior of inducing values, in closed form; it may be singular."""
     K_ZZ, K_ZX = gram(KERNEL, Z) + 1e-6 * np.eye(len(Z)), gram(KERNEL, Z, X)
     S = K_ZZ @ np.linalg.solve(K_ZZ + K_ZX @ K_ZX.T / NOISE, K_ZZ)
     m = K_ZZ @ np.linalg.solve(K_ZZ + K_ZX @ K_ZX.T / NOISE, K_ZX @ Y) / NOISE

@@ -1,4 +1,4 @@
-"""When two values are equal, and what a function takes from its surroundings."""
+"""Equality of values, and the data that a function takes from its surroundings."""
 
 import array
 import collections
@@ -705,7 +705,7 @@ def test_draws_of_a_model_that_cannot_be_compared(key):
 
 
 def test_an_installed_package_is_fixed_before_it_is_imported(monkeypatch, tmp_path):
-    """A model may import a package in its body: the first call comes before that import."""
+    """A model may import a package in its body; at the first call it is not yet imported."""
     target = tmp_path / "target"  # of pip install --target, beside a file of the user's own
     (target / "theirs-1.0.dist-info").mkdir(parents=True)
     (target / "theirs-1.0.dist-info" / "METADATA").write_text("Name: theirs\nVersion: 1.0\n")

@@ -136,7 +136,7 @@ def variances(condition, size=8, draws=150, warmup=300, factor=1.0, **options):
 @pytest.mark.parametrize("adapt", ["all", "each"])
 @pytest.mark.parametrize("condition", [1.0, 100.0, 10_000.0])
 def test_the_bias_is_bounded(condition, adapt):
-    """Variances are too large by a twentieth: b^2 of the squares is 0.001, and 0.01 is allowed."""
+    """Variances are too large by a twentieth: b^2 of the squares is 0.001; 0.01 is asked for."""
     options = {"warmup": 300} if adapt == "all" else {"warmup": 1200, "draws": 300}
     found, error = variances(condition, adapt=adapt, **options)
     assert error < 0.05

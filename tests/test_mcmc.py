@@ -1,4 +1,4 @@
-"""What every many-chain kernel does inside NumPyro's `MCMC`, and what it refuses."""
+"""Every many-chain kernel inside NumPyro's `MCMC`: its results and its errors."""
 
 import pickle
 from functools import partial

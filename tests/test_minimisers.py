@@ -268,7 +268,7 @@ def test_float32_meets_the_criterion_that_it_can(key):
 
 @pytest.mark.long
 def test_a_step_to_an_infinite_density_is_rejected(key):
-    """The first step leads to a place whose log density overflows; the search then continues."""
+    """The first step leads to a place whose log density overflows; the search rejects it."""
 
     def log_joint(params):
         x = params["x"]

@@ -403,7 +403,7 @@ def test_a_setting_takes_a_repulsion(pushed):
 @pytest.mark.long
 @pytest.mark.parametrize("repulsion", [Repulsion(), Repulsion(method="wgd")])
 def test_a_member_far_from_the_others_spoils_no_push(repulsion):
-    """In single precision, at any distance from the origin."""
+    """In single precision, at any place in the array."""
     near = 1e-3 * np.random.default_rng(0).normal(size=(6, 40))
     expected, *found = (
         pushed_beside(np.concatenate(parts), repulsion, dtype)

@@ -1,4 +1,4 @@
-"""Stochastic gradients of subsampled plates: no bias of theirs, and that of the draws is small."""
+"""Stochastic gradients of subsampled plates are unbiased, and the bias of the draws is small."""
 
 import itertools
 import warnings
@@ -93,7 +93,7 @@ def test_rows_of_millions_do_not_overflow(key):
 
 
 def test_the_gradient_has_no_bias(monkeypatch):
-    """Its mean over all draws of rows of both plates is the gradient of all rows."""
+    """The mean gradient over all draws of rows of both plates is the gradient of all rows."""
     data = jnp.asarray(COUNTS), jnp.asarray(rng.normal(size=(4, 3)))
     target = MinibatchTarget(two_plates, None, numpyro.infer.init_to_uniform)
     density = target.density_of_rows(data, {})
@@ -276,7 +276,7 @@ def test_a_state_goes_on_with_other_data(fitted):
 
 @pytest.mark.core
 def test_chains_draw_rows_of_their_own(fitted):
-    """Where all chains are alike, one step takes them to the same place, of other rows."""
+    """From equal states, one step leads to equal positions; each chain draws other rows."""
     kernel = SGMCMC(regression, steps_per_draw=1)
     last = fitted.last_state
     alike = {"z": last.z, "r": last.r, "potential_energy": last.potential_energy}

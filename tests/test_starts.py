@@ -1,4 +1,4 @@
-"""Starts of chains, what is known of them, and nested R-hat."""
+"""Starts of chains, checks of starts, and nested R-hat."""
 
 import arviz as az
 import jax

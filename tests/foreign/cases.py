@@ -1,4 +1,4 @@
-"""What a foreign model is to the driver: the model, its data, and what is known of it."""
+"""Description of a foreign model for the driver: the model, its data, and known facts."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple

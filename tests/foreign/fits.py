@@ -81,8 +81,8 @@ def compiled_single_fit(case, guide, keys, steps=STEPS):
     """Start NumPyro's SVI with member 0's key and update it, in one program.
 
     The program compiles in half the time of `SVI.run`. Under `jit`, NumPyro orders latents
-    alphabetically, so guides of the whole vector differ from those of `SVI.run`. The guide cannot be
-    used afterwards, because it holds tracers.
+    alphabetically, so guides of the whole vector differ from those of `SVI.run`. The guide cannot
+    be used afterwards, because it holds tracers.
     """
     svi = SVI(case.model, guide, optimiser(case), loss_of(case))
 

@@ -1,4 +1,4 @@
-"""Packages that run NumPyro for their users, given our kernels and our fits."""
+"""Packages that run NumPyro for their users, with this package's kernels and fits."""
 
 import driver
 import jax
