@@ -184,9 +184,9 @@ def test_calibration_where_the_posterior_is():
     found = calibrated_there(lambda model: of_both)
     assert found.miscalibrated == [] and "posterior_sbc" in str(found.data)
     assert plotting.plot_ranks(found).get_legend() is not None
-    # the simulated data alone have another posterior
+    # the posterior given only the simulated data is another
     assert "w" in calibrated_there(lambda model: posterior).miscalibrated
-    # the model that fit is given has seen both
+    # fit gets the model conditioned on both
     runner = calibrated_there(
         lambda model: EnsembleVI(model, AutoMultivariateNormal(model), ADAM, Trace_ELBO(8)),
         num_steps=800,

@@ -1,4 +1,4 @@
-"""The invariants that every runner keeps."""
+"""Invariants of all runners."""
 
 import gc
 import os

@@ -24,7 +24,7 @@ from numpyro_ensemble.gp import (
 
 X, X_NEW = inputs(15, 1, width=5.0), np.linspace(-1.0, 6.0, 9)[:, None]
 Y = np.sin(X[:, 0])
-CLOSE = np.linspace(-1.1, 6.0, 36)[:, None]  # so close that how smooth paths are is seen
+CLOSE = np.linspace(-1.1, 6.0, 36)[:, None]  # close enough to show how smooth paths are
 NUMBER = 512
 # of the same paths in two programs
 SAME = within({"rtol": 1e-9}, {"rtol": 1e-5, "atol": 2e-5})
@@ -116,7 +116,7 @@ def test_the_prior_draw_needs_the_jitter_too():
     mean, _ = posterior(kernel, points, np.sin(points[:, 0]), new, 2e-4)
     covariance = implied(features, kernel, points, new, 2e-4)
     assert accepts(paths(new), mean, covariance)
-    # what is left of a prior draw with the noise alone
+    # the wrong answer: the prior draw has noise, but no jitter
     C = gram(kernel, points) + 2e-4 * np.eye(40)
     error = np.asarray(paths.rhs) - (np.sin(points[:, 0]) - np.asarray(paths.prior(points)))
     shrunk = np.asarray(paths.rhs) - error * (1 - np.sqrt(0.5))

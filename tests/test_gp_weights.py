@@ -144,7 +144,7 @@ def test_a_weighted_prior_divides_the_kernel_of_a_latent_process():
             pathwise = Pathwise(reweight(model, prior=weight), samples, X, counts, **SMALL)
             moments = pathwise.moments(PLACES)["u"]
             assert_allclose(moments, mixture(latent_truth, weight), rtol=1e-4, atol=1e-6)
-    # the model has no prior but that of the inducing values
+    # the only prior of the model is that of the inducing values
     u = np.cos(Z[:, 0])
     samples = SAMPLES | {"u_u": np.stack([u, u])}
     pathwise = Pathwise(reweight(inducing, prior=0.25), samples, X, counts, **SMALL)

@@ -288,7 +288,7 @@ def uses_in_turns(make):
     """Yield, for each use, a sequence that begins and ends with it, with all other uses between."""
     names = list(USES)
     for first in range(len(names)):
-        # seven is a prime, so that each stride meets all seven uses
+        # seven is prime, so each stride visits all seven uses
         stride = 1 + (first + (make is vi)) % (len(names) - 1)
         yield tuple(names[(first + stride * turn) % len(names)] for turn in range(len(names) + 1))
 

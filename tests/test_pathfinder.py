@@ -301,7 +301,7 @@ def test_eight_schools_agree_with_quadrature():
     for name, values in draws.items():
         assert abs(values.mean() - means[name]) < 4 * error * sds[name], name
     assert_allclose(result.samples["theta"].mean(axis=0), effects, atol=4 * error * 8)
-    # draws of the paths without weights, which are too near to where the searches begin
+    # draws of the paths without weights, which are too near to the starts of the searches
     plain = np.asarray(result.pool["mu"][:4000]).mean()
     assert abs(plain - means["mu"]) > 10 * error * sds["mu"]
     assert abs(psis_again(finder, result) - result.pareto_k) < 0.1
@@ -554,7 +554,7 @@ def test_weighted_draws_reach_arviz_by_their_weights(key):
     exported = np.asarray(data.posterior["x"])
     near = 6 * weighted / np.sqrt(2 * 4000)
     assert abs(exported.std() - weighted) < near
-    assert abs(plain.std() - weighted) > near  # what it would be without the weights
+    assert abs(plain.std() - weighted) > near  # without the weights it would be wrong
 
 
 def test_a_result_takes_no_options_of_a_search(result):

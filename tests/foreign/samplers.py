@@ -17,7 +17,7 @@ from numpyro_ensemble.mcmc import MEADS, ChEES
 KERNELS = {"NUTS": NUTS, "ChEES": ChEES, "MEADS": MEADS}
 LIMIT = 4.0  # standard errors between means
 CONVERGED = 1.05  # R-hats above which means are not compared
-LONGER = 10  # times the draws of NUTS, where its means and those of a kernel differ
+LONGER = 10  # factor on the draws of NUTS if its means differ from a kernel's
 
 
 def latent_names(case: Case):

@@ -1,4 +1,4 @@
-"""What the driver asks of a row, and which columns a turn of `make foreign` runs."""
+"""Checks of a row by the driver, and the columns that a turn of `make foreign` runs."""
 
 import driver
 import jax
