@@ -137,7 +137,7 @@ def flat_samples(samples: Any, batch_ndims: int) -> tuple[dict[str, jax.Array], 
         )
     if batch_ndims not in (0, 1, 2):
         raise ValueError(f"batch_ndims takes 0, 1 or 2, got {batch_ndims}.")
-    samples = jax.tree.map(jnp.asarray, dict(samples))  # a network's parameters are a tree
+    samples = jax.tree.map(jnp.asarray, dict(samples))  # values may be trees of network parameters
     lead = {
         jax.tree_util.keystr(path, simple=True, separator="/"): value.shape[:batch_ndims]
         for path, value in jax.tree.leaves_with_path(samples)

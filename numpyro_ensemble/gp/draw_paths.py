@@ -87,7 +87,8 @@ def draw_paths(
         num_bases: number of random bases, shared evenly by the paths. More bases average over the
             error of a single basis; more paths do not.
         solver: "cholesky", or "cg" for conjugate gradients in memory that grows with N.
-        tolerance: relative residual of conjugate gradients (default: the root of the precision).
+        tolerance: relative residual of conjugate gradients (default: the square root of machine
+            epsilon).
         copies: number of consecutive paths that share a basis: one for each process of a plate.
         latent: whether `values` are draws of latent or inducing values, which `Paths.update` must
             not treat as data (default: true for values `(num_paths, N)` without noise).

@@ -14,7 +14,7 @@ from numpyro_ensemble.gp.spectra import sobol
 from numpyro_ensemble.handlers import check_count, one_key
 
 _TOLERANCE = 1e-9
-_FIRST_STEPS = 10  # steps of every search, before only the best ones continue
+_FIRST_STEPS = 10  # first steps of all searches; then only the best continue
 _FINALISTS = 2
 
 

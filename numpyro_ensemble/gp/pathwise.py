@@ -116,7 +116,7 @@ class Pathwise:
             check_count("batch_size", batch_size)
         if isinstance(return_sites, str):
             raise TypeError(f"return_sites takes a collection of names, got {return_sites!r}.")
-        # copies: an array that is changed in place later does not change the functions
+        # copy arrays, so that a later change in place does not change the functions
         self.model, (self.args, self.kwargs) = model, jax.tree.map(_copied, (args, kwargs))
         self.samples, self.num_draws, members = flat_samples(posterior_samples, batch_ndims)
         self.shape = (members, self.num_draws // members)

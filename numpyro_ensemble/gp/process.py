@@ -38,7 +38,7 @@ class Process(dist.Distribution):
 
     arg_constraints: dict[str, Any] = {}
     support = constraints.real_vector
-    observed: jax.Array | None = None  # which values count; None is all of them
+    observed: jax.Array | None = None  # which values are observed; None for all
 
     def __init__(
         self,

@@ -228,7 +228,7 @@ def pivoted_cholesky(
     a greedy choice of inducing points.
     """
     variance = kernel.diagonal(X)
-    unit = kernel.typical_variance(X)  # one for each row where rows are values and slopes
+    unit = kernel.typical_variance(X)  # one for each row with Derivatives
     unit = jnp.where(unit > 0, unit, 1.0) if unit.ndim else jnp.ones_like(variance)
     variance = variance if seen is None else jnp.where(seen > 0, variance, -1.0)
     smallest = jnp.finfo(variance.dtype).eps * (variance / unit).max()

@@ -39,7 +39,7 @@ class KnownRows(Messenger):
         self.sizes[name] = size
         number = size if batch is None else min(batch, size)
         if number < size:
-            if msg["value"] is not None:  # the user's own
+            if msg["value"] is not None:  # rows that the user gave
                 return
             self.subsampled[name] = number
         start = size - number if name == self.moved else 0

@@ -286,7 +286,7 @@ class PoweredExponential(Stationary):
         0.059
     """
 
-    is_differentiable = False  # only for a power of 2, where it is RBF
+    is_differentiable = False  # except for power 2, an RBF kernel
     _leaves: ClassVar[tuple[str, ...]] = ("variance", "lengthscale", "power")
     _positive: ClassVar[tuple[str, ...]] = ("variance", "lengthscale", "power")
 
