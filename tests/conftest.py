@@ -30,7 +30,7 @@ def _rank_promotion(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.fixture
 def ctrl_c() -> Iterator[None]:
-    """Let Ctrl-C do what it usually does, also where the tests run in the background."""
+    """Let Ctrl-C interrupt the tests, also if they run in the background."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -57,9 +57,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def _has_its_turn(item: pytest.Item) -> bool:
-    """Return whether a run takes a test: a sixteenth of the long ones, or half of the others.
+    """Return whether a run includes a test: a sixteenth of the long tests, or half of the others.
 
-    All cases of a test go together.
+    All cases of a test belong to the same run.
     """
     is_long = item.get_closest_marker("long") is not None
     name, number = ("LONG_TURN", 16) if is_long else ("QUICK_TURN", 2)
@@ -69,7 +69,7 @@ def _has_its_turn(item: pytest.Item) -> bool:
 
 
 def pytest_collection_finish() -> None:
-    """Spare the garbage collector what lives as long as the process, and young objects."""
+    """Freeze objects that live as long as the process, and collect young objects less often."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(20_000, 20, 20)
@@ -82,7 +82,7 @@ _tests_run = itertools.count(1)
 
 @pytest.fixture(autouse=True)
 def _programs_are_dropped() -> Iterator[None]:
-    """Drop compiled programs before a process has more of them than it may map."""
+    """Drop compiled programs before a process reaches its limit of memory mappings."""
     yield
     due = next(_tests_run) % 10 == 0 and _MAPPINGS.exists()
     if due and _MAPPINGS.read_bytes().count(b"\n") > _MOST_MAPPINGS:

@@ -36,7 +36,7 @@ ONE_DIMENSION = {"Cosine": Cosine(1.5, 1.3), "damped": Matern32(1.0, 2.0) * Cosi
 
 
 def within(double, single=1e-5):
-    """Return what suits the precision that the tests run in: mostly a tolerance, or several."""
+    """Return the value for the precision that the tests run in: a tolerance, or several."""
     return double if jax.config.jax_enable_x64 else single
 
 

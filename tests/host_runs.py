@@ -1,4 +1,4 @@
-"""What `test_hosts` runs in several processes, whose devices are one mesh: prints JSON."""
+"""Script that `test_hosts` runs in several processes with one mesh of devices: prints JSON."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""How the leaves of arguments are sorted, and when one program can serve two calls."""
+"""Sorting of the leaves of arguments, and calls that can share one program."""
 
 import functools
 

@@ -21,7 +21,7 @@ from zoo import CASES, X, Y, chosen, ridge
 from numpyro_ensemble import EnsembleMAP, EnsembleVI, to_arviz
 from numpyro_ensemble.predict.assembly import makes_inference_data
 
-# what the few draws of most tests are not asked for
+# most tests have too few draws for az.loo
 pytestmark = pytest.mark.filterwarnings("ignore:.*too few for az.loo")
 
 mpl.use("Agg")

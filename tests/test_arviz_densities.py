@@ -1,4 +1,4 @@
-"""What ArviZ's sensitivity and corrected leave-one-out are made from: log densities of draws."""
+"""Log densities of draws, which ArviZ's sensitivity and corrected leave-one-out use."""
 
 import warnings
 
@@ -195,7 +195,7 @@ def mean_field():
 
 @pytest.mark.filterwarnings("ignore:.*:UserWarning:arviz", "ignore:.*:FutureWarning")
 def test_sensitivity_to_the_prior(mean_field):
-    """Of the sum of two coefficients the data tell much, of their difference the prior does."""
+    """The data determine the sum of two coefficients, and the prior determines their difference."""
     data = mean_field
     assert set(data["log_prior"].data_vars) == {"w"}
     if NEW:
@@ -208,7 +208,7 @@ def test_sensitivity_to_the_prior(mean_field):
 @pytest.mark.filterwarnings("ignore:Estimated shape parameter")
 @pytest.mark.skipif(not NEW, reason="ArviZ below 1.0 has no corrected leave-one-out")
 def test_corrected_leave_one_out_is_that_of_refits(mean_field):
-    """A mean-field fit has too narrow a posterior; its own weights put that right."""
+    """A mean-field fit has too narrow a posterior; its importance weights correct this."""
     data, exact = mean_field, left_out()
     log_p = data["sample_stats"]["log_p"]
     plain = np.abs(np.asarray(az.loo(data, pointwise=True).elpd_i) - exact)
@@ -243,7 +243,7 @@ def test_arviz_draws_predictive_checks(mean_field, name):
 
 
 def test_draws_are_inputs_of_the_program():
-    """Of constants XLA would compute the densities itself, slowly, whenever it compiles."""
+    """With constants, XLA would compute the densities at each compilation, slowly."""
     draws = {"w": RNG.normal(size=(2, 2000, 2)), "b": RNG.normal(size=(2, 2000))}  # 96 kB
     option = "jax_captured_constants_warn_bytes"
     before = getattr(jax.config, option)

@@ -1,4 +1,4 @@
-"""Calls that cannot be answered: refused before anything is compiled, with what to do instead."""
+"""Invalid calls raise an error before anything is compiled, which says what to do instead."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Chains that walk to the typical set together, and every kernel that starts there."""
+"""Starts: chains that move to the typical set together, and every kernel from such starts."""
 
 import jax
 import jax.numpy as jnp
@@ -46,7 +46,7 @@ def test_starts_are_in_the_typical_set(key):
 
 
 def test_the_walk_ends_by_itself(key):
-    """Chains that begin in the typical set stop soon, and those from far away when they arrive."""
+    """Chains that begin in the typical set stop soon; distant chains stop when they reach it."""
     size = 20
 
     def density(row):
@@ -64,7 +64,7 @@ def test_the_walk_ends_by_itself(key):
 @pytest.mark.long
 @pytest.mark.filterwarnings("ignore:.*chains would start where")
 def test_hard_places(key):
-    """A density that is no number where half of the chains begin, and one that is none anywhere."""
+    """A density that is NaN where half of the chains begin, and one that is NaN everywhere."""
 
     def edge():
         x = numpyro.sample("x", dist.Normal(0.5, 1.0).expand([3]))

@@ -1,4 +1,4 @@
-"""Simulation-based calibration: exact posteriors pass, wrong ones are found."""
+"""Simulation-based calibration: exact posteriors pass, and wrong posteriors are rejected."""
 
 import warnings
 
@@ -133,7 +133,7 @@ def test_a_guide_is_fitted_to_each_data_set_as_alone():
 @pytest.mark.long
 @pytest.mark.parametrize("guide", [AutoLaplaceApproximation, AutoMultivariateNormal, AutoNormal])
 def test_guides(guide):
-    """Exact for a normal posterior, but for the mean-field one, whose sum is too narrow or wide."""
+    """Fits of a normal posterior are exact, except mean-field, whose sum is too narrow or wide."""
     x = X @ np.array([[1.0, 0.9], [0.0, 0.3]])
     runner = EnsembleVI(regression, guide(regression), ADAM, Trace_ELBO(4), ensemble_size=3)
     found = sbc(
@@ -184,9 +184,9 @@ def test_calibration_where_the_posterior_is():
     found = calibrated_there(lambda model: of_both)
     assert found.miscalibrated == [] and "posterior_sbc" in str(found.data)
     assert plotting.plot_ranks(found).get_legend() is not None
-    # the simulated data alone have another posterior
+    # the posterior given only the simulated data is another
     assert "w" in calibrated_there(lambda model: posterior).miscalibrated
-    # the model that fit is given has seen both
+    # fit gets the model conditioned on both
     runner = calibrated_there(
         lambda model: EnsembleVI(model, AutoMultivariateNormal(model), ADAM, Trace_ELBO(8)),
         num_steps=800,

@@ -1,4 +1,4 @@
-"""Runs that are stopped in any way end with the numbers of one that was not."""
+"""Runs that are stopped and continued end with the numbers of an uninterrupted run."""
 
 import os
 import random
@@ -173,7 +173,7 @@ os._exit(0)  # Orbax would wait for what cannot come
 
 @pytest.mark.long
 def test_a_directory_that_is_full(tmp_path):
-    """In a process of its own, for Orbax leaves threads behind that wait for what failed."""
+    """In a separate process, because threads of Orbax keep waiting for the write that failed."""
     environment = {**os.environ, "PYTHONPATH": f"{SCRIPT.parents[1]}{os.pathsep}{SCRIPT.parent}"}
     run = subprocess.run(
         [sys.executable, "-c", FULL, str(tmp_path / "kept")],
@@ -227,7 +227,7 @@ def test_sigterm_writes_a_checkpoint_first(tmp_path):
 
 @pytest.mark.long
 def test_kill_9_at_any_moment(tmp_path):
-    """Kill a run again and again: it ends with the same bits, and loses an interval at most."""
+    """Kill a run repeatedly: it ends with the same bits, and repeats one interval at most."""
     rng, every, kills = random.Random(0), 40, int(os.environ.get("KILLS", "8"))
     finish(started("", every, tmp_path / "whole"))
     kept_in, pace = Checkpoint(tmp_path / "kept"), None

@@ -74,7 +74,7 @@ def test_the_step_is_blackjax(key):
     ratio = adaptation.trajectory_length / adaptation.step_size
     np.testing.assert_allclose(ratio, most, rtol=1e-6)
     assert chains.random_generator_arg == states.random_generator_arg[0] == NUM_STEPS
-    # their sequence knows the run's length, ours does not
+    # BlackJAX's sequence depends on the run's length, ours does not
     index = jnp.arange(2000)
     own = jax.vmap(lambda i: dynamic_hmc.halton_sequence(i, 11))(index)
     np.testing.assert_array_equal(jax.vmap(halton)(index), own)
@@ -82,7 +82,7 @@ def test_the_step_is_blackjax(key):
 
 @pytest.mark.long
 def test_lengths_grow_from_short_ones(key):
-    """BlackJAX's own scheme stays near its first length, for it steps from the average so far."""
+    """BlackJAX's scheme stays near its first length, because it steps from the average so far."""
     near = 0.1 * jax.random.normal(key, (NUM_CHAINS, 3))
     start = {"a": near[:, 0], "b": near[:, 1:]}
     lengths = [
@@ -94,7 +94,7 @@ def test_lengths_grow_from_short_ones(key):
 
 
 def with_a_trap(row):
-    """A standard normal; a chain at (0, 10) sees no slope, and loses 30 wherever it goes."""
+    """A standard normal; a chain at (0, 10) has gradient 0, and loses 30 in every direction."""
     trapped = -30.0 * jax.lax.stop_gradient(
         jnp.minimum(jnp.abs(row - jnp.array([0.0, 10.0])).sum(), 1)
     )

@@ -56,7 +56,7 @@ def counts(x, y=None):
 
 
 class Known(NamedTuple):
-    """A model, its data, draws from its posterior, and what each row is given the others."""
+    """A model, its data, posterior draws, and each row's distribution given the others."""
 
     model: object
     x: np.ndarray
@@ -270,7 +270,7 @@ def test_weights_find_the_model_and_the_member_and_go_into_predictions():
 @pytest.mark.long
 @pytest.mark.parametrize("case", QUICK_AND_LONG)
 def test_folds_are_what_the_closed_form_says(case):
-    """Shops that are held out whole, whose own level is then drawn from the others'."""
+    """Whole shops are held out; their level is then drawn given the other shops."""
     known = CASES[case]
     mcmc = MCMC(
         NUTS(known.model), num_warmup=300, num_samples=2000, num_chains=2,
@@ -283,7 +283,7 @@ def test_folds_are_what_the_closed_form_says(case):
     wide = 3.0 if case == "hierarchy" else 1.0
     assert_allclose(found.elpd_i, exact_terms(case, SHOP), rtol=0.02, atol=0.1 * wide)
     assert abs(found.elpd - exact_terms(case, SHOP).sum()) < 0.3 * wide
-    if case == "hierarchy":  # rows that are left out one by one are another thing
+    if case == "hierarchy":  # leaving out single rows gives another score
         assert abs(found.elpd - exact_terms(case).sum()) > 3.0
 
 
@@ -307,7 +307,7 @@ def test_folds_are_compared_too():
 
 
 def test_members_that_failed_and_masked_rows():
-    """Weights are of all members, those that failed included; masked rows have no probability."""
+    """Weights include members that failed; masked rows have no probability."""
     x = X
     y = np.asarray(CASES["regression"].y)
 

@@ -1,4 +1,4 @@
-"""The names of NumPyro that are not public and that `_compat` stands in for."""
+"""Private names of NumPyro, and the replacements in `_compat`."""
 
 import ast
 from pathlib import Path

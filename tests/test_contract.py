@@ -1,4 +1,4 @@
-"""The invariants that every runner keeps."""
+"""Invariants of all runners."""
 
 import gc
 import os
@@ -43,7 +43,7 @@ def make(request):
     return RUNNERS[request.param][0]
 
 
-# the engine is one: what costs most with a guide is left to `make long` there
+# runners share the engine: the most expensive checks of guides are left to `make long`
 QUICK_IN_MAP = pytest.mark.parametrize(
     "make", ["map", pytest.param("vi", marks=pytest.mark.long)], indirect=True
 )
@@ -60,7 +60,7 @@ def w(make):
 
 @cache
 def on_ridge(make):
-    """Return a runner that many tests share, for history does not matter and compilation does."""
+    """Return a runner that many tests share, to compile once; earlier calls do not matter."""
     return make(ridge)
 
 
@@ -426,7 +426,7 @@ def test_a_partial_model_and_keywords_run(make, key):
 @pytest.mark.long
 @QUICK_IN_MAP
 def test_a_transformed_call_sees_its_own_data(make, w, key):
-    """What one trace has learnt of its data must not serve another's."""
+    """Values that a trace has computed from its data must not be used for other data."""
 
     def model(y):
         top = numpyro.sample("w", dist.Uniform(0.0, np.max(np.abs(y))))

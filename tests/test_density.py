@@ -1,4 +1,4 @@
-"""The two parts of a log joint density, and what is known of a model before it runs."""
+"""The two parts of a log joint density, and the checks of a model before it runs."""
 
 import jax
 import jax.numpy as jnp

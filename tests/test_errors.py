@@ -1,4 +1,4 @@
-"""What is wrong is said before anything is compiled, with the name, the value and the remedy."""
+"""Errors come before anything is compiled, with the name, the value and the remedy."""
 
 from functools import partial
 

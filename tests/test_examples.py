@@ -1,4 +1,4 @@
-"""The quickstart reaches what it promises: scores on the sinc problem."""
+"""The quickstart reaches the scores that it states, on the sinc problem."""
 
 import runpy
 import sys
@@ -40,7 +40,7 @@ def test_the_quickstart_scores_as_promised(capsys, tmp_path):
     for name in ("MAP, starts Uniform(-2, 2)", "MAP, starts from the prior"):
         assert table[name]["NLL"] > constant["NLL"] + 0.03  # starts decide
     full, tempered = table["VI, small starts, cosine"], table["VI, the same, kl_weight 0.1"]
-    # about -0.51 and -0.73, give or take 0.01 with the key and the precision
+    # about -0.51 and -0.73, within 0.01 for any key and precision
     assert full["NLL"] <= -0.48
     assert tempered["NLL"] <= -0.70
     assert table["VI, defaults"]["NLL"] > full["NLL"] + 0.2  # an unconverged fit, not the family

@@ -1,4 +1,4 @@
-"""Each message that the page of errors quotes is one of the package's."""
+"""Each message that the page of errors quotes is a message of the package."""
 
 import ast
 import re

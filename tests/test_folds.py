@@ -1,4 +1,4 @@
-"""Cross-validation: all folds at once are what separate fits and closed forms say."""
+"""Cross-validation: all folds at once agree with separate fits and closed forms."""
 
 import arviz as az
 import jax
@@ -70,7 +70,7 @@ def test_groups_are_what_the_closed_form_says():
 
 
 def test_each_fold_is_a_fit_of_its_own():
-    """That of a model that is masked by hand, with the fold's key."""
+    """A fold equals the fit of a model that is masked by hand, with the fold's key."""
     runner, labels = vi(), np.arange(N) % 3
     found = cross_validate(
         regression, runner, X, Y, rng_key=KEY, folds=labels, num_steps=40, num_draws=20,

@@ -1,4 +1,4 @@
-"""Which data, plates, masks, means and inputs a call of `Pathwise` is about."""
+"""Data, plates, masks, means and inputs of calls of `Pathwise`."""
 
 import contextlib
 
@@ -194,7 +194,7 @@ def test_other_inputs_have_other_noise(key):
 
 
 def test_noise_belongs_to_inputs_so_that_chunks_agree(key):
-    """In a plate, where each copy has noise of its own; repeated inputs have it too."""
+    """In a plate, each copy has independent noise, and so has each repeated input."""
 
     def model(X, y=None):
         width = numpyro.sample("width", dist.LogNormal(0.0, 0.5))

@@ -241,7 +241,7 @@ def test_algebra_goes_inside(key):
 @pytest.mark.core
 @pytest.mark.parametrize("length", [0.01, 1.0, 100.0])
 def test_units_of_values_and_slopes_do_not_mix(length):
-    """A jitter of the mean variance would hide the values, or the slopes, in single precision."""
+    """In single precision, a jitter from the mean variance would hide the values or the slopes."""
     points = numbered_inputs(length * np.array([0.0, 1.0, 2.0]), length * np.array([0.5, 1.5]))
     values = np.r_[0.1, 0.741, 1.009, np.cos([0.5, 1.5]) / length]
     noise = np.r_[np.full(3, 1e-3), np.full(2, 1e-3 / length**2)]
@@ -280,7 +280,7 @@ def test_means_of_whole_numbers_have_slopes():
     ],
 )
 def test_values_do_not_depend_on_slopes_of_the_mean(at):
-    """A root has no slope at 0, where there is a value."""
+    """A square root has no slope at 0, but a value."""
     places, numbers = np.asarray(at).T
     by_height = np.where(numbers == 0, np.sqrt(places), 0.5)
     y = np.linspace(0.3, -0.4, len(at))

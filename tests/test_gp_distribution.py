@@ -195,7 +195,7 @@ def test_the_best_inducing_values_reach_titsias_bound():
 def test_all_points_inducing_is_the_exact_process():
     exact = GaussianProcess(KERNEL, X, NOISE, mean)
     collapsed = CollapsedSparseGP(KERNEL, X, X, NOISE, mean)
-    # the bound also pays for the jitter, which is 7e-6 in single precision, over the noise
+    # the bound also loses jitter over noise; the jitter is 7e-6 in single precision
     assert_allclose(collapsed.log_prob(Y), exact.log_prob(Y), rtol=within(1e-6, 1e-4))
     for ours, theirs in zip(collapsed.predict(Y, X_NEW), exact.predict(Y, X_NEW), strict=True):
         assert_allclose(ours, theirs, rtol=within(1e-6, 1e-4), atol=within(0.0))

@@ -110,7 +110,7 @@ def test_tight_posteriors_are_within_the_target(kernel, one, four):
 
 
 def test_matern_frequencies_share_one_chi_square():
-    """Drawing each coordinate on its own gives another kernel, which the test above refuses."""
+    """Drawing each coordinate alone gives another kernel; the test above would reject it."""
     rng, degrees = np.random.default_rng(0), 5
     kernel, X, X_new = Matern52(1.0, 0.7), inputs(40, 5), inputs(30, 5, seed=1)
     w = rng.standard_t(degrees, (2048, 5)) / 0.7

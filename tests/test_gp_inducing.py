@@ -1,4 +1,4 @@
-"""Inducing points, of inputs with columns of numbers too."""
+"""Inducing points, also of inputs with columns of numbers."""
 
 import jax
 import jax.numpy as jnp
@@ -84,7 +84,7 @@ def test_several_columns_of_numbers():
 
 @pytest.mark.core
 def test_the_choice_among_values_and_slopes_does_not_follow_units():
-    """Where a slope has 10,000 times the variance of a value, it says no more than before."""
+    """A slope with 10,000 times the variance of a value is not chosen more often."""
     places = np.linspace(0.0, 3.0, 12)
 
     def chosen(unit):

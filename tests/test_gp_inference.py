@@ -58,7 +58,7 @@ def sampled(kernel, **options):
 @pytest.mark.long
 @pytest.mark.promotes_ranks  # NumPyro's guides do
 def test_functions_from_ensembles_of_variational_fits(key):
-    """The model has a parameter, a mean, for each member; the guide can hold what is left."""
+    """The model has a mean for each member as parameter; the guide can represent the rest."""
 
     def shifted(X, y=None):
         shift = numpyro.param("shift", 0.5)
@@ -100,7 +100,7 @@ def test_functions_from_samplers_have_the_exact_moments(name, key):
     moments = pathwise.moments(X_NEW)["f"]
     assert_allclose(moments.mean, mean, atol=0.08)
     assert_allclose(moments.variance, variance, rtol=0.12)
-    # plain Predictive draws the process anew: the wrong answer, which is seen
+    # plain Predictive draws the process again: this wrong answer is rejected
     wrong = Predictive(WHITE, {"f_base": samples["f_base"][:, :5]})(key, X_NEW)["f"]
     assert not np.allclose(wrong.var(axis=0) / variance, 1.0, atol=0.2)
 
@@ -137,7 +137,7 @@ def test_guides_find_what_their_family_can_hold(name, key):
     moments = Pathwise(WHITE, some, X, Y, num_features=64).moments(X_NEW)["f"]
     exact_mean, exact_variance = EXACT.predict(Y, X_NEW)
     assert_allclose(moments.mean, exact_mean, atol=0.01 if delta else 0.15)
-    if delta:  # all that is left is what the values at the points do not tell
+    if delta:  # the only variance left is that given the values at the points
         left = GaussianProcess(KERNEL, X).predict(FACTOR @ base[0], X_NEW)[1]
         assert_allclose(moments.variance, left, rtol=1e-5, atol=within(1e-7, 1e-4))
         assert (moments.variance < 0.9 * exact_variance).any()
@@ -173,7 +173,7 @@ def test_minibatches_reach_titsias_bound(key):
 
     assert -0.3 < elbo(number) - bound < 0.1, bound
     assert -0.6 < elbo(50) - bound < 0.1, bound
-    # the likelihood at the mean, as if the inducing values told the process everywhere
+    # the likelihood at the mean, as if inducing values determined the process everywhere
     assert elbo(number, lambda likelihood, m, v: likelihood(m)) > bound + 0.5
 
 

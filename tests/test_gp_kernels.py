@@ -1,4 +1,4 @@
-"""Kernels: their values, their algebra, what they are as pytrees, and what they refuse."""
+"""Kernels: their values, their algebra, their pytrees, and their errors."""
 
 import equinox as eqx
 import jax
@@ -89,7 +89,7 @@ def test_kernels_are_pytrees(name):
 
 @pytest.mark.parametrize("smooth", [Matern32(2.0, 0.7), Matern52(2.0, 0.7), RBF(2.0, 0.7)])
 def test_curvature_where_inputs_meet(smooth):
-    """The covariance of derivatives, -k''(0), which a safe square root would make 0."""
+    """The covariance of derivatives is -k''(0); with a safe square root it would be 0."""
     degrees = getattr(smooth, "degrees", np.inf)
     expected = 2.0 / 0.7**2 * (1.0 if np.isinf(degrees) else degrees / (degrees - 2))
     one = jnp.zeros(1)

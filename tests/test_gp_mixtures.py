@@ -24,7 +24,7 @@ DRAWS = {"width": np.array([0.7, 1.0, 1.6]), "amount": np.array([0.02, 0.1, 0.3]
 
 
 def model(X, level, y=None):
-    """A process with noise, and one in two copies without any, read by the noise's logarithm."""
+    """A process whose noise has two sizes, at alternate inputs."""
     width = numpyro.sample("width", dist.LogNormal(0.0, 0.5))
     amount = numpyro.sample("amount", dist.HalfNormal(0.3))
     noise = amount * (1.0 + jnp.arange(len(X)) % 2)
@@ -66,7 +66,7 @@ def test_moments_with_noise_and_covariances(pathwise):
         assert_allclose(joint[name].variance, np.diag(expected), **NEAR)
         plain = pathwise.moments(X_NEW, 0.5)[name]
         assert_allclose(plain, (joint[name].mean, joint[name].variance), **NEAR)
-        # what one would have without the differences between draws
+        # the wrong answer, without the differences between draws
         assert abs(np.diag(between)).max() > 1e-3
 
 
@@ -139,7 +139,7 @@ def test_leaving_one_out_is_fitting_without_it(name):
     assert_allclose(variance, [v + e for (_, v), e in zip(exact, NOISE, strict=True)], rtol=1e-6)
     terms = process.pointwise_log_prob(Y)
     assert_allclose(terms, norm.logpdf(Y, mean, np.sqrt(variance)), rtol=1e-9)
-    inside, spread = process.predict(Y, X)  # what one would have with the value itself
+    inside, spread = process.predict(Y, X)  # the wrong answer, with the value itself
     assert (norm.logpdf(Y, inside, np.sqrt(spread + NOISE)) - terms).max() > 0.1
 
 

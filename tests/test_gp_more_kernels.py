@@ -118,7 +118,7 @@ def test_categories_are_alike_or_not():
 
 @pytest.mark.long
 def test_slopes_at_the_edge_are_finite():
-    """A correlation of 0 and a kappa of 0 are allowed, and what is beside them can be learnt."""
+    """A correlation of 0 and a kappa of 0 are allowed, with finite gradients of the others."""
     numbers = jnp.array([[0.0], [1.0], [1.0]])
     slope = jax.grad(lambda v: Categorical(2, v)(numbers).sum())(1.3)
     assert_allclose(slope, 5.0, rtol=1e-6)  # one and four equal pairs
@@ -274,7 +274,7 @@ def test_kernels_of_ones_own_are_short(key):
 
 
 class Smooth(Bump):
-    """Another default for a part of the class above, and a part that is fixed."""
+    """Another default for a field of the base class, and a field that is fixed."""
 
     height: float = 2.0
     times: int = 2

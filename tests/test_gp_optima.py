@@ -1,4 +1,4 @@
-"""Highest and lowest places of paths, inside and on the border, against a dense grid."""
+"""Maxima and minima of paths, inside and on the border, against a dense grid."""
 
 import jax
 import jax.numpy as jnp
@@ -44,7 +44,7 @@ def test_no_point_of_a_grid_is_better(paths, find, sign, key, compile_count):
     assert ((place >= low) & (place <= high)).all()
     near = within({"rtol": 1e-9}, {"rtol": 1e-3, "atol": 1e-4})
     assert_allclose(paths.each(found.place[:, None])[:, 0], found.value, **near)
-    # the best of as many points without a search along the gradient falls short
+    # the best of as many points, without a gradient search, is lower
     rough = find(key, paths, BOUNDS, num_points=64, max_steps=1)
     assert (sign * (found.value - rough.value)).max() > 1e-4
     with compile_count() as count:

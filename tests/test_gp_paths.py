@@ -24,7 +24,7 @@ from numpyro_ensemble.gp import (
 
 X, X_NEW = inputs(15, 1, width=5.0), np.linspace(-1.0, 6.0, 9)[:, None]
 Y = np.sin(X[:, 0])
-CLOSE = np.linspace(-1.1, 6.0, 36)[:, None]  # so close that how smooth paths are is seen
+CLOSE = np.linspace(-1.1, 6.0, 36)[:, None]  # close enough to show how smooth paths are
 NUMBER = 512
 # of the same paths in two programs
 SAME = within({"rtol": 1e-9}, {"rtol": 1e-5, "atol": 2e-5})
@@ -104,7 +104,7 @@ def test_a_wrong_lengthscale_is_seen():
 
 @pytest.mark.long
 def test_the_prior_draw_needs_the_jitter_too():
-    """Noise and jitter of 1e-4 each: without the jitter in the prior draw paths are too narrow."""
+    """Noise and jitter of 1e-4 each: paths are too narrow if the prior draw has no jitter."""
     kernel, noise = RBF(1.0, 0.8), 1e-4
     points = np.linspace(0.0, 5.0, 40)[:, None]
     new = points[:-1:4] + 0.05
@@ -116,7 +116,7 @@ def test_the_prior_draw_needs_the_jitter_too():
     mean, _ = posterior(kernel, points, np.sin(points[:, 0]), new, 2e-4)
     covariance = implied(features, kernel, points, new, 2e-4)
     assert accepts(paths(new), mean, covariance)
-    # what is left of a prior draw with the noise alone
+    # the wrong answer: the prior draw has noise, but no jitter
     C = gram(kernel, points) + 2e-4 * np.eye(40)
     error = np.asarray(paths.rhs) - (np.sin(points[:, 0]) - np.asarray(paths.prior(points)))
     shrunk = np.asarray(paths.rhs) - error * (1 - np.sqrt(0.5))
@@ -129,7 +129,7 @@ def test_the_prior_draw_needs_the_jitter_too():
 @pytest.mark.long
 @pytest.mark.parametrize("name", chosen(["sum", "product", "linear product", "Periodic", "Linear"]))
 def test_composed_kernels_against_the_dense_posterior(name):
-    """No published sampler has them: mean and variance of many paths on many bases."""
+    """Mean and variance of many paths on many bases, for kernels without a published sampler."""
     kernel = KERNELS[name]
     paths = draw_paths(
         jax.random.key(1), kernel, X, Y, noise=0.05, num_paths=2000, num_features=512, num_bases=20
@@ -168,7 +168,7 @@ def test_the_draws_distance_is_that_of_exact_draws():
 
 @pytest.mark.core
 def test_solves_in_single_precision_are_refined(key):
-    """A factor's rounding is as large as the jitter: unrefined, three roots of it are left."""
+    """A factor's rounding is as large as the jitter: unrefined, residuals are three roots of it."""
     points = inputs(300, 1, width=3.0).astype(np.float32)
     y = np.sin(2 * points[:, 0])
     paths = draw_paths(key, RBF(1.0, 10.0), points, y, num_paths=50, num_bases=1, num_features=64)
@@ -296,7 +296,7 @@ def test_an_update_conditions_the_same_functions(stacked):
     # to the root of the jitter, which is 3e-3 in single precision
     known = within(1e-6, 2e-2)
     assert_allclose(sure(more), np.broadcast_to(values, (paths.num_paths, 2)), atol=known)
-    # the rule itself, by dense algebra on the union
+    # Matheron's rule by dense algebra, on the union of the points
     first = jax.tree.map(lambda leaf: leaf[0], sure) if stacked else sure
     union = np.concatenate([X, more])
     kernel = RBF(1.2, 0.8)

@@ -1,4 +1,4 @@
-"""Posterior functions from the samples of any inference, called as `Predictive` is."""
+"""Posterior functions from the samples of any inference, called like `Predictive`."""
 
 import equinox as eqx
 import jax
@@ -79,7 +79,7 @@ def test_its_functions_have_the_exact_moments(key):
     moments = many.moments(X_NEW)["y_f"]
     assert means_agree(values, moments, 900)
     assert not means_agree(0.5 * (values + values.mean(axis=0)), moments, 900)
-    # plain Predictive at new inputs draws from the prior, in silence
+    # plain Predictive at new inputs draws from the prior without a warning
     prior = Predictive(observed, SAMPLES)(key, X_NEW)["y"]
     tight = int(np.argmin(moments.variance))
     narrow = np.sqrt(moments.variance[tight])
@@ -140,7 +140,7 @@ def test_latent_processes_whitened_and_not(key):
     bases = np.random.default_rng(0).normal(size=(3, 12))
     filled = Predictive(white, {"scale": SCALES, "f_base": bases}, return_sites=["f"])
     values = filled(key, X)["f"]
-    # as MCMC gives them, deterministic sites among them: these are computed anew
+    # samples of MCMC, with deterministic sites, which are computed again
     samples = {"scale": SCALES, "f_base": bases, "f": values + 100.0}
     whitened = Pathwise(white, samples, X, Y, **OPTIONS)
     plain = Pathwise(latent, {"scale": SCALES, "f": values}, X, Y, **OPTIONS)
@@ -148,7 +148,7 @@ def test_latent_processes_whitened_and_not(key):
     assert {name: value.shape for name, value in ours.items()} == {"f": (3, 7), "y": (3, 7)}
     assert_allclose(ours["f"], theirs["f"], atol=within(1e-4, 5e-3))
     assert 0.02 < np.std(ours["y"] - ours["f"]) < 0.3  # the likelihood is drawn on top
-    # they pass through the values, to the root of the jitter
+    # functions pass through the values, up to the root of the jitter
     assert_allclose(whitened(key, X)["f"], values, atol=within(1e-4, 2e-2))
 
 
@@ -166,7 +166,7 @@ def test_sparse_processes(key):
     values = out(key, X_NEW)
     moments = out.moments(X_NEW)["f"]
     assert means_agree(values["f"], moments, 1000)
-    assert np.std(values["y"] - values["f"]) < 0.12  # the function's variance is in the function
+    assert np.std(values["y"] - values["f"]) < 0.12  # noise only; the function's variance is in f
 
     def collapsed(X, y=None):
         scale = numpyro.sample("scale", dist.LogNormal(0.0, 0.5))
@@ -189,7 +189,7 @@ def test_additive_processes_and_their_parts(key):
     values = out(key, X_NEW)
     assert_allclose(values["h"], values["f"] + values["g"], rtol=1e-6, atol=within(0.0, 1e-6))
     drawn = out.draw(key)
-    # without noise the weights at the points are in the thousands, times the kernel's rounding
+    # without noise, weights in the thousands multiply the kernel's rounding
     exact = within({"rtol": 1e-6}, {"atol": 2e-2})
     assert_allclose(drawn["f"](X_NEW) + drawn["g"](X_NEW), values["h"], **exact)
 

@@ -1,4 +1,4 @@
-"""Kernels of one's own that are too rough for slopes are known by their profiles."""
+"""Users' kernels without slopes are recognised by their profiles."""
 
 from typing import Any
 
@@ -47,7 +47,7 @@ def series_near_zero(squared: Any) -> Any:
 
 
 def sine_over_distance(squared: Any) -> Any:
-    """Give sin(r) / r, whose slope is rounded at small distances, by its series near 0."""
+    """Give sin(r) / r, by its series near 0, because its slope is inaccurate at small distances."""
     near = squared < 1e-8
     r = jnp.sqrt(jnp.where(near, 1.0, squared))
     return jnp.where(near, 1.0 - squared / 6.0, jnp.sin(r) / r)
@@ -61,7 +61,7 @@ ROUGH = {
     "triangle": lambda s: jnp.maximum(1.0 - safe_root(s), 0.0),
     "sum": lambda s: 0.99 * jnp.exp(-0.5 * s) + 0.01 * jnp.exp(-safe_root(s)),
     "logarithm": lambda s: 1.0 / (1.0 - jnp.log1p(-jnp.minimum(safe_root(s), 0.9))),
-    # smooth functions, whose curvature JAX does not have as these are written
+    # smooth functions, written so that JAX cannot compute their curvature
     "Matern 3/2": lambda s: (1.0 + jnp.sqrt(3.0 * s)) * jnp.exp(-jnp.sqrt(3.0 * s)),
     "Matern 3/2, safe": lambda s: (1.0 + safe_root(3.0 * s)) * jnp.exp(-safe_root(3.0 * s)),
 }

@@ -131,7 +131,7 @@ def test_a_process_observed_in_the_plate_of_its_data_is_refused():
 
 
 def batches(X, y=None, batch=4):
-    """Inducing values stand outside of the plate, whose rows are a batch of their inputs."""
+    """Inducing values are outside the plate, whose rows are a batch of the inputs."""
     level = numpyro.param("level", 0.0)
     plate = numpyro.plate("rows", len(X), subsample_size=batch)
     with plate as rows:
@@ -143,7 +143,7 @@ def batches(X, y=None, batch=4):
 
 
 def batches_of_tasks(X, y=None, batch=2):
-    """All tasks have functions, of which a batch is seen; a second plate has no random rows."""
+    """All tasks have functions, and a batch is observed; a second plate has no random rows."""
     k = kernel()
     with numpyro.plate("task", 5) as every:
         f = numpyro.sample("f", GaussianProcess(k, X))
@@ -152,7 +152,7 @@ def batches_of_tasks(X, y=None, batch=2):
 
 
 def a_batch_of_ones_own(X, y=None):
-    """The data are a batch of 30 tasks, which the plate does not choose."""
+    """The data are a batch of 30 tasks, which the plate has not drawn."""
     k = kernel()
     with numpyro.plate("task", 30, subsample_size=5):
         numpyro.sample("c", GaussianProcess(k, X, 0.1), obs=y)
@@ -180,7 +180,7 @@ def test_batches_that_processes_do_not_follow_change_nothing():
 
 
 def test_arrays_of_any_kind_are_functions_of_all_data():
-    """A batch of jax.Array was taken for the data, in silence: those rows alone were fitted."""
+    """A batch of a jax.Array was once taken for all data without an error."""
     with pytest.raises(ValueError, match="follows the rows"):
         Pathwise(of_a_batch, WIDTHS, jnp.asarray(X), jnp.asarray(Y), **SMALL)
     whole = Pathwise(of_a_batch, WIDTHS, X, Y, None, **SMALL).moments(X, batch=None)["c_f"]

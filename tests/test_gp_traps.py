@@ -1,4 +1,4 @@
-"""Where Gaussian processes could be quietly wrong: each answer is right, or an error."""
+"""Cases in which processes could be wrong without a message: the result is right, or an error."""
 
 import jax
 import jax.numpy as jnp
@@ -230,7 +230,7 @@ def test_inputs_of_the_fit_may_be_asked_for_again(key):
 
 
 def test_a_process_on_a_fixed_grid_is_read_by_an_index():
-    """Its inputs do not move with the arguments, which is no reason for a complaint."""
+    """The inputs of a process that do not depend on the arguments cause no error."""
 
     def ages(age, dose, y=None):
         width = numpyro.sample("width", dist.LogNormal(0.0, 0.5))

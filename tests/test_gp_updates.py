@@ -1,4 +1,4 @@
-"""Updates of paths: each is the joint posterior of dense linear algebra, or refused."""
+"""Updates of paths: each is the joint posterior of dense linear algebra, or an error."""
 
 from dataclasses import replace
 
@@ -66,7 +66,7 @@ def test_updates_of_collapsed_paths_move_the_inducing_values(key):
     assert accepts(drawn, before[0][:n], np.diag(before[1])[:n])
     updated = np.asarray(paths.update(AT[1:], NEW[1:]).update(AT[:1], NEW[:1])(PLACES))
     assert accepts(updated, *truth)
-    # wrong answers: no update, inducing values that stay, and the variance of before
+    # wrong answers: no update, unchanged inducing values, and the variance before the update
     assert not accepts(drawn, *truth)
     stay = replace(paths, whitened=jnp.zeros((len(Z), len(Z))))
     assert not accepts(stay.update(AT[1:], NEW[1:]).update(AT[:1], NEW[:1])(PLACES), *truth)
@@ -76,7 +76,7 @@ def test_updates_of_collapsed_paths_move_the_inducing_values(key):
 
 @pytest.mark.long
 def test_latent_values_of_a_known_covariance_move_too(key):
-    """The posterior of inducing values, in closed form; a singular one is no trouble."""
+    """The posterior of inducing values, in closed form; it may be singular."""
     K_ZZ, K_ZX = gram(KERNEL, Z) + 1e-6 * np.eye(len(Z)), gram(KERNEL, Z, X)
     S = K_ZZ @ np.linalg.solve(K_ZZ + K_ZX @ K_ZX.T / NOISE, K_ZZ)
     m = K_ZZ @ np.linalg.solve(K_ZZ + K_ZX @ K_ZX.T / NOISE, K_ZX @ Y) / NOISE
@@ -154,7 +154,7 @@ def test_updates_that_would_not_condition_are_refused(key):
     for name in ("u", "k"):
         with pytest.raises(ValueError, match="latent or inducing values.*CollapsedSparseGP"):
             paths[name].update(AT, NEW, noise=NOISE)
-    # data without noise are known: these paths can be updated
+    # data without noise are known exactly: these paths can be updated
     assert_allclose(paths["c"].update(AT, NEW)(AT), np.tile(NEW, (4, 1)), atol=1e-2)
     drawn = np.random.default_rng(0).normal(size=(2, 8))
     with pytest.raises(ValueError, match="covariance is not known"):

@@ -1,4 +1,4 @@
-"""Weights of the sites of processes: functions follow the weighted density, or it is refused."""
+"""Weights of the sites of processes: functions follow the weighted density, or raise an error."""
 
 from functools import partial
 
@@ -46,7 +46,7 @@ def by_argument(X, y=None, weight=1.0):
 
 
 def in_plates(X, y=None):
-    """Two of three copies, drawn by a subsampled plate, whose scale is no weight."""
+    """Two of three copies, drawn by a subsampled plate: the scale of the plate is not a weight."""
     gp = GaussianProcess(kernel(), X, NOISE)
     board = numpyro.plate("board", 3, subsample_size=2, dim=-1)
     with numpyro.plate("unit", 1, dim=-2), board:
@@ -144,7 +144,7 @@ def test_a_weighted_prior_divides_the_kernel_of_a_latent_process():
             pathwise = Pathwise(reweight(model, prior=weight), samples, X, counts, **SMALL)
             moments = pathwise.moments(PLACES)["u"]
             assert_allclose(moments, mixture(latent_truth, weight), rtol=1e-4, atol=1e-6)
-    # the model has no prior but that of the inducing values
+    # the only prior of the model is that of the inducing values
     u = np.cos(Z[:, 0])
     samples = SAMPLES | {"u_u": np.stack([u, u])}
     pathwise = Pathwise(reweight(inducing, prior=0.25), samples, X, counts, **SMALL)

@@ -209,7 +209,7 @@ def test_the_factors_of_neutra_are_prior_and_the_users_are_not(scope):
     expected = 0.5 * prior + 3.0 * likelihood
     ours = density(weighted, {f"{scope}auto_shared_latent": z}, Y)
     assert_allclose(ours, expected, **tolerance())
-    assert abs(2.5 * prior) > 0.1  # what it would be off by as likelihood
+    assert abs(2.5 * prior) > 0.1  # the error if it counted as likelihood
 
 
 @pytest.mark.parametrize("name", ["mine_factor", "_mine_log_prob", "a_a_log_det", "x_log_det"])

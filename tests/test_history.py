@@ -1,4 +1,4 @@
-"""What was called before, elsewhere or at the same time changes no answer."""
+"""Results do not depend on calls made before, elsewhere or at the same time."""
 
 import copy
 import threading
@@ -76,7 +76,7 @@ def quiet(runner, key, num_steps, *args, **kwargs):
 
 @cache
 def plain(make, model):
-    """Return a runner that is called in one way alone, by `quiet`: the reference of many tests."""
+    """Return a runner that `quiet` calls in one way only: the reference of many tests."""
     return make(model)
 
 
@@ -173,7 +173,7 @@ def test_steps_of_two_fits_in_turns_keep_their_own_constraints(make, model, key)
 
 
 def test_svi_keeps_the_constraints_of_a_states_start_too(key):
-    """The single run: after its start, SVI takes other data with the constraints of the first."""
+    """As in a single SVI: after the start, other data are used with the start's constraints."""
     runner = vi(with_bound, ensemble_size=1)
     state = runner.init(key, ONES)
     svi = SVI(with_bound, AutoNormal(with_bound), ADAM, Trace_ELBO())
@@ -285,10 +285,10 @@ QUICK_USES = [(vi, ("jit", "plain"))]
 
 
 def uses_in_turns(make):
-    """Yield for each use a sequence that begins and ends with it, and has all others between."""
+    """Yield, for each use, a sequence that begins and ends with it, with all other uses between."""
     names = list(USES)
     for first in range(len(names)):
-        # seven is a prime, so that each stride meets all seven uses
+        # seven is prime, so each stride visits all seven uses
         stride = 1 + (first + (make is vi)) % (len(names) - 1)
         yield tuple(names[(first + stride * turn) % len(names)] for turn in range(len(names) + 1))
 
@@ -412,7 +412,7 @@ def test_early_stopping_goes_with_debug_nans(key):
 
 
 def test_data_in_double_precision_are_not_narrowed_before_the_model_sees_them(key):
-    """Seconds since 1970 lose their differences in float32, which the model takes in NumPy."""
+    """Seconds since 1970 lose their differences in float32; the model computes them in NumPy."""
     seconds = 1.7e9 + 10.0 * np.arange(6.0)
     big = np.array([3_000_000_000, 5_000_000_000])
 

@@ -94,7 +94,7 @@ def test_everything_on_hosts(tmp_path, number):
 
 @pytest.mark.long
 def test_processes_agree(tmp_path):
-    """What differs between them is named in all of them, and what one of them ends, ends."""
+    """Differences between processes are named in all of them, and all end if one ends the run."""
     with Cluster("agreed", 2, tmp_path) as cluster:
         found = cluster.found()
     check(found)
@@ -118,7 +118,7 @@ def test_processes_agree(tmp_path):
 @pytest.mark.long
 @pytest.mark.parametrize("killed", [0, 3])
 def test_one_of_four_is_killed(tmp_path, killed):
-    """The others end with an error within a minute, and three go on from the checkpoint."""
+    """The others end with an error within a minute; three then continue from the checkpoint."""
     with Cluster("kept", 4, tmp_path) as four:
         four.wait_for("step 100")
         four.processes[killed].kill()

@@ -1,4 +1,4 @@
-"""When two values are equal, and what a function takes from its surroundings."""
+"""Equality of values, and the data that a function takes from its surroundings."""
 
 import array
 import collections
@@ -144,7 +144,7 @@ def three_levels_up():
 
 
 def noticed(fn, rebind):
-    """Return whether a function's surroundings are others after a change, and equal without one."""
+    """Return whether a function's surroundings differ after a change, and are equal without it."""
     before = closure_fingerprint(fn)
     assert closure_fingerprint(fn) == before
     hash(before)
@@ -685,7 +685,7 @@ def test_what_is_unknown_is_traced_but_not_compiled_again(make, compile_count, k
 
 
 def test_draws_of_a_model_that_cannot_be_compared(key):
-    """The same function is the same model, whatever it reads."""
+    """A function equals itself as a model, whatever data it reads."""
     read, _ = a_context_variable()
 
     def model(y):
@@ -705,7 +705,7 @@ def test_draws_of_a_model_that_cannot_be_compared(key):
 
 
 def test_an_installed_package_is_fixed_before_it_is_imported(monkeypatch, tmp_path):
-    """A model may import a package in its body: the first call comes before that import."""
+    """A model may import a package in its body; at the first call it is not yet imported."""
     target = tmp_path / "target"  # of pip install --target, beside a file of the user's own
     (target / "theirs-1.0.dist-info").mkdir(parents=True)
     (target / "theirs-1.0.dist-info" / "METADATA").write_text("Name: theirs\nVersion: 1.0\n")
@@ -750,7 +750,7 @@ def test_two_callbacks_are_two_programs(key):
 
 
 class Remembering(AutoNormal):
-    """A guide with a setting and things that it learns under names of its own."""
+    """A guide with a setting, and with attributes of its own that its set-up writes."""
 
     def __init__(self, model, spread):
         super().__init__(model)

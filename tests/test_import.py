@@ -1,4 +1,4 @@
-"""What importing the package does and does not do, and which module may import which."""
+"""Effects of importing the package, and the imports that each module may have."""
 
 import ast
 import importlib.util

@@ -1,4 +1,4 @@
-"""Where one key is asked for, an integer stands for its key."""
+"""An argument that takes one key also takes an integer, which stands for its key."""
 
 import jax
 import jax.numpy as jnp

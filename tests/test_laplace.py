@@ -117,7 +117,7 @@ def starts(key):
 
 
 def test_members_that_agree_do_not_count_twice():
-    """Weights are those of the evidence whatever the counts; counting members is seen to fail."""
+    """Weights are those of the evidence for any counts of members; weights by counts are wrong."""
     point = np.array([[-3.0], [2.0], [2.0 + 1e-9], [2.0]])
     found = group_modes(
         Curvature(point, np.array([1.0, 0.0, 0.0, 0.0]), np.zeros((4, 1)), np.ones((4, 1, 1))), 0.1

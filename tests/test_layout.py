@@ -1,4 +1,4 @@
-"""A density laid out for a few chains at a time is the same density."""
+"""A density that is computed for a few chains at a time has the same values."""
 
 import jax
 import jax.numpy as jnp

@@ -80,7 +80,7 @@ def test_the_step_is_blackjax(key):
 @pytest.mark.long
 @pytest.mark.core
 def test_steps_that_are_too_long_leave_no_bias(key):
-    """The ends of trajectories alone are not from the density; those that are accepted are."""
+    """Unadjusted ends of trajectories do not follow the density; accepted ends do."""
     size, scheme = 10, Scheme()
     widths = jnp.geomspace(0.3, 3.0, size)
 
@@ -118,7 +118,7 @@ def z_scores(draws, mean):
 
 @pytest.mark.core
 def test_the_length_follows_correlations(key):
-    """Widths of directions are estimated without the part that few chains make up."""
+    """Widths of directions are estimated without the part that few chains add."""
     size, rho = 40, 0.8
     rows = jax.random.normal(key, (200, CHAINS, size))
     paired = rows.at[..., 1].set(rho * rows[..., 0] + (1 - rho**2) ** 0.5 * rows[..., 1])
@@ -139,7 +139,7 @@ def test_the_length_follows_correlations(key):
 
 
 def exploding(row):
-    """A normal with widths 1 and 3, that falls off like an unstable recursion beyond 8."""
+    """A normal with widths 1 and 3, whose density beyond 8 drops as in an unstable recursion."""
     inside = -0.5 * (row**2 / jnp.array([1.0, 9.0])).sum()
     return inside - jnp.where(jnp.abs(row[0]) > 8.0, jnp.abs(row[0]) ** 20, 0.0)
 

@@ -75,7 +75,7 @@ def fitted():
 
 @pytest.mark.core
 def test_draws_are_near_the_posterior(fitted):
-    """The bias is bounded: means of a hundredth of a standard deviation are no promise."""
+    """The bias is bounded; means within a hundredth of a standard deviation are not guaranteed."""
     draws = fitted.get_samples(group_by_chain=True)
     assert draws["w"].shape == (CHAINS, 60, 2, 2) and draws["twice"].shape == (CHAINS, 60)
     seen = draws["w"][..., 0, 1]
@@ -136,7 +136,7 @@ def variances(condition, size=8, draws=150, warmup=300, factor=1.0, **options):
 @pytest.mark.parametrize("adapt", ["all", "each"])
 @pytest.mark.parametrize("condition", [1.0, 100.0, 10_000.0])
 def test_the_bias_is_bounded(condition, adapt):
-    """Variances are too large by a twentieth: b^2 = 0.001 of the squares, where 0.01 is asked."""
+    """Variances are too large by a twentieth: b^2 of the squares is 0.001; 0.01 is asked for."""
     options = {"warmup": 300} if adapt == "all" else {"warmup": 1200, "draws": 300}
     found, error = variances(condition, adapt=adapt, **options)
     assert error < 0.05
@@ -199,7 +199,7 @@ def test_chains_alone_count_their_large_errors():
 
 @pytest.mark.long
 def test_chains_alone_stay_in_modes_of_their_own():
-    """Two wells whose widths differ a hundredfold: each chain has the scale of its own."""
+    """Two wells whose widths differ a hundredfold: each chain adapts to the scale of its well."""
     widths = jnp.array([1.0, 0.01])
 
     def potential(z):

@@ -1,4 +1,4 @@
-"""What every many-chain kernel does inside NumPyro's `MCMC`, and what it refuses."""
+"""Every many-chain kernel inside NumPyro's `MCMC`: its results and its errors."""
 
 import pickle
 from functools import partial
@@ -188,7 +188,7 @@ def test_the_first_density_is_that_of_the_surroundings(monkeypatch):
 def test_a_state_goes_on_with_other_data():
     mcmc = sampler(ChEES(model, start="init"), draws=100, num_chains=16)
     mcmc.warmup(jax.random.key(0), Y)
-    mcmc.run(jax.random.key(1), Y - 20.0)  # what is proposed is far less likely than it was before
+    mcmc.run(jax.random.key(1), Y - 20.0)  # proposals are far less likely than for the data before
     draws = mcmc.get_samples(group_by_chain=True)["mu"][:, 50:, 0]
     assert z_scores(draws, (Y - 20.0).sum() / 5) < 4
 

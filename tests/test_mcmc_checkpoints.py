@@ -1,6 +1,6 @@
-"""Chains that are stopped in any way end with the draws of chains that are not, bit for bit.
+"""Chains that are stopped and continued have the draws of uninterrupted chains, bit for bit.
 
-`MCMC.run` makes the same draws in another program, and so to rounding.
+`MCMC.run` makes the same draws in another program, so they agree to rounding.
 """
 
 import os
@@ -212,7 +212,7 @@ def test_a_start_that_fails_leaves_no_trace(tmp_path):
 
 @pytest.mark.long
 def test_a_run_after_one_that_failed(tmp_path):
-    """And warm-up ends with a piece that is shorter than the thinning."""
+    """Warm-up ends with a piece that is shorter than the thinning."""
     mcmc = chains("one NUTS", 11, 10, thinning=5)
     fail_to_start(mcmc, tmp_path / "a")
     run_checkpointed(mcmc, Checkpoint(tmp_path / "b", every=10), jax.random.key(0), Y)
@@ -259,7 +259,7 @@ def finish(process):
 @pytest.mark.long
 @pytest.mark.parametrize("name", ["MEADS", "NUTS"])
 def test_kill_9_at_any_moment(tmp_path, name):
-    """Kill chains again and again: they end with the same bits, and lose two pieces at most."""
+    """Kill chains repeatedly: they end with the same bits, and repeat two pieces at most."""
     rng, kills = random.Random(1), int(os.environ.get("KILLS", "4"))
     finish(started(name, tmp_path / "one", tmp_path / "one.npz"))
     folder = tmp_path / "kept"

@@ -1,4 +1,4 @@
-"""A few chains that are hopelessly far behind own nothing that all chains adapt."""
+"""Chains with a far lower log density than the others do not influence the adaptation."""
 
 import jax
 import jax.numpy as jnp
@@ -20,14 +20,14 @@ GOOD = np.setdiff1d(np.arange(CHAINS), BAD)
 
 
 def exploding(row):
-    """A normal with widths 1 and 3, that falls off like an unstable recursion beyond 8."""
+    """A normal with widths 1 and 3, whose density beyond 8 drops as in an unstable recursion."""
     inside = -0.5 * (row**2 / jnp.array([1.0, 9.0])).sum()
     return inside - jnp.where(jnp.abs(row[0]) > 8.0, jnp.abs(row[0]) ** 20, 0.0)
 
 
 @pytest.fixture
 def rows():
-    """Give positions in the typical set, with three chains in the place that explodes."""
+    """Give positions in the typical set, with three chains where the density drops."""
     draws = np.random.default_rng(0).normal(size=(CHAINS, 2)) * np.array([1.0, 3.0])
     draws[BAD] = [[15.0, 0.0], [-20.0, 1.0], [12.0, 2.0]]
     return jnp.asarray(draws)

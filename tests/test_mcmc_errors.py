@@ -1,4 +1,4 @@
-"""What the many-chain kernels refuse, and what they recover from."""
+"""Errors of the many-chain kernels, and failures that they recover from."""
 
 import jax
 import jax.numpy as jnp
@@ -161,7 +161,7 @@ def test_options(kernel):
 
 
 def cliff(z):
-    """A Gaussian potential that is not a number beyond 1.5."""
+    """A Gaussian potential that is NaN beyond 1.5."""
     return jnp.where(z[0] > 1.5, jnp.nan, 0.5 * (z**2).sum())
 
 
@@ -192,7 +192,7 @@ def test_a_chain_that_falls_off_comes_back(kernel):
 
 
 def bent(z):
-    """A potential whose gradient is not a number beyond 1.5, though its value is one."""
+    """A potential with NaN gradient and finite value beyond 1.5."""
     return 0.5 * (z**2).sum() + jnp.where(z[0] < 1.5, jnp.sqrt(1.5 - z[0]), 0.0)
 
 

@@ -1,4 +1,4 @@
-"""Runs whose chains stand still, or do not mix, end with a warning."""
+"""Runs whose chains do not move, or do not mix, end with a warning."""
 
 import warnings
 
@@ -31,7 +31,7 @@ def sampler(kernel, draws=20, warmup=10, **options):
 
 
 def model(wall):
-    """A latent in no alphabetical order, behind a wall: no number is a density beyond it."""
+    """Latents in no alphabetical order, with a wall: the density beyond it is NaN."""
     numpyro.sample("b", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
     a = numpyro.sample("a", dist.Normal(0.0, 1.0))
     numpyro.deterministic("none", jnp.zeros(()))
@@ -64,7 +64,7 @@ def test_chains_that_cannot_move_are_told_of():
 @pytest.mark.long
 @pytest.mark.parametrize("kernel", [ChEES, MEADS, MAMS])
 def test_runs_report_how_they_mixed(kernel):
-    """One compiled loop: mixed draws say nothing, and those of chains that cannot move do."""
+    """One compiled loop: mixed draws cause no warning, and draws of chains that cannot move do."""
     mcmc = sampler(kernel(model), warmup=100, jit_model_args=True)
     fields = ("iterations_since_move", "frozen")
     with warnings.catch_warnings():
@@ -111,7 +111,7 @@ def test_split_rhat_is_that_of_arviz():
 
 
 def test_robust_rhat_is_near_to_the_rank_normalised_one():
-    """Heavy tails hide no chain that is elsewhere, nor its place one that is wider."""
+    """Chains elsewhere are found despite heavy tails, and wider chains despite equal places."""
     rng = np.random.default_rng(1)
     normal = rng.normal(size=(8, 200, 1))
     apart, wider = normal.copy(), normal.copy()

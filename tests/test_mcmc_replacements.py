@@ -1,4 +1,4 @@
-"""Chains whose start is unfit get one beside the others'."""
+"""Chains with an unusable start get one near the other chains' starts."""
 
 import warnings
 
@@ -18,14 +18,14 @@ POINTS = jnp.linspace(0.0, 1.0, 20)
 
 
 def cliff(edge=1.0):
-    """Two normals, of which the first in name is no number beyond the edge."""
+    """Two normals; the density of the first by name is NaN beyond the edge."""
     numpyro.sample("b", dist.Normal(0.0, 3.0).expand([2]).to_event(1))
     a = numpyro.sample("a", dist.Normal(0.0, 1.0))
     numpyro.factor("edge", jnp.where(a < edge, 0.0, jnp.nan) * a)
 
 
 def beyond(number, edge=1.0):
-    """Return a start of which so many chains are beyond the edge."""
+    """Return a start with a given number of chains beyond the edge."""
 
     def start(key, num_chains, *args):
         a, *b = jax.random.normal(key, (3, num_chains))
@@ -96,7 +96,7 @@ def test_a_mode_of_good_density_that_holds_nothing_is_dropped():
 
 
 def test_searches_are_compared_by_density_times_volume():
-    """The neck of a funnel of 50 widths is 600 higher in density, and holds no more mass."""
+    """The neck of a funnel of 50 widths is 600 higher in log density, without more mass."""
     log_density = jnp.tile(jnp.array([0.0, 600.0, 590.0]), 4)
     volumes = jnp.array([0.0, -600.0, -700.0])
     dropped, behind, lowest = _compared(log_density, volumes, 50)

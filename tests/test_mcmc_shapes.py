@@ -91,7 +91,7 @@ def test_sites_of_every_shape(kernel):
     assert (z_scores(draws["weights"], 0.0) > 6).all()
     assert (z_scores(steps, np.exp(-0.25)) > 6).all()
     assert z_scores(correlation**2, 1.0 / 4.0) > 6
-    # coordinates stand in the model's order: the first is the widest, and alpha's the narrowest
+    # coordinates have the model's order: the first is the widest, and that of alpha the narrowest
     adapted = mcmc.last_state.adapt_state
     scale = adapted.scale[0] if kernel is MEADS else adapted.metric.sigma[0]
     assert scale.shape == (27,) and jnp.argmax(scale) == 0
@@ -135,7 +135,7 @@ def first_steps(kernel, shape):
     near = jnp.linspace(9.0, 11.0, CHAINS).reshape(CHAINS, *(1,) * len(shape))
     start = jax.random.permutation(keys[0], near) * jnp.ones((CHAINS, *shape))
     start += 0.1 * jax.random.normal(keys[1], start.shape)
-    # several leapfrog steps of ChEES, so that the first one beyond the edge makes later ones NaN
+    # several leapfrog steps of ChEES: the first step beyond the edge makes the later ones NaN
     options = {MEADS: {}, MAMS: {"step_size": 0.02, "metric": "diagonal"}}
     sampler = kernel(normals, **options.get(kernel, {"step_size": 0.02}))
     state = sampler.init(keys, 50, {"z": start}, (np.inf,))
@@ -159,7 +159,7 @@ def test_a_chain_that_diverges_takes_its_share_alone(kernel, shape):
     start, run = first_steps(kernel, shape)
     moved, usual = run(np.inf)
     furthest = np.sort(np.asarray(moved.z["z"]).reshape(CHAINS, -1).max(axis=1))
-    edge = furthest[-2:].mean()  # one proposal is beyond it, and nobody's start
+    edge = furthest[-2:].mean()  # one proposal is beyond the edge, but no start is
     assert edge > start.max()
     first, other = run(edge)
     assert first.diverging.sum() == 1 and jnp.isfinite(other.z["z"]).all()
@@ -168,7 +168,7 @@ def test_a_chain_that_diverges_takes_its_share_alone(kernel, shape):
         *([adapted_numbers(kernel, state) for state in (other, usual)]),
         strict=True,
     ):
-        # one chain of 64, up to three standard deviations away; a mean of 0 is 10 of them away
+        # one chain of 64 may be three standard deviations away; a mean of 0 is 10 away
         np.testing.assert_allclose(ours, expected, rtol=0.35, err_msg=name)
 
 

@@ -87,7 +87,7 @@ def test_the_step_is_blackjax(key, scheme):
         lambda *inputs: (theirs(*inputs, scheme), ours(*inputs, scheme))
     )(key, start)
     assert adaptation.progress.remaining[0] == 0
-    # chains keep their places, and slots say where BlackJAX has them
+    # chains keep their positions in the array; slots map them to BlackJAX's positions
     order = jnp.argsort(adaptation.slot)
     np.testing.assert_allclose(chains.position[order], in_rows(states.position), rtol=1e-6)
     assert np.allclose(adaptation.slot, np.arange(NUM_CHAINS)) == (scheme.num_folds == 1)

@@ -1,4 +1,4 @@
-"""Batches of rows that each member has for itself: bootstraps, folds, many data sets."""
+"""Batches of each member's own rows: bootstraps, folds, many data sets."""
 
 import jax
 import jax.numpy as jnp

@@ -80,7 +80,7 @@ def run(fit):
         MCLMC(model, adapt="each"), num_warmup=400, num_samples=300, num_chains=8,
         chain_method="vectorized", progress_bar=False,
     )  # fmt: skip
-    with warnings.catch_warnings():  # chains that do not agree are meant not to
+    with warnings.catch_warnings():  # these chains are not meant to agree
         warnings.simplefilter("error")
         mcmc.run(jax.random.key(2), X, Y, init_params=init_params)
     return members, mcmc
@@ -108,7 +108,7 @@ def test_each_chain_samples_the_mode_of_its_member(run):
         assert abs(level.mean() - mean) < 0.2 * variance**0.5
         assert abs(level.var() / variance - 1.04) < 0.25  # the prior's is 13 times as large
     assert abs(draws["w"].var() - 1.04) < 0.2
-    # other kernels are meant to mix, and of these draws they would say that they have not
+    # other kernels are meant to mix, and would warn that these draws have not mixed
     with pytest.warns(UserWarning, match="chains of MEADS have not mixed: .*'level'"):
         check_mixing(draws, Advice("MEADS", ("level", "w"), "", ""))
     nested = rhat_nested(draws, members)

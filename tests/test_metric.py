@@ -13,7 +13,7 @@ from numpyro_ensemble.mcmc.metric import SharedMetric, num_directions, shrunk_ei
 from numpyro_ensemble.mcmc.progress import Progress
 
 CHAINS = 64
-# coordinates of unequal widths that are correlated by -.999: the regression on raw heights
+# coordinates of unequal widths with correlation -.999, as in a regression on raw heights
 WIDTHS = np.array([0.45, 0.007, 0.02])
 CORRELATION = np.array([[1.0, -0.999, 0.0], [-0.999, 1.0, 0.0], [0.0, 0.0, 1.0]])
 COVARIANCE = CORRELATION * np.outer(WIDTHS, WIDTHS)

@@ -36,7 +36,7 @@ def quiet(runner, key, num_steps, *args, **kwargs):
 
 
 def zoned(w, z):
-    """A logistic regression whose sites stand in no alphabetical order, scalars beside vectors."""
+    """A logistic regression with sites in no alphabetical order, and scalars beside vectors."""
     tau = numpyro.sample("tau", dist.HalfNormal(1.0))
     slopes = numpyro.sample("slopes", dist.Normal(0.0, 1.0).expand([3]).to_event(1))
     base = numpyro.sample("base", dist.Normal(0.0, 2.0))
@@ -268,7 +268,7 @@ def test_float32_meets_the_criterion_that_it_can(key):
 
 @pytest.mark.long
 def test_a_step_to_an_infinite_density_is_rejected(key):
-    """The first step leads to a place whose log density overflows; the search goes on elsewhere."""
+    """The first step leads to a place whose log density overflows; the search rejects it."""
 
     def log_joint(params):
         x = params["x"]

@@ -112,7 +112,7 @@ def test_members_end_where_scipy_does(name, solver, key):
             flat, jac=True, method="L-BFGS-B", options=options,
         )  # fmt: skip
         assert both(flat)[0] > theirs.fun + 0.1  # a search that stays is no search
-        # conjugate gradients may stand still on a slope: the criterion is one of steps
+        # conjugate gradients may stop on a slope: their criterion is the size of a step
         arrived = result.converged[e] and result.gradient_norm[e] < 1e-3
         assert arrived or not result.converged[e] or solver == "NonlinearCG"
         if arrived and np.linalg.norm(theirs.jac) < 1e-4:

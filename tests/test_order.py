@@ -1,8 +1,8 @@
-"""Latents keep the order in which the model meets them, whoever has set the guide up.
+"""Latents keep the order of the model, whether the package or an SVI has set up the guide.
 
-NumPyro's joint guides lay their latents side by side in that order; a dictionary that passes
-through a transformation comes back with sorted keys. `SVI` runs eagerly here, for under `jit` it
-sorts the latents too.
+NumPyro's joint guides concatenate their latents in that order. A dictionary that passes through a
+transformation comes back with sorted keys. `SVI` runs eagerly here, because under `jit` it sorts
+the latents too.
 """
 
 import jax

@@ -191,7 +191,7 @@ def test_an_approximation_is_that_of_dense_algebra(paths, number):
     assert_allclose(covariance_of(normal), inverse, rtol=1e-6, atol=1e-8 * np.abs(inverse).max())
     mean = points[-1] - inverse @ gradients[-1]
     assert_allclose(normal.mean, mean, rtol=1e-6)
-    # a mean of the other sign, which BlackJAX's `approximate` has, is another one
+    # with the sign of BlackJAX's `approximate`, the mean is wrong
     assert np.abs(normal.mean - (points[-1] + inverse @ gradients[-1])).max() > 0.1
     draws, log_q = draw(normal, RNG.normal(size=(7, SIZE)))
     exact = stats.multivariate_normal(mean, inverse).logpdf(draws)
@@ -206,7 +206,7 @@ def test_short_steps_near_a_mode_count_as_long_ones(paths):
     plain = normal_at(points[-1], gradients[-1], alpha, steps, turns)
     short = normal_at(points[-1], gradients[-1], alpha, 1e-9 * steps, 1e-9 * turns)
     assert_allclose(covariance_of(short), covariance_of(plain), rtol=1e-6)
-    # BlackJAX's factors of differences as they are lose the curvature to the unit of rounding
+    # BlackJAX's factors of unscaled differences lose the curvature to rounding
     beta, gamma = lbfgs.lbfgs_inverse_hessian_factors(1e-9 * steps, 1e-9 * turns, alpha)
     lost = np.diag(alpha) + np.asarray(beta @ gamma @ beta.T)
     assert np.abs(lost / covariance_of(plain) - 1).max() > 0.1
@@ -214,7 +214,7 @@ def test_short_steps_near_a_mode_count_as_long_ones(paths):
 
 @pytest.mark.long
 def test_paths_with_all_their_history_are_exact():
-    """The last approximation knows 20 dimensions of condition number 1,000."""
+    """The last approximation is accurate for 20 dimensions of condition number 1,000."""
     paths = jax.jit(lambda z: search(gaussian, z, 80, 200))(STARTS)
     number = int(paths.length[0])
     points, gradients = (np.asarray(x[0, :number]) for x in (paths.points, paths.gradients))
@@ -231,7 +231,7 @@ def test_paths_with_all_their_history_are_exact():
 
 @pytest.mark.long
 def test_factors_are_those_of_blackjax():
-    """Along a path of `approximate`, where steps are long enough for BlackJAX's factors."""
+    """Along a path of `approximate`, with steps that are long enough for BlackJAX's factors."""
     with jax.numpy_rank_promotion("allow"):
         _, info = theirs.approximate(
             jax.random.key(0), gaussian, STARTS[0], 10, maxiter=12, maxcor=6, ftol=0.0
@@ -294,14 +294,14 @@ def test_eight_schools_agree_with_quadrature():
     result = finder.run(jax.random.key(3), SIGMA, EFFECTS)
     means, sds, effects = quadrature()
     weights = np.exp(result.pool_log_weights)
-    # samples are chosen from so many draws in effect, and add an error of their own
+    # samples are chosen from this effective number of draws, and add their own error
     error = np.sqrt((weights**2).sum() + 1 / 1000)
     assert result.pareto_k < 0.7 and error < 0.05
     draws = {"mu": result.samples["mu"], "log tau": np.log(result.samples["tau"])}
     for name, values in draws.items():
         assert abs(values.mean() - means[name]) < 4 * error * sds[name], name
     assert_allclose(result.samples["theta"].mean(axis=0), effects, atol=4 * error * 8)
-    # draws of the paths without weights, which are too near to where the searches begin
+    # draws of the paths without weights, which are too near to the starts of the searches
     plain = np.asarray(result.pool["mu"][:4000]).mean()
     assert abs(plain - means["mu"]) > 10 * error * sds["mu"]
     assert abs(psis_again(finder, result) - result.pareto_k) < 0.1
@@ -509,7 +509,7 @@ def test_a_kernel_starts_by_pathfinder(key):
     ],
 )
 def test_a_posterior_that_is_met_exactly_is_trusted(seed, num_samples, num_refits):
-    """All importance ratios are the same: their tail has no shape, and is no reason to warn."""
+    """All importance ratios are equal: their tail has no shape, so there is no warning."""
 
     def conjugate():
         numpyro.sample("x", dist.Normal(3.0, 0.5))
@@ -554,7 +554,7 @@ def test_weighted_draws_reach_arviz_by_their_weights(key):
     exported = np.asarray(data.posterior["x"])
     near = 6 * weighted / np.sqrt(2 * 4000)
     assert abs(exported.std() - weighted) < near
-    assert abs(plain.std() - weighted) > near  # what it would be without the weights
+    assert abs(plain.std() - weighted) > near  # without the weights it would be wrong
 
 
 def test_a_result_takes_no_options_of_a_search(result):
@@ -568,7 +568,7 @@ def test_a_result_takes_no_options_of_a_search(result):
 
 @pytest.mark.long
 def test_a_metric_is_the_posterior_covariance(key):
-    """NUTS takes it, and needs fewer steps for a draw than in the plain metric."""
+    """NUTS uses the metric, and needs fewer steps for a draw than with the plain metric."""
     result = Pathfinder(model, num_paths=4).run(key, X, Y)
     ((names, metric),) = starts.metric_from_pathfinder(result).items()
     places = {"zeta": [0], "weights": list(range(1, 7)), "spread": [7], "base": [8]}

@@ -1,4 +1,4 @@
-"""Runners and results that are copied, pickled, and go on in another process."""
+"""Runners and results that are copied, pickled, and continued in another process."""
 
 import copy
 import pickle

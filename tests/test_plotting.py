@@ -1,4 +1,4 @@
-"""Pictures: what is drawn, on which axes, and that import stays light."""
+"""Pictures: their content and axes; and the import loads no plotting library."""
 
 import jax.numpy as jnp
 import matplotlib as mpl

@@ -1,4 +1,4 @@
-"""Ensembles as pure functions, in Python loops as users write them."""
+"""Ensembles as pure functions, in Python loops like those that users write."""
 
 import copy
 import pickle
@@ -215,7 +215,7 @@ def test_a_nan_in_one_member_leaves_the_others_alone(optimizer):
 
 @pytest.mark.core
 def test_batches_are_unbiased():
-    """Over an epoch of ragged batches, weighted by their sizes, gradients mean the full one."""
+    """Over an epoch of ragged batches, the size-weighted mean gradient is the full gradient."""
     w = {"w": jnp.array([0.3, -0.7])}
     full = jax.grad(ensemble_loss(joint))(w, X, Y)["w"]
     batches = [slice(0, 3), slice(3, 6), slice(6, 8)]

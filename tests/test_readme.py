@@ -1,4 +1,4 @@
-"""The code of pages runs, block after block, as a reader would run it."""
+"""The code blocks of pages run in order, as a reader would run them."""
 
 import re
 from pathlib import Path

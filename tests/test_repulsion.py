@@ -99,7 +99,7 @@ def joined(tree):
 @pytest.mark.parametrize("method", ["svgd", "wgd"])
 @pytest.mark.parametrize("options", [{}, {"weight": 0.3, "bandwidth": 2.0}])
 def test_forces_are_those_of_the_papers(method, options):
-    """Far from the origin, where squares of places have no digits left for their differences."""
+    """Far from the origin, where differences of squared positions lose all digits."""
     gradients = jnp.asarray(RNG.normal(size=(5, 5)))
     around = jnp.asarray(RNG.normal(size=(5, 5)))
     found, push = pushing(
@@ -186,7 +186,7 @@ def mean_log(**options):
 
 @pytest.mark.parametrize("method", ["svgd", pytest.param("wgd", marks=pytest.mark.long)])
 def test_members_are_draws_of_the_posterior(method):
-    """It is Gamma(3, 3); the density without the Jacobian is Gamma(2, 3)'s, half a unit away."""
+    """The posterior is Gamma(3, 3); without the Jacobian it is Gamma(2, 3), half a unit away."""
     exact, without = (digamma(shape) - np.log(3.0) for shape in (3.0, 2.0))
     assert abs(mean_log(repulsion=Repulsion(method=method)) - exact) < 0.1 < exact - without
 
@@ -403,7 +403,7 @@ def test_a_setting_takes_a_repulsion(pushed):
 @pytest.mark.long
 @pytest.mark.parametrize("repulsion", [Repulsion(), Repulsion(method="wgd")])
 def test_a_member_far_from_the_others_spoils_no_push(repulsion):
-    """In single precision, wherever it stands."""
+    """In single precision, at any place in the array."""
     near = 1e-3 * np.random.default_rng(0).normal(size=(6, 40))
     expected, *found = (
         pushed_beside(np.concatenate(parts), repulsion, dtype)

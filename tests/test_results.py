@@ -1,4 +1,4 @@
-"""What a fit returns: which members ended well, their order, and one of them on its own."""
+"""Results of a fit: members that ended well, their order, and single members."""
 
 import jax
 import jax.numpy as jnp

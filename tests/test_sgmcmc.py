@@ -1,4 +1,4 @@
-"""Stochastic gradients of subsampled plates: no bias of theirs, and that of the draws is small."""
+"""Stochastic gradients of subsampled plates are unbiased, and the bias of the draws is small."""
 
 import itertools
 import warnings
@@ -93,7 +93,7 @@ def test_rows_of_millions_do_not_overflow(key):
 
 
 def test_the_gradient_has_no_bias(monkeypatch):
-    """Its mean over all draws of rows of both plates is the gradient of all rows."""
+    """The mean gradient over all draws of rows of both plates is the gradient of all rows."""
     data = jnp.asarray(COUNTS), jnp.asarray(rng.normal(size=(4, 3)))
     target = MinibatchTarget(two_plates, None, numpyro.infer.init_to_uniform)
     density = target.density_of_rows(data, {})
@@ -118,7 +118,7 @@ def test_the_gradient_has_no_bias(monkeypatch):
     np.testing.assert_allclose(
         expected[0], -potential_energy(two_plates, (*data, 3, 4), {}, z), rtol=1e-10
     )
-    # the scale of rows that was forgotten is no small matter
+    # without the scale of rows, the error is large
     assert abs(found[0] - expected[0]).max() > 1.0 and found[0].shape == (64, 9)
 
 
@@ -246,7 +246,7 @@ def errors(mcmc, mean, covariance):
 def test_draws_are_near_the_posterior(fitted):
     off, spread = errors(fitted, *posterior())
     assert abs(off).max() < 0.1 and abs(spread - 1.0).max() < 0.15
-    # the posterior of 20 rows, by gradients whose scale was forgotten
+    # the posterior of 20 rows, from gradients without their scale
     few = errors(fitted, posterior()[0], ROWS / 20 * posterior()[1])
     assert abs(few[1] - 1.0).min() > 0.9
     draws = fitted.get_samples(group_by_chain=True)
@@ -276,7 +276,7 @@ def test_a_state_goes_on_with_other_data(fitted):
 
 @pytest.mark.core
 def test_chains_draw_rows_of_their_own(fitted):
-    """Where all chains are alike, one step takes them to the same place, of other rows."""
+    """From equal states, one step leads to equal positions; each chain draws other rows."""
     kernel = SGMCMC(regression, steps_per_draw=1)
     last = fitted.last_state
     alike = {"z": last.z, "r": last.r, "potential_energy": last.potential_energy}
@@ -291,7 +291,7 @@ def test_chains_draw_rows_of_their_own(fitted):
     assert (abs(new.z["w"] - new.z["w"][:1]) < 1e-12).all()
     assert len(np.unique(new.potential_energy)) == CHAINS
     assert len(np.unique(new.r["a"])) == CHAINS
-    # a chain that is lost takes no other one with it
+    # a chain that diverges does not affect the others
     bad = state._replace(z=state.z | {"a": state.z["a"].at[5].set(jnp.nan)})
     lost = step(bad)
     others = jnp.arange(CHAINS) != 5
@@ -329,7 +329,7 @@ def test_rows_that_are_asked_for():
         assert abs(density(z, jax.random.key(0)) - full) > 1.0
         if number:
             assert sizes[-1] == number
-    # rows of a plate that was sorted by its data are all alike
+    # in a plate sorted by its data, the rows of a stratum are alike
     ordered = np.sort(Y)
     flat = SGMCMC(regression, batch_size=100)._rows.density_of_rows((0.0 * X, ordered), {})
     values = jax.jit(jax.vmap(flat, (None, 0)))(z, jax.random.split(jax.random.key(0), 50))

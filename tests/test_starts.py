@@ -1,4 +1,4 @@
-"""Starts of chains, what is known of them, and nested R-hat."""
+"""Starts of chains, checks of starts, and nested R-hat."""
 
 import arviz as az
 import jax
@@ -137,8 +137,8 @@ def test_nested_rhat():
     shifted = draws + np.array([0.0, 2.0])[None, None] * groups[:, None, None]
     good, bad = rhat_nested(shifted, groups)
     assert good < 1.1 and bad > 1.5
-    # chains that forget nothing, though each superchain is at ease with itself: R-hat by the
-    # formula from means of superchains -1 and 1 and variances 1
+    # no chain leaves its superchain, and each superchain has mixed within itself: R-hat by the
+    # formula, from superchains with means -1 and 1 and variances 1
     exact = np.repeat([-1.0, 1.0], 6)[:, None] + np.tile([-1.0, 1.0], (12, 5))
     within = np.var([-1.0, 1.0] * 5, ddof=1)
     expected = np.sqrt(1 + 2.0 / within)

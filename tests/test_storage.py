@@ -1,4 +1,4 @@
-"""Results on disk: what comes back is what was saved, and does what that did."""
+"""Results on disk: a loaded result equals the saved one, and works like it."""
 
 import json
 import zipfile
@@ -200,7 +200,7 @@ def test_a_later_format_is_refused(fitted, tmp_path, monkeypatch):
 
 
 def test_nothing_in_a_file_is_run(tmp_path):
-    """A file whose arrays are pickles is refused, whatever its description says."""
+    """A file whose arrays are pickles raises an error, for any description in it."""
     evil = np.array([print], dtype=object)
     header = {"format": 1, "kind": "EnsembleResult", "content": {"params": {"array": "params"}}}
     text = np.frombuffer(json.dumps(header).encode(), np.uint8)

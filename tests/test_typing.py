@@ -1,4 +1,4 @@
-"""Types reach the user: a user's file passes `mypy --strict`, and public signatures are whole."""
+"""A user's file passes `mypy --strict`, and public signatures are fully annotated."""
 
 import importlib
 import inspect

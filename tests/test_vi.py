@@ -385,7 +385,7 @@ def test_no_call_depends_on_what_was_called_on_the_guide_before(key):
     assert all(vars(guide)[name] is value for name, value in held.items())
     other = EnsembleVI(ridge, guide, ADAM, Trace_ELBO(), ensemble_size=2)
     close(other.get_params(other.init(key, X, Y)), first, rtol=0)
-    # naively, a guide that was set up gives every member the same start
+    # under a plain vmap of SVI, a guide that was set up gives every member the same start
     svi = SVI(ridge, guide, ADAM, Trace_ELBO())
     naive = jax.vmap(lambda k: svi.get_params(svi.init(k, X, Y)))(jax.random.split(key, 2))
     assert_array_equal(naive["w_auto_loc"][0], naive["w_auto_loc"][1])
@@ -787,7 +787,7 @@ def test_several_particles_leave_mutable_state_alone(key):
 @pytest.mark.long
 @pytest.mark.promotes_ranks
 def test_a_step_with_other_data_is_a_step_of_the_same_fit(key):
-    """As after `SVI.init`: guide and constraints are those of the start, whatever comes later."""
+    """As after `SVI.init`: guide and constraints are those of the start, for any later data."""
 
     def model(n, x):
         top = numpyro.sample("top", dist.Uniform(0.0, np.max(np.abs(x))))

@@ -1,6 +1,6 @@
-"""Seeded random walks: every answer is that of the same call on another runner, bit for bit.
+"""Seeded random walks: every result equals that of the same call on another runner, bit for bit.
 
-The other runner has never been called in any other way: a reference belongs to one kind of call.
+The other runner is a reference for one kind of call: it has never been called in another way.
 """
 
 import functools

@@ -1,4 +1,4 @@
-"""Predictions in Zarr stores: cut by draws and rows, gone on with, refused where cuts are wrong."""
+"""Predictions in Zarr stores: cut by draws and rows, continued, and refused if cuts are wrong."""
 
 import json
 import os
@@ -223,7 +223,7 @@ class StoppedError(Exception):
 
 
 def stop_after(monkeypatch, number, in_part=False):
-    """Make writing stop after some blocks, in the midst of the next one if wanted."""
+    """Make writing stop after some blocks, optionally in the middle of the next block."""
     count, advance, write = 0, BlockStore.advance, BlockStore.write
 
     def counted(self):
@@ -536,7 +536,7 @@ def blocks_in(folder):
 @pytest.mark.long
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
 def test_a_process_that_is_killed_again_and_again(tmp_path):
-    """Wherever it was killed, the store ends with the numbers of a call that was left alone."""
+    """A call that was killed anywhere ends with the numbers of an uninterrupted call."""
     script = Path(killed_store.__file__)
     environment = {**os.environ, "PYTHONPATH": str(script.parents[1])}
     folder, rng, seen = tmp_path / "store", random.Random(1), [0]

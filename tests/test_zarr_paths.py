@@ -1,4 +1,4 @@
-"""Functions in Zarr stores: those of the call, however its inputs are cut."""
+"""Functions in Zarr stores equal those of the call, for any cuts of its inputs."""
 
 import jax
 import jax.numpy as jnp

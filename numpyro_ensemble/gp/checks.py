@@ -14,7 +14,7 @@ from numpyro_ensemble.gp.inputs import contradictions
 from numpyro_ensemble.gp.sites import Site
 from numpyro_ensemble.results import EnsembleResult
 
-_FAILURES = {  # flags of a draw, what is said of it, and what to do
+_FAILURES = {  # flag: what its failure means, and the remedy
     "finite": ("has values that are not finite", "Leave these draws out"),
     "valid": (
         "has hyperparameters out of their range, such as ones that are not positive",
@@ -33,14 +33,14 @@ _FAILURES = {  # flags of a draw, what is said of it, and what to do
 
 
 def flags_of(sites: dict[str, Site], solved: dict[str, jax.Array]) -> dict[str, Any]:
-    """Return, for each site, whether all is well with it."""
+    """Return, for each site, a flag for each check of `_FAILURES`: true if it passes."""
     flags = {}
     for name, site in sites.items():
         process = site.process
         observed = process.observed
         values = site.flat() if observed is None else jnp.where(observed[None], site.flat(), 0)
         agrees = jnp.asarray(True)
-        if isinstance(process, GaussianProcess):  # the other has noise everywhere
+        if isinstance(process, GaussianProcess):  # a CollapsedSparseGP always has noise
             noise = process.variances if observed is None else process.variances + ~observed
             agrees = ~contradictions(process.X, values, noise, process.extra)
         flags[name] = {
@@ -55,12 +55,12 @@ def flags_of(sites: dict[str, Site], solved: dict[str, jax.Array]) -> dict[str, 
 def check_flags(
     flags: dict[str, dict[str, jax.Array]], num_draws: int, places: np.ndarray | None = None
 ) -> None:
-    """Raise a ValueError that counts and names the draws with which something is wrong.
+    """Raise a ValueError that counts and lists the draws that fail a check.
 
     Args:
-        flags: what `flags_of` returned, of all draws, or of those at some places.
+        flags: flags that `flags_of` returned, of all draws or of those at `places`.
         num_draws: number of draws.
-        places: of the draws.
+        places: indices of the draws that the flags belong to (default: all draws).
     """
     for name, of_site in flags.items():
         for flag, (said, remedy) in _FAILURES.items():
@@ -86,7 +86,7 @@ def check_inputs(finite: dict[str, jax.Array]) -> None:
             )
 
 
-_PART = 1 << 20  # numbers that are read at once
+_PART = 1 << 20  # largest number of entries read at once
 
 
 def arrays_of(*given: Any) -> list[Any]:
@@ -95,7 +95,7 @@ def arrays_of(*given: Any) -> list[Any]:
 
 
 def digest_in_parts(arrays: list[Any]) -> np.uint32:
-    """Return what `digest` does, on the host, so that arrays need not fit a device."""
+    """Compute `digest` on the host, in parts, for arrays that may not fit on a device."""
     total = np.zeros((), np.uint64)
     for x in arrays:
         if jnp.issubdtype(x.dtype, jnp.number) or x.dtype == bool:
@@ -110,7 +110,7 @@ def digest_in_parts(arrays: list[Any]) -> np.uint32:
 
 
 def digest(arrays: list[Any]) -> jax.Array:
-    """Return a number that differs for arrays of other contents."""
+    """Return a hash of the contents of arrays."""
     total = jnp.zeros((), jnp.uint32)
     for x in arrays:
         if jnp.issubdtype(x.dtype, jnp.number) or x.dtype == bool:
@@ -121,12 +121,12 @@ def digest(arrays: list[Any]) -> jax.Array:
 
 
 def holds(flags: Any) -> bool:
-    """Return whether all of some flags are set."""
+    """Return whether all flags are true."""
     return bool(np.asarray(flags).all())
 
 
 def flat_samples(samples: Any, batch_ndims: int) -> tuple[dict[str, jax.Array], int, int]:
-    """Return samples with one leading axis, their number, and that of the members they are of."""
+    """Return samples with one leading axis, the number of draws and the number of members."""
     fitted = isinstance(samples, EnsembleResult)
     if isinstance(samples, EnsembleResult):
         samples, batch_ndims = samples.params, 1
@@ -137,7 +137,7 @@ def flat_samples(samples: Any, batch_ndims: int) -> tuple[dict[str, jax.Array], 
         )
     if batch_ndims not in (0, 1, 2):
         raise ValueError(f"batch_ndims takes 0, 1 or 2, got {batch_ndims}.")
-    samples = jax.tree.map(jnp.asarray, dict(samples))  # a network's parameters are a tree
+    samples = jax.tree.map(jnp.asarray, dict(samples))  # values may be trees of network parameters
     lead = {
         jax.tree_util.keystr(path, simple=True, separator="/"): value.shape[:batch_ndims]
         for path, value in jax.tree.leaves_with_path(samples)

@@ -1,4 +1,4 @@
-"""Observations through inducing points, collapsed onto Titsias' bound."""
+"""Sparse process with normal noise: the bound of Titsias (2009)."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class CollapsedSparseGP(Process):
         Z: inducing points `(M, D)` or `(M,)`.
         noise: variance, positive, one number or `(N,)`.
         mean_fn: a number, or a function of the inputs.
-        jitter: what is added to the inducing points' diagonal.
+        jitter: added to the diagonal of the inducing points' covariance.
 
     Example:
         >>> import jax.numpy as jnp
@@ -109,15 +109,15 @@ class CollapsedSparseGP(Process):
         return mean + values + sd * error
 
     def mask(self, mask: Any) -> dist.Distribution:
-        """Mask copies; the bound has no part for each observation."""
+        """Mask copies. A mask of observations is an error: the bound has no term for each."""
         return self.where(mask) if jnp.shape(mask) == self.event_shape else super().mask(mask)
 
     def where(self, mask: Any) -> Process:
-        """Leave all observations out, by one flag."""
+        """Leave out all observations if the flag is false."""
         return super().where(mask) if jnp.ndim(mask) else self.tempered(jnp.where(mask, 1.0, 0.0))
 
     def optimal(self, values: ArrayLike) -> tuple[jax.Array, jax.Array]:
-        """Return mean `(M,)` and covariance factor `(M, M)` of the best inducing values."""
+        """Return mean `(M,)` and covariance factor `(M, M)` of the optimal inducing values."""
         L, A, LB = self._factors()
         scaled = (self._checked(values) - self.mean) / jnp.sqrt(self.variances)
         white = cho_solve((LB, True), jnp.matmul(A, scaled, precision=EXACT))
@@ -127,7 +127,7 @@ class CollapsedSparseGP(Process):
     def predict(
         self, values: ArrayLike, X_new: ArrayLike, full_cov: bool = False
     ) -> tuple[jax.Array, jax.Array]:
-        """Return moments of the function, without noise, under the best inducing values."""
+        """Return moments of the function, without noise, for the optimal inducing values."""
         X_new = self._new_inputs(X_new)
         L, A, LB = self._factors()
         check_factor(LB)
@@ -145,7 +145,7 @@ class CollapsedSparseGP(Process):
     def leave_one_out(self, values: ArrayLike) -> tuple[jax.Array, jax.Array]:
         """Return mean and variance of each value given all others, each `(N,)`, noise included.
 
-        The inducing points stay; the inducing values are the best ones without that value.
+        The inducing points are kept. The inducing values are the optimal ones without that value.
         """
         _, A, LB = self._factors()
         check_factor(LB)
@@ -162,7 +162,7 @@ class CollapsedSparseGP(Process):
     def draw_paths(
         self, rng_key: jax.Array, values: ArrayLike, *, num_paths: int = 1, **options: Any
     ) -> Paths:
-        """Draw functions through inducing values drawn from the best distribution of these."""
+        """Draw functions given inducing values, drawn from their optimal distribution."""
         key_u, key_paths = jax.random.split(rng_key)
         values = jnp.asarray(values)
         optimal = self.optimal

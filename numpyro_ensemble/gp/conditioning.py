@@ -1,4 +1,4 @@
-"""Conditioning posterior functions on values: the solve, and values that come later."""
+"""Conditioning posterior functions on values: the first solve, and later updates."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ P = TypeVar("P", bound=PathArrays)
 
 
 def solved(paths: P) -> P:
-    """Return the functions whose weights at the points solve for the right-hand sides."""
+    """Solve for the weights of the kernel functions at the points, given the right-hand sides."""
     solution = solve(
         paths.kernel,
         paths.points,
@@ -49,7 +49,7 @@ def _updated(paths: P, X: jax.Array, values: jax.Array, noise: Any, key: jax.Arr
     jitter = own = paths.jitter
     if not paths.keeps_jitter:
         default = default_jitter(paths.kernel, points)
-        if default.ndim:  # each point keeps its own
+        if default.ndim:  # one jitter for each point
             own = default[len(paths.points) :]
             jitter = jnp.concatenate([paths.jitter, own])
         else:
@@ -58,7 +58,7 @@ def _updated(paths: P, X: jax.Array, values: jax.Array, noise: Any, key: jax.Arr
     if key is None:
         seed = jax.random.wrap_key_data(paths.seed, impl="threefry2x32")
         key = jax.random.fold_in(seed, len(paths.points))
-    # each path has a key of its own, so that some of the paths are updated as all of them
+    # one key for each path: a subset of the paths gets the same update as in the full set
     keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(paths.number)
     normal = jax.vmap(lambda key: jax.random.normal(key, (len(X),), values.dtype))(keys)
     error = jnp.sqrt(added)[None, :] * normal
@@ -117,7 +117,7 @@ def check_agrees(paths: PathArrays, X: jax.Array, values: jax.Array, noise: Any)
 
 
 def check_solved(paths: PathArrays) -> None:
-    """Raise a ValueError where it is known that the paths' solves failed."""
+    """Raise a ValueError if the solves of paths failed (traced flags are not checked)."""
     if has_tracers(paths.ok) or bool(paths.ok.all()):
         return
     bad = np.flatnonzero(~np.asarray(paths.ok).reshape(-1))

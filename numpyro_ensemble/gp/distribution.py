@@ -21,7 +21,7 @@ from numpyro_ensemble.gp.solvers import covariance, default_jitter, why_unfactor
 
 
 def check_factor(L: jax.Array) -> jax.Array:
-    """Return a Cholesky factor; raise a ValueError where it is known that there is none."""
+    """Return a Cholesky factor; raise a ValueError if it is not finite, unless it is traced."""
     if not has_tracers(L) and not bool(jnp.isfinite(L).all()):
         raise ValueError(f"the kernel matrix could not be factored: {why_unfactored(L.dtype)}")
     return L
@@ -35,9 +35,10 @@ class GaussianProcess(Process):
         X: inputs `(N, D)` or `(N,)`.
         noise: variance of the noise, one number or `(N,)`.
         mean_fn: a number, or a function of the inputs `(N, D) -> (N,)`.
-        jitter: what is added to the diagonal, as a part of the model (default: `4 N eps` times the
-            mean variance).
-        observed: which values count, `(N,)`; the others may be NaN. `handlers.mask` sets it too.
+        jitter: added to the diagonal of the covariance, as a part of the model (default: `4 N eps`
+            times the mean variance).
+        observed: which values are observed, `(N,)`; the others may be NaN. `handlers.mask` sets it
+            too.
 
     Raises:
         ValueError: for shapes that do not match, or inputs that are not finite.
@@ -77,7 +78,7 @@ class GaussianProcess(Process):
 
     @property
     def extra(self) -> jax.Array:
-        """Jitter, which is added to the kernel matrix's diagonal beside the noise."""
+        """Jitter, added to the kernel matrix's diagonal in addition to the noise."""
         given = self.jitter is not None
         return jnp.asarray(self.jitter) if given else default_jitter(self.kernel, self.X)
 
@@ -97,7 +98,7 @@ class GaussianProcess(Process):
         return covariance(self.kernel, self.X, self.added, None)
 
     def scale_tril(self) -> jax.Array:
-        """Return the Cholesky factor of the covariance; NaN where there is none."""
+        """Return the Cholesky factor of the covariance; NaN if the factorisation fails."""
         return jnp.linalg.cholesky(covariance(self.kernel, self.X, self.added, self.observed))
 
     # The distribution ---------------------------------------------------------------------------
@@ -112,7 +113,7 @@ class GaussianProcess(Process):
         return jnp.broadcast_to(self.mean, values.shape) + values
 
     def log_prob(self, value: ArrayLike, intermediates: Any = None) -> jax.Array:
-        """Return the log density of values `(..., N)`, of those observed if there is a mask."""
+        """Return the log density of values `(..., N)`; with a mask, of the observed values."""
         value = self._checked(value)
         L = self.scale_tril()
         left = self._centred(value)
@@ -129,21 +130,21 @@ class GaussianProcess(Process):
         return jnp.where(jnp.broadcast_to(self.observed, value.shape), value - mean, 0.0)
 
     def mask(self, mask: Any) -> dist.Distribution:
-        """Leave observations out, by a mask `(N,)` of those that count.
+        """Leave out the observations where a mask `(N,)` is false.
 
-        A mask of that shape always means observations, never as many copies in a plate.
+        A mask of shape `(N,)` always refers to observations, never to N copies in a plate.
         """
         return self.where(mask) if jnp.shape(mask) == self.event_shape else super().mask(mask)
 
     def where(self, mask: Any) -> GaussianProcess:
-        """Leave observations out for good, by a mask `(N,)` or one flag for all."""
+        """Return the process without the observations where a mask, `(N,)` or `()`, is false."""
         observed = jnp.broadcast_to(jnp.asarray(mask, bool), self.event_shape)
         observed = observed if self.observed is None else observed & self.observed
         parts = (self.kernel, self.X, self.noise, self.mean_fn, self.jitter)
         return GaussianProcess(*parts, observed=observed)
 
     def tempered(self, weight: Any) -> Process:
-        """Return the process whose likelihood has a weight; 0 leaves all observations out."""
+        """Return the process with a weight on its likelihood; 0 leaves out all observations."""
         if not has_tracers(weight):
             return super().tempered(weight)
         process = self.where(weight > 0)
@@ -168,8 +169,8 @@ class GaussianProcess(Process):
     def leave_one_out(self, values: ArrayLike) -> tuple[jax.Array, jax.Array]:
         """Return mean and variance of each value given all others, each `(N,)`, noise included.
 
-        Rasmussen and Williams (2006), equations 5.10 to 5.12. A value that is not observed has what
-        the observed ones say of it.
+        Rasmussen and Williams (2006), equations 5.10 to 5.12. The moments of an unobserved value
+        are those given all observed values.
 
         Args:
             values: `(N,)`.
@@ -189,7 +190,7 @@ class GaussianProcess(Process):
     def given(
         self, L: jax.Array, values: jax.Array, X_new: jax.Array, full_cov: bool = False
     ) -> tuple[jax.Array, jax.Array]:
-        """Return what `predict` does, from the factor that `scale_tril` returned."""
+        """Compute `predict` from the factor that `scale_tril` returned."""
         cross = self.kernel.matrix(self.X, X_new)
         if self.observed is not None:
             cross = jnp.where(self.observed[:, None], cross, 0.0)

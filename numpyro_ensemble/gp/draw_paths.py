@@ -34,7 +34,7 @@ from numpyro_ensemble.mapping import pick
 
 
 def check_options(num_paths: int, num_bases: int, num_features: int, solver: str) -> None:
-    """Raise an error for options that no paths can be drawn with."""
+    """Raise an error for invalid options."""
     check_count("num_paths", num_paths)
     check_count("num_bases", num_bases)
     check_num_features(num_features)
@@ -43,7 +43,7 @@ def check_options(num_paths: int, num_bases: int, num_features: int, solver: str
 
 
 def check_kernel(kernel: Any, jitter: Any) -> None:
-    """Raise an error for a kernel that is none, or a jitter that is not one number."""
+    """Raise an error if `kernel` is not a kernel, or `jitter` is not one number."""
     if not isinstance(kernel, Kernel):
         raise TypeError(f"kernel takes a kernel of numpyro_ensemble.gp, got {kernel!r}.")
     if jitter is not None and jnp.ndim(jitter):
@@ -72,27 +72,29 @@ def draw_paths(
     """Draw functions from the posterior of a Gaussian process, by Matheron's rule.
 
     Args:
-        rng_key: one key: one set of functions.
+        rng_key: one key, which determines the functions.
         kernel: a kernel, one draw of its hyperparameters.
         points: inputs `(N, D)` or `(N,)`: data of an exact process, inputs of a latent one, or
             inducing points.
-        values: `(N,)`, or `(num_paths, N)` for each path its own: observations, latent values, or
-            values at the inducing points.
+        values: `(N,)`, or `(num_paths, N)` with values for each path: observations, latent values,
+            or values at the inducing points.
         noise: variance of the values, one number or `(N,)`; 0 for latent values.
         mean_fn: a number, or a function of the inputs (a pytree, such as a module).
-        jitter: what is added to the diagonal (default: `4 N eps` of the mean variance).
-        observed: which values count, `(N,)`; the others may be NaN.
+        jitter: added to the covariance's diagonal (default: `4 N eps` times the mean variance).
+        observed: which values are observed, `(N,)`; the others may be NaN.
         num_paths: number of functions.
         num_features: columns of a random basis, even.
         num_bases: number of random bases, shared evenly by the paths. More bases average over the
             error of a single basis; more paths do not.
         solver: "cholesky", or "cg" for conjugate gradients in memory that grows with N.
-        tolerance: relative residual of conjugate gradients (default: the root of the precision).
-        copies: how many paths that follow each other share a basis: those of a plate's processes.
-        latent: whether values are draws of latent or inducing values, which `Paths.update` must
-            not take for data (default: where each path has its own, without noise).
-        covariance: `(N, N)`, of latent or inducing values with a normal posterior, whose mean
-            `values` is; each path draws its own, and `Paths.update` moves them.
+        tolerance: relative residual of conjugate gradients (default: the square root of machine
+            epsilon).
+        copies: number of consecutive paths that share a basis: one for each process of a plate.
+        latent: whether `values` are draws of latent or inducing values, which `Paths.update` must
+            not treat as data (default: true for values `(num_paths, N)` without noise).
+        covariance: posterior covariance `(N, N)` of latent or inducing values with a normal
+            posterior of mean `values`. Each path draws its own values, and `Paths.update`
+            conditions them on new data.
 
     Raises:
         ValueError: for shapes that do not match, values that are not finite, or solves that fail.
@@ -133,7 +135,7 @@ def draw_paths(
         prior = covariance_of(kernel, points, jnp.broadcast_to(extra, len(points)), None)
         S = jnp.asarray(covariance, prior.dtype)
         drawn, whitened = _draw_latents(key_values, values, S, prior, num_paths)
-        moved = {"whitened": whitened, "noise": jnp.zeros(len(points))}  # of data: not known
+        moved = {"whitened": whitened, "noise": jnp.zeros(len(points))}  # noise of data: unknown
         values = jnp.asarray(drawn)
     elif latent is None:
         latent = values.ndim == 2 and noise_free
@@ -182,8 +184,11 @@ def _check_covariance(covariance: ArrayLike, mean: jax.Array, exact: bool) -> No
 def _draw_latents(
     rng_key: jax.Array, mean: jax.Array, covariance: jax.Array, prior: jax.Array, number: int
 ) -> tuple[jax.Array, jax.Array]:
-    """Draw latent values `(number, N)`; return also `L^-1 covariance L^-T`, `L L'` the prior's."""
-    width, directions = jnp.linalg.eigh(covariance)  # it may be singular
+    """Draw latent values `(number, N)`.
+
+    Return also `L^-1 covariance L^-T`, where `L L'` is the prior covariance.
+    """
+    width, directions = jnp.linalg.eigh(covariance)  # the covariance may be singular
     normal = jax.random.normal(rng_key, (number, len(mean)), covariance.dtype)
     scaled = normal * jnp.sqrt(jnp.maximum(width, 0.0))[None, :]
     values = mean[None, :] + jnp.matmul(scaled, directions.T, precision=EXACT)
@@ -218,7 +223,7 @@ def _draw(
     width = sum(pick(features, 0).sizes(points.shape[1]))
     each = -(-(num_paths // copies) // num_bases) * copies
     group, copy = np.divmod(np.arange(num_paths), copies)
-    order = group % num_bases * each + group // num_bases * copies + copy  # one basis after another
+    order = group % num_bases * each + group // num_bases * copies + copy  # groups cycle over bases
     total = diagonal("noise", noise, points) + jitter
     normal = jax.random.normal(key_noise, (num_paths, len(points)), values.dtype)
     paths = Paths(

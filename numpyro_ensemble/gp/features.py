@@ -19,18 +19,18 @@ from numpyro_ensemble.gp.spectra import sobol
 from numpyro_ensemble.gp.waves import sine_cosine
 from numpyro_ensemble.handlers import check_count, one_key, warn
 
-_FEWEST = 16  # frequencies of a product with other columns, below which a warning is given
+_FEWEST = 16  # warn if a product with other columns has fewer frequencies
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, eq=False)
 class Block:
-    """Features of one product of kernels: sines and cosines, times the columns of the others.
+    """Features of one product of kernels: sines and cosines, times the columns of other factors.
 
     Attributes:
-        spectral: the factors with a spectral density, whose phases add up.
-        frequencies: `(M, D)` for each of them.
-        amplitudes: `(M,)`, or None without such factors.
+        spectral: the factors with a spectral density; their phases are added.
+        frequencies: `(M, D)` for each spectral factor.
+        amplitudes: `(M,)`, or None without spectral factors.
         finite: the factors with finitely many features.
     """
 
@@ -62,7 +62,7 @@ class Block:
         return cosine, sine
 
     def weighted(self, X: jax.Array, weights: jax.Array) -> jax.Array:
-        """Return the columns times weights `(Q, F)`, as `(N, Q)`; waves are not copied for it."""
+        """Return the columns times weights `(Q, F)`, as `(N, Q)`, without a copy of the waves."""
         if self.amplitudes is None or self.finite:
             return jnp.matmul(self(X), weights.T, precision=EXACT)
         scaled = (weights * jnp.tile(self.amplitudes, 2)[None, :]).T
@@ -77,8 +77,8 @@ class Features:
     """Features of a kernel: one block of columns for each of its terms.
 
     Attributes:
-        blocks: of columns, functions of rows.
-        observe: what the kernel sees of a function at inputs: its values, or its slopes.
+        blocks: blocks of columns, as functions of the inputs.
+        observe: returns the observed quantity of a function at inputs: its values, or its slopes.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -99,7 +99,7 @@ class Features:
         return jnp.concatenate([self.observe(block, X) for block in self.blocks], axis=1)
 
     def weighted(self, X: jax.Array, weights: jax.Array) -> jax.Array:
-        """Return functions with weights `(Q, F)` on the columns at a matrix of inputs, `(N, Q)`."""
+        """Evaluate functions with weights `(Q, F)` on the columns at inputs `(N, D)`: `(N, Q)`."""
         ends = np.cumsum(self.sizes(X.shape[1]))
         each = list(zip(self.blocks, jnp.split(weights, ends[:-1], axis=1), strict=True))
 
@@ -116,10 +116,10 @@ class Features:
 
 
 def check_num_features(num_features: int) -> int:
-    """Return a number of columns, which come in pairs.
+    """Return a number of columns, which must be even: a sine and a cosine for each frequency.
 
     Raises:
-        ValueError: if it is odd, or below 2.
+        ValueError: if the number is odd, or below 2.
     """
     if num_features != 0:
         check_count("num_features", num_features)
@@ -134,8 +134,8 @@ def check_num_features(num_features: int) -> int:
 def draw_features(rng_key: jax.Array, kernel: Kernel, num_features: int, X: ArrayLike) -> Features:
     """Draw random features of a kernel.
 
-    Kernels with finitely many features (Linear, Constant, Cosine) have these; the other terms of
-    a sum share the columns equally.
+    Kernels with finitely many features (Linear, Constant, Cosine) use exactly those. The other
+    terms of a sum share the remaining columns equally.
 
     Args:
         rng_key: one key.
@@ -169,17 +169,17 @@ def draw_features(rng_key: jax.Array, kernel: Kernel, num_features: int, X: Arra
 
 
 class _Plan:
-    """What the features of one term will be: its factors, sorted, and how many columns."""
+    """Plan of one term's features: its spectral and finite factors, and its number of columns."""
 
     def __init__(self, term: Kernel, X: jax.Array) -> None:
         self.spectral = tuple(f for f in term.factors() if f.is_spectral)
         others = tuple(f for f in term.factors() if not f.is_spectral)
-        # a constant beside waves is one of their amplitudes: no copies of columns
+        # a constant factor scales the amplitudes of the waves, without columns of its own
         self.constants = tuple(f for f in others if self.spectral and isinstance(f, Constant))
         self.finite = tuple(f for f in others if f not in self.constants)
         self.dtype = X.dtype
         self.dims = [jax.eval_shape(f.inputs, X).shape[1] for f in self.spectral]
-        self.tensor = 1  # columns of the finite factors together
+        self.tensor = 1  # number of columns of all finite factors multiplied
         for factor in self.finite:
             self.tensor *= jax.eval_shape(factor.columns, X).shape[1]
 
@@ -199,7 +199,7 @@ class _Plan:
         return 2 * len(few.weights) * self.tensor
 
     def draw(self, rng_key: jax.Array, columns: int) -> Block:
-        """Draw frequencies for so many columns, or as many as there are."""
+        """Draw frequencies for a number of columns; a finite series uses all of its frequencies."""
         if not self.spectral:
             return Block((), (), None, self.finite)
         number = max(1, columns // self.tensor // 2)
@@ -221,7 +221,7 @@ class _Plan:
         return Block(self.spectral, waves, amplitudes, self.finite)
 
     def _random(self, rng_key: jax.Array, number: int) -> tuple[list[jax.Array], jax.Array]:
-        """Draw each factor's frequencies and component independently; weights multiply."""
+        """Draw the frequencies and components of each factor independently; multiply weights."""
         pairs = list(zip(self.spectral, self.dims, strict=True))
         counts = [factor.num_uniforms(dim) for factor, dim in pairs]
         uniforms = sobol(rng_key, number, sum(counts), self.dtype)

@@ -1,4 +1,4 @@
-"""Inducing points: those that are given, and how to choose them."""
+"""Inducing points: checks of given points, and the choice of points."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def as_inducing(kernel: Kernel, X: jax.Array, Z: ArrayLike) -> jax.Array:
     """Return inducing points as a matrix `(M, D)`.
 
     Raises:
-        ValueError: if they have another number of columns than the inputs, or numbers of outputs
-            that do not exist.
+        ValueError: if Z and X differ in their number of columns, or Z has numbers of outputs that
+            do not exist.
     """
     points = as_inputs(Z, "Z")
     if X.shape[1] != points.shape[1]:
@@ -47,21 +47,21 @@ def choose_inducing(
 ) -> jax.Array:
     """Choose inducing points `(num_points, D)`.
 
-    With a kernel, the inputs where most of its variance is left, one after the other (Burt et al.,
-    2020); without, the centres that k-means finds.
+    With a kernel, each point is the input with the largest variance given the points before it
+    (Burt et al., 2020). Without a kernel, the points are the centres that k-means finds.
 
     Args:
-        rng_key: one key, of the start of k-means; None with a kernel, whose choice is not random.
+        rng_key: one key for the start of k-means; None with a kernel, where nothing is random.
         X: inputs `(N, D)` or `(N,)`.
         num_points: how many points to choose.
         kernel: a kernel.
-        numbered: columns that hold numbers of outputs or categories, which have no averages: -1
-            for those of `numbered_inputs`. Each number has centres in proportion to its inputs, at
-            least one.
+        numbered: columns that hold numbers of outputs or categories, which are not averaged: -1
+            for inputs of `numbered_inputs`. Each number has centres in proportion to its inputs,
+            and at least one.
 
     Raises:
-        ValueError: if there are more points than distinct inputs, or fewer than numbers; or no key
-            for k-means.
+        ValueError: if there are more points than distinct inputs, fewer points than numbers, or no
+            key for k-means.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -99,7 +99,8 @@ def _numbered_columns(numbered: int | Sequence[int] | None, X: np.ndarray) -> np
     """Return which columns hold numbers, `(D,)`.
 
     Raises:
-        ValueError: for columns that do not exist or hold other values, or if no others are left.
+        ValueError: for columns that do not exist, for entries that are not whole numbers, or if no
+            other column is left.
     """
     columns = np.zeros(X.shape[1], bool)
     if numbered is None:
@@ -121,7 +122,7 @@ def _numbered_columns(numbered: int | Sequence[int] | None, X: np.ndarray) -> np
 
 
 def _centres(X: np.ndarray, num_points: int, numbered: np.ndarray, seed: int) -> np.ndarray:
-    """Return centres of k-means among the inputs of each number, one number after another."""
+    """Run k-means on the inputs of each number; return the centres in order of the numbers."""
     from scipy.cluster.vq import kmeans2
 
     kinds, kind = np.unique(X[:, numbered], axis=0, return_inverse=True)
@@ -143,9 +144,9 @@ def _centres(X: np.ndarray, num_points: int, numbered: np.ndarray, seed: int) ->
 
 
 def _shares(sets: list[np.ndarray], total: int) -> np.ndarray:
-    """Return how many points each set of inputs has: one, then in proportion to its rows.
+    """Return how many points each set of inputs has: at least one, in proportion to its rows.
 
-    No set has more than it has distinct rows. Webster's rule: the next point goes to the set with
+    No set has more points than distinct rows. Webster's rule: the next point goes to the set with
     the most rows for each of its points.
     """
     rows = np.array([len(places) for places in sets])

@@ -17,16 +17,17 @@ from numpyro_ensemble.calls.arguments import has_tracers
 CONTRADICTION = (
     "values at equal points differ although noise is 0: give the noise's variance, or average them."
 )
-EXACT = jax.lax.Precision.HIGHEST  # of distances, phases and all that is built on them
+EXACT = jax.lax.Precision.HIGHEST  # precision of distances, phases and later products
 
 
 def as_inputs(X: ArrayLike, name: str = "X") -> jax.Array:
-    """Return inputs as a matrix `(N, D)` of floats; one axis counts as `(N, 1)`.
+    """Return inputs as a matrix `(N, D)` of floats; `(N,)` becomes `(N, 1)`.
 
     Raises:
-        ValueError: if there are more than two axes, or entries that are known are not finite.
+        ValueError: if there are not one or two axes, or for entries that are not finite (traced
+            entries are not checked).
     """
-    check_finite(name, X)  # before NumPy's arrays become tracers, where nothing is known
+    check_finite(name, X)  # jnp.asarray may return a tracer, which cannot be checked
     X = jnp.asarray(X)
     if X.ndim not in (1, 2):
         raise ValueError(f"{name} takes inputs of shape (N, D) or (N,), got {X.shape}.")
@@ -36,11 +37,12 @@ def as_inputs(X: ArrayLike, name: str = "X") -> jax.Array:
 
 
 def numbered_inputs(*inputs: ArrayLike) -> jax.Array:
-    """Put several sets of inputs one after another, with the number of each in a last column.
+    """Stack several sets of inputs, with the number of each set in a last column.
 
     Args:
-        *inputs: `(N_k, D)` or `(N_k,)`: those of output k for `multi_output`, those of values (0)
-            and of slopes along each column (1, 2, ...) for `Derivatives`. A set may be empty, `[]`.
+        *inputs: `(N_k, D)` or `(N_k,)`. For `multi_output`, set k has the inputs of output k. For
+            `Derivatives`, set 0 has the inputs of values, and sets 1, 2, ... have those of slopes
+            along each column. A set may be empty, `[]`.
 
     Returns:
         `(N_0 + N_1 + ..., D + 1)`.
@@ -64,14 +66,14 @@ def numbered_inputs(*inputs: ArrayLike) -> jax.Array:
 
 
 def misnumbered(X: ArrayLike, column: int, count: int) -> str | None:
-    """Return the first entry of a column that is no number below a count, and its row, if any."""
-    numbers = np.asarray(X)[:, column]  # inside a trace, a slice of X would not be known
+    """Name the first entry of a column that is not in 0, ..., count - 1, and its row, if any."""
+    numbers = np.asarray(X)[:, column]  # inside a trace, a slice of X would be a tracer
     wrong = np.flatnonzero((numbers != np.round(numbers)) | (numbers < 0) | (numbers >= count))
     return f"{numbers[wrong[0]]} in row {wrong[0]}" if len(wrong) else None
 
 
 def check_finite(name: str, values: ArrayLike) -> None:
-    """Raise a ValueError that counts and locates entries that are not finite, if they are known."""
+    """Raise a ValueError that counts and locates non-finite entries, unless they are traced."""
     if has_tracers(values):
         return
     bad = np.argwhere(~np.isfinite(np.asarray(values, float)))
@@ -85,7 +87,7 @@ def check_finite(name: str, values: ArrayLike) -> None:
 
 
 def check_values(name: str, value: ArrayLike) -> None:
-    """Raise a ValueError for values of a process that are not finite, if they are known."""
+    """Raise a ValueError for non-finite values of a process, unless they are traced."""
     try:
         check_finite(name, value)
     except ValueError as error:
@@ -95,10 +97,10 @@ def check_values(name: str, value: ArrayLike) -> None:
 
 
 def hyperparameter(owner: str, name: str, value: Any, *, vector: bool = False) -> Any:
-    """Return a positive number, or one for each dimension where `vector` says so.
+    """Return a positive number, or, if `vector` is true, one for each dimension.
 
     Raises:
-        ValueError: for another shape, or a value that is known not to be positive.
+        ValueError: for another shape, or a value that is not positive (unless it is traced).
     """
     check_given(f"{owner}: {name}", value)
     shape = jnp.shape(value)
@@ -113,13 +115,13 @@ def hyperparameter(owner: str, name: str, value: Any, *, vector: bool = False) -
 
 
 def check_positive(owner: str, name: str, value: Any) -> None:
-    """Raise a ValueError for a hyperparameter that is known not to be positive."""
+    """Raise a ValueError for a hyperparameter that is not positive, unless it is traced."""
     if not has_tracers(value) and not (np.asarray(value) > 0).all():
         raise ValueError(f"{owner}: {name} must be positive, got {np.asarray(value)}.")
 
 
 def check_given(name: str, value: Any) -> None:
-    """Raise a ValueError for a value that is not there."""
+    """Raise a ValueError if a value is None."""
     if value is None:
         raise ValueError(
             f"{name} takes a number, got None. A model that has it among its arguments needs it in "
@@ -128,7 +130,7 @@ def check_given(name: str, value: Any) -> None:
 
 
 def with_named_errors(cls: type) -> Callable:
-    """Return the `__init__` of a class, with errors that name the class and what it takes."""
+    """Return the `__init__` of a class, with errors that name the class and its arguments."""
     init: Callable = cls.__init__  # type: ignore[misc]
     signature = inspect.signature(init)
 
@@ -146,10 +148,10 @@ def with_named_errors(cls: type) -> Callable:
 
 
 def per_dimension(owner: str, name: str, value: Any, X: jax.Array) -> jax.Array:
-    """Spread a hyperparameter over the columns of inputs.
+    """Broadcast a hyperparameter to the columns of inputs.
 
     Raises:
-        ValueError: if it has another number of entries than the inputs have columns.
+        ValueError: if the number of entries differs from the number of columns.
     """
     value = _as_array(value, X)
     if value.ndim and value.shape != (X.shape[1],):
@@ -161,10 +163,10 @@ def per_dimension(owner: str, name: str, value: Any, X: jax.Array) -> jax.Array:
 
 
 def check_dims(owner: str, dims: tuple[int, ...], X: jax.Array) -> tuple[int, ...]:
-    """Return columns' numbers.
+    """Return the numbers of the active columns.
 
     Raises:
-        ValueError: if the inputs have fewer columns.
+        ValueError: if the inputs do not have all of these columns.
     """
     if any(not -X.shape[1] <= i < X.shape[1] for i in dims):
         raise ValueError(f"{owner}: active_dims={dims}, and the inputs have {X.shape[1]} columns.")
@@ -172,16 +174,16 @@ def check_dims(owner: str, dims: tuple[int, ...], X: jax.Array) -> tuple[int, ..
 
 
 def _as_array(value: Any, X: jax.Array) -> jax.Array:
-    """Return an array; a Python number, which has no dtype of its own, takes that of the inputs."""
+    """Return an array; a Python number takes the dtype of the inputs."""
     plain = isinstance(value, bool | int | float)
     return jnp.asarray(value, X.dtype) if plain else jnp.asarray(value)
 
 
 def diagonal(name: str, value: Any, X: jax.Array) -> jax.Array:
-    """Return a variance for each input, from one number or one for each.
+    """Return a variance for each input, from one number or an array `(N,)`.
 
     Raises:
-        ValueError: for another shape, or values that are known to be negative or not finite.
+        ValueError: for another shape, or values that are negative or not finite (unless traced).
     """
     check_given(name, value)
     shape = jnp.shape(value)
@@ -209,7 +211,7 @@ def contradictions(points: jax.Array, values: jax.Array, noise: jax.Array, jitte
 
 
 def repeated(X: jax.Array, points: jax.Array) -> np.ndarray:
-    """Return which of some inputs are among the points, `(..., N, D)`."""
+    """Return, for each row of X, whether it is among the points `(..., N, D)`."""
     rows = [np.ascontiguousarray(x, points.dtype).reshape(-1, X.shape[1]) + 0 for x in (X, points)]
     new, old = (x.view(f"V{x.itemsize * x.shape[1]}")[:, 0] for x in rows)
     return np.isin(new, old)

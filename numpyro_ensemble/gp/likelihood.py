@@ -14,9 +14,9 @@ import numpyro.distributions as dist
 from jax.typing import ArrayLike
 from numpyro.distributions import constraints
 
-_MOST_PRODUCTS = 640  # points of Gauss and Hermite's in all dimensions together
+_MOST_PRODUCTS = 640  # largest number of Gauss-Hermite points over all dimensions
 _NUM_SOBOL = 1024
-_MOST_NUMBERS = 2**20  # of latents at its points, at once
+_MOST_NUMBERS = 2**20  # largest number of latent values computed at once
 
 
 class ExpectedLikelihood(dist.Distribution):
@@ -29,7 +29,7 @@ class ExpectedLikelihood(dist.Distribution):
         likelihood: a function of f that returns a distribution of f's shape; with several latents
             for each value, f is `(L, N)` and the distribution `(N,)`.
         m: mean `(N,)` of the latents, or `(L, N)`.
-        v: their variance, of the same shape; the L latents of a value are independent.
+        v: variance of the latents, of the same shape; the L latents of a value are independent.
 
     For one to four latents, Gauss-Hermite quadrature has errors of at most 3e-4 for likelihoods
     like softmax. For more latents, 1,024 points of a Sobol sequence have errors of 1e-3, and of
@@ -81,9 +81,10 @@ class ExpectedLikelihood(dist.Distribution):
         super().__init__(given.batch_shape, given.event_shape, validate_args=validate_args)
 
     def _takes_rows(self) -> bool:
-        """Return whether the likelihood takes the axis of the latents for that of the values.
+        """Return whether the likelihood takes the first axis of f for the axis of the values.
 
-        One more value tells, where the likelihood does not depend on how many there are.
+        With as many latents as values, the likelihood is traced for one more value. Its batch shape
+        then shows which axis it uses.
         """
         if self.m.shape[0] != self.m.shape[-1]:
             return False
@@ -123,7 +124,7 @@ class ExpectedLikelihood(dist.Distribution):
         return draws.reshape(*sample_shape, *draws.shape[1:])
 
     def log_prob(self, value: ArrayLike, intermediates: Any = None) -> jax.Array:
-        """Return the mean log density of values of the batch shape."""
+        """Return the expected log density of values of the batch shape."""
         given = self.likelihood(self.m)
         if isinstance(given, dist.Normal) and self._is_normal_around_f():
             return given.log_prob(value) - 0.5 * self.v / given.scale**2
@@ -131,7 +132,7 @@ class ExpectedLikelihood(dist.Distribution):
 
     def _expect(self, fn: Callable[[jax.Array], jax.Array]) -> jax.Array:
         """Take the mean over the latents of each value by quadrature."""
-        tiny = jnp.finfo(self.v.dtype).tiny  # the root has a slope everywhere
+        tiny = jnp.finfo(self.v.dtype).tiny  # at 0 the gradient of sqrt is infinite
         sd = jnp.sqrt(jnp.maximum(self.v, tiny))
         if self.m.shape == self.batch_shape:
             points, weights = quadrature(1)
@@ -151,7 +152,7 @@ class ExpectedLikelihood(dist.Distribution):
         return jax.lax.map(jax.checkpoint(term), rule, batch_size=at_once).sum(axis=0)
 
     def _is_normal_around_f(self) -> bool:
-        """Return whether the location is f itself, and the scale does not depend on it."""
+        """Return whether the location is f itself, and the scale does not depend on f."""
 
         def parts(f: jax.Array) -> tuple[jax.Array, jax.Array]:
             given = self.likelihood(f)
@@ -170,8 +171,8 @@ class ExpectedLikelihood(dist.Distribution):
 def quadrature(dim: int) -> tuple[np.ndarray, np.ndarray]:
     """Return points `(P, dim)` and weights `(P,)` for means over independent standard normals.
 
-    Gauss and Hermite's: 20 in one dimension, 12 in two, 8 in three, 5 in four. Beyond, a Sobol
-    sequence and its mirror image.
+    Gauss-Hermite points: 20 in one dimension, and for each dimension 12 in two, 8 in three and 5 in
+    four. In more dimensions, a Sobol sequence and its mirror image.
     """
     each = 20 if dim == 1 else min(12, int(_MOST_PRODUCTS ** (1.0 / dim) + 1e-9))
     if each >= 5:

@@ -17,8 +17,8 @@ from numpyro_ensemble.calls.arguments import has_tracers
 class Function:
     """A callable whose arrays are leaves and whose other parts are fixed.
 
-    Modules are pytrees already, but may hold activation functions and the like; the arrays of a
-    `functools.partial` are taken out too. A plain function has no leaves.
+    A module is a pytree already, but some of its leaves may be no arrays, such as activation
+    functions. The arrays of a `functools.partial` are leaves too. A plain function has no leaves.
     """
 
     def __init__(self, fn: Callable) -> None:
@@ -40,19 +40,19 @@ class Function:
         return jax.tree.unflatten(self.treedef, leaves)(*args)
 
     def tree_flatten(self) -> tuple[list, tuple]:
-        """Return the arrays, and what is fixed."""
+        """Return the arrays, and the fixed parts."""
         return self.arrays, (self.rest, self.is_array, self.treedef)
 
     @classmethod
     def tree_unflatten(cls, fixed: tuple, arrays: list) -> Function:
-        """Put the parts together again."""
+        """Rebuild the callable from its fixed parts and its arrays."""
         self = object.__new__(cls)
         self.arrays = list(arrays)
         self.rest, self.is_array, self.treedef = fixed
         return self
 
     def closes_over_tracers(self) -> bool:
-        """Return whether a fixed part holds values that are only known inside a transformation."""
+        """Return whether a fixed part closes over traced values."""
         return any(
             has_tracers([cell.cell_contents for cell in getattr(part, "__closure__", None) or ()])
             for part in self.rest
@@ -67,10 +67,10 @@ def _opened(fn: Callable) -> Callable:
 
 
 def as_mean(mean_fn: Any) -> Any:
-    """Return what a mean is given as: None, one number, or a function of the inputs.
+    """Return a mean as None, one number, or a `Function` of the inputs.
 
     Raises:
-        TypeError: if it is neither.
+        TypeError: if `mean_fn` is none of these.
     """
     if mean_fn is None or isinstance(mean_fn, Function):
         return mean_fn
@@ -87,7 +87,7 @@ def mean_at(mean_fn: Any, X: jax.Array) -> jax.Array:
     """Evaluate a mean at inputs `(N, D)`.
 
     Raises:
-        ValueError: if it does not return one number for each input.
+        ValueError: if the mean function does not return one number for each input.
     """
     if mean_fn is None:
         return jnp.zeros(len(X), X.dtype)

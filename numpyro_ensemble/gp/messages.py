@@ -11,11 +11,11 @@ from numpyro.primitives import apply_stack
 
 from numpyro_ensemble._compat import HANDLERS
 
-SUFFIX = "_gp"  # of the announcing message's name
+SUFFIX = "_gp"  # ending of the message's name
 
 
 def _around() -> list[numpyro.plate]:
-    """Return the plates that a call stands in."""
+    """Return the plates around a call."""
     return [handler for handler in HANDLERS if isinstance(handler, numpyro.plate)]
 
 
@@ -26,7 +26,7 @@ def plates() -> tuple[int, ...]:
 
 
 def is_subsampled() -> bool:
-    """Return whether the innermost plate around a call takes some of its rows."""
+    """Return whether the innermost plate around a call is subsampled."""
     last = max(_around(), key=lambda plate: plate.dim)
     return bool(last.size != last.subsample_size)
 
@@ -39,17 +39,18 @@ def announce(
     copies: tuple[int, ...] = (),
     whitened: bool = False,
 ) -> dict[str, Any]:
-    """Send a process, which has no sample site of its own, to the handlers around.
+    """Send a message about a process without a sample site to the surrounding handlers.
 
-    Where it is `whitened`, its own sample site is written in other terms, and `at` are its inputs;
-    else its values are those at inducing points.
+    If `whitened`, the process is sampled through a whitened site, and `at` are its inputs. If not,
+    the values of the process are those at inducing points.
 
-    A handler that has functions for it sets the message's "value" to theirs at the inputs `at`, and
-    "answered"; otherwise the value is drawn, at the process's own inputs.
+    A handler with functions for the process sets the message's "value" to the functions at the
+    inputs `at`, and sets "answered". Without such a handler, `draw` draws the value at the
+    process's own inputs.
     """
     message = {
         "type": "gp",
-        "name": f"{name}{SUFFIX}",  # a trace takes each name once; scopes put theirs in front
+        "name": f"{name}{SUFFIX}",  # a trace needs unique names; scopes add a prefix
         "gp": gp,
         "at": at,
         "copies": copies,

@@ -36,12 +36,12 @@ class JointMoments(NamedTuple):
 
 
 class Conditional(NamedTuple):
-    """One function given one posterior draw: a normal, with or without the noise at its inputs.
+    """Normal distribution of one process at the inputs of a call, given one posterior draw.
 
     Attributes:
         mean: `(*copies, N)`.
-        spread: its variance, of the same shape, or its covariance `(*copies, N, N)`.
-        noise: variance of the noise, `(N,)`, None for a function without any.
+        spread: variance without noise, of the same shape, or covariance `(*copies, N, N)`.
+        noise: variance of the noise, `(N,)`, or None for a process without noise.
     """
 
     mean: jax.Array
@@ -56,12 +56,12 @@ def conditionals(
 
     Args:
         sites: the processes of the fit, without their means.
-        run: runs the model on functions in the place of its processes.
-        joint: with covariances.
+        run: runs the model on functions in place of its processes.
+        joint: whether to compute covariances instead of variances.
 
     Returns:
-        The distributions by site name, whether the inputs of each are free of other processes, and
-        what the model has answered.
+        The distributions by site name, whether the inputs of each process are independent of the
+        other processes, and the handler after its run.
     """
     found: dict[str, tuple] = {}
 
@@ -85,7 +85,7 @@ def conditionals(
         )
         for name, (mean, spread) in found.items()
     }
-    # inputs that follow other functions differ where these do
+    # inputs that depend on other processes change with the values of these processes
     other = answers(lambda x: x + 3.0 * jax.random.normal(jax.random.key(1), x.shape))
     free = {name: (X == other.inputs[name]).all() for name, X in answer.inputs.items()}
     return each, free, answer
@@ -94,7 +94,7 @@ def conditionals(
 def named(each: dict[str, Conditional]) -> dict[str, tuple[jax.Array, jax.Array]]:
     """Return mean and spread by the names of a call: `{name}` with noise, `{name}_f` without.
 
-    All lead with the posterior draws.
+    The first axis is that of the posterior draws.
     """
     found = {}
     for name, (mean, spread, noise) in each.items():
@@ -113,7 +113,7 @@ def named(each: dict[str, Conditional]) -> dict[str, tuple[jax.Array, jax.Array]
 def mixed_moments(mean: jax.Array, spread: jax.Array) -> Moments | JointMoments:
     """Return the moments of the equal mixture of normals, one for each posterior draw.
 
-    The spread of a normal is its variance, or its covariance.
+    `spread` holds the variance of each normal, or its covariance.
     """
     if spread.ndim == mean.ndim:
         return Moments(mean.mean(axis=0), spread.mean(axis=0) + mean.var(axis=0))
@@ -127,7 +127,7 @@ def mixed_moments(mean: jax.Array, spread: jax.Array) -> Moments | JointMoments:
 def mixed_quantiles(mean: jax.Array, variance: jax.Array, probabilities: np.ndarray) -> jax.Array:
     """Return quantiles of the equal mixture of normals, `(*probabilities.shape, ...)`.
 
-    They lie between the least and the largest quantile of a part, and are found by bisection.
+    Bisection starts from the smallest and the largest of the normals' own quantiles.
     """
     tiny = jnp.finfo(variance.dtype).tiny
     sd = jnp.sqrt(jnp.maximum(variance, tiny))
@@ -141,7 +141,7 @@ def mixed_quantiles(mean: jax.Array, variance: jax.Array, probabilities: np.ndar
             below = norm.cdf((middle[None] - mean) / sd).mean(axis=0) < probability
             return jnp.where(below, middle, low), jnp.where(below, high, middle)
 
-        halvings = jnp.finfo(mean.dtype).nmant + 3  # to the last digit of the widest bracket
+        halvings = jnp.finfo(mean.dtype).nmant + 3  # full precision for the widest bracket
         low, high = jax.lax.fori_loop(0, halvings, halve, (ends.min(axis=0), ends.max(axis=0)))
         return 0.5 * (low + high)
 

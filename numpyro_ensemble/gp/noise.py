@@ -1,4 +1,4 @@
-"""Noise of observations at inputs, the same wherever an input stands in a call."""
+"""Noise of observations: it depends on the input, not on the input's position in a call."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ def normal_at(
 ) -> jax.Array:
     """Return standard normals `(*copies, N)` that depend on the key and each input's own values.
 
-    Inputs that are repeated within a call have independent ones; `before` says how often each
-    stood in the blocks of the call that came before.
+    Inputs that are repeated within a call have independent normals. `before` holds how often each
+    input occurred in the earlier blocks of the call.
     """
 
     def draw(words: jax.Array) -> jax.Array:
@@ -30,8 +30,8 @@ def normal_at(
 
 
 def _hashes(X: jax.Array, before: jax.Array | None) -> jax.Array:
-    """Return two numbers `(N, 2)` of each input `(N, D)`, and of how often it stood before."""
-    X = jax.lax.stop_gradient(X) + 0.0  # one zero, not two
+    """Hash each input `(N, D)` and its number of earlier occurrences to two numbers, `(N, 2)`."""
+    X = jax.lax.stop_gradient(X) + 0.0  # turn -0.0 into 0.0
     words = jax.lax.bitcast_convert_type(X, jnp.uint32)
     earlier = _earlier(X) if before is None else _earlier(X) + before
     words = jnp.concatenate(
@@ -47,7 +47,7 @@ def _hashes(X: jax.Array, before: jax.Array | None) -> jax.Array:
 
 
 def _earlier(X: jax.Array) -> jax.Array:
-    """Return how many earlier inputs are equal to each."""
+    """Return, for each input, how many earlier inputs are equal to it."""
     order = jnp.lexsort(X.T)  # stable: equal inputs keep their order
     place, ordered = jnp.arange(len(X)), X[order]
     is_first = jnp.concatenate([jnp.ones(1, bool), (ordered[1:] != ordered[:-1]).any(axis=1)])

@@ -1,4 +1,4 @@
-"""Where functions are highest and lowest: many starts for each, refined along the gradient."""
+"""Maxima and minima of functions: many starts for each function, refined by gradients."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from numpyro_ensemble.gp.spectra import sobol
 from numpyro_ensemble.handlers import check_count, one_key
 
 _TOLERANCE = 1e-9
-_FIRST_STEPS = 10  # of all searches; the best go on
+_FIRST_STEPS = 10  # first steps of all searches; then only the best continue
 _FINALISTS = 2
 
 
@@ -41,25 +41,25 @@ def maximise(
     num_starts: int = 16,
     max_steps: int = 100,
 ) -> Optimum:
-    """Find where each path is highest within bounds, all of them in one program.
+    """Find where each path is highest within bounds, for all paths in one program.
 
-    All paths are evaluated at points that fill the box evenly (Sobol). From its best ones each path
-    is followed uphill by BFGS, in coordinates in which the box has no border. With one path for
-    each evaluation to come, the places are a batch of Thompson sampling.
+    All paths are evaluated at Sobol points of the box. BFGS then climbs each path from its best
+    points, in unconstrained coordinates of the box. With one path for each evaluation that you
+    plan, the places are a batch of Thompson sampling.
 
     Args:
-        rng_key: one key, of the points.
+        rng_key: one key for the points.
         paths: functions, from `draw_paths` or `Pathwise.draw`.
-        bounds: `(low, high)` for each column of the inputs, `(D, 2)`, or of the only one. Equal
-            ones hold a column fixed, the number of an output say. With `Derivatives` they may
-            leave the last column out: values are sought.
-        num_points: how many points each path is evaluated at.
-        num_starts: how many of these it is followed from, the best two to the end.
-        max_steps: steps of each search to the end.
+        bounds: `(low, high)` for each column of the inputs, `(D, 2)`, or `(low, high)` alone for
+            one column. Equal bounds fix a column, such as the number of an output. With
+            `Derivatives`, the last column may be omitted: the path's values are maximised.
+        num_points: number of points at which each path is evaluated.
+        num_starts: number of searches, from the best points; the best two searches are completed.
+        max_steps: largest number of steps of a completed search.
 
     Raises:
-        TypeError: if `paths` are no paths.
-        ValueError: for bounds of another shape, or that leave no room, and counts below 1.
+        TypeError: if `paths` is not a `Paths`.
+        ValueError: for bounds of another shape or that enclose no box, and for counts below 1.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -81,7 +81,7 @@ def minimise(
     num_starts: int = 16,
     max_steps: int = 100,
 ) -> Optimum:
-    """Find where each path is lowest within bounds; as `maximise`.
+    """Find where each path is lowest within bounds, with the arguments of `maximise`.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -143,7 +143,7 @@ def _search(
     low, high = box
 
     def inside(angle: jax.Array) -> jax.Array:
-        """Return a place of the box: each is met by an angle, and the border is flat."""
+        """Map an angle to a place in the box; each place has an angle, and borders have slope 0."""
         return low + (high - low) * 0.5 * (1.0 + jnp.sin(angle))
 
     angles = jnp.arcsin(2.0 * unit - 1.0)
@@ -160,12 +160,12 @@ def _search(
 
         found = optimistix.minimise(loss, solver, start, max_steps=steps, throw=False).value
         end, before = loss(found, None), loss(start, None)
-        # a search may end in nothing
+        # a search may end with NaN, or at a worse place than its start
         better = jnp.isfinite(end) & (end <= before)
         return jnp.where(better, found, start), -jnp.where(better, end, before)
 
     def of_path(i: jax.Array, starts: jax.Array) -> Optimum:
-        """Follow all starts a little, and those that are best then to the end."""
+        """Search from all starts for a few steps, then complete the best searches."""
         if len(starts) > _FINALISTS:
             starts, heights = jax.vmap(partial(followed, i, min(_FIRST_STEPS, max_steps)))(starts)
             starts = starts[jax.lax.top_k(heights, _FINALISTS)[1]]

@@ -1,4 +1,4 @@
-"""What posterior functions are made of, and their values at inputs."""
+"""Arrays of posterior functions, and the values of these functions at inputs."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from numpyro_ensemble.gp.kernels import Kernel
 from numpyro_ensemble.gp.solvers import by_rows
 from numpyro_ensemble.mapping import pick
 
-PER_PATH = ("number", "alpha", "rhs", "residuals", "ok")  # what there is for each path
+PER_PATH = ("number", "alpha", "rhs", "residuals", "ok")  # fields with an entry for each path
 
 
 @dataclass(frozen=True, eq=False)
 class PathArrays:
     """The arrays of posterior functions, which `Paths` describes.
 
-    Their values are `mean(x) + prior(x) + kernel(x, points) @ alpha`.
+    The functions are `mean(x) + prior(x) + kernel(x, points) @ alpha`.
     """
 
     kernel: Kernel
@@ -56,7 +56,7 @@ class PathArrays:
 
     @property
     def num_draws(self) -> int | None:
-        """Number of draws of the hyperparameters, None without an axis of them."""
+        """Number of draws of the hyperparameters, None without an axis of draws."""
         return self.alpha.shape[0] if self.alpha.ndim == 3 else None
 
     def _at(self, X: jax.Array) -> jax.Array:

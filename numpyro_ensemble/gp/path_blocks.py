@@ -24,17 +24,17 @@ from numpyro_ensemble.streaming.trial import check_given, outputs_of, rows_that_
 
 
 class Functions:
-    """The functions of one call, of which blocks are evaluated.
+    """The functions of one call, evaluated block by block.
 
     Args:
         pathwise: a `Pathwise`.
         rng_key: the key of the call.
         args: arguments of the model.
         kwargs: its keyword arguments.
-        rows: the rows of the call, where they are cut.
+        rows: the rows of the call, or None if they are not cut.
 
     Attributes:
-        outputs: the arrays that they fill.
+        outputs: the arrays that the blocks fill.
     """
 
     def __init__(
@@ -50,12 +50,12 @@ class Functions:
         if rows is not None:
             self._plan(rows)
         self.outputs = self._outputs()
-        self._latest: dict[tuple, Any] = {}  # the functions of the draws under way
+        self._latest: dict[tuple, Any] = {}  # functions of the current draws
 
     # The sites ----------------------------------------------------------------------------------
 
     def _forms(self, *call: Any) -> dict[str, SiteForm]:
-        """Return what is known of the sites of a call; values of processes are computed ones."""
+        """Return the forms of the sites of a call; processes count as deterministic sites."""
         forms: dict[str, SiteForm] = {}
 
         def look(*first: Any) -> None:
@@ -72,7 +72,7 @@ class Functions:
         return forms
 
     def _of_draw(self, call: tuple, number: int) -> Callable:
-        """Return a function that evaluates the first draw for a call with so many rows."""
+        """Return a function that evaluates the first draw for a call with `number` rows."""
 
         def evaluate(*first: Any) -> Any:
             block = None
@@ -125,7 +125,7 @@ class Functions:
             def run(call: tuple, places: Any, values: dict) -> dict[str, Any]:
                 block = InputBlock(places, 0, 0, {})
                 answer, trace = program.first(call, *first, *drawn, block, values)
-                # noise is of the inputs, as long as its variance is
+                # noise depends on the inputs alone: compare functions and noise variances
                 found = {n: answer.values.get(f"{n}_f", x) for n, x in answer.values.items()}
                 found |= {f"the noise of {name}": x for name, x in answer.noises.items()}
                 sites = {n: {"type": "deterministic", "value": x} for n, x in found.items()}
@@ -159,7 +159,7 @@ class Functions:
 
     @property
     def most_rows(self) -> int | None:
-        """Rows of a block at most, for what the functions of one draw need."""
+        """Largest number of rows of a block, from the memory that one draw needs."""
         if self.rows is None:
             return None
         room = room_in_block(self.inputs[1])
@@ -167,7 +167,7 @@ class Functions:
 
     @property
     def most_draws(self) -> int:
-        """Draws of a block at most, for their functions."""
+        """Largest number of draws of a block, from the memory of their functions."""
         drawn = jax.eval_shape(lambda *first: self.program.drawn(*first)[1], *self.first)
         each = sum(int(np.prod(x.shape)) * _itemsize(x) for x in jax.tree.leaves(drawn))
         return max(ROOM // max(each, 1), 1)
@@ -175,7 +175,7 @@ class Functions:
     # Blocks -------------------------------------------------------------------------------------
 
     def started(self, grid: Grid) -> Callable[[Block], Callable[[], dict[str, Any]]]:
-        """Return what starts to evaluate a block, and waits for its arrays."""
+        """Return a function that starts a block and returns a function to wait for its arrays."""
         program = self.program
         call_digest = digest_in_parts(arrays_of(*self.call))
         before: list[dict[str, np.ndarray]] = []
@@ -233,9 +233,9 @@ class Functions:
         return x[:, :, 0] if number == 1 else x[:, :, :number]
 
     def _before(self, grid: Grid) -> list[dict[str, np.ndarray]]:
-        """Return, for each block of rows, how often each noisy input stood in those before it.
+        """Return, for each block of rows, how often each noisy input occurred in earlier blocks.
 
-        Noise belongs to an input, and to how often it stood before in the call.
+        Noise depends on the input and on its number of earlier occurrences in the call.
         """
         program, rows = self.program, self.rows
         assert rows is not None and program.plan is not None
@@ -262,7 +262,7 @@ class Functions:
 
     @property
     def fingerprint(self) -> dict[str, dict[str, str]]:
-        """What the call is told from others by."""
+        """Digests of all that the values of the call depend on."""
         pathwise, samples = self.pathwise, self.inputs[1]
         setting = {"rng_key": describe(self.rng_key), "num_paths": str(pathwise.num_paths)}
         setting |= {name: describe(value) for name, value in self.program.options.items()}

@@ -24,10 +24,10 @@ class Paths(PathArrays):
     """Functions drawn from a posterior Gaussian process: `paths(X_new) -> (num_paths, N_new)`.
 
     A pytree of arrays: it can be jitted, mapped over inputs, differentiated, indexed, concatenated,
-    saved with the leaves of `jax.tree.flatten`, and conditioned further with `update`; `each` has
-    inputs for each path. No randomness is left.
+    saved with the leaves of `jax.tree.flatten`, and conditioned further with `update`. `each`
+    evaluates each path at its own inputs. Evaluation is deterministic.
 
-    From many draws of the hyperparameters all arrays have a leading axis of draws, and the paths of
+    With many draws of the hyperparameters, all arrays have a leading axis of draws. The paths of
     one draw follow each other.
 
     Attributes:
@@ -35,25 +35,26 @@ class Paths(PathArrays):
         mean_fn: None, a number or a function.
         points: inputs `(N, D)` that the functions were conditioned at.
         features: `B` random bases.
-        weights: of the bases' columns, `(B, Q, F)`; `Q` paths share a basis.
-        order: where each path is among the `B * Q`, `(P,)`.
-        number: which path of its draw each is, for the noise of later updates, `(P,)`.
+        weights: weights of the bases' columns, `(B, Q, F)`; `Q` paths share a basis.
+        order: index of each path among the `B * Q`, `(P,)`.
+        number: index of each path within its draw, for the noise of later updates, `(P,)`.
         alpha: weights of the kernel functions at the points, `(P, N)`.
         rhs: values - mean - prior - noise, `(P, N)`.
         diagonal: noise and jitter at the points, `(N,)`.
-        noise: of observations, a number or `(N,)`; 0 for latent processes.
-        jitter: what the diagonal has beside the noise, a number or `(N,)`.
-        observed: which values count, `(N,)`, or None.
-        residuals: relative residuals of the solves, `(P,)`; NaN for a factor in double precision,
-            where they are not measured.
+        noise: variance of the observations' noise, a number or `(N,)`; 0 for latent processes.
+        jitter: part of the diagonal that is not noise, a number or `(N,)`.
+        observed: which values are observed, `(N,)`, or None.
+        residuals: relative residuals of the solves, `(P,)`; NaN for a Cholesky solve in double
+            precision, where they are not computed.
         ok: whether each path's solve succeeded, `(P,)`.
-        seed: of the noise of later updates.
+        seed: random bits for the noise of later updates.
         part: whether these are the paths of one term of a sum.
-        latent: whether the values are draws of latent values, of a covariance that is not known.
-        copies: how many processes of a plate the paths are of; path `i` is of copy `i % copies`.
+        latent: whether the values are draws of latent values with an unknown covariance.
+        copies: number of processes of a plate; path `i` is a path of process `i % copies`.
         keeps_jitter: whether the jitter was given, so that updates keep it.
-        whitened: covariance of the values at the first `M` points, `(M, M)`, between the inverses
-            of the prior covariance's Cholesky factor; None where the values are data.
+        whitened: `L^-1 S L^-T`, `(M, M)`, with S the posterior covariance of the values at the
+            first `M` points, and L the Cholesky factor of their prior covariance; None where the
+            values are data.
 
     The example of `gp.draw_paths` makes one.
     """
@@ -97,7 +98,7 @@ class Paths(PathArrays):
     # Parts --------------------------------------------------------------------------------------
 
     def __getitem__(self, index: Any) -> Paths:
-        """Take some of the paths; a single one is left as a set of one."""
+        """Return some of the paths; an integer returns a `Paths` of one path."""
         places: Any = np.arange(self.num_paths)
         if isinstance(index, jax.core.Tracer):
             places = jnp.asarray(index)
@@ -113,9 +114,9 @@ class Paths(PathArrays):
         return jax.vmap(whole._one)(jnp.asarray(places))
 
     def _copies_among(self, places: Any) -> int:
-        """Return how many processes some of the paths are of: each has its own if it is not clear.
+        """Return the number of processes among some of the paths.
 
-        Inside a transformation this is not known of several paths.
+        It is the number of paths if the places are traced or do not follow the order of copies.
         """
         if self.copies == 1 or places.ndim == 0:
             return 1
@@ -142,7 +143,7 @@ class Paths(PathArrays):
         )
 
     def _some(self, places: np.ndarray) -> Paths:
-        """Take known paths, which stay sorted by their bases."""
+        """Return the paths at known places, with their weights grouped by basis."""
         basis, within = np.divmod(np.asarray(self.order)[places], self.weights.shape[1])
         used, basis = np.unique(basis, return_inverse=True)
         most = int(np.bincount(basis).max(initial=1))
@@ -162,7 +163,7 @@ class Paths(PathArrays):
     def components(self) -> list[Paths]:
         """Return the paths of each term of the kernel's sum, which add up to the paths.
 
-        The mean goes with the first.
+        The mean is part of the first.
         """
         terms = self.kernel.terms()
         first = (0,) if self.num_draws is None else (0, 0)
@@ -182,10 +183,10 @@ class Paths(PathArrays):
 
     @staticmethod
     def concatenate(parts: list[Paths]) -> Paths:
-        """Put sets of paths together, which must be of equal shapes.
+        """Concatenate sets of paths with equal shapes.
 
         Raises:
-            ValueError: if they are not, or are of different kernels.
+            ValueError: if the shapes or the forms of the kernels differ.
         """
         stacked = [
             part if part.num_draws is not None else jax.tree.map(lambda leaf: leaf[None], part)
@@ -214,15 +215,15 @@ class Paths(PathArrays):
     ) -> Paths:
         """Condition the same functions on more points.
 
-        Inducing values move with the new observations, by their joint posterior. Draws of the
-        hyperparameters keep their equal weights.
+        Inducing values are updated too, by their joint posterior with the new observations. Draws
+        of the hyperparameters keep their equal weights.
 
         Args:
             X: inputs `(M, D)` or `(M,)`.
-            values: `(M,)`, `(copies, M)` for processes in a plate, or `(num_paths, M)` for values
-                of each path's own (pending points).
+            values: `(M,)`, `(copies, M)` for processes in a plate, or `(num_paths, M)` with values
+                for each path (pending points).
             noise: variance of the values (default: that of the paths, if it is one number).
-            rng_key: of the noise drawn here (default: one kept from when the paths were drawn).
+            rng_key: key of the noise drawn here (default: from the bits stored in the paths).
 
         Raises:
             ValueError: if shapes do not match, the noise is not known, or the paths are of latent

@@ -1,4 +1,4 @@
-"""Functions from the samples of any inference, called as NumPyro's `Predictive` is."""
+"""Posterior functions from the samples of any inference, called like `Predictive`."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ from numpyro_ensemble.streaming.options import StoreOptions, call_digests
 
 
 class Pathwise:
-    """Posterior functions of the Gaussian processes in a model, called as `Predictive` is.
+    """Posterior functions of the Gaussian processes in a model, called like `Predictive`.
 
     `pathwise(rng_key, X_new)` draws functions for each posterior draw, and runs the model on them
     at the new inputs. The same key gives the same functions, and the same noise at each input, in
@@ -65,7 +65,7 @@ class Pathwise:
         num_paths: functions for each draw.
         num_features: columns of a random basis, even.
         num_bases: random bases for each draw (default: one, and four for a single draw).
-        batch_size: draws made at once (default: one on a CPU, elsewhere as many as fit into a
+        batch_size: draws computed at once (default: one on a CPU, elsewhere as many as fit into a
             quarter of a gigabyte).
         group_by_draw: return `(S, num_paths, ...)`.
         solver: "cholesky" or "cg".
@@ -116,7 +116,7 @@ class Pathwise:
             check_count("batch_size", batch_size)
         if isinstance(return_sites, str):
             raise TypeError(f"return_sites takes a collection of names, got {return_sites!r}.")
-        # copies: an array that is changed in place later does not change the functions
+        # copy arrays, so that a later change in place does not change the functions
         self.model, (self.args, self.kwargs) = model, jax.tree.map(_copied, (args, kwargs))
         self.samples, self.num_draws, members = flat_samples(posterior_samples, batch_ndims)
         self.shape = (members, self.num_draws // members)
@@ -143,7 +143,7 @@ class Pathwise:
     # What is given ------------------------------------------------------------------------------
 
     def _per_draw(self, params: dict[str, Any]) -> dict[str, Any]:
-        """Return the parameters of each draw; those of the model's own shapes are shared."""
+        """Return the parameters of each draw; store those in the model's shapes as shared."""
         first = pick(self.samples, 0)
         own: dict[str, Any] = {}
 
@@ -158,7 +158,7 @@ class Pathwise:
             return {}
         jax.eval_shape(look)
         each = {}
-        for name in params.keys() & own.keys():  # the others are a guide's
+        for name in params.keys() & own.keys():  # others belong to a guide
             shapes = own[name]
             given = [jnp.shape(leaf) for leaf in jax.tree.leaves(params[name])]
             lead = next((shape[0] for shape in given if shape), 0) or self.num_draws
@@ -167,7 +167,7 @@ class Pathwise:
             elif (
                 lead and given == [(lead, *shape) for shape in shapes] and not self.num_draws % lead
             ):
-                # of members, whose draws follow each other
+                # one value for each member; the draws of a member follow each other
                 repeat = partial(jnp.repeat, repeats=self.num_draws // lead, axis=0)
                 each[name] = jax.tree.map(repeat, jax.tree.map(jnp.asarray, params[name]))
             else:
@@ -178,7 +178,7 @@ class Pathwise:
         return each
 
     def _check_model(self) -> None:
-        """Raise a ValueError for a model that functions cannot be found in."""
+        """Raise a ValueError for a model without a process or with latents that lack samples."""
         found: list[Any] = []
 
         def look(moved: str | None = None) -> Dependents:
@@ -207,7 +207,7 @@ class Pathwise:
         check_rows(rows.subsampled, rows.sizes, found[0].inside, look)
 
     def program(self, plan: RowPlan | None = None) -> PathProgram:
-        """Return what its programs are made of, where rows are cut with a plan for them."""
+        """Return the program of one draw; `plan` describes how rows are cut, if they are."""
         return PathProgram(
             self.model,
             self.args,
@@ -224,10 +224,10 @@ class Pathwise:
     # Drawing ------------------------------------------------------------------------------------
 
     def draw(self, rng_key: jax.Array) -> dict[str, Paths]:
-        """Return the functions themselves, of each process and all draws.
+        """Return the functions themselves, for each process and all draws.
 
-        They are those that a call with this key evaluates. Copies of a process, in a plate, follow
-        each other within a path.
+        A call with the same key evaluates the same functions. Copies of a process, in a plate,
+        follow each other within a path.
 
         Raises:
             TypeError: if a kernel or a mean holds values in a function that is no pytree.
@@ -266,7 +266,7 @@ class Pathwise:
 
     @property
     def at_once(self) -> int | None:
-        """How many draws go at once: one on CPUs, where XLA's programs for many may hang."""
+        """Number of draws computed at once: one on CPUs, where XLA may hang with several."""
         return (
             1 if self.batch_size is None and platform_of(self.samples) == "cpu" else self.batch_size
         )
@@ -279,10 +279,10 @@ class Pathwise:
     # The call -----------------------------------------------------------------------------------
 
     def __call__(self, rng_key: jax.Array, *args: Any, **kwargs: Any) -> dict[str, jax.Array]:
-        """Return values by site name, samples and paths leading: `(S * num_paths, ...)`.
+        """Return values by site name, for all draws and paths: `(S * num_paths, ...)`.
 
         Args:
-            rng_key: one key: one set of functions, and one draw of noise for each input.
+            rng_key: one key, which determines the functions and the noise at each input.
             *args: arguments of the model at the new inputs; leave the data out (None).
             **kwargs: keyword arguments of the model.
         """
@@ -310,22 +310,22 @@ class Pathwise:
         progress_bar: bool = True,
         **kwargs: Any,
     ) -> Any:
-        """Write what a call returns to a Zarr store, block by block, as a dataset on disk.
+        """Write the values of a call to a Zarr store, block by block, as a dataset on disk.
 
-        Functions are drawn once for all inputs. They and the noise of observations are those of the
-        call with the same key, however it is cut. Sites that are drawn on top have, cut by rows,
-        keys of their own in each block. A call that was stopped goes on where it was when it is
-        made again.
+        Functions are drawn once for all inputs. The functions and the noise of observations are
+        those of the call with the same key, for any size of the blocks. If rows are cut, other
+        random sites use a separate key in each block. If a call was stopped, the same call
+        continues it.
 
         Args:
-            store: a path, or a store of Zarr's.
+            store: a path, or a Zarr store.
             rng_key: one key.
             *args: arguments of the model at the new inputs; leave the data out (None).
-            row_args: names or positions of the arguments with inputs along their leading axes, to
-                cut the call by these.
+            row_args: names or positions of the arguments to cut into blocks, along their leading
+                axes of inputs.
             row_batch_size: inputs of a block (default: as many as fit).
             coords: coordinates by dimension.
-            dims: dimensions by site, behind `path` if there are several for each draw.
+            dims: dimensions by site; `path` comes before them if a draw has several functions.
             progress_bar: show how many blocks are written.
             **kwargs: keyword arguments of the model.
 
@@ -334,8 +334,8 @@ class Pathwise:
             `path` for several functions of a draw.
 
         Raises:
-            ValueError: for a store of something else or a finished one, and for other sites whose
-                rows depend on each other, if `row_args` is given.
+            ValueError: if the store holds another call or a finished one, or if `row_args` is given
+                and the rows of other sites depend on each other.
             TypeError: if a kernel holds values in a function that is no pytree.
         """
         options = StoreOptions(row_args, row_batch_size, coords or {}, dims or {}, progress_bar)
@@ -350,7 +350,7 @@ class Pathwise:
 
         Args:
             *args: arguments of the model at the new inputs; leave the data out (None).
-            covariance: add the covariance `(N, N)`; all inputs of a process stand in one matrix.
+            covariance: add the covariance `(N, N)` of all inputs of a process.
             **kwargs: keyword arguments of the model.
 
         Raises:
@@ -363,12 +363,12 @@ class Pathwise:
         """Return exact quantiles of each process over the mixture of all draws, by site name.
 
         Args:
-            probabilities: a number, or an array of them, which leads in the result.
+            probabilities: a number, or an array, whose axes come first in the result.
             *args: arguments of the model at the new inputs; leave the data out (None).
             **kwargs: keyword arguments of the model.
 
         Raises:
-            ValueError: for a number that is no probability, and as `moments` does.
+            ValueError: for a probability outside (0, 1), and in the cases that `moments` names.
         """
         asked = np.asarray(probabilities, float).astype(jnp.result_type(float))
         if not ((asked > 0) & (asked < 1)).all():
@@ -407,7 +407,7 @@ class Pathwise:
     def _checked(
         self, one: Callable, inputs: tuple, args: tuple, kwargs: dict, *others: Any
     ) -> Any:
-        """Run a program over all draws, and raise a ValueError for what it found wrong."""
+        """Run a program over all draws, and raise a ValueError if a check of it fails."""
 
         def program(call: tuple, *inputs: Any) -> Any:
             each = lambda given: one(call, *given)  # noqa: E731

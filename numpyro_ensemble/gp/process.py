@@ -1,4 +1,4 @@
-"""What processes have in common as distributions, and independent copies of them."""
+"""Base class of the processes, which are distributions, and independent copies of them."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from numpyro_ensemble.handlers import warn
 
 
 def may_be_data(copies: tuple[int, ...], num_inputs: int) -> bool:
-    """Return whether a process may stand in the plate of its own data, by mistake."""
+    """Return whether a process may have been sampled in the plate of its data, by mistake."""
     return bool(copies) and copies[-1] == num_inputs > 1
 
 
 def warn_of_copies(copies: tuple[int, ...], num_inputs: int) -> None:
-    """Warn where a process may stand in the plate of its own data."""
+    """Warn if a process may have been sampled in the plate of its data."""
     if may_be_data(copies, num_inputs):
         warn(
             f"{copies[-1]} copies of a Gaussian process at as many inputs: if the plate is that of "
@@ -34,11 +34,11 @@ def warn_of_copies(copies: tuple[int, ...], num_inputs: int) -> None:
 
 
 class Process(dist.Distribution):
-    """What sites of a process have in common: a kernel, inputs, noise and a mean at them."""
+    """Base class of processes: a kernel, inputs, and the noise and mean at these inputs."""
 
     arg_constraints: dict[str, Any] = {}
     support = constraints.real_vector
-    observed: jax.Array | None = None  # which values count; None is all of them
+    observed: jax.Array | None = None  # which values are observed; None for all
 
     def __init__(
         self,
@@ -75,16 +75,17 @@ class Process(dist.Distribution):
         """Leave observations out.
 
         Raises:
-            ValueError: if the process has no part for each observation.
+            ValueError: if the density has no term for each observation.
         """
         raise ValueError(
             f"{type(self).__name__} takes no mask of its observations: leave rows out of X and y."
         )
 
     def tempered(self, weight: Any) -> Process:
-        """Return the process whose likelihood, normal around the function, has a weight.
+        """Return the process with a weight on its likelihood, which is normal around the function.
 
-        The noise is divided by it; a weight of 0 leaves next to nothing of the observations.
+        The noise variance is divided by the weight. With a weight of 0 it is the largest float, so
+        that observations have almost no influence.
         """
         largest = jnp.finfo(self.variances.dtype).max
         divided = self.variances / jnp.where(weight > 0, weight, 1.0)
@@ -114,7 +115,7 @@ class Process(dist.Distribution):
         raise NotImplementedError(f"{type(self).__name__} has no leave-one-out moments.")
 
     def pointwise_log_prob(self, values: ArrayLike) -> jax.Array:
-        """Return the log density of each value given all others, `(N,)`; 0 of what is unobserved.
+        """Return the log density of each value given all others, `(N,)`; 0 if it is unobserved.
 
         These are the terms of leave-one-out cross-validation for one draw of the hyperparameters
         (Bürkner, Gabry and Vehtari, 2021).
@@ -125,7 +126,7 @@ class Process(dist.Distribution):
 
 
 def check_copies(copies: tuple[int, ...], events: tuple[int, ...], shape: tuple[int, ...]) -> None:
-    """Raise a ValueError for values that are not those of each copy of a process."""
+    """Raise a ValueError unless there are values for each copy of a process."""
     if copies and shape[-len(copies) - 1 : -1] != copies:
         raise ValueError(
             f"{copies} copies of a Gaussian process take values {(*copies, *events)}, got {shape}. "
@@ -147,7 +148,7 @@ class Copies(dist.ExpandedDistribution):
         """Return the log density of each copy's values.
 
         Raises:
-            ValueError: if there are values for one copy alone, which would count for each.
+            ValueError: if there are values for one copy only, which would count for every copy.
         """
         check_copies(self.batch_shape, self.event_shape, jnp.shape(value))
         return super().log_prob(value, intermediates)

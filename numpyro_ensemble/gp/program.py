@@ -25,10 +25,10 @@ class InputBlock(NamedTuple):
     """A block of the rows of a call.
 
     Attributes:
-        places: of the rows, `(R,)`.
-        number: of the block.
-        digest: of the arguments with all rows.
-        before: how many rows before the block have the inputs of each row, by process.
+        places: indices of the rows, `(R,)`.
+        number: index of the block.
+        digest: digest of the arguments with all rows.
+        before: for each row, how many rows before the block have equal inputs, by process.
     """
 
     places: Any
@@ -39,7 +39,7 @@ class InputBlock(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class PathProgram:
-    """What programs of functions depend on besides their inputs.
+    """Everything that the programs depend on, except their inputs.
 
     Attributes:
         model: the model.
@@ -50,8 +50,8 @@ class PathProgram:
         return_sites: names of the sites to return, None for all that were not given.
         bases: random bases for each draw.
         each: paths of one basis.
-        options: of `Process.draw_paths`.
-        plan: how sites follow the rows, where these are cut.
+        options: options of `Process.draw_paths`.
+        plan: how the sites depend on rows, or None if rows are not cut.
     """
 
     model: Callable
@@ -66,7 +66,7 @@ class PathProgram:
     plan: RowPlan | None = None
 
     def known(self, sample: dict, params: dict) -> dict[str, Any]:
-        """Return the values that are known of one draw."""
+        """Return the samples and parameters of one draw."""
         return {**sample, **params, **self.shared}
 
     def find(self, sample: dict, params: dict) -> dict[str, Site]:
@@ -75,7 +75,7 @@ class PathProgram:
         return gather_sites(self.model, known, self.args, self.kwargs).sites
 
     def centred(self, sample: dict, params: dict) -> dict[str, Site]:
-        """Return the processes of one draw without their means, which a call has its own of."""
+        """Return the processes of one draw without their means: a call adds its own means."""
         return {name: site.centred() for name, site in self.find(sample, params).items()}
 
     def functions(self, rng_key: jax.Array, sites: dict[str, Site]) -> dict[str, Paths]:
@@ -98,7 +98,7 @@ class PathProgram:
         return sites, self.functions(jax.random.split(rng_key)[0], sites)
 
     def trees(self, rng_key: jax.Array, sites: dict[str, Site]) -> tuple[dict[str, Paths], Any]:
-        """Return the functions as pytrees that leave a program, and what may be wrong with them.
+        """Return the functions as pytrees that can leave a compiled program, and their flags.
 
         Raises:
             TypeError: if a kernel or a mean holds values in a function that is no pytree.
@@ -141,7 +141,7 @@ class PathProgram:
             answer, trace = self.run(call, known, functions, sites, key, block)
             return self._wanted(answer, trace), answer.finite
 
-        # the bases and what goes with each path: mapped over bases, then over their paths
+        # map over bases, then over the paths of each basis
         over_paths = jax.vmap(run, in_axes=(None, 0, 0))
         values, finite = jax.vmap(over_paths)(*self._parts(rng_key, sites, paths))
         return values, jax.tree.map(jnp.all, finite)
@@ -157,7 +157,7 @@ class PathProgram:
         block: InputBlock | None = None,
         drawn: Mapping[str, Any] | None = None,
     ) -> tuple[EvaluatePaths, dict]:
-        """Run the model on the first of the functions, with values for what would be drawn."""
+        """Run the model on the first of the functions, with given values for random sites."""
         features, own, keys = self._parts(rng_key, sites, paths)
         functions = _functions(paths, pick(features, 0), pick(own, 0, 0), sites)
         known = self.known(sample, params)
@@ -166,14 +166,14 @@ class PathProgram:
     def _parts(
         self, rng_key: jax.Array, sites: dict[str, Site], paths: dict[str, Paths]
     ) -> tuple[dict, dict, jax.Array]:
-        """Return the bases, what goes with each path, and keys, `(bases, each)`."""
+        """Return the bases, the weights of each path, and keys `(bases, each)`."""
         copies = {name: site.flat().shape[0] for name, site in sites.items()}
         shape = (self.bases, self.each)
 
         def grouped(name: str, drawn: Paths) -> tuple[jax.Array, jax.Array]:
             weights = drawn.weights.reshape(*shape, copies[name], drawn.weights.shape[-1])
             alpha = drawn.alpha.reshape(*shape[::-1], copies[name], drawn.alpha.shape[-1])
-            return weights, alpha.swapaxes(0, 1)  # one path after another is of another basis
+            return weights, alpha.swapaxes(0, 1)  # paths cycle over the bases
 
         features = {name: drawn.features for name, drawn in paths.items()}
         own = {name: grouped(name, drawn) for name, drawn in paths.items()}
@@ -193,15 +193,15 @@ class PathProgram:
 
         Args:
             call: arguments of the model.
-            known: values of the draw.
-            functions: by the name of their process.
-            sites: the processes as they were found.
-            key: of all that is drawn.
-            block: of the rows, where these are cut.
-            drawn: values of what would be drawn.
+            known: samples and parameters of the draw.
+            functions: functions by the name of their process.
+            sites: the processes of the fit.
+            key: key of the noise and of other random sites.
+            block: block of rows, or None if rows are not cut.
+            drawn: values for random sites, which are then not drawn.
         """
         key_model, key_noise = jax.random.split(key)
-        # each input has noise of its own; other sites are drawn anew for other arguments
+        # noise depends on the input alone; other random sites depend on all arguments
         call_digest = digest(arrays_of(*call)) if block is None else block.digest
         key_model = jax.random.fold_in(key_model, call_digest)
         others = {name: value for name, value in known.items() if name not in sites}
@@ -221,7 +221,7 @@ class PathProgram:
             return answer, handlers.trace(answer).get_trace(*args, **kwargs)
 
     def _wanted(self, answer: EvaluatePaths, trace: dict) -> dict[str, jax.Array]:
-        """Return the values that were asked for, by default all that were not given."""
+        """Return the values of `return_sites`, by default of all sites that were not given."""
         values = {
             name: site["value"]
             for name, site in trace.items()

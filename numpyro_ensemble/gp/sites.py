@@ -1,4 +1,4 @@
-"""The Gaussian processes of a model: found in its trace, and answered at other inputs."""
+"""The Gaussian processes of a model: found in its trace, and evaluated at other inputs."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ from numpyro_ensemble.handlers import is_zero, unwrapped
 
 
 class Site(NamedTuple):
-    """What the functions of one process are drawn from.
+    """A process and its values, from which functions are drawn.
 
     Attributes:
         process: the process, at its inputs.
-        values: at these inputs, `(*copies, N)`.
+        values: values at these inputs, `(*copies, N)`.
         observed: whether the values are observations.
     """
 
@@ -43,13 +43,13 @@ class Site(NamedTuple):
 
     @property
     def noisy(self) -> bool:
-        """Whether the values have noise, and the function is another site, `{name}_f`."""
+        """Whether the values have noise; the function is then a site of its own, `{name}_f`."""
         noise = self.process.noise
         return self.observed or not (jnp.ndim(noise) == 0 and is_zero(noise))
 
     @property
     def copies(self) -> tuple[int, ...]:
-        """Shape of independent copies, by plates and `expand`."""
+        """Shape of independent copies, from plates and `expand`."""
         return self.values.shape[:-1]
 
     def flat(self) -> jax.Array:
@@ -57,7 +57,7 @@ class Site(NamedTuple):
         return self.values.reshape(-1, self.values.shape[-1])
 
     def centred(self) -> Site:
-        """Return the same without its mean, in whose place a call has its own."""
+        """Return the site without its mean: a call adds its own mean."""
         process = copy.copy(self.process)
         process.mean_fn = None
         mean = jnp.broadcast_to(self.process.mean, self.values.shape)
@@ -65,7 +65,7 @@ class Site(NamedTuple):
 
 
 def is_transformed(fn: Any) -> bool:
-    """Return whether a distribution transforms a process, so that its values are no Gaussian's."""
+    """Return whether a distribution transforms a process, so that its values are not Gaussian."""
     fn = unwrapped(fn)
     return isinstance(fn, dist.TransformedDistribution) and isinstance(
         unwrapped(fn.base_dist), Process
@@ -82,7 +82,7 @@ class _Gather(Messenger):
         self.unknown: list[str] = []
         self.unfitted: list[str] = []
         self.rows = rows
-        self.observed: dict[str, Any] = {}  # values of other sites
+        self.observed: dict[str, Any] = {}  # values of other observed sites
         self.inside: dict[str, set[str]] = {}  # plates around each latent process
         self.parts: list[dict[str, Any]] | None = None  # sites inside of an announced process
 
@@ -94,7 +94,7 @@ class _Gather(Messenger):
         return Dependents(of_sites, self.observed)
 
     def process_message(self, msg: dict[str, Any]) -> None:
-        """Note latents and parameters without a value, and refuse transformed processes."""
+        """Record latents and parameters without a value, and refuse transformed processes."""
         if msg["type"] == "gp":
             self.parts = []
         if msg["type"] == "param" and msg["value"] is None:
@@ -106,14 +106,14 @@ class _Gather(Messenger):
                 f"the site {msg['name']!r} transforms a Gaussian process. Sample the process "
                 f"itself, and transform its values in the model."
             )
-        # what a scan has drawn comes with its value
+        # a site that a scan has drawn already has a value
         drawn = msg.get("_control_flow_done") and not msg["is_observed"]
         missing = msg["value"] is None or (drawn and msg["name"] not in self.known)
         if missing and not msg["infer"].get("is_auxiliary"):
             self.unknown.append(msg["name"])
 
     def postprocess_message(self, msg: dict[str, Any]) -> None:
-        """Keep what is needed of a process."""
+        """Store the process of a site, or its value."""
         name = msg.get("name", "")
         if msg["type"] == "gp":
             name = name.removesuffix(SUFFIX)
@@ -122,7 +122,7 @@ class _Gather(Messenger):
             site = Site(process, msg["value"], False)
             self.inside[name] = set().union(*map(self._plates_around, parts))
             inner = self.sites.get(f"{name}_u")
-            if inner is not None and inner.process is msg["gp"]:  # told of twice, not whitened
+            if inner is not None and inner.process is msg["gp"]:  # found twice, if not whitened
                 del self.sites[f"{name}_u"]
         elif msg["type"] == "sample" and isinstance(unwrapped(msg["fn"]), Process):
             site = self._sampled(msg, unwrapped(msg["fn"]))
@@ -140,7 +140,7 @@ class _Gather(Messenger):
 
     def _sampled(self, msg: dict[str, Any], process: Process) -> Site:
         name, value = msg["name"], msg["value"]
-        if name.endswith(("_observed", "_unobserved")):  # what NumPyro makes of obs_mask=
+        if name.endswith(("_observed", "_unobserved")):  # sites of obs_mask=
             raise ValueError(
                 f"{name!r}: a Gaussian process takes no obs_mask. Give GaussianProcess(..., "
                 f"observed=mask), or handlers.mask."
@@ -167,7 +167,7 @@ class _Gather(Messenger):
         return Site(process, jnp.asarray(value), bool(msg["is_observed"]))
 
     def _weighted(self, name: str, process: Process, parts: list[dict[str, Any]]) -> Process:
-        """Return a process whose prior has the weight of the sites that it is made of."""
+        """Return a process whose prior has the weights of its sites."""
         weights = [(site_weight(msg, self.rows.sizes), mask_of(msg["fn"])) for msg in parts]
         return weighted_prior(name, process, weights)
 
@@ -178,7 +178,7 @@ class _Gather(Messenger):
 
 
 def _masked(name: str, fn: dist.Distribution, process: Process) -> Process:
-    """Return a process that leaves out what a mask around it leaves out."""
+    """Return a process without the observations that a mask around it leaves out."""
     while not isinstance(fn, Process):
         mask = getattr(fn, "_mask", True)
         if jnp.ndim(mask):

@@ -14,23 +14,23 @@ from jax.scipy.sparse.linalg import cg
 from numpyro_ensemble.gp.inputs import EXACT
 from numpyro_ensemble.gp.kernels import Kernel
 
-RANK = 100  # of the preconditioner
-_ENTRIES = 1 << 22  # of the kernel matrix that are held at once
+RANK = 100  # rank of the preconditioner
+_ENTRIES = 1 << 22  # entries of the kernel matrix in memory at once
 
-_REFINEMENTS = 2  # of a factor in single precision
-_LEFT_OVER = 1.0  # of the noise's and jitter's standard deviation, the most that is trusted
+_REFINEMENTS = 2  # refinement steps of a solve in single precision
+_LEFT_OVER = 1.0  # largest residual, in standard deviations of noise and jitter
 
 SOLVERS = ("cholesky", "cg")
 
 
 class Solution(NamedTuple):
-    """Solutions, and how well they solve.
+    """Solutions, and their accuracy.
 
     Attributes:
         values: one row for each right-hand side.
         residuals: the norm of each residual, relative to that of its right-hand side; NaN where it
-            is not measured, as a tenth of the time would go into it.
-        ok: whether each solve is to be trusted.
+            is not computed, since that would take a tenth of the time.
+        ok: whether each solve is accurate enough.
     """
 
     values: jax.Array
@@ -39,7 +39,7 @@ class Solution(NamedTuple):
 
 
 def why_unfactored(dtype: Any) -> str:
-    """Return what to look at where a kernel matrix has no Cholesky factor."""
+    """Return the likely causes of a failed Cholesky factorisation of a kernel matrix."""
     return (
         f"inputs that repeat or nearly so, hyperparameters that are no numbers, or too little "
         f"noise or jitter for {dtype}."
@@ -47,10 +47,10 @@ def why_unfactored(dtype: Any) -> str:
 
 
 def default_jitter(kernel: Kernel, X: jax.Array) -> jax.Array:
-    """Return what is added to a kernel matrix's diagonal so that it can be factored.
+    """Return the jitter that is added to a kernel matrix's diagonal so that it can be factored.
 
-    The rounding of a matrix of N rows is of this size. It is one number, or one for each row where
-    the kernel says that rows have units of their own.
+    The rounding error of a matrix of N rows is of this size. The jitter is one number, or one for
+    each row if the rows have different units (values and slopes).
     """
     variance = kernel.typical_variance(X)
     eps = max(float(jnp.finfo(dtype).eps) for dtype in (variance.dtype, X.dtype))
@@ -60,7 +60,7 @@ def default_jitter(kernel: Kernel, X: jax.Array) -> jax.Array:
 def covariance(
     kernel: Kernel, X: jax.Array, diagonal: jax.Array, observed: jax.Array | None
 ) -> jax.Array:
-    """Return `K + diag`; rows and columns of what is not observed are those of the identity."""
+    """Return `K + diag`; rows and columns of unobserved values are those of the identity."""
     K = kernel.matrix(X, X) + jnp.diag(diagonal)
     if observed is None:
         return K
@@ -80,8 +80,8 @@ def solve(
 ) -> Solution:
     """Solve `(K + diag) x = b` for each row b of `rhs`, which is 0 where nothing is observed.
 
-    The values at the first M inputs have the covariance that is `whitened` `(M, M)`, if that is
-    given; they are known otherwise, but for the diagonal.
+    If `whitened` `(M, M)` is given, it is the whitened covariance of the values at the first M
+    inputs. Otherwise all values are known, up to the variances of the diagonal.
     """
     if whitened is not None and len(X) > len(whitened):
         return _after_inducing(kernel, X, diagonal, rhs, whitened)
@@ -97,7 +97,7 @@ def _by_factor(
     observed: jax.Array | None,
     rhs: jax.Array,
 ) -> Solution:
-    """Solve by Cholesky; in single precision, whose factor errs by parts of the jitter, refine."""
+    """Solve by Cholesky; refine in single precision, where errors are comparable to the jitter."""
     factor = cho_factor(covariance(kernel, X, diagonal, observed), lower=True)
     values = cho_solve(factor, rhs.T).T
     if rhs.dtype == jnp.float64:
@@ -107,7 +107,7 @@ def _by_factor(
     for _ in range(_REFINEMENTS):
         values = values + cho_solve(factor, rhs.T - product(values.T)).T
     left = rhs - product(values.T).T
-    # what is left must be small beside the noise and jitter that the values are known to have
+    # the residual must be small compared with the standard deviation of noise and jitter
     ok = (left**2).mean(axis=1) <= (_LEFT_OVER**2) * total.mean()
     return Solution(values, _relative(left, rhs), ok)
 
@@ -115,10 +115,10 @@ def _by_factor(
 def _after_inducing(
     kernel: Kernel, X: jax.Array, diagonal: jax.Array, rhs: jax.Array, whitened: jax.Array
 ) -> Solution:
-    """Solve for inducing values first, then for data given the distribution of these.
+    """Solve for the inducing values first, then for the data given the inducing values.
 
-    With `L L'` the prior covariance of the inducing values, `L W L'` their posterior one and
-    `P = L^-1 k(Z, X)`, functions have the covariance `k - P' (I - W) P` before the data.
+    Let `L L'` be the prior covariance of the inducing values, `L W L'` their posterior covariance,
+    and `P = L^-1 k(Z, X)`. Before the data, functions have the covariance `k - P' (I - W) P`.
     """
     M = len(whitened)
     Z, X = X[:M], X[M:]
@@ -177,7 +177,7 @@ def _conjugate_gradients(
     run = partial(cg, product, tol=tolerance, maxiter=min(1000, 2 * len(X)), M=precondition)
     values = jax.vmap(lambda b: run(b)[0])(rhs)
     residuals = _relative(rhs - jax.vmap(product)(values), rhs)
-    # what is computed here again differs from the recurrence by rounding
+    # the true residual differs from that of the recurrence by rounding
     return Solution(values, residuals, residuals <= 10 * tolerance)
 
 
@@ -201,9 +201,10 @@ def by_rows(fn, X: jax.Array, width: int):  # type: ignore[no-untyped-def]
 
 
 def _preconditioner(kernel: Kernel, X: jax.Array, diagonal: jax.Array, seen: jax.Array):  # type: ignore[no-untyped-def]
-    """Return `v -> (L L' + diag)^-1 v`, with L of low rank by greedy pivots.
+    """Return `v -> (L L' + diag)^-1 v`, where L has low rank, by greedy pivots.
 
-    The inverse is `D^-1/2 (I - Q Q') D^-1/2`, Q the upper part of a factor of L scaled, over I.
+    The inverse is `D^-1/2 (I - Q Q') D^-1/2`, with Q the upper part of the QR factor of the scaled
+    L stacked on I.
     """
     L = seen[:, None] * pivoted_cholesky(kernel, X, min(RANK, len(X)), seen)[0]
     root = jnp.sqrt(diagonal)
@@ -221,13 +222,13 @@ def _preconditioner(kernel: Kernel, X: jax.Array, diagonal: jax.Array, seen: jax
 def pivoted_cholesky(
     kernel: Kernel, X: jax.Array, rank: int, seen: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array]:
-    """Return `(L, pivots)`, a factor `(N, rank)` of the kernel matrix and the rows it is made of.
+    """Return a factor `(N, rank)` of the kernel matrix, and the rows that are its pivots.
 
-    Each pivot is where most of the variance is left, in the row's own unit: a greedy choice of
-    inducing points.
+    Each pivot is the row with the largest remaining variance, in the row's own unit. The pivots are
+    a greedy choice of inducing points.
     """
     variance = kernel.diagonal(X)
-    unit = kernel.typical_variance(X)  # one for each row where rows are values and slopes
+    unit = kernel.typical_variance(X)  # one for each row with Derivatives
     unit = jnp.where(unit > 0, unit, 1.0) if unit.ndim else jnp.ones_like(variance)
     variance = variance if seen is None else jnp.where(seen > 0, variance, -1.0)
     smallest = jnp.finfo(variance.dtype).eps * (variance / unit).max()
@@ -238,7 +239,7 @@ def pivoted_cholesky(
         floor = smallest * unit[pivot]
         row = kernel.matrix(X[pivot][None], X)[0] - jnp.matmul(L, L[pivot], precision=EXACT)
         column = jnp.where(left[pivot] > floor, row / jnp.sqrt(jnp.maximum(left[pivot], floor)), 0)
-        # what was taken, or is not to be, stays below zero: it is never taken again
+        # rows that were taken, or must not be, stay below zero: they are not chosen
         left = jnp.where(left < 0, left, jnp.maximum(left - column**2, 0.0)).at[pivot].set(-1.0)
         return L.at[:, i].set(column), left, pivots.at[i].set(pivot)
 

@@ -27,7 +27,7 @@ class _Inducing(GaussianProcess):
 
 
 def _check_plates(name: str, copies: tuple[int, ...], num_inputs: int, subsampled: bool) -> None:
-    """Warn of as many copies as inputs; refuse them in a subsampled plate, which is no chance."""
+    """Warn if there are as many copies as inputs; raise a ValueError in a subsampled plate."""
     if subsampled and may_be_data(copies, num_inputs):
         raise ValueError(
             f"sparse_gp({name!r}) stands inside the plate of its data, which would copy its "
@@ -46,7 +46,7 @@ def sparse_gp(
     mean_fn: Any = None,
     jitter: ArrayLike | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Sample a process at inducing points, and return its mean and variance at inputs given these.
+    """Sample a process at inducing points; return its mean and variance at inputs given these.
 
     The only latent is `{name}_u_base`, independent standard normals (`{name}_u` if not whitened).
     Call `sparse_gp` outside the plate of the data, and `ExpectedLikelihood` inside. Then any guide
@@ -54,16 +54,17 @@ def sparse_gp(
     `sparse_gp` samples one independent process for each row of the plate.
 
     Args:
-        name: of the process.
+        name: name of the process.
         kernel: a kernel.
         X: inputs `(N, D)` or `(N,)`, of all data or of a batch.
         Z: inducing points `(M, D)`, fixed or parameters.
         whiten: sample independent normals.
         mean_fn: a number, or a function of the inputs.
-        jitter: what is added to the inducing points' diagonal.
+        jitter: added to the diagonal of the inducing points' covariance.
 
     Returns:
-        Mean and variance `(*copies, N)`. In a call of `Pathwise`: values of a function, and 0.
+        Mean and variance `(*copies, N)`. In a call of `Pathwise`, they are the values of a function
+        and 0.
 
     Example:
         >>> import jax.numpy as jnp, numpyro, numpyro.distributions as dist

@@ -1,8 +1,8 @@
-"""Frequencies of stationary kernels, drawn from a spectrum widened by half.
+"""Frequencies of stationary kernels, half of them drawn from a stretched spectrum.
 
-The posterior under little noise lives on the tail of the spectrum, which the spectral density `p`
-itself hardly visits. So half of the frequencies come from the density stretched by `c`,
-`q = p / 2 + p(. / c) / (2 c^D)`, and the squared amplitudes are `p / q`, at most 2.
+If noise is small, the posterior depends on the tail of the spectrum, where draws from the spectral
+density `p` are rare. So half of the frequencies come from the density stretched by `c`: the mixture
+is `q = p / 2 + p(. / c) / (2 c^D)`, and the squared amplitudes are `p / q`, at most 2.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.scipy.special import gammainc, gammaln, i0e, ndtri
 
-_WIDEST = 60.0  # log variance of a frequency, beyond which waves are noise in any precision
-_GRID = 1024  # of a distribution function that is inverted
-_HARMONICS = 512  # of a periodic kernel in more than one dimension
+_WIDEST = 60.0  # log variance of frequencies, at most: beyond it, waves are rounding noise
+_GRID = 1024  # grid points of a distribution function that is inverted
+_HARMONICS = 512  # harmonics of a periodic kernel in several dimensions
 
 
 @lru_cache(maxsize=64)
@@ -54,7 +54,7 @@ def gaussian(uniforms: jax.Array, widening: float) -> tuple[jax.Array, jax.Array
 
 @lru_cache(maxsize=8)
 def _chi_square_table(degrees: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return normal quantiles, and logarithms of the chi-square's at the same probabilities."""
+    """Return normal quantiles, and logarithms of chi-square quantiles at the same uniforms."""
     from scipy.stats import chi2, norm
 
     normal = np.linspace(-7.0, 7.0, 4001)
@@ -86,7 +86,7 @@ def _gamma_quantiles(alpha: jax.Array, probabilities: jax.Array) -> jax.Array:
 
 
 def scale_mixture(uniforms: jax.Array, alpha: Any, widening: float) -> tuple[jax.Array, jax.Array]:
-    """Return normal frequencies with gamma-distributed precisions, the gamma variable widened."""
+    """Return normal frequencies with gamma-distributed precisions; the gamma is stretched."""
     alpha = jnp.asarray(alpha, uniforms.dtype)
     tau = _gamma_quantiles(alpha, uniforms[:, 1])
     tau = _stretch(uniforms[:, 0], widening**2) * tau
@@ -98,8 +98,8 @@ def scale_mixture(uniforms: jax.Array, alpha: Any, widening: float) -> tuple[jax
 def stable_mixture(uniforms: jax.Array, alpha: Any) -> tuple[jax.Array, jax.Array]:
     """Return normal frequencies with variances from a positive stable law of index `alpha <= 1`.
 
-    `exp(-s^alpha)` is the Laplace transform of that law, which Kanter (1975) draws from two
-    uniforms. Its density has no closed form, so that the spectrum is not widened.
+    `exp(-s^alpha)` is the Laplace transform of that law. Kanter (1975) draws it from two uniforms.
+    The density has no closed form, so the spectrum is not stretched.
     """
     alpha = jnp.asarray(alpha, uniforms.dtype)
     angle, exponential = jnp.pi * uniforms[:, 0], -jnp.log(uniforms[:, 1])
@@ -123,8 +123,8 @@ def gaussian_mixture(
 def bessel_weights(concentration: jax.Array, number: int) -> jax.Array:
     """Return `exp(-z) I_k(z)` for k below `number`, for each z: `(number, D)`.
 
-    Ratios of neighbours come from the backward recurrence, which is stable (Gautschi, 1967); it
-    starts at a bound that is nearly reached (Amos, 1974).
+    Ratios of neighbours come from the backward recurrence, which is stable (Gautschi, 1967). It
+    starts at a bound that is nearly exact (Amos, 1974).
     """
 
     def step(above: jax.Array, k: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -152,7 +152,7 @@ def signed_harmonics(
     chosen = []
     for table in (narrow, wide):
         bounds = jnp.cumsum(table, axis=0)
-        bounds = bounds / bounds[-1:]  # rounding leaves no place beyond the last one
+        bounds = bounds / bounds[-1:]  # the last bound is exactly 1 despite rounding
         chosen.append(jax.vmap(jnp.searchsorted, 1, 1)(bounds, uniforms[:, 1:]))
     place = jnp.where(uniforms[:, :1] < 0.5, chosen[0], chosen[1]).clip(0, len(order) - 1)
     p, q = (jnp.take_along_axis(table, place, axis=0).prod(axis=1) for table in (narrow, wide))

@@ -16,7 +16,7 @@ from numpyro_ensemble.streaming.writing import write_call
 def write_functions(
     pathwise: Any, store: Any, rng_key: jax.Array, args: tuple, kwargs: dict, options: StoreOptions
 ) -> Any:
-    """Write what a call of `Pathwise` returns, and return it as a dataset on disk."""
+    """Write the values of a call of `Pathwise`, and return them as a dataset on disk."""
     pathwise.placement.check_store()
     rows = options.rows_of(pathwise.model, args, kwargs)
     functions = Functions(pathwise, rng_key, args, kwargs, rows)

@@ -1,4 +1,4 @@
-"""Plates that take some of their rows at random, around processes and their data."""
+"""Subsampled plates around processes and their data."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from numpyro.primitives import Messenger
 
 
 class KnownRows(Messenger):
-    """Give plates rows that are known, so that NumPy's arrays can be indexed inside a trace.
+    """Give subsampled plates fixed rows, so that NumPy arrays can be indexed inside a trace.
 
-    A plate that would take rows at random has its first ones.
+    A subsampled plate takes its first rows.
 
     Args:
         fn: the model.
-        moved: name of a plate that has its last rows.
+        moved: name of a plate that takes its last rows instead.
 
     Attributes:
-        sizes: of the plates.
-        subsampled: of plates that take some of their rows, how many.
+        sizes: number of rows, by plate.
+        subsampled: number of rows taken, by subsampled plate.
     """
 
     def __init__(self, fn: Callable, moved: str | None = None) -> None:
@@ -39,7 +39,7 @@ class KnownRows(Messenger):
         self.sizes[name] = size
         number = size if batch is None else min(batch, size)
         if number < size:
-            if msg["value"] is not None:  # the user's own
+            if msg["value"] is not None:  # rows that the user gave
                 return
             self.subsampled[name] = number
         start = size - number if name == self.moved else 0
@@ -48,7 +48,7 @@ class KnownRows(Messenger):
 
 
 class Dependents(NamedTuple):
-    """What may depend on the rows that plates take.
+    """Arrays that may depend on the rows that plates take.
 
     Attributes:
         of_sites: arrays of each process and its values.
@@ -65,17 +65,17 @@ def check_rows(
     inside: dict[str, set[str]],
     dependents: Callable[[str | None], Dependents],
 ) -> None:
-    """Raise a ValueError for a process whose functions would be those of random rows.
+    """Raise a ValueError for a process whose functions would depend on random rows.
 
-    These are processes whose inputs or observations follow the rows that a plate takes, and latent
-    ones within a plate whose rows the data follow. Inducing values outside of the plate of the data
-    do not, nor do data that are a batch already.
+    These are processes whose inputs or observations depend on the rows that a plate takes, and
+    latent processes in a plate with data that depend on its rows. Inducing values outside the plate
+    of the data do not depend on the rows. Nor do data that are a batch already.
 
     Args:
         subsampled: how many rows are taken, by plate.
         sizes: how many rows there are, by plate.
         inside: the plates around each latent process.
-        dependents: from the name of a plate whose rows are moved to what depends on them.
+        dependents: returns the `Dependents` for other rows of the named plate.
     """
     if not subsampled:
         return

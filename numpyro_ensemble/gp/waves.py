@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-# pi / 2 in pieces, the first of few bits: a whole number of them is exact, and so is what is left
+# pi / 2 as a sum of pieces; the first have few bits, so that their multiples are exact
 _PIECES = {
     "float32": (1.5703125, 4.8351287841796875e-04, 3.1385570764541626e-07, 6.077100506506192e-11),
     "float64": (
@@ -22,8 +22,8 @@ _SINE_TERMS = {"float32": 5, "float64": 8}
 def sine_cosine(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Return `(sin(x), cos(x))`, to rounding: Taylor series after a reduction to `|r| <= pi / 4`.
 
-    The error is that of `x` itself where x is above the 10^7 (10^4 in single precision) quarters of
-    a turn for which the reduction is exact.
+    The reduction is exact up to 10^7 quarter turns (10^4 in single precision). For larger x, the
+    error is that of `x` itself.
     """
     if jnp.result_type(x).name not in _PIECES:
         return _one_by_one(x)
@@ -37,9 +37,9 @@ def _one_by_one(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 def _by_series(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     name = jnp.result_type(x).name
     r, turn = _reduce(x, _PIECES[name])
-    r, more = _reduce(r, _PIECES[name])  # what rounding has left of a large x
+    r, more = _reduce(r, _PIECES[name])  # after rounding, a large x has quarter turns left
     turn = _within_turn(turn + more)
-    r = jnp.clip(r, -0.8, 0.8)  # whatever x is, no wave is above 1
+    r = jnp.clip(r, -0.8, 0.8)  # keeps waves within [-1, 1] for any x
     squared, terms = r * r, _SINE_TERMS[name]
     near_zero = r * _polynomial(squared, [1.0 / math.factorial(2 * k + 1) for k in range(terms)])
     near_one = _polynomial(squared, [1.0 / math.factorial(2 * k) for k in range(terms + 1)])
@@ -52,7 +52,7 @@ def _by_series(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _reduce(x: jax.Array, pieces: Sequence[float]) -> tuple[jax.Array, jax.Array]:
-    """Take whole quarters of a turn away, and return how many there were, modulo 4."""
+    """Subtract whole quarter turns; return the rest, and the number of quarters modulo 4."""
     quarter = jnp.round(x * (2.0 / math.pi))
     for piece in pieces:
         x = x - quarter * piece

@@ -1,4 +1,4 @@
-"""Weights of a process's site, as `reweight`, `scale` and masks set them."""
+"""Weights of the sites of processes, from `reweight`, `scale` and masks."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def site_weight(msg: Mapping[str, Any], plates: Mapping[str, int]) -> Any:
 
     Args:
         msg: the message of a sample site.
-        plates: sizes of the plates met so far. A process in a subsampled plate is still one of
-            the copies, whose functions follow its own data once.
+        plates: sizes of the plates met so far. The scale of a subsampled plate does not count: the
+            functions of each copy of a process use the copy's own data once.
     """
     weight = 1.0 if msg.get("scale") is None else msg["scale"]
     subsampled = 1.0
@@ -33,7 +33,7 @@ def site_weight(msg: Mapping[str, Any], plates: Mapping[str, int]) -> Any:
 
 
 def mask_of(fn: dist.Distribution) -> Any:
-    """Return True where nothing masks the log density of a process, else a mask that does."""
+    """Return the mask of the log density of a process, or True if there is none."""
     while not isinstance(fn, Process):
         mask = getattr(fn, "_mask", True)
         if mask is not True:
@@ -57,7 +57,7 @@ def _check_number(name: str, weight: Any) -> None:
 
 
 def weighted_likelihood(name: str, process: Process, weight: Any) -> Process:
-    """Return a process whose observations count with a weight: its noise is divided by that.
+    """Return a process with a weight on its observations: the noise is divided by the weight.
 
     Raises:
         ValueError: for a process without noise, or a weight for each copy.
@@ -75,15 +75,15 @@ def weighted_likelihood(name: str, process: Process, weight: Any) -> Process:
 
 
 def weighted_prior(name: str, process: Process, weights: Sequence[tuple[Any, Any]]) -> Process:
-    """Return a latent process whose prior has a weight: its kernel is divided by that.
+    """Return a latent process with a weight on its prior: the kernel is divided by the weight.
 
-    The density of a normal to the power w is that of one whose covariance is divided by w, at
-    these inputs and at all others.
+    A normal density to the power w is, up to a constant, that of a normal with its covariance
+    divided by w. This holds at these inputs and at all others.
 
     Args:
-        name: of the process.
+        name: name of the process.
         process: a process of latent values.
-        weights: the weight and the mask of each site that its values are made of.
+        weights: weight and mask of each site of the process.
 
     Raises:
         ValueError: for a prior that is masked, values of several sites, a weight for each copy, or

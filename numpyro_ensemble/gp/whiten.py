@@ -1,4 +1,4 @@
-"""Latent processes written by independent normals."""
+"""Latent processes as functions of independent normals."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ from numpyro_ensemble.gp.messages import announce, plates
 class WhitenReparam(Reparam):
     """Write a latent `GaussianProcess` as its Cholesky factor times independent normals.
 
-    The site `{name}_base` takes its place, and the process's values are a deterministic site. For
-    samplers and guides the posterior is then close to independent wherever data say little.
+    The site `{name}_base` replaces the process's site, and the process's values are a deterministic
+    site. The posterior of the base is then close to independent normals where data are few, which
+    suits samplers and guides.
 
     Example:
         >>> import jax.numpy as jnp, numpyro, numpyro.distributions as dist

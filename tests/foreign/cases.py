@@ -1,4 +1,4 @@
-"""What a foreign model is to the driver: the model, its data, and what is known of it."""
+"""Description of a foreign model for the driver: the model, its data, and known facts."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -31,15 +31,15 @@ class Case(NamedTuple):
 
     Attributes:
         model: the model.
-        args: what it is called with.
+        args: arguments of the call.
         kwargs: keyword arguments of the call.
         guide: a hand-written guide; the model is then fitted with it alone.
         optim: the optimiser of its fits (default: Adam, with small steps).
         enumerated: the model sums out discrete latents, so its loss is `TraceEnum_ELBO`.
-        single: the model itself runs in single precision alone.
-        size: the most chains and iterations, where more of them take minutes.
-        reverse_only: its gradient has no forward derivative, which draws of a Laplace guide take.
-        refused: by column, the part of a message that must tell the user why it does not run.
+        single: the model itself runs in single precision only.
+        size: the largest numbers of chains and iterations, for models where more take minutes.
+        reverse_only: its gradient has no forward derivative, which draws of a Laplace guide need.
+        refused: by column, a part of the message that tells the user why the column does not run.
     """
 
     model: Callable[..., Any]

@@ -1,4 +1,4 @@
-"""Run one foreign model through everything, and return what came of it as plain data.
+"""Run one foreign model through all methods, and return the outcome as plain data.
 
 A row has a column for each way to use the model. A column is `{"ok": True, ...}` with figures where
 there are some, or `{"ok": False, "reason": ...}`. Nothing raises: a failure is a row of the table.
@@ -31,8 +31,8 @@ def has_draws(case: Case, guide: str) -> bool:
 def in_turn(place: int, case: Case) -> tuple[str, ...]:
     """Return the columns that `make foreign` runs for the model at a place of a list.
 
-    All of them take longer to compile than a scheduled run has. Each model goes through MAP, one
-    of the guides and one of the samplers, another one for each FOREIGN_TURN.
+    All columns take longer to compile than a scheduled run has. Each model goes through MAP, one of
+    the guides and one of the samplers. FOREIGN_TURN selects the guide and the sampler.
     """
     turn = place + int(os.environ.get("FOREIGN_TURN", "0"))
     guides = tuple(GUIDES)

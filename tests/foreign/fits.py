@@ -80,9 +80,9 @@ def single_fit(case, guide, keys, steps=STEPS):
 def compiled_single_fit(case, guide, keys, steps=STEPS):
     """Start NumPyro's SVI with member 0's key and update it, in one program.
 
-    It compiles in half the time of `SVI.run`. Under `jit`, NumPyro lays latents side by side in
-    alphabetical order, so that guides of the whole vector differ from those of `SVI.run`. The guide
-    is of no use afterwards: it holds tracers.
+    The program compiles in half the time of `SVI.run`. Under `jit`, NumPyro orders latents
+    alphabetically, so guides of the whole vector differ from those of `SVI.run`. The guide cannot
+    be used afterwards, because it holds tracers.
     """
     svi = SVI(case.model, guide, optimiser(case), loss_of(case))
 
@@ -133,7 +133,7 @@ def require_single_fit(run, case, guide, keys, steps=STEPS):
 def point(case: Case, key, steps=STEPS):
     """Fit modes, and compare member 0 with `AutoDelta` of a single SVI.
 
-    Of discrete latents `AutoDelta` knows nothing: the loss is then compared with NumPyro's density.
+    `AutoDelta` has no discrete latents: the loss is then compared with NumPyro's density.
     """
     keys = jax.random.split(key, MEMBERS)
     runner = EnsembleMAP(case.model, optimiser(case), ensemble_size=MEMBERS)

@@ -1,7 +1,7 @@
-"""A plugin of pytest that puts an ensemble of one member where a test suite uses `SVI`.
+"""A plugin of pytest that replaces the `SVI` of a test suite by an ensemble of one member.
 
 `pytest -p one_member` runs NumPyro's own tests with it. States are those of one fit: the three
-fields of `SVIState` without a member axis, and what the start has set up as it is.
+fields of `SVIState` without a member axis, and the unchanged set-up of the start.
 """
 
 import jax

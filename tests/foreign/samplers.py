@@ -17,7 +17,7 @@ from numpyro_ensemble.mcmc import MEADS, ChEES
 KERNELS = {"NUTS": NUTS, "ChEES": ChEES, "MEADS": MEADS}
 LIMIT = 4.0  # standard errors between means
 CONVERGED = 1.05  # R-hats above which means are not compared
-LONGER = 10  # times the draws of NUTS, where its means and those of a kernel differ
+LONGER = 10  # factor on the draws of NUTS if its means differ from a kernel's
 
 
 def latent_names(case: Case):
@@ -88,8 +88,8 @@ def normal_scores(*runs):
 def mean_gap(draws, other):
     """Return the largest difference of means in standard errors.
 
-    The means are those of normal scores, as in a rank-normalised R-hat: the scales of a horseshoe
-    have no variance, so that their own means have no standard error.
+    The means are those of normal scores, as in a rank-normalised R-hat. The scales of a horseshoe
+    have no variance, so the means of the scales themselves have no standard error.
     """
     keep = moving(draws) & moving(other)
     means, errors = [], []
@@ -101,7 +101,7 @@ def mean_gap(draws, other):
 
 
 class Reference:
-    """Draws of NUTS to compare with: a longer run, once a kernel's means differ from the first.
+    """Draws of NUTS to compare with: a longer run if a kernel's means differ from the first run.
 
     Four chains of 500 draws with a smallest effective number of 400 were 4.0 standard errors from
     four chains of 5,000 in one of 62 coordinates (the example `stochastic_volatility`).

@@ -1,4 +1,4 @@
-"""What the driver asks of a row, and which columns a turn of `make foreign` runs."""
+"""Checks of a row by the driver, and the columns that a turn of `make foreign` runs."""
 
 import driver
 import jax
@@ -72,7 +72,7 @@ def test_a_slow_model_is_run_with_fewer_chains():
 @pytest.mark.foreign
 @pytest.mark.promotes_ranks
 def test_a_longer_run_of_nuts_decides(key):
-    """Draws of N(0.3, 1), given as those of a short NUTS run, are not what is compared with."""
+    """The longer NUTS run decides, not the short one, whose draws are here from N(0.3, 1)."""
     case = Case(lambda: numpyro.sample("z", dist.Normal(0.0, 1.0)))
     right, wrong = (
         np.asarray(jax.random.normal(key, (2, 4, 500, 1)))

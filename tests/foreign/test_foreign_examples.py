@@ -1,4 +1,4 @@
-"""NumPyro's examples, each through everything."""
+"""NumPyro's examples, each run through all methods."""
 
 import driver
 import numpyro_examples

@@ -1,4 +1,4 @@
-"""Packages that run NumPyro for their users, given our kernels and our fits."""
+"""Packages that run NumPyro for their users, with this package's kernels and fits."""
 
 import driver
 import jax
@@ -140,7 +140,7 @@ def test_forecasts_of_a_member_and_of_many_chains(forecast_package, key):
 
 
 def test_windows_of_a_backtest_are_members(forecast_package, key):
-    """What `backtest_vectorized` fits, an ensemble fits with the windows as `member_args`."""
+    """An ensemble with the windows as `member_args` fits the same as `backtest_vectorized`."""
     model, (covariates, data) = package_models.case("numpyro_forecast local level")[:2]
     starts, length = (0, 12, 24), 24
     found = forecast_package.evaluate.backtest_vectorized(

@@ -1,4 +1,4 @@
-"""Kernels: their algebra, and all of them by kind."""
+"""Kernels by kind, and their sums and products."""
 
 from numpyro_ensemble.gp.kernels.base import Constant, Kernel, Spectrum
 from numpyro_ensemble.gp.kernels.derivatives import Derivatives

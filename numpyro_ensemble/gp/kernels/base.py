@@ -43,12 +43,12 @@ def values_of(fn: Callable[[jax.Array], jax.Array], X: jax.Array) -> jax.Array:
 
 
 class Kernel:
-    """A covariance function: `matrix(X1, X2)`, and the features it has.
+    """A covariance function `matrix(X1, X2)`, and its random or finite features.
 
-    Kernels add and multiply, with each other and with positive numbers, which may be NumPyro
-    samples. A kernel of your own declares its hyperparameters by annotations, as a dataclass does,
-    and defines `matrix`; one of the distance derives from `Stationary`. What is annotated as `int`,
-    `bool` or `str` is no hyperparameter but fixed.
+    Kernels can be added and multiplied, with each other and with positive numbers, which may be
+    NumPyro samples. A kernel of your own declares its hyperparameters by annotations, as a
+    dataclass does, and defines `matrix`. A kernel of the distance derives from `Stationary`. A
+    field annotated as `int`, `bool` or `str` is fixed, and not a hyperparameter.
 
     Example:
         >>> import jax.numpy as jnp
@@ -63,7 +63,7 @@ class Kernel:
     _fixed: ClassVar[tuple[str, ...]] = ()
     _positive: ClassVar[tuple[str, ...]] = ()
 
-    _parts: ClassVar[tuple[str, ...]] = ("matrix",)  # what a kernel has to define
+    _parts: ClassVar[tuple[str, ...]] = ("matrix",)  # methods that a kernel must define
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -80,7 +80,7 @@ class Kernel:
         cls.__init__ = with_named_errors(cls)  # type: ignore[method-assign]
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-        """Refuse a class that leaves out what its kind has to define."""
+        """Raise an error for a class that lacks a method that it must define."""
         for name in cls._parts:
             if getattr(getattr(cls, name), "is_missing", False):
                 doc = getattr(cls, name).__doc__ or ""
@@ -103,7 +103,7 @@ class Kernel:
         """Return the covariances `(N1, N2)` of inputs `(N1, D)` and `(N2, D)`; `(N,)` is `(N, 1)`.
 
         Raises:
-            ValueError: if the inputs have another number of columns than the kernel needs.
+            ValueError: if the inputs do not have the number of columns that the kernel needs.
         """
         X1 = as_inputs(X1, "X1")
         X2 = X1 if X2 is None else as_inputs(X2, "X2")
@@ -127,7 +127,7 @@ class Kernel:
         return jax.vmap(lambda x: self.matrix(x[None], x[None])[0, 0])(X)
 
     def check_inputs(self, X: jax.Array) -> None:
-        """Raise a ValueError for inputs that are known, and that the kernel does not take."""
+        """Raise a ValueError for inputs that the kernel does not take, unless they are traced."""
         for factor in atoms(self):
             if factor is not self:
                 factor.check_inputs(X)
@@ -143,7 +143,7 @@ class Kernel:
         return Sum(self, _as_kernel(other))
 
     def __radd__(self, other: Any) -> Kernel:
-        if isinstance(other, int) and other == 0:  # where Python's sum starts
+        if isinstance(other, int) and other == 0:  # sum() starts from 0
             return self
         return Sum(_as_kernel(other), self)
 
@@ -154,7 +154,7 @@ class Kernel:
         return Product(_as_kernel(other), self)
 
     def warp(self, fn: Callable) -> Kernel:
-        """Put a function `(N, D) -> (N, D')` in front of the inputs: a warp, or a network."""
+        """Return the kernel of `fn(X)`, with `fn` `(N, D) -> (N, D')`: a warp, or a network."""
         return Warped(self, fn)
 
     def with_features(self, feature_map: Callable) -> Kernel:
@@ -162,24 +162,24 @@ class Kernel:
         return Featured(self, feature_map)
 
     def terms(self) -> list[Kernel]:
-        """Return the kernels that this one is the sum of, products multiplied out."""
+        """Return the terms of this kernel's sum, with products of sums expanded."""
         return [self]
 
     def factors(self) -> list[Kernel]:
-        """Return the kernels that this one is the product of."""
+        """Return the factors of this kernel's product."""
         return [self]
 
     # Features -----------------------------------------------------------------------------------
 
     is_spectral: ClassVar[bool] = False
-    is_numbered: ClassVar[bool] = False  # whether it reads the numbers of outputs
-    takes_all: bool = False  # whether it works on all columns of the inputs, whatever they are
+    is_numbered: ClassVar[bool] = False  # whether the kernel reads numbers of outputs
+    takes_all: bool = False  # whether the kernel uses all columns of any inputs
     is_differentiable: bool = True  # False for a kernel whose functions have no slopes
-    is_whole: ClassVar[bool] = False  # True for Derivatives, which is no part of another kernel
+    is_whole: ClassVar[bool] = False  # True for Derivatives, which cannot be part of a kernel
     observe: ClassVar[Callable] = staticmethod(values_of)  # values of a function, or slopes too
 
     def of_values(self, X: jax.Array) -> tuple[Kernel, jax.Array]:
-        """Return the kernel of values, and the inputs without the column that tells slopes."""
+        """Return the kernel of values, and the inputs without the column that marks slopes."""
         return self, X
 
     def typical_variance(self, X: jax.Array) -> jax.Array:
@@ -195,7 +195,7 @@ class Kernel:
         return X
 
     def num_uniforms(self, dim: int) -> int:
-        """Return how many uniform numbers one random frequency in `dim` dimensions takes."""
+        """Return how many uniform numbers one random frequency in `dim` dimensions needs."""
         raise NotImplementedError
 
     def spectrum(self, uniforms: jax.Array, dim: int) -> Spectrum:
@@ -203,7 +203,7 @@ class Kernel:
         raise NotImplementedError
 
     def series(self, number: int, dim: int) -> Spectrum | None:
-        """Return frequencies that are not random, with weights that add up to M, if it has them."""
+        """Return deterministic frequencies, with weights that add up to M, or None."""
         return None
 
     def scale(self) -> Any:
@@ -235,7 +235,7 @@ def _as_kernel(value: Any) -> Kernel:
 
 
 def _check_parts(*kernels: Kernel) -> None:
-    """Raise a TypeError for a kernel that wraps whole kernels, and is no part of another."""
+    """Raise a TypeError for a kernel, such as Derivatives, that cannot be part of another."""
     for kernel in kernels:
         if kernel.is_whole:
             name = type(kernel).__name__
@@ -273,7 +273,7 @@ class Product(_Pair):
     """The product of two kernels.
 
     Raises:
-        ValueError: if one reads a column of outputs' numbers, and the other takes it for an input.
+        ValueError: if one kernel reads numbers of outputs in a column that the other uses as input.
     """
 
     def __init__(self, left: Kernel, right: Kernel) -> None:
@@ -301,7 +301,7 @@ class Product(_Pair):
 
 
 def atoms(kernel: Kernel) -> list[Kernel]:
-    """Return the kernels that one is made of by sums and products."""
+    """Return the kernels in the sums and products of a kernel."""
     return [factor for term in kernel.terms() for factor in term.factors()]
 
 
@@ -313,14 +313,14 @@ class _Wrapped(Kernel):
         self.kernel, self.fn = kernel, Function(fn)
 
     def check_inputs(self, X: jax.Array) -> None:
-        """Check nothing: the kernel sees what the function makes of the inputs."""
+        """Check nothing: the kernel gets transformed inputs."""
 
     def is_valid(self) -> jax.Array:
         return self.kernel.is_valid()
 
 
 def rough_parts(kernel: Kernel) -> list[str]:
-    """Return the names of the kernels within one whose functions have no slopes."""
+    """Return the names of a kernel's parts whose functions are not differentiable."""
     found = []
     for atom in atoms(kernel):
         if isinstance(atom, _Wrapped):
@@ -379,7 +379,7 @@ def _warped(kernel: Kernel, fn: Function) -> Warped:
 
 
 class Featured(_Wrapped):
-    """A kernel with a feature map of the user's."""
+    """A kernel with a feature map that the user gave."""
 
     def matrix(self, X1: jax.Array, X2: jax.Array) -> jax.Array:
         return self.kernel.matrix(X1, X2)

@@ -35,10 +35,10 @@ def slopes_of(fn: Callable[[jax.Array], jax.Array], X: jax.Array) -> jax.Array:
 
 
 def _with_slopes(fn: Callable[[jax.Array], jax.Array], X: jax.Array) -> jax.Array:
-    """Return inputs whose values stand where a function has a slope.
+    """Return the inputs, with rows of values moved to a place where the function has a slope.
 
-    A slope that is infinite or NaN, as that of a root at 0, makes gradients NaN where it is
-    computed, although the row is of a value and does not use it.
+    Slopes are computed for all rows. An infinite or NaN slope, such as that of a square root at 0,
+    would make gradients NaN even in a row of a value, which does not use the slope.
     """
     places = X[:, :-1]
     slopes = jax.jvp(fn, (places,), (jnp.ones_like(places),))[1]
@@ -61,7 +61,7 @@ class Derivatives(Kernel):
             distances. A `Stationary` kernel is checked, others are not.
 
     Raises:
-        ValueError: for a kernel of functions without slopes, or whose slopes JAX does not have.
+        ValueError: for a kernel of functions without slopes, or one that JAX cannot differentiate.
 
     Example:
         >>> import jax.numpy as jnp
@@ -131,7 +131,7 @@ class Derivatives(Kernel):
                 )
 
     def typical_variance(self, X: jax.Array) -> jax.Array:
-        """Return one for each row: slopes have another unit than values."""
+        """Return a variance for each row: slopes and values have different units."""
         return self.diagonal(X)
 
     def is_valid(self) -> jax.Array:

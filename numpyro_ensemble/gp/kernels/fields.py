@@ -1,4 +1,4 @@
-"""What a class of kernels declares: its hyperparameters, and what it has to define."""
+"""Declarations of a kernel class: its hyperparameters, and the methods it must define."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from numpyro_ensemble.gp.inputs import check_given
 
 
 def to_define(method: Any) -> Any:
-    """Mark a method that a class further down has to define."""
+    """Mark a method that a subclass has to define."""
     method.is_missing = True
     return method
 
@@ -23,12 +23,12 @@ def declared(cls: type) -> dict[str, Any]:
 
 
 def is_fixed(cls: type, name: str) -> bool:
-    """Return whether a class declares a part that is a whole number, a flag or text."""
+    """Return whether a class declares a field as int, bool or str."""
     return inspect.get_annotations(cls)[name] in (int, bool, str, "int", "bool", "str")
 
 
 def made_init(cls: type, own: dict[str, Any]) -> Callable:
-    """Return an `__init__` that takes what the class above takes, and then its own parts."""
+    """Return an `__init__` with the arguments of the base class, then the class's own fields."""
     above: Callable = cls.__mro__[1].__init__  # type: ignore[misc]
     found = [] if above is object.__init__ else list(inspect.signature(above).parameters.values())
     others = [p for p in found[1:] if p.name not in own]
@@ -37,7 +37,7 @@ def made_init(cls: type, own: dict[str, Any]) -> Callable:
     redeclared = {p.name for p in found} & own.keys()
     kind: Any = inspect.Parameter.POSITIONAL_OR_KEYWORD
     if any(p.default is not p.empty for p in given) and inspect.Parameter.empty in own.values():
-        kind = inspect.Parameter.KEYWORD_ONLY  # it cannot follow one that has a default
+        kind = inspect.Parameter.KEYWORD_ONLY  # a default precedes one without
     mine = [inspect.Parameter(name, kind, default=value) for name, value in own.items()]
     first = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
     order = sorted([*given, *mine, *named], key=lambda p: p.kind)

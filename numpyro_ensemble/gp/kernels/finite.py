@@ -66,7 +66,7 @@ class Polynomial(Atom):
 
     Args:
         variance: one number.
-        offset: one number; small ones leave the low powers out.
+        offset: one number; a small offset makes the low powers small.
         degree: a whole number, 1 or more.
         active_dims: columns of the inputs that the kernel works on (default: all).
 
@@ -112,7 +112,7 @@ class Polynomial(Atom):
 
 
 class Coregion(Kernel):
-    """Covariances `W W' + diag(kappa)` of outputs, whose numbers are a column of the inputs.
+    """Covariances `W W' + diag(kappa)` of outputs, which a column of the inputs numbers.
 
     `multi_output` multiplies it with a kernel over the other columns.
 
@@ -166,7 +166,7 @@ class Coregion(Kernel):
         return X[:, check_dims(type(self).__name__, (self.active_dims,), X)[0]]
 
     def _rows(self, values: Any, X: jax.Array) -> jax.Array:
-        """Return the rows of outputs; one that does not exist is NaN, never its neighbour."""
+        """Return the rows of outputs; NaN for an output that does not exist."""
         numbers = self._numbers(X)
         numbers = jnp.where(numbers == jnp.round(numbers), numbers, -1.0).astype(int)
         values = jnp.asarray(values)
@@ -218,7 +218,7 @@ def _without_last(X: jax.Array) -> jax.Array:
 
 
 def _root(x: jax.Array) -> jax.Array:
-    """Return the square root, whose slope at 0 is 0 and not infinite."""
+    """Return the square root, with slope 0 at 0 instead of infinity."""
     positive = x > 0
     return jnp.where(positive, jnp.sqrt(jnp.where(positive, x, 1.0)), 0.0)
 
@@ -229,7 +229,7 @@ class Categorical(Coregion):
     Args:
         num_categories: number of categories.
         variance: one number, the covariance of a category with itself.
-        correlation: one number between 0 and 1, of any two categories.
+        correlation: one number between 0 and 1, for any two categories.
         active_dims: the column that holds the categories' numbers.
 
     Example:
@@ -261,7 +261,7 @@ class Categorical(Coregion):
 
 
 class Envelope(Kernel):
-    """The kernel `fn(x) * fn(x')` of one function with a random height; a factor for others.
+    """The kernel `fn(x) * fn(x')` of `fn` times a random number; use it as a factor of others.
 
     Args:
         fn: a function of the inputs, `(N, D) -> (N,)`.

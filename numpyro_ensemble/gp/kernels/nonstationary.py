@@ -1,4 +1,4 @@
-"""Kernels that depend on places, and have no features of their own: no paths."""
+"""Kernels that depend on the place of inputs, without features, so without paths."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class ArcCosine(Atom):
 
     Args:
         variance: one number.
-        order: 0 for steps, 1 for rectified lines, 2 for rectified parabolas.
+        order: activation: 0 for steps, 1 for rectified linear, 2 for rectified quadratic.
         active_dims: columns of the inputs that the kernel works on (default: all).
 
     Example:
@@ -85,7 +85,7 @@ class ArcCosine(Atom):
         1.068
     """
 
-    is_differentiable = False  # it is written in the angle, which has no slope at 0
+    is_differentiable = False  # uses the angle, which has no slope at 0
     _fixed: ClassVar[tuple[str, ...]] = ("active_dims", "order")
 
     def __init__(

@@ -77,7 +77,7 @@ class Periodic(Differences):
         weights = bessel_weights(self._concentration(1), number)[:, 0]
         weights = jnp.where(jnp.arange(number) > 0, 2.0, 1.0) * weights
         harmonics = jnp.arange(number, dtype=weights.dtype)[:, None]
-        weights = number * weights / weights.sum()  # what is cut off is spread over the others
+        weights = number * weights / weights.sum()  # renormalise the truncated series
         return Spectrum(2.0 * math.pi * harmonics / self.period, weights)
 
 
@@ -130,7 +130,7 @@ class Cosine(Differences):
         return Spectrum(2.0 * math.pi * sign / self.period, jnp.ones_like(sign[:, 0]))
 
     def series(self, number: int, dim: int) -> Spectrum:
-        """Return the one frequency there is."""
+        """Return the kernel's only frequency."""
         one = jnp.ones((1, 1))
         return Spectrum(2.0 * math.pi * one / self.period, one[0])
 
@@ -211,7 +211,7 @@ class SpectralMixture(Kernel):
         )  # fmt: skip
         for weight, turn, width in parts:
             near = sum_over_columns(jnp.square, X1 * width[None, :], X2 * width[None, :])
-            # differences come first, so that equal inputs have exactly no phase
+            # take differences first, so that equal inputs have phase 0 exactly
             phase = sum_over_columns(jnp.multiply, X1, X2, turn)
             wave = sine_cosine(2.0 * math.pi * phase)[1]
             total = total + weight * jnp.exp(-2.0 * math.pi**2 * near) * wave
@@ -228,7 +228,7 @@ class SpectralMixture(Kernel):
         return 1 + dim
 
     def spectrum(self, uniforms: jax.Array, dim: int) -> Spectrum:
-        """Draw a part, then a frequency of it."""
+        """Draw a component of the mixture, then a frequency from it."""
         turns = gaussian_mixture(
             uniforms, jnp.asarray(self.weights), self._wide(self.frequencies),
             self._wide(self.bandwidths),

@@ -1,4 +1,4 @@
-"""Whether the functions of a kernel have slopes, read off its profile."""
+"""Whether the functions of a kernel have slopes, determined from its profile."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ _SQUARED_DISTANCES = 10.0 ** np.arange(-12.0, -1.0, 2.0)  # in lengthscales
 
 
 def is_smooth(profile: Callable[[jax.Array], jax.Array]) -> bool:
-    """Return whether JAX has the slope of a profile at 0, which gives the variance of slopes.
+    """Return whether JAX's slope of a profile at 0, the variance of slopes, is correct.
 
-    It is right where slopes at small distances go over into it. So one of them is near it, or they
-    come nearer, however slowly. At the smallest distances sin(r) / r is rounded, and at others a
-    profile of a small width is 0 already, so that not all of them count. Where the profile holds
-    traced numbers nothing is known, and it counts as smooth.
+    It is correct if slopes at small distances converge to it: one of them is near it, or they
+    approach it, at any rate. Not all distances can count: at the smallest ones, rounding spoils
+    sin(r) / r, and at larger ones, a narrow profile is 0 already. A profile with traced numbers
+    cannot be checked, and counts as smooth.
     """
     with jax.ensure_compile_time_eval():
         squared = jnp.asarray(np.append(0.0, _SQUARED_DISTANCES))[None, :]

@@ -39,7 +39,7 @@ def sum_over_columns(
 ) -> jax.Array:
     """Sum `term(difference, *each)` over columns: exact near 0 in single precision, and fused.
 
-    A few columns are added one by one, which CPUs vectorise where they do not a short reduction.
+    A few columns are added one by one: CPUs vectorise this, but not a short reduction.
     """
     if X1.shape[1] > _FEW_COLUMNS:
         each = tuple(x[None, None, :] for x in each)
@@ -54,7 +54,7 @@ def sum_over_columns(
 class Stationary(Differences):
     """A function of the distance in lengthscales; derive from it for a kernel of your own.
 
-    Define `profile`, and for paths `waves`, which draws from the spectral density.
+    Define `profile`. For paths, define also `waves`, which draws from the spectral density.
 
     Args:
         variance: one number.
@@ -173,7 +173,7 @@ def _matern(order: int, squared: jax.Array) -> jax.Array:
 
 @_matern.defjvp
 def _matern_jvp(order: int, primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
-    """Slopes in the squared distance, which are finite at 0 where the kernel has a curvature."""
+    """Slopes in the squared distance; finite at 0 if the kernel has a second derivative there."""
     (squared,), (tangent,) = primals, tangents
     if order == 0:
         apart = squared > 0
@@ -232,7 +232,7 @@ class RationalQuadratic(Stationary):
     Args:
         variance: one number.
         lengthscale: one number, or one for each dimension, `(D,)`.
-        alpha: one number; large ones come near `RBF`.
+        alpha: one number; the kernel approaches `RBF` for large alpha.
         active_dims: columns of the inputs that the kernel works on (default: all).
 
     Example:
@@ -286,7 +286,7 @@ class PoweredExponential(Stationary):
         0.059
     """
 
-    is_differentiable = False  # only for a power of 2, where it is RBF
+    is_differentiable = False  # except for power 2, an RBF kernel
     _leaves: ClassVar[tuple[str, ...]] = ("variance", "lengthscale", "power")
     _positive: ClassVar[tuple[str, ...]] = ("variance", "lengthscale", "power")
 
@@ -307,7 +307,7 @@ class PoweredExponential(Stationary):
         return super().is_valid() & (jnp.asarray(self.power) <= 2)
 
     def profile(self, squared: jax.Array) -> jax.Array:
-        apart = squared > 0  # the slope at 0 has no value
+        apart = squared > 0  # the slope at 0 is not finite
         raised = jnp.where(apart, squared, 1.0) ** (0.5 * self.power)
         return jnp.where(apart, jnp.exp(-raised), 1.0)
 
@@ -338,7 +338,7 @@ class PiecewisePolynomial(Stationary):
         0.312
     """
 
-    is_differentiable = False  # it is written in the distance, which has no slope at 0
+    is_differentiable = False  # uses the distance, which has no slope at 0
     _parts: ClassVar[tuple[str, ...]] = ()
     _fixed: ClassVar[tuple[str, ...]] = ("active_dims", "degree")
 
