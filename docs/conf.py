@@ -33,6 +33,8 @@ templates_path = ["_templates"]
 
 html_theme = "furo"
 html_title = project
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
 
 # A page runs again when its code, the package's code or an installed version has changed.
 nb_execution_mode = "cache"
