@@ -49,7 +49,7 @@ class _Run:
     ) -> None:
         self.mcmc, self.rng_key, self.args, self.kwargs = mcmc, rng_key, args, kwargs
         self.extra_fields, self.init_params = tuple(extra_fields), init_params
-        # MCMC compiles its loop in every run; inside this program, once for each length of a piece
+        # MCMC compiles its loop in every run; inside this program, once for each piece's length
         self._program: Callable = self._outcome
         if mcmc.num_chains == 1 or mcmc.chain_method == "vectorized":
             self._program = jax.jit(self._outcome, static_argnums=(1, 2))
@@ -69,7 +69,7 @@ class _Run:
         key = state.rng_key
         if isinstance(state, ChainsState):
             state, key = Resumed(*state), key[:1]
-        elif self.mcmc.sampler.is_ensemble_kernel:  # MCMC gives such a kernel the first of many keys
+        elif self.mcmc.sampler.is_ensemble_kernel:  # MCMC gives these the first of many keys
             key = jnp.broadcast_to(key, (self.mcmc.num_chains, *key.shape))
         self.mcmc.post_warmup_state = state
         self.mcmc.num_samples, self.mcmc.thinning = length, thinning

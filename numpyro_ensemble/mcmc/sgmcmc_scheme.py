@@ -129,7 +129,7 @@ def recentred(rows: jax.Array, density: Callable, scheme: Scheme) -> jax.Array:
         there = at + length * metric.colour(slope)
         new_value, new_slope = both(there)
         better = (new_value > value) & jnp.isfinite(new_slope).all()
-        # Barzilai and Borwein's length, 1 if the chains' spread is that of the posterior of all rows
+        # Barzilai and Borwein's length: 1 if the chains' spread is that of the whole posterior
         bent = (slope * (slope - new_slope)).sum() / (slope**2).sum()
         longer = jnp.where(bent > 0.25, length / bent, 4.0 * length)
         new, old = (there, new_value, new_slope, longer), (at, value, slope, 0.25 * length)
