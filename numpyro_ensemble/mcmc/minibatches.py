@@ -19,7 +19,7 @@ _FOLLOW = (
     "Its data must follow the plate, by numpyro.subsample(y, event_dim=0) or by the indices that "
     "the plate gives: with numpyro.plate(...) as rows: y[rows]."
 )
-_START_ROWS = 1000  # that starts see at least: 10 latents are known to a tenth of their scale or so
+_START_ROWS = 1000  # fewest rows of starts: they determine 10 latents to about .1 of their scale
 
 BatchSize = int | Mapping[str, int] | None
 
@@ -34,7 +34,7 @@ def check_batch_size(batch_size: Any) -> None:
 
 
 def drawn_rows(key: jax.Array, size: int, number: int) -> jax.Array:
-    """Draw one row of each of `number` equal strata of `size` rows; all rows are equally likely.
+    """Draw one row of each of `number` strata of `size` rows. Each row is equally likely.
 
     The variance is that of a draw without replacement if the rows are in random order, and smaller
     if they are sorted. NumPyro's draw takes a time proportional to `size`.
@@ -145,7 +145,8 @@ class MinibatchTarget(Target):
         return density
 
     def _sites(self, args: tuple, kwargs: dict) -> dict[str, Site]:
-        model_sites(_AtFixedRows(self._whole, None), args, kwargs)  # raises errors that batch_size did not cause
+        # raise errors that batch_size did not cause
+        model_sites(_AtFixedRows(self._whole, None), args, kwargs)
         try:
             sites = super()._sites(args, kwargs)
             whole = model_sites(Rows(self._whole, self.batch_size, None), args, kwargs)

@@ -141,8 +141,8 @@ def normal_at(
         steps: `(D, J)`, the last differences of points.
         turns: `(D, J)`, the last differences of gradients.
     """
-    # BlackJAX adds the rounding unit to the products of steps and turns, which are far below it near
-    # a mode. So pairs are divided by their length, on which the covariance does not depend.
+    # BlackJAX adds the rounding unit to the products of steps and turns. Near a mode they are far
+    # below it. So pairs are divided by their length, on which the covariance does not depend.
     products = (steps * turns).sum(axis=0, keepdims=True)
     length = jnp.where(products > 0, jnp.sqrt(jnp.where(products > 0, products, 1.0)), 1.0)
     beta, gamma = lbfgs.lbfgs_inverse_hessian_factors(steps / length, turns / length, alpha)
