@@ -48,7 +48,8 @@ def rows_at(places: jax.Array, size: int) -> jax.Array:
     If two strata share a row, both may draw it.
     """
     number = places.shape[0]
-    first, rest = np.divmod(np.arange(number) * size, number)  # stratum b begins at b * size / number
+    # stratum b begins at b * size / number
+    first, rest = np.divmod(np.arange(number) * size, number)
     return jnp.asarray(first) + (jnp.asarray(rest) + places) // number
 
 
