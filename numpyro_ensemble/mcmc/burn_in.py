@@ -10,10 +10,11 @@ import jax.numpy as jnp
 from blackjax.adaptation import laps_burn_in
 from blackjax.mcmc.integrators import IntegratorState
 
-_WINDOW = 40  # steps, over whose halves the chains' means are compared
-_ALPHA = 1.9  # of the distance in which a direction is forgotten: the value of LAPS
-_LOST = 0.02  # the part of the chains that may step where no density is finite
-# The means of two halves differ by twice their own variance at most once chains have arrived.
+_WINDOW = 40  # steps; the chains' means are compared between the halves of this window
+_ALPHA = 1.9  # multiplies the distance in which a direction is forgotten: the value of LAPS
+_LOST = 0.02  # the part of the chains whose step may end without a finite density
+# Once chains have arrived, the squared difference between the means of the two halves is at most
+# twice the variance of a mean, on average over coordinates, and at most 16 times in each.
 _DRIFT, _LARGEST_DRIFT = 2.0, 16.0
 _UNEQUAL = 0.5  # the mean square of -(z - mean) * gradient - 1, at most
 
@@ -25,25 +26,26 @@ class _Walk(NamedTuple):
     key: jax.Array
     chains: IntegratorState
     adapted: Any  # BlackJAX's state of the adaptation
-    means: jax.Array  # (W, d + 1), the chains' means of the last steps, log density last
+    means: jax.Array  # (W, d + 1), means over chains at the last W steps, log density last
     arrived: jax.Array
 
 
 def burn_in(
     log_density: Callable, key: jax.Array, rows: jax.Array, max_steps: int
 ) -> tuple[jax.Array, jax.Array]:
-    """Walk from positions `(C, D)` by steps that become more exact the nearer the chains have come.
+    """Walk from positions `(C, D)` to the typical set.
 
-    The walk ends when the chains' means no longer move.
+    Steps become more exact as the chains come nearer. The walk ends when the chains' means no
+    longer move.
 
     Args:
-        log_density: of one chain's row, of two coordinates or more.
+        log_density: log density of one chain's row, which has two coordinates or more.
         key: one key.
-        rows: where the chains begin, where the density is finite.
-        max_steps: the most steps.
+        rows: first positions of the chains, with finite densities.
+        max_steps: largest number of steps.
 
     Returns:
-        Where the chains are, and how many steps they made.
+        The chains' last positions, and the number of steps.
     """
     num_chains, size = rows.shape
     adaptation = laps_burn_in.Adaptation(
@@ -78,13 +80,13 @@ def burn_in(
     )
     means = jnp.zeros((_WINDOW, size + 1), rows.dtype)
     start = _Walk(jnp.zeros((), int), key, chains, first, means, jnp.zeros((), bool))
-    with jax.numpy_rank_promotion("allow"):  # BlackJAX does, whatever the user's setting
+    with jax.numpy_rank_promotion("allow"):  # BlackJAX needs it, whatever the user's setting
         end = jax.lax.while_loop(unfinished, body, start)
     return end.chains.position, end.number
 
 
 def _first(log_density: Callable, rows: jax.Array) -> IntegratorState:
-    """Return chains that go up the gradient where they are too wide, and else down."""
+    """Return chains that move up the gradient in coordinates that are too wide, else down."""
     values, slopes = jax.vmap(jax.value_and_grad(log_density))(rows)
     wide = _equipartition(rows, slopes) >= 1.0
     direction = slopes * jnp.where(wide, 1.0, -1.0)[None]
@@ -95,21 +97,21 @@ def _first(log_density: Callable, rows: jax.Array) -> IntegratorState:
 
 
 def _equipartition(rows: jax.Array, slopes: jax.Array) -> jax.Array:
-    """Return for each coordinate what is 1 in the typical set.
+    """Return the mean of `-(z - mean) * gradient` for each coordinate: 1 in the typical set.
 
-    BlackJAX takes no mean off, so that noise grows with the square of it.
+    BlackJAX does not subtract the mean, so its noise grows with the square of the mean.
     """
     return -((rows - rows.mean(axis=0, keepdims=True)) * slopes).mean(axis=0)
 
 
 def _averages(chains: IntegratorState, info: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """Return the averages over chains that BlackJAX's adaptation asks for."""
+    """Return the averages over chains that BlackJAX's adaptation needs."""
     x = chains.position
     lost = info["nans"].mean()
     none = jnp.zeros(x.shape[1], x.dtype)
     return {
         "equipartition_diagonal": _equipartition(x, chains.logdensity_grad),
-        "equipartition_fullrank": none,  # of which nothing is used
+        "equipartition_fullrank": none,  # not used
         "x": x.mean(axis=0),
         "xsq": (x**2).mean(axis=0),
         "E": info["energy_change"].mean(),
@@ -122,7 +124,7 @@ def _averages(chains: IntegratorState, info: dict[str, jax.Array]) -> dict[str, 
 
 
 def _still(chains: IntegratorState, means: jax.Array) -> jax.Array:
-    """Return whether the chains' means have stopped moving, in their standard errors."""
+    """Return whether the chains' means have stopped moving, relative to their standard errors."""
     half = _WINDOW // 2
     values = jnp.concatenate([chains.position, chains.logdensity[:, None]], axis=1)
     variance = values.var(axis=0) / len(values)

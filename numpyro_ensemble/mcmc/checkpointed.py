@@ -1,4 +1,4 @@
-"""Chains that survive being stopped: `MCMC.run` in pieces, with a checkpoint after each."""
+"""`MCMC.run` in pieces, with a checkpoint after each, so that a stopped run can continue."""
 
 from __future__ import annotations
 
@@ -49,27 +49,27 @@ class _Run:
     ) -> None:
         self.mcmc, self.rng_key, self.args, self.kwargs = mcmc, rng_key, args, kwargs
         self.extra_fields, self.init_params = tuple(extra_fields), init_params
-        # MCMC compiles its loop in every run; as part of these it is compiled once for each length
+        # MCMC compiles its loop in every run; inside this program, once for each piece's length
         self._program: Callable = self._outcome
         if mcmc.num_chains == 1 or mcmc.chain_method == "vectorized":
             self._program = jax.jit(self._outcome, static_argnums=(1, 2))
 
     def start(self) -> tuple[Any, Any]:
-        """Start the chains; return their state, and arrays such as are collected, of zeros."""
+        """Start the chains; return their state, and zeros in the shapes of what is collected."""
         self.mcmc.post_warmup_state = None
         collect_nothing(self.mcmc)
         return self._run(self.rng_key)
 
     def go_on(self, state: Any, length: int, thinning: int) -> tuple[Any, Any]:
-        """Make so many iterations; return the state after them, and what was collected."""
+        """Make `length` iterations; return the state after them, and what was collected."""
         return self._program(state, length, thinning)
 
     def _outcome(self, state: Any, length: int, thinning: int) -> tuple[Any, Any]:
-        """Call `MCMC.run` for some iterations from a state, with the keys that it holds."""
+        """Call `MCMC.run` for `length` iterations from a state, with the keys of that state."""
         key = state.rng_key
         if isinstance(state, ChainsState):
             state, key = Resumed(*state), key[:1]
-        elif self.mcmc.sampler.is_ensemble_kernel:  # MCMC gives those the first of many keys
+        elif self.mcmc.sampler.is_ensemble_kernel:  # MCMC gives these the first of many keys
             key = jnp.broadcast_to(key, (self.mcmc.num_chains, *key.shape))
         self.mcmc.post_warmup_state = state
         self.mcmc.num_samples, self.mcmc.thinning = length, thinning
@@ -154,7 +154,7 @@ def run_checkpointed(
         keeper.close()
         mcmc.num_samples, mcmc.thinning, mcmc.progress_bar = number, thinning, shows
         mcmc.post_warmup_state = None
-        set_outcome(mcmc, None, None)  # whatever was under way
+        set_outcome(mcmc, None, None)  # drop the results of an unfinished piece
     interrupts.end_process()
     set_outcome(mcmc, draws, state)
     ended = done < mcmc.num_warmup + number
@@ -168,12 +168,12 @@ def run_checkpointed(
 def _pieces(
     run: _Run, number: int, keeper: Keeper, interrupts: Interrupts, bar: Any
 ) -> tuple[Any, Any, int]:
-    """Make the pieces that are left; return state, draws, and how many iterations were made.
+    """Make the remaining pieces; return state, draws, and how many iterations were made.
 
-    Before the first draw there are none: None.
+    The draws are None if the run stopped before the first one.
     """
     mcmc, warmup, thinning = run.mcmc, run.mcmc.num_warmup, run.mcmc.thinning
-    leaves = keeper.newest()  # refuses those of another run before anything is computed
+    leaves = keeper.newest()  # refuses another run's checkpoints before anything is computed
     state, draws = run.start()
     done = 0
     if leaves is not None:
@@ -191,7 +191,7 @@ def _pieces(
         held, part = home(state), jax.tree.map(np.asarray, home(part))
         if done > warmup:
             draws = jax.tree.map(_joined, draws, part)
-        else:  # before the first draws, an iteration of warm-up keeps their place
+        else:  # a checkpoint of warm-up holds one iteration in the shapes of draws
             draws = part if end > warmup else jax.tree.map(lambda x: x[:, -1:], part)
         bar.update(end - done)
         if not bar.disable:
@@ -203,10 +203,10 @@ def _pieces(
 
 
 def _check_same(run: _Run, state: Any, keeper: Keeper) -> None:
-    """Raise a ValueError where the chains' potential energies come out as others than were kept."""
+    """Raise a ValueError if the chains' potential energies differ from those of the checkpoint."""
     before = getattr(state, "potential_energy", None)
     potential_of = getattr(run.mcmc.sampler, "get_potential_fn", None)
-    if before is None or potential_of is None:  # kernels that do not tell
+    if before is None or potential_of is None:  # the kernel has no potential energy
         return
     energy = potential_of(run.args, run.kwargs)
     now = jax.jit(energy if run.mcmc.num_chains == 1 else jax.vmap(energy))(state.z)
@@ -216,8 +216,8 @@ def _check_same(run: _Run, state: Any, keeper: Keeper) -> None:
 def _ends(warmup: int, number: int, every: int, thinning: int) -> list[int]:
     """Return the iterations after which pieces end.
 
-    All but the last of warm-up, and the first and last of the draws, are of one length. What
-    thinning does not divide is left out at the beginning, as MCMC does.
+    All pieces have one length, except the last of warm-up and the first and last of the draws. If
+    `thinning` does not divide `number`, the remainder is left out at the beginning, as in MCMC.
     """
     first, step = warmup + number % thinning, -(-every // thinning) * thinning
     ends = [*range(every, warmup, every), *([warmup] if warmup else [])]
@@ -229,14 +229,14 @@ def _joined(before: np.ndarray, after: np.ndarray) -> np.ndarray:
 
 
 def _diagnostics_text(mcmc: MCMC, state: Any) -> str:
-    """Return the kernel's text for the progress bar, "" where each chain has a text of its own."""
+    """Return the kernel's text for the progress bar, or "" if each chain has its own text."""
     if mcmc.num_chains == 1 or mcmc.sampler.is_ensemble_kernel:
         return mcmc.sampler.get_diagnostics_str(state)
     return ""
 
 
 def _fingerprint(run: _Run) -> dict[str, dict[str, str]]:
-    """Return what the checkpoints of a run are told apart by."""
+    """Return the description that tells the checkpoints of one run from those of another."""
     mcmc, model = run.mcmc, getattr(run.mcmc.sampler, "model", None)
     settings = {name: str(getattr(mcmc, name)) for name in _SETTINGS}
     settings |= {
@@ -253,7 +253,7 @@ def _fingerprint(run: _Run) -> dict[str, dict[str, str]]:
 
 
 def _described(kernel: MCMCKernel, prefix: str = "") -> dict[str, str]:
-    """Return what a kernel was made with, as far as it is known."""
+    """Return the constructor's arguments of a kernel, as far as they are known."""
     found = {f"{prefix}kernel": type(kernel).__name__}
     for name in inspect.signature(type(kernel)).parameters:
         value = getattr(kernel, f"_{name}", getattr(kernel, name, None))
@@ -263,5 +263,5 @@ def _described(kernel: MCMCKernel, prefix: str = "") -> dict[str, str]:
             found[prefix + name] = repr(value)
         elif value is not None:
             found[prefix + name] = getattr(value, "__name__", describe(value))
-    scheme = getattr(kernel, "_scheme", None)  # of the kernels here
+    scheme = getattr(kernel, "_scheme", None)  # the kernels of this package have one
     return found if scheme is None else found | {f"{prefix}scheme": repr(scheme)}

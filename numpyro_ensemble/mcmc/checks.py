@@ -1,4 +1,4 @@
-"""Whether chains can start where they are."""
+"""Checks of chains' starts and of options; which chains do not move."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from numpyro_ensemble.mcmc.counted import counted, in_folds, largest_eigenvalue
 from numpyro_ensemble.mcmc.positions import Coordinates
 
 _NAMED = 10
-_FREEZING = 1e3  # the largest eigenvalue above which steps are a 60th of the scale, or less
+_FREEZING = 1e3  # a larger eigenvalue makes steps shorter than a 60th of the scale
 _STILL = (
     10  # iterations: a chain that accepts 0.8 of its proposals rejects so many once in 10 million
 )
-_CRAWLING = 0.01  # of the scale, in which step sizes are
-_FAR = 5.0  # times the virial of the typical set
+_CRAWLING = 0.01  # strides below this part of the scale count as standing still
+_FAR = 5.0  # a start is far if its virial is more than this, where the typical set has 1
 
 
 _JAX = str(Path(jax.__file__).parent)
 
 
 def frames_outside_jax() -> Iterator[FrameType]:
-    """Yield the frames of the calls that are being made, from the innermost, but those of JAX."""
+    """Yield the frames of the call stack from the innermost on, except those of JAX."""
     frame = inspect.currentframe()
     while frame is not None:
         if not frame.f_code.co_filename.startswith((_JAX, str(Path(__file__).parent))):
@@ -43,21 +43,21 @@ def listed(numbers: np.ndarray) -> str:
 
 
 def is_frozen(iterations_since_move: jax.Array, stride: jax.Array) -> jax.Array:
-    """Return which chains stand still, or would need 10,000 such strides to cross the scale."""
+    """Return which chains stand still, or need 10,000 such strides to diffuse by the scale."""
     return (iterations_since_move >= _STILL) | (stride < _CRAWLING)
 
 
 class Survey(NamedTuple):
-    """What is known of a start."""
+    """Statistics of a start."""
 
-    finite: jax.Array  # (C,), whether density and gradient are
-    varies: jax.Array  # (d,), whether the chains differ in a coordinate, in every fold
-    eigenvalue: jax.Array  # (K,), the largest one of the scaled gradients of chains that count
-    virial: jax.Array  # mean of -(z - mean) * gradient, which is 1 in the typical set
+    finite: jax.Array  # (C,), whether density and gradient are finite
+    varies: jax.Array  # (d,), whether the chains of every fold differ in the coordinate
+    eigenvalue: jax.Array  # (K,), largest eigenvalue of the scaled gradients of chains that count
+    virial: jax.Array  # mean of -(z - mean) * gradient: 1 in the typical set
 
 
 def survey(log_density: Any, rows: jax.Array, num_folds: int) -> tuple[jax.Array, Any, Survey]:
-    """Return the log densities and gradients of positions `(C, D)`, and what is known of them."""
+    """Return the log densities and gradients at positions `(C, D)`, and statistics of these."""
     values, slopes = jax.vmap(jax.value_and_grad(log_density))(rows)
     finite = jnp.isfinite(values) & jnp.isfinite(slopes).all(axis=1)
     folds = rows.reshape(num_folds, -1, rows.shape[1])
@@ -73,17 +73,17 @@ def survey(log_density: Any, rows: jax.Array, num_folds: int) -> tuple[jax.Array
 def check_start(
     name: str, coordinates: Coordinates, found: Survey, remedy: str, alone: bool = False
 ) -> None:
-    """Raise or warn where chains cannot start, or would not get away from, where they are.
+    """Raise if chains cannot start at their positions, and warn if they would freeze there.
 
     Args:
-        name: of the kernel.
-        coordinates: of their positions.
-        found: what is known of where they are.
-        remedy: what to do about it.
-        alone: whether each chain is adapted alone, so that nothing depends on their spread.
+        name: name of the kernel.
+        coordinates: coordinates of the chains' positions.
+        found: statistics of the start.
+        remedy: the message's advice.
+        alone: whether each chain is adapted alone, so that nothing depends on the chains' spread.
 
     Raises:
-        ValueError: if a chain has no finite density, or all agree in a coordinate.
+        ValueError: if a chain has no finite density, or all chains agree in a coordinate.
     """
     if isinstance(found.finite, jax.core.Tracer):
         return
@@ -113,7 +113,7 @@ def check_start(
 
 
 def check_values(init_params: Any, expected: dict[str, tuple[int, ...]]) -> None:
-    """Raise where unconstrained values are not those of the latent sites."""
+    """Raise if unconstrained values have other names or shapes than the latent sites."""
     if not isinstance(init_params, dict) or init_params.keys() != expected.keys():
         got = sorted(init_params) if isinstance(init_params, dict) else type(init_params).__name__
         raise ValueError(
@@ -130,19 +130,19 @@ def check_values(init_params: Any, expected: dict[str, tuple[int, ...]]) -> None
 
 
 def check_positive(name: str, value: Any) -> None:
-    """Raise where an option is not a finite number above 0."""
+    """Raise if an option is not a finite number above 0."""
     if not (_check_number(name, value) and value > 0):
         raise ValueError(f"{name} takes a finite number above 0, got {value}.")
 
 
 def check_scale(name: str, value: Any) -> None:
-    """Raise where an option is not a finite number, 0 or above."""
+    """Raise if an option is not a finite number, 0 or above."""
     if not (_check_number(name, value) and value >= 0):
         raise ValueError(f"{name} takes a finite number, 0 or above, got {value}.")
 
 
 def check_fraction(name: str, value: Any) -> float:
-    """Return an option that is a part of something.
+    """Return an option that is a fraction.
 
     Raises:
         TypeError, ValueError: if it is not a number from 0 to 1.

@@ -34,7 +34,7 @@ class ChEES(TrajectoryKernel):
         model: a NumPyro model whose latents are continuous.
         potential_fn: a potential energy instead of a model; `MCMC.run` needs `init_params` then.
         step_size: the first step size, in units of the metric. None takes it from the gradients.
-        learning_rate: of the ascent on the logarithm of the trajectory length.
+        learning_rate: learning rate of the ascent on the logarithm of the trajectory length.
         target_accept_prob: the acceptance probability that the step size is adapted to, that of
             NUTS by default. 0.651 is best in theory, but reaches thin tails too rarely.
         max_leapfrog_steps: the most leapfrog steps of a trajectory in warm-up.

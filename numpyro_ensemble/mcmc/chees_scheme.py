@@ -24,8 +24,9 @@ from numpyro_ensemble.mcmc.trajectories import (
     make_trajectories,
 )
 
-# ChEES looks at squares alone, and ends at 2.25 of a standard normal's scale: a random part of that
-# leaves means correlated by 0.35, and a random part of half a turn by 0.
+# The longest trajectory for draws is half a turn or more. ChEES only sees squares, and chooses 2.25
+# scales on a standard normal. With random parts of that, draws have an autocorrelation of 0.35, and
+# with random parts of half a turn none.
 _HALF_TURN = 3.1416
 
 
@@ -34,10 +35,10 @@ class ChEESAdaptation(NamedTuple):
 
     Attributes:
         step_size: `(C,)`.
-        trajectory_length: `(C,)`, the longest one: each is a part of it.
+        trajectory_length: `(C,)`, the longest length: each trajectory has a part of it.
         metric: the metric that all chains share.
-        place: `(C,)`, the one in the Halton sequence that says which part.
-        log_step_size, log_length: `(C,)`, averages, of which draws are made.
+        place: `(C,)`, index in the Halton sequence of these parts.
+        log_step_size, log_length: `(C,)`, averages that draws are made with.
         inner: BlackJAX's state of the adaptation.
         progress: how far warm-up has come.
     """
@@ -55,8 +56,8 @@ class ChEESAdaptation(NamedTuple):
 class Scheme(NamedTuple):
     """The constants of the scheme.
 
-    `plain` is the scheme as BlackJAX has it: identity metric, and lengths that are averaged before
-    the next step is made from them.
+    `plain` is BlackJAX's own scheme: the metric is the identity, and each step starts from the
+    average of the lengths so far.
     """
 
     learning_rate: float = 0.025
@@ -64,7 +65,7 @@ class Scheme(NamedTuple):
     metric: str | int = "diagonal"
     decay_rate: float = 0.5
     max_leapfrog_steps: int = 1000
-    momentum: float = 0.0  # of Adam, as the next one: the values of Hoffman et al.
+    momentum: float = 0.0  # momentum and memory are those of Adam in Hoffman et al.
     memory: float = 0.95
     plain: bool = False
 
@@ -86,14 +87,14 @@ _move = dynamic_hmc.build_kernel(
 
 
 def _hmc(*given: Any) -> tuple[DynamicHMCState, Any]:
-    """Make one trajectory of dynamic HMC, whose most steps BlackJAX takes in a tuple."""
+    """Make one trajectory of dynamic HMC. BlackJAX takes the largest number of steps in a tuple."""
     return _move(*given[:-1], given[-1:])
 
 
 def first_metric(rows: jax.Array, counts: jax.Array, scheme: Scheme) -> SharedMetric:
     """Return the metric of chains that have not moved yet, from positions `(C, D)`.
 
-    `counts` says which of them count, `(C,)`.
+    `counts`, `(C,)`, says which chains count.
     """
     if scheme.plain:
         return SharedMetric.identity(len(rows), rows.shape[1], 0, rows.dtype)
@@ -132,7 +133,7 @@ def chees_step(
 def _adapt(
     chains: DynamicHMCState, after: DynamicHMCState, info: Any, a: ChEESAdaptation, scheme: Scheme
 ) -> ChEESAdaptation:
-    """Make one step of the scheme from one step of the chains."""
+    """Adapt once, from one iteration of the chains."""
     inner, num_chains = shared(a.inner), a.step_size.shape[0]
     before, left_out = chains.position, info.is_divergent
     step, accepted = inner.step, info.acceptance_rate
@@ -141,15 +142,15 @@ def _adapt(
         before = jnp.where(counts, before, before.mean(axis=0, keepdims=True, where=counts))
         left_out = left_out | ~counts[:, 0]
         accepted = jnp.maximum(accepted, LEAST_ACCEPTED)
-        # BlackJAX makes each step from the average so far, which it moves by 1 / sqrt(step) of a
-        # step: a length then grows by exp(2 * learning_rate * sqrt(steps)) at most. Told that
-        # this is step 1, it averages nothing, and we do.
+        # BlackJAX starts each step from the average so far, and moves the average by
+        # 1 / sqrt(step) of the step. A length then grows by exp(2 * learning_rate * sqrt(steps))
+        # at most. With step = 1 BlackJAX does not average, and the average is computed below.
         inner = inner._replace(step=jnp.ones_like(step))
     middle = before.mean(axis=0, keepdims=True)
     ends = a.metric.whiten(info.proposal.position - middle), a.metric.whiten(before - middle)
     momentum = a.metric.whiten_gradients(info.proposal.momentum)
     identity = jnp.ones_like(before[0])
-    with jax.numpy_rank_promotion("allow"):  # BlackJAX does, whatever the user's setting
+    with jax.numpy_rank_promotion("allow"):  # BlackJAX needs it, whatever the user's setting
         inner = scheme.rules()[1](inner, ends[0], momentum, ends[1], accepted, left_out, identity)
     log_step_size = inner.log_step_size_moving_average
     log_length = inner.log_trajectory_length_moving_average
@@ -162,7 +163,7 @@ def _adapt(
         metric = metric.observe(with_stand_ins(after.position, counts[:, 0]), a.progress)
     ending = a.progress.ending
     step_size = jnp.where(ending, jnp.exp(log_step_size), inner.step_size)
-    longest = scheme.max_leapfrog_steps * step_size  # the two were averaged apart
+    longest = scheme.max_leapfrog_steps * step_size  # length and step size were averaged separately
     length = jnp.where(ending, jnp.exp(log_length), inner.trajectory_length)
     if not scheme.plain:
         length = jnp.where(ending, jnp.maximum(length, _HALF_TURN), length)

@@ -1,4 +1,4 @@
-"""Convergence: of many short chains, and of chains alone."""
+"""R-hat of many short chains, and of each chain alone."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from scipy.stats import f as f_ratio
 from scipy.stats import rankdata
 
 _METHODS = ("rank", "identity")
-_FOR_MEDIANS = 50  # draws of a chain
-_EFFECTIVE = 10  # draws in half of a chain that is judged alone
-_CHANCE = 0.01  # of a warning about good chains that are judged alone
+_FOR_MEDIANS = 50  # draws of a chain that medians are computed from, about
+_EFFECTIVE = 10  # effective draws that half of a chain is assumed to have, if it is judged alone
+_CHANCE = 0.01  # probability of a warning about good chains that are judged alone
 
 
 def rhat_nested(samples: Any, superchains: ArrayLike, *, method: str = "rank") -> Any:
@@ -28,10 +28,10 @@ def rhat_nested(samples: Any, superchains: ArrayLike, *, method: str = "rank") -
     Args:
         samples: draws `(C, N, ...)`, or a dict of them: `mcmc.get_samples(group_by_chain=True)`.
         superchains: `(C,)`, the number of each chain's starting point. All superchains need the
-            same number of chains.
-            After `starts.from_nuts` with S starts that is `np.arange(C) % S`.
+            same number of chains. After `starts.from_nuts` with S starts the numbers are
+            `np.arange(C) % S`.
         method: "rank" returns the larger of the values for ranks and for folded ranks, on halves of
-            chains; "identity" uses the draws themselves.
+            chains. "identity" uses the draws themselves.
 
     Returns:
         Nested R-hat of each parameter, in the form of the samples.
@@ -100,11 +100,11 @@ def _nested(draws: np.ndarray, groups: np.ndarray) -> float:
 
 
 def robust_rhat(draws: np.ndarray) -> np.ndarray:
-    """Return split R-hat of draws `(C, N, k)`, of where chains are or of how wide, the larger one.
+    """Return the larger split R-hat of draws `(C, N, k)`: that of location or that of scale.
 
-    It is near to the rank-normalised R-hat of Vehtari et al. (2021), without sorting: distances
-    from the median, in its median distances, are shrunk by arsinh, so that heavy tails do not hide
-    what is in the middle.
+    It is close to the rank-normalised R-hat of Vehtari et al. (2021), but needs no sorting. Draws
+    are centred at the median, divided by the median distance from it, and shrunk by arsinh. So
+    heavy tails do not hide differences in the middle.
     """
     median, width = median_and_width(draws)
     shrunk = np.arcsinh((draws - median) / np.where(width > 0.0, width, 1.0))
@@ -112,15 +112,16 @@ def robust_rhat(draws: np.ndarray) -> np.ndarray:
 
 
 def within_rhat(draws: np.ndarray) -> np.ndarray:
-    """Return the same of each chain alone, `(C, k)`: of its two halves."""
+    """Return `robust_rhat` of each chain alone, `(C, k)`: it compares the chain's two halves."""
     return np.stack([robust_rhat(chain[None]) for chain in draws])
 
 
 def limit_alone(number: int, half: int) -> float:
-    """Return the R-hat that one of so many values exceeds in one run of 100.
+    """Return the R-hat that any of `number` values of good chains exceeds in one run of 100.
 
-    It is that of two halves of 10 independent draws each, or fewer, of where they are and of how
-    wide: the variance between them over that within them is an F ratio.
+    It assumes two halves of 10 independent draws each, or `half` if that is fewer. The variance
+    between the halves over the variance within them is then an F ratio. R-hat is computed for
+    location and for scale, which doubles the chance.
     """
     effective = min(half, _EFFECTIVE)
     ratio = f_ratio.isf(0.5 * _CHANCE / number, 1, 2 * (effective - 1))
@@ -128,7 +129,7 @@ def limit_alone(number: int, half: int) -> float:
 
 
 def median_and_width(draws: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the median, and the median distance from it, of some draws `(C, N, k)`."""
+    """Return the median, and the median distance from it, of a part of the draws `(C, N, k)`."""
     some = draws[:, :: max(1, draws.shape[1] // _FOR_MEDIANS)].reshape(-1, draws.shape[2])
     median = np.median(some, axis=0)
     return median, np.median(np.abs(some - median), axis=0)

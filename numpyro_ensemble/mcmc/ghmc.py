@@ -1,4 +1,4 @@
-"""One step of BlackJAX's generalized HMC for all chains, from which every chain recovers."""
+"""One step of BlackJAX's generalized HMC for all chains, safe for densities that are not finite."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def first_momentum(key: jax.Array, scale: jax.Array) -> tuple[jax.Array, jax.Arr
 
 
 class Outcome(NamedTuple):
-    """What is known of steps of all chains, summed over the steps: each field is `(C,)`."""
+    """Statistics of all chains, summed over the steps: each field is `(C,)`."""
 
     accept_prob: jax.Array
     num_divergences: jax.Array
@@ -39,14 +39,15 @@ def ghmc_step(
 ) -> tuple[GHMCState, Outcome]:
     """Move every chain one step.
 
-    A chain whose proposal has no finite density or gradient stays where it was, with its momentum
-    reversed, as after any rejection, and counts as diverged. BlackJAX rejects it too, but
-    multiplies its slice variable by 0 times infinity, and leaves it to the compiler what that is.
+    If a chain's proposal has no finite density or gradient, the chain stays, its momentum is
+    reversed as after any rejection, and the step counts as a divergence. BlackJAX rejects such a
+    proposal too, but multiplies the slice variable by 0 times infinity. The result then depends on
+    the compiler.
 
     Args:
         keys: `(C,)`.
         chains: BlackJAX's state, with a leading chain axis and positions in rows.
-        log_density: of one chain's row.
+        log_density: log density of one chain's row.
         step_size: `(C,)`.
         scale: `(C, d)` standard deviations, or one low-rank metric for all chains.
         damping: `(C,)`.
@@ -66,7 +67,7 @@ def ghmc_step(
 def ghmc_steps(
     keys: jax.Array, num_steps: Any, chains: GHMCState, *parameters: Any
 ) -> tuple[GHMCState, Outcome]:
-    """Make the first `num_steps` of as many steps as there are rows of keys `(S, C)`."""
+    """Make `num_steps` steps, at most as many as there are rows of keys `(S, C)`."""
     if keys.shape[0] == 1:
         return ghmc_step(keys[0], chains, *parameters)
 

@@ -1,4 +1,4 @@
-"""What the kernels share: NumPyro's `MCMCKernel` over all chains at once."""
+"""Base class of the kernels: NumPyro's `MCMCKernel` over all chains at once."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from numpyro_ensemble.mcmc.state import ChainsState, in_rows, in_sites
 from numpyro_ensemble.mcmc.target import Target
 from numpyro_ensemble.sharding import Placement, as_mesh
 
-_REMEDIES = (  # what helps chains of any kernel
+_REMEDIES = (  # advice for chains of any kernel
     "hierarchical effects that are decentred (LocScaleReparam), and latents with scales near 1; "
     "double precision (numpyro.enable_x64()); NUTS(model), which adapts each chain alone"
 )
@@ -36,7 +36,7 @@ _REMEDIES = (  # what helps chains of any kernel
 class ManyChainKernel(MCMCKernel):
     """A kernel that adapts over all chains at once.
 
-    A subclass says how many chains it needs, starts its adaptation, and makes one iteration.
+    A subclass checks the number of chains, starts its adaptation, and makes one iteration.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class ManyChainKernel(MCMCKernel):
                 f"mcmc.run(init_params=...)."
             )
         self._start = start
-        # MCMC runs init at every run of a kernel that has none; here a state is all `sample` needs
+        # MCMC calls init in every run if this is missing; `sample` needs nothing but a state
         self._sample_fn = self.sample
 
     def __getstate__(self) -> dict[str, Any]:
@@ -77,18 +77,18 @@ class ManyChainKernel(MCMCKernel):
 
     @property
     def default_fields(self) -> tuple[str, ...]:
-        """The fields that are collected unasked."""
+        """The fields that `MCMC` collects by default."""
         return ("z", "diverging")
 
     @property
     def is_ensemble_kernel(self) -> bool:
-        """True: the progress bar speaks of all chains together."""
+        """True: the progress bar shows all chains together."""
         return True
 
     def postprocess_fn(self, args: tuple, kwargs: dict) -> Callable:
         """Return the map from one chain's unconstrained values to the model's sites."""
 
-        # MCMC calls it once outside its program, where the model would run operation by operation
+        # MCMC calls this outside its program, where an uncompiled model would be slow
         def constrain(z: Any) -> CollectedDraws:
             latents = tuple(z) if self._target.model is not None else ()
             draws = self._target.run("constrain", self._constrain, (z,), args, kwargs)
@@ -121,17 +121,17 @@ class ManyChainKernel(MCMCKernel):
         model_args: tuple = (),
         model_kwargs: dict | None = None,
     ) -> ChainsState:
-        """Find the chains' start, or check the one that is given, and return their state.
+        """Find the chains' starts, or check the given ones, and return their state.
 
         Raises:
-            ValueError: for chains that cannot be adapted together, or cannot start where they are,
-                or without warm-up, which a state of another run alone can do without.
+            ValueError: for chains that cannot be adapted together or cannot start at their
+                positions, and for `num_warmup=0`, which needs the state of another run.
         """
         args, kwargs = model_args, model_kwargs or {}
         name = type(self).__name__
         if is_prng_key(rng_key):
             raise ValueError(self._alone())
-        if not num_warmup:  # MCMC calls init for no run that has a post_warmup_state
+        if not num_warmup:  # with a post_warmup_state MCMC does not call init
             raise ValueError(
                 f"num_warmup=0 leaves {name} unadapted. Give MCMC a num_warmup, or set "
                 f"mcmc.post_warmup_state to the state of a run that had one."
@@ -158,7 +158,7 @@ class ManyChainKernel(MCMCKernel):
     def _called_with(
         self, rng_key: jax.Array, init_params: Any, args: tuple, kwargs: dict
     ) -> dict[str, dict[str, str]]:
-        """Return what processes that run chains together must have alike."""
+        """Return what must agree between processes that run chains together."""
         return {
             "argument": describe_arguments(arrange(self.model, args, kwargs)),
             "setting": {"rng_key": describe(rng_key), "init_params": describe_all(init_params)},
@@ -173,7 +173,7 @@ class ManyChainKernel(MCMCKernel):
         )
 
     def _remedy(self, given: bool) -> str:
-        """Return what to do about a start that is no good."""
+        """Return the advice for a bad start."""
         if self._target.model is None:
             return f"Give {self._other_start()}."
         if given:
@@ -187,7 +187,7 @@ class ManyChainKernel(MCMCKernel):
         )
 
     def _other_start(self) -> str:
-        """Name a start that is not the kernel's own."""
+        """Return the text that names another start than the kernel's."""
         if self._target.model is None:
             return "other init_params: finite, spread, and where the potential is small"
         other = "pathfinder" if self._start == "nuts" else "nuts"
@@ -213,7 +213,7 @@ class ManyChainKernel(MCMCKernel):
     def _first(
         self, num_warmup: int, call: tuple[tuple, dict], z: Any, keys: jax.Array
     ) -> tuple[ChainsState, Survey]:
-        """Return the state of chains that have not moved, and what is known of their start."""
+        """Return the state of chains that have not moved, and statistics of their start."""
         z = jax.tree.map(lambda x: jnp.asarray(x, jnp.result_type(x, float)), z)
         coordinates = self._target.coordinates(z, *call)
         rows = coordinates.rows(z)
@@ -248,7 +248,7 @@ class ManyChainKernel(MCMCKernel):
         self, model_args: tuple = (), model_kwargs: dict | None = None
     ) -> Callable[[Any], jax.Array]:
         """Return the potential energy of one chain's unconstrained values, as HMC's method does."""
-        target = Target(self._target.model, self._target.potential_fn)  # where the caller is
+        target = Target(self._target.model, self._target.potential_fn)  # without a mesh
         log_density = target.log_density(model_args, model_kwargs or {})
         return lambda z: -log_density(z)
 
@@ -283,7 +283,7 @@ class ManyChainKernel(MCMCKernel):
         coordinates = self._target.coordinates(state.z, model_args, model_kwargs)
         log_density = self._followed(model_args, model_kwargs, coordinates)
         state = in_rows(state, coordinates)
-        # of other data than those of the state's density every proposal might be rejected
+        # a density that belongs to other data might reject every proposal
         state = jax.lax.cond(
             state.density_is_current[0],
             lambda s: s,
@@ -309,23 +309,23 @@ class ManyChainKernel(MCMCKernel):
         )
         return self.placement.settle(in_sites(new, coordinates), len(n))
 
-    # What a subclass adds -----------------------------------------------------------------------
+    # For subclasses -----------------------------------------------------------------------
 
     _num_folds = 1
-    _remedies = ""  # what helps chains of this kernel that have not mixed
-    _adapts_alone = False  # whether each chain is adapted alone, and may have a mode of its own
+    _remedies = ""  # advice for chains of this kernel that have not mixed
+    _adapts_alone = False  # whether each chain is adapted alone, and may stay in its own mode
 
     def _speed(self, size: int) -> float:
-        """Return how fast each of so many coordinates moves, in scales and units of time."""
+        """Return the speed of each of `size` coordinates, in scales per unit of time."""
         return 1.0
 
     def _followed(self, args: tuple, kwargs: dict, coordinates: Coordinates) -> Any:
-        """Return what `_refreshed` and `_iterate` are given: the log density of a row."""
+        """Return the log density of a row, which `_refreshed` and `_iterate` take."""
         return self._target.log_density(args, kwargs, coordinates)
 
     @abstractmethod
     def _check_chains(self, num_chains: int, num_warmup: int) -> None:
-        """Raise a ValueError where so many chains cannot be adapted in so many iterations."""
+        """Raise a ValueError if these chains cannot be adapted in `num_warmup` iterations."""
 
     @abstractmethod
     def _first_adaptation(
@@ -335,4 +335,4 @@ class ManyChainKernel(MCMCKernel):
 
     @abstractmethod
     def _iterate(self, keys: jax.Array, state: ChainsState, log_density: Callable) -> ChainsState:
-        """Make one iteration of a state in rows, and count its divergences alone."""
+        """Make one iteration of a state in rows, and count the divergences of this iteration."""

@@ -1,4 +1,4 @@
-"""Where a density is evaluated, and for how many chains at once: a matter of speed alone."""
+"""Devices of a density, and the number of chains evaluated at once. Only speed depends on them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from jax.extend.core import jaxprs_in_params
 from numpyro_ensemble.mapping import platform_of
 from numpyro_ensemble.sharding import Placement
 
-_FEW = 4  # chains at once: on IRT with 64 chains 1.9 ms for a gradient of all, instead of 4.2
+_FEW = 4  # chains at once: gradients of 64 chains on item response take 1.9 ms instead of 4.2
 
 
 def laid_out(
@@ -23,8 +23,8 @@ def laid_out(
 
     Chains are spread over the devices of a mesh. XLA's CPU code for the gradient of an index,
     `a[group]`, takes two to three times as long for all chains at once as for a few at a time.
-    Everything else it does best for all at once.
-    The function may close over nothing that is traced. Its derivative by `data` is 0.
+    Everything else is fastest for all chains at once. The function must not close over traced
+    values. Its derivative with respect to `data` is 0.
     """
     on_cpu, placement = platform_of() == "cpu", placement or Placement()
     if not on_cpu and placement.mesh is None:
@@ -66,7 +66,7 @@ def laid_out(
 
 
 def _scatters(fn: Callable, z: Any, data: Any) -> bool:
-    """Return whether a function adds to indexed places, for one of many chains."""
+    """Return whether a function of one chain contains JAX's `scatter-add`."""
     one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), z)
     return "scatter-add" in primitives_of(fn, one, data)
 

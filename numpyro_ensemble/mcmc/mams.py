@@ -112,5 +112,5 @@ class MAMS(TrajectoryKernel):
         return 1.0 / time_unit(size)
 
     def _energy(self, state: ChainsState, info: Any) -> jax.Array:
-        # the speed is constant, and BlackJAX's energies are potential ones
+        # the speed is constant, so BlackJAX's energies are potential energies
         return jnp.where(info.is_accepted, info.energy, state.potential_energy)

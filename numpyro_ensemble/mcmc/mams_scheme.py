@@ -25,18 +25,19 @@ from numpyro_ensemble.mcmc.trajectories import (
     make_trajectories,
 )
 
-_FORGETTING = 3.0  # how fast averages forget: they speak of the last third of warm-up
+_FORGETTING = 3.0  # decay of averages: they cover the last third of warm-up
 
 
 class MAMSAdaptation(NamedTuple):
     """What MAMS adapts, the same for each chain.
 
     Attributes:
-        step_size: `(C,)`, in coordinates in which the metric is the identity, as all lengths.
-        trajectory_length: `(C,)`, the longest one: each is a part of it.
+        step_size: `(C,)`. This and all lengths are in coordinates in which the metric is the
+            identity.
+        trajectory_length: `(C,)`, the longest length: each trajectory has a part of it.
         metric: the metric that all chains share.
         widths: `(C, d)`, variances of the directions in which each coordinate moves.
-        place: `(C,)`, the one in the Halton sequence that says which part.
+        place: `(C,)`, index in the Halton sequence of these parts.
         inner: BlackJAX's state of the dual averaging.
         progress: how far warm-up has come.
     """
@@ -63,9 +64,9 @@ class Scheme(NamedTuple):
 
 
 def time_unit(size: int) -> float:
-    """Return how long a chain takes, in so many coordinates, to move by the scale of each.
+    """Return the time in which a chain in `size` coordinates moves by the scale of each.
 
-    Its speed is 1 in all of them together, where that of HMC is 1 in each.
+    The speed is 1 over all coordinates together. In HMC it is about 1 in each coordinate.
     """
     return max(size, 2) ** 0.5
 
@@ -80,8 +81,8 @@ def microcanonical(
 ) -> tuple[DynamicHMCState, Any]:
     """Make one trajectory of BlackJAX's adjusted MCLMC, of `most` steps or fewer.
 
-    It is what `adjusted_mclmc_dynamic` does without noise in the momentum on the way, whose numbers
-    that kernel draws all the same.
+    The result is that of `adjusted_mclmc_dynamic` without noise in the momentum during the
+    trajectory. That kernel draws the random numbers of the noise even then.
     """
     if chain.position.shape[0] == 1:
         return _accompanied(key, chain, log_density, step_size, metric, most)
@@ -107,9 +108,9 @@ def _accompanied(
     metric: LowRankInverseMassMatrix,
     most: jax.Array,
 ) -> tuple[DynamicHMCState, Any]:
-    """Make a trajectory of one coordinate, beside a standard normal that is drawn anew.
+    """Make a trajectory of one coordinate and of a standard normal variable, drawn anew.
 
-    At constant speed one coordinate alone can neither turn nor slow down.
+    In one dimension a chain of constant speed can neither turn nor slow down.
     """
     key, other_key = jax.random.split(key)
     other = jax.random.normal(other_key, (1,), chain.position.dtype)
@@ -164,7 +165,7 @@ def mams_step(
 def _adapt(
     before: DynamicHMCState, chains: DynamicHMCState, info: Any, a: MAMSAdaptation, scheme: Scheme
 ) -> MAMSAdaptation:
-    """Make one step of the scheme from one step of the chains."""
+    """Adapt once, from one iteration of the chains."""
     widths, inner = shared((a.widths, a.inner))
     counts = counted(chains.logdensity, chains.position.shape[1])
     _, update, final = scheme.rules()
@@ -184,16 +185,17 @@ def _adapt(
 
 
 def averaged(average: jax.Array, now: jax.Array, progress: Progress) -> jax.Array:
-    """Return an average over warm-up that forgets its beginning."""
+    """Return an average over warm-up that forgets early values."""
     return average + _FORGETTING / (_FORGETTING + progress.iteration[0] + 1) * (now - average)
 
 
 def widths_of(rows: jax.Array, counts: jax.Array, metric: SharedMetric) -> jax.Array:
-    """Return how wide the directions are in which each coordinate moves, as variances `(d,)`.
+    """Return the variances of the directions in which each coordinate moves, `(d,)`.
 
-    In coordinates in which the metric is the identity, a coordinate's variance `C_ii` is shared
-    among the eigenvectors of the covariance C, and their eigenvalues are on average over it
-    `(C C)_ii / C_ii`. A sample of n makes up `(tr C - C_ii) / (n - 1)`, which is taken off.
+    C is the covariance in coordinates in which the metric is the identity. A coordinate's variance
+    `C_ii` is shared among the eigenvectors of C. The average of their eigenvalues, weighted by
+    these shares, is `(C C)_ii / C_ii`. A sample of n chains overestimates it by
+    `(tr C - C_ii) / (n - 1)`, which is subtracted.
     """
     where, number = counts[:, None], counts.sum()
     whitened = metric.whiten(rows - rows.mean(axis=0, keepdims=True, where=where))
@@ -206,12 +208,12 @@ def widths_of(rows: jax.Array, counts: jax.Array, metric: SharedMetric) -> jax.A
 
 
 def widest(widths: jax.Array) -> jax.Array:
-    """Return how wide the directions of the coordinate with the widest ones are, 1 or more."""
+    """Return the standard deviation of the widest of these directions, at least 1."""
     return jnp.sqrt(jnp.maximum(widths.max(), 1.0))
 
 
 def _length(widths: jax.Array, step_size: jax.Array, scheme: Scheme) -> jax.Array:
-    """Return the longest trajectory: a half turn, so that their mean is a quarter turn."""
+    """Return the longest length: half a turn, so that the mean length is a quarter turn."""
     half_turn = jnp.pi * time_unit(len(widths)) * widest(widths)
     length = scheme.length_factor * half_turn
     return jnp.clip(length, step_size, scheme.max_steps * step_size)

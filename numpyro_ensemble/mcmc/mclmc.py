@@ -21,8 +21,8 @@ from numpyro_ensemble.mcmc.metric import check_metric
 from numpyro_ensemble.mcmc.progress import Progress
 from numpyro_ensemble.mcmc.state import ChainsState
 
-_FEWEST = 4  # chains that are adapted together
-_FEWEST_STEPS = 30  # of warm-up, where each chain is adapted alone
+_FEWEST = 4  # chains, if they are adapted together
+_FEWEST_STEPS = 30  # iterations of warm-up, if each chain is adapted alone
 _REMEDIES_ALONE = (
     "more warm-up (num_warmup=1000 or more); more steps_per_draw; R-hat of predictions, where "
     "latents can trade places, as the weights of a network"
@@ -113,7 +113,7 @@ class MCLMC(ManyChainKernel):
 
     @property
     def default_fields(self) -> tuple[str, ...]:
-        """The fields that are collected unasked."""
+        """The fields that `MCMC` collects by default."""
         return (*super().default_fields, "energy_var")
 
     def get_diagnostics_str(self, state: ChainsState) -> str:
@@ -177,10 +177,10 @@ class MCLMC(ManyChainKernel):
 
 
 def _pair(desired: float | tuple[float, float]) -> tuple[float | None, float]:
-    """Return the energy variances of the first iteration, if it has one of its own, and the last.
+    """Return the desired energy variances at the first iteration (None: the same) and the last.
 
     Raises:
-        TypeError, ValueError: for something else than one positive number or two.
+        TypeError, ValueError: for anything but one or two positive numbers.
     """
     if not isinstance(desired, tuple | list):
         check_positive("desired_energy_var", desired)

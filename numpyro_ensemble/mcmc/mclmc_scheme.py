@@ -1,4 +1,4 @@
-"""The pure step of MCLMC (Robnik et al., 2023), whose step size bounds the energy error."""
+"""The pure step of MCLMC (Robnik et al., 2023). The step size is adapted to an energy error."""
 
 from __future__ import annotations
 
@@ -20,45 +20,46 @@ from numpyro_ensemble.mcmc.target import all_finite, choose, per_chain, shared
 
 # The variance of the energy change grows with the sixth power of the step size.
 _POWER = 6.0
-_CHANGE = 1.0  # of the logarithm of the step size, in one iteration at most
-_DIVERGED = 1000.0  # change of energy, as in BlackJAX's HMC
-# BlackJAX's mclmc_find_L_and_step_size, for chains that are adapted alone:
-_MEMORY = 149.0 / 151.0  # of 150 effective steps
-_TRUST = 1.5  # how far from what is wanted a step's energy change still tells of the step size
-_FIRST_STEP = 0.25  # of the time unit
-_WINDOWS = (1 / 8, 1 / 4, 1 / 2, 3 / 4)  # of warm-up, after which a chain's own metric is renewed
-_FEWEST = 10  # positions that tell it
-_UNKNOWN = 5.0  # independent positions that the metric before counts for, as in Stan's adaptation
-# Times the error that is asked for: a chain alone makes no such step. From a narrow mode of many
-# dimensions the first one would lead out of all modes.
+_CHANGE = 1.0  # largest change of the log step size in one iteration
+_DIVERGED = 1000.0  # a step with a larger change of energy is a divergence, as in BlackJAX's HMC
+# Constants for chains that are adapted alone, as in BlackJAX's mclmc_find_L_and_step_size:
+_MEMORY = 149.0 / 151.0  # decay of the averages, which leaves 150 effective steps
+_TRUST = 1.5  # a step counts less if its energy change is far from the desired one; width in logs
+_FIRST_STEP = 0.25  # the first step size, in time units
+_WINDOWS = (1 / 8, 1 / 4, 1 / 2, 3 / 4)  # when a chain's own metric is renewed, in parts of warm-up
+_FEWEST = 10  # positions that are needed to renew the metric
+_UNKNOWN = 5.0  # the previous metric counts as 5 independent positions, as in Stan's adaptation
+# A chain that is adapted alone refuses a step whose squared energy change is more than this many
+# times the desired one. Otherwise its first step could leave a narrow mode of many dimensions.
 _HOPELESS = 1e4
 
 
 class Alone(NamedTuple):
-    """What each chain has seen alone: its metric, and sums that it and the step size come from."""
+    """Each chain's own metric, and the sums from which its metric and step size are computed."""
 
     variance: jax.Array  # (C, d), the metric
-    weight: jax.Array  # (C,)
-    curvature: jax.Array  # (C,), sum of energy variances over the sixth power of the step size
-    number: jax.Array  # (C,), of positions
-    mean: jax.Array  # (C, d)
-    squares: jax.Array  # (C, d), sum of squared differences from the mean
+    weight: jax.Array  # (C,), sum of the weights of the steps in `curvature`
+    curvature: jax.Array  # (C,), weighted sum of energy variance / step_size**6
+    number: jax.Array  # (C,), number of positions
+    mean: jax.Array  # (C, d), their mean
+    squares: jax.Array  # (C, d), sum of their squared differences from the mean
 
 
 class MCLMCAdaptation(NamedTuple):
     """What MCLMC adapts, for each chain.
 
     Attributes:
-        step_size: `(C,)`, in coordinates in which the metric is the identity, as all lengths.
-        decoherence_length: `(C,)`, how far a chain goes until it has forgotten its direction.
+        step_size: `(C,)`. This and all lengths are in coordinates in which the metric is the
+            identity.
+        decoherence_length: `(C,)`, the distance in which a chain forgets its direction.
         metric: the metric that all chains share, or None.
         widths: `(C, d)`, variances of the directions in which each coordinate moves.
-        curvature: `(C,)`, sum of `error / step_size**6` over the last half of warm-up, or the last
-            quarter of a chain that is adapted alone.
+        curvature: `(C,)`, sum of `error / step_size**6` over the last half of warm-up, or over the
+            last quarter for a chain that is adapted alone.
         error: `(C,)`, the mean square of the last steps' energy changes, per dimension.
-        desired: `(C,)`, what it is adapted to.
+        desired: `(C,)`, the value of `error` that the step size is adapted to.
         progress: how far warm-up has come.
-        alone: what each chain has seen alone, or None.
+        alone: metric and sums of chains that are adapted alone, or None.
     """
 
     step_size: jax.Array
@@ -73,7 +74,7 @@ class MCLMCAdaptation(NamedTuple):
 
     @property
     def energy_var(self) -> Any:
-        """`error`, in the form that is checked at a run's end."""
+        """`error`, in the form that is checked at the end of a run."""
         return CollectedEnergy({"": self.error, "asked": self.desired}, "MCLMC")
 
 
@@ -81,11 +82,11 @@ class Scheme(NamedTuple):
     """The constants of the scheme.
 
     Attributes:
-        desired_energy_var: the energy variance that draws are made with.
-        length_factor: of the distance in which a direction is forgotten.
+        desired_energy_var: the energy variance at which draws are made.
+        length_factor: multiplies the distance in which a chain forgets its direction.
         each: whether each chain is adapted alone.
         metric: the kind of the metric that all chains share.
-        first_energy_var: the energy variance that warm-up begins with, if it is another one.
+        first_energy_var: the energy variance at which warm-up begins; None for the same one.
     """
 
     desired_energy_var: float = 5e-4
@@ -95,7 +96,7 @@ class Scheme(NamedTuple):
     first_energy_var: float | None = None
 
     def wanted(self, progress: Progress) -> Any:
-        """Return the energy variance for this iteration of warm-up, on a geometric way."""
+        """Return the desired energy variance of this iteration: it changes by equal ratios."""
         if self.first_energy_var is None:
             return self.desired_energy_var
         done = (progress.iteration[0] + 1) / progress.total
@@ -107,7 +108,7 @@ _move = mclmc.build_kernel(integrator=isokinetic_velocity_verlet)
 
 
 class Outcome(NamedTuple):
-    """What is known of steps of all chains: each field is `(C,)`."""
+    """Statistics of the steps of an iteration: each field is `(C,)`."""
 
     error: jax.Array  # mean square of the energy changes
     num_divergences: jax.Array
@@ -149,11 +150,11 @@ def mclmc_step(
         keys: `(S, C)`.
         chains: BlackJAX's state, with a leading chain axis and positions in rows.
         a: the state of the scheme.
-        log_density: of one chain's row.
+        log_density: log density of one chain's row.
         scheme: its constants.
 
     Returns:
-        Chains, adaptation, and what is known of the steps.
+        Chains, adaptation, and statistics of the steps.
     """
     warming = a.progress.warming
     num_steps = jnp.where(warming, 1, keys.shape[0])
@@ -186,8 +187,8 @@ def move(
 ) -> tuple[IntegratorState, Outcome]:
     """Make one step of BlackJAX's MCLMC with every chain.
 
-    A chain whose step ends at no finite density or gradient, or changes the energy by more than the
-    cutoff, stays, with a new direction.
+    A chain stays and reverses its direction if its step ends without a finite density or gradient,
+    or changes the energy by more than the cutoff.
     """
     metric: Any = a.alone.variance if a.alone is not None else None
     if a.metric is not None:
@@ -213,7 +214,7 @@ def _adapt_all(
     factor = (jnp.log(scheme.wanted(a.progress)) - jnp.log(error)) / _POWER
     factor = jnp.clip(jnp.nan_to_num(factor, nan=0.0), -_CHANGE, _CHANGE)
     many = lost.sum() > 0.02 * counts.sum()
-    # errors have heavy tails: draws are made with a step whose mean error is right
+    # errors have heavy tails: the final step size makes the mean error of the last half right
     half = a.progress.total // 2
     late = (a.progress.iteration[0] >= half) & ~many
     curvature = curvature + jnp.where(late, jnp.nan_to_num(error / step_size**_POWER), 0.0)
@@ -244,7 +245,7 @@ def _adapt_each(
 ) -> MCLMCAdaptation:
     """Adapt step size and metric of each chain alone, as BlackJAX's `mclmc_find_L_and_step_size`.
 
-    Its metric is that of the window before, and the step size is found anew in it.
+    A chain uses the metric of its previous window. Each window estimates the step size anew.
     """
     assert a.alone is not None
     seen, step, total = a.alone, a.progress.iteration[0] + 1, a.progress.total
@@ -267,8 +268,8 @@ def _adapt_each(
     switch = due & (number[0] >= _FEWEST)
     own = squares / number[:, None]
     own = jnp.where((own > 0.0) & jnp.isfinite(own), own, seen.variance)
-    # a chain that has not gone around its mode, as in thousands of dimensions, knows no widths yet:
-    # on a straight way of length l the variances add up to l**2 / 12
+    # A chain that has not gone around its mode, as in thousands of dimensions, cannot estimate
+    # widths: on a straight line of length l the variances add up to l**2 / 12.
     straight = jnp.sqrt(12.0 * (own / seen.variance).sum(axis=1))
     ways = number * a.step_size / jnp.minimum(straight, time_unit(own.shape[1]))
     turns = jnp.maximum(ways - 1.0, 0.0)
@@ -281,7 +282,7 @@ def _adapt_each(
         (weight, curvature, number, centre, squares),
     )
     variance = jnp.where(switch, own, seen.variance)
-    # as over all chains: what is trusted above leaves out large errors, which draws have too
+    # as in `_adapt_all`: the weights above suppress large errors, but draws have these errors too
     late = step > jnp.ceil(_WINDOWS[-1] * total)
     rate = jnp.where(lost, 0.0, a.error / a.step_size**_POWER)
     late_errors = jnp.where(late, a.curvature + rate, 0.0).astype(a.curvature.dtype)

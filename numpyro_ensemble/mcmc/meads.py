@@ -19,8 +19,8 @@ from numpyro_ensemble.mcmc.metric import check_metric
 from numpyro_ensemble.mcmc.progress import Progress
 from numpyro_ensemble.mcmc.state import ChainsState
 
-_FEWEST = 4  # chains in a fold, for its standard deviations to mean something
-_FEW = 16  # below so many chains in a fold, they and the step size may be far off
+_FEWEST = 4  # chains that a fold needs to estimate its standard deviations at all
+_FEW = 16  # with fewer chains in a fold, standard deviations and step size may be far off
 
 
 class MEADS(ManyChainKernel):

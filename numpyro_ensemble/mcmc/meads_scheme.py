@@ -15,8 +15,8 @@ from numpyro_ensemble.mcmc.metric import SharedMetric, num_directions
 from numpyro_ensemble.mcmc.progress import Progress
 from numpyro_ensemble.mcmc.target import choose, per_chain
 
-_ACCEPTED = 0.9  # of the proposals, at least: 0.91 is best on the item response problem
-_GAIN = 0.1  # of the logarithm of the step size, for each step
+_ACCEPTED = 0.9  # lowest acceptance to aim at: 0.91 is best on the item response problem
+_GAIN = 0.1  # change of the log step size in an iteration, per unit of missing acceptance
 
 
 class Sums(NamedTuple):
@@ -35,12 +35,12 @@ class MEADSAdaptation(NamedTuple):
         scale: `(C, d)`, standard deviations of the unconstrained coordinates.
         damping: `(C,)`, alpha, the part of the momentum that each step renews.
         drift: `(C,)`, delta, how far each step moves the slice variable.
-        slot: `(C,)`, each chain's place in the folds: places are shuffled, and chains stay.
+        slot: `(C,)`, each chain's place in the folds. Slots are shuffled, the chains' order is not.
         progress: how far warm-up has come.
-        metric: the metric that all chains share, or None where it is the scale.
-        sums: of what draws are made with, over the last half of warm-up, or None.
-        log_shrinkage: `(C,)`, the same for all chains: of the step size, until enough is accepted;
-            or None.
+        metric: the metric that all chains share, or None if `scale` is the metric.
+        sums: sums over the last half of warm-up, for the parameters of draws, or None.
+        log_shrinkage: `(C,)`, logarithm of the factor that shrinks the step size until enough
+            proposals are accepted, the same for all chains; or None.
     """
 
     step_size: jax.Array
@@ -57,9 +57,9 @@ class MEADSAdaptation(NamedTuple):
 class Scheme(NamedTuple):
     """The constants of Algorithm 3 of Hoffman and Sountsov (2022), and its metric.
 
-    `plain` is the scheme as BlackJAX has it: draws are made with the last step's parameters, the
-    metric is renewed in every step of a window at the end, and the step size knows nothing of it
-    nor of what is accepted.
+    `plain` is BlackJAX's own scheme: draws are made with the last step's parameters, the metric is
+    renewed in every step of a window at the end of warm-up, and the step size depends neither on
+    the metric nor on acceptance.
     """
 
     num_folds: int = 4
@@ -98,14 +98,14 @@ def meads_step(
 
     Args:
         keys: `(S, C)`.
-        shuffle_key: for the folds.
+        shuffle_key: the key that shuffles the folds.
         chains: BlackJAX's state, with a leading chain axis and positions in rows.
         adaptation: the state of the scheme.
-        log_density: of one chain's row.
+        log_density: log density of one chain's row.
         scheme: its constants.
 
     Returns:
-        Chains, adaptation, the chains' energies, and what is known of the steps.
+        Chains, adaptation, the chains' energies, and statistics of the steps.
     """
     warming = adaptation.progress.warming
     counts = _counts(chains.logdensity, chains.position, scheme)
@@ -148,7 +148,7 @@ def meads_step(
 
 
 def _counts(log_density: jax.Array, rows: jax.Array, scheme: Scheme) -> jax.Array:
-    """Return which chains count in what is adapted."""
+    """Return which chains count in the adaptation."""
     if scheme.plain:
         return jnp.ones(len(rows), bool)
     return counted(log_density, rows.shape[1])
@@ -157,11 +157,11 @@ def _counts(log_density: jax.Array, rows: jax.Array, scheme: Scheme) -> jax.Arra
 def _shrunk(log_shrinkage: jax.Array, accept_prob: jax.Array, counts: jax.Array) -> jax.Array:
     """Return the shrinkage after a step with these acceptance probabilities.
 
-    The largest eigenvalue alone makes steps that are too long where there are many dimensions: at
-    160 or 1,000 of them 0.6 to 0.7 is accepted, and momentum is turned round too often.
+    In many dimensions the step size from the largest eigenvalue is too long. With 160 or 1,000
+    dimensions only 0.6 to 0.7 of the proposals are accepted, and momentum is reversed too often.
     """
     accepted = jnp.nan_to_num(accept_prob).mean(where=counts)
-    # no more can be accepted than 1, so that a fall without a bound would be slow to undo
+    # acceptance is 1 at most, so a rise is slow: a fall without a bound would take long to undo
     lacking = jnp.maximum(accepted - _ACCEPTED, _ACCEPTED - 1.0)
     return jnp.minimum(log_shrinkage + _GAIN * lacking, 0.0)
 
@@ -182,14 +182,14 @@ def _adapt(
     adaptation: MEADSAdaptation,
     scheme: Scheme,
 ) -> MEADSAdaptation:
-    """Set each fold's parameters: scale and step size from its left neighbour, damping its own."""
+    """Set each fold's scale and step size from its left neighbour, and its damping from itself."""
     order = _inverse(adaptation.slot)
     shape = (scheme.num_folds, -1, rows.shape[1])
     folds, gradients = rows[order].reshape(shape), slopes[order].reshape(shape)
     counting = in_folds(counts[order].reshape(scheme.num_folds, -1))
     where = counting[..., None]
     scales = folds.std(axis=1, where=where)
-    # lines 7 and 8: the step size, no more than 1, from the scaled gradients
+    # lines 7 and 8: the step size comes from the scaled gradients, and is at most 1
     metric = adaptation.metric
     folds = folds - folds.mean(axis=1, keepdims=True, where=where)
     whitened, scaled = folds / scales[:, None], gradients * scales[:, None]
@@ -206,7 +206,7 @@ def _adapt(
     if adaptation.log_shrinkage is not None:
         step_sizes = step_sizes * jnp.exp(adaptation.log_shrinkage[0])
     step_sizes, lent_scales = jnp.roll(step_sizes, 1), jnp.roll(scales, 1, axis=0)
-    # line 9: the damping, no less than the floor that falls with time
+    # line 9: the damping is at least the floor, which falls with time
     floor = scheme.damping_slowdown / ((adaptation.progress.iteration[0] + 1) * step_sizes)
     widest = jax.vmap(largest_eigenvalue)(whitened, counting)
     gamma = jnp.maximum(1.0 / jnp.sqrt(widest), floor)
@@ -222,7 +222,7 @@ def _adapt(
 
 
 def _end_step(key: jax.Array, adaptation: MEADSAdaptation, scheme: Scheme) -> MEADSAdaptation:
-    """Shuffle the folds every K steps, and settle the parameters after the last one."""
+    """Shuffle the folds every K steps, and fix the parameters after the last step of warm-up."""
     progress, slot = adaptation.progress, adaptation.slot
     num_chains = slot.size
     if scheme.num_folds > 1:
@@ -244,10 +244,10 @@ def _add(a: MEADSAdaptation, sums: Sums) -> Sums:
 
 
 def _settle(a: MEADSAdaptation) -> MEADSAdaptation:
-    """Choose what draws are made with.
+    """Choose the parameters that draws are made with.
 
-    The eigenvalue that one fold's gradients give is noisy, and steps that are too long are rejected
-    often, which turns the momentum round: one over the mean of eigenvalues is about the best step.
+    An eigenvalue of one fold's gradients is noisy. Steps that are too long are often rejected, and
+    a rejection reverses the momentum. The best step is about that of the mean eigenvalue.
     """
     step_size, scale, damping, drift = (x.mean(axis=0) for x in a[:4])
     if a.sums is not None:

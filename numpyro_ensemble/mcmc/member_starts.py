@@ -21,21 +21,20 @@ from numpyro_ensemble.mcmc.checks import check_scale
 from numpyro_ensemble.mcmc.target import Target
 
 _PROBES = 32  # random directions in which the curvature is measured
-_FLATTEST = 1e-4  # the least curvature of a mode that noise follows
+_FLATTEST = 1e-4  # smallest curvature that scales the noise
 
 
 class _Kind(NamedTuple):
-    """What a start is made from."""
+    """How a start is made."""
 
-    draws_guide: bool  # draws of a guide, or modes
+    draws_guide: bool  # from draws of a guide; False: from modes
     exact: bool  # without noise
 
 
 def chain_members(result: Any, num_chains: int | None = None) -> np.ndarray:
     """Return the number of the member that each chain of `from_ensemble` starts at.
 
-    Chain c starts at the member `c % E` of the E members that are finite; members keep their
-    numbers.
+    Chain c starts at member `c % E` of the E finite members. Members keep their numbers.
 
     Args:
         result: what the `run` of an `EnsembleMAP` or `EnsembleVI` returned.
@@ -80,14 +79,16 @@ def from_ensemble(
 ) -> dict[str, jax.Array]:
     """Start at the members of an ensemble of MAP or variational fits.
 
-    Chain c starts at member `c % E`, of those that are finite: at a draw of its guide, or at its
-    mode. Normal noise is added, scaled by the standard deviation of the guide or, at a mode, by
-    the curvature of the density. `chain_members` tells the member of each chain.
+    Chain c starts at member `c % E` of the E finite members: at a draw of the member's guide, or at
+    its mode. Normal noise is added. It is scaled by the standard deviation of the guide or, at a
+    mode, by the width of the density from its curvature. `chain_members` returns the member of each
+    chain.
 
     Args:
         rng_key: one key.
         runner: an `EnsembleMAP` or `EnsembleVI`.
-        result: what its `run` returned; members that are not finite are left out with a warning.
+        result: what the runner's `run` returned. Members that are not finite are left out with a
+            warning.
         *args: arguments of the model, those of the fit.
         num_chains: number of chains C to come.
         jitter: scale of the noise; None is 0.1 for draws of a guide and 1 for modes.
@@ -140,7 +141,7 @@ def from_ensemble(
 def _check_parameters(
     model: Callable, result: Any, chosen: np.ndarray, args: tuple, kwargs: dict
 ) -> None:
-    """Warn where members have fitted parameters, which chains keep at their initial values."""
+    """Warn if members have fitted parameters, which chains keep at their initial values."""
 
     def differs(initial: Any, fitted: Any) -> bool:
         # a weight with a prior has no initial value, and stays where it was in the fit
@@ -173,14 +174,14 @@ def _around(
     target: Target,
     kind: _Kind,
 ) -> Any:
-    """Unconstrain draws `(E, n, ...)`, and add noise to those that chains start at."""
+    """Unconstrain draws `(E, n, ...)`, and add noise to those at which chains start."""
     model, probe_key, *noise_keys = target.prepared(*call), *jax.random.split(key, 1 + len(draws))
 
     def free(values: Any) -> Any:
         return unconstrain_fn(model, *call, values)
 
     z = jax.vmap(jax.vmap(free))(draws)
-    if kind.exact:  # the curvature of a network takes longer to compile than all the rest
+    if kind.exact:  # without noise no curvature is needed, whose compilation takes longest
         return jax.tree.map(lambda x: x[chosen, place], z)
     if not kind.draws_guide:
         keys = jax.random.split(probe_key, jax.tree.leaves(z)[0].shape[0])
@@ -199,7 +200,7 @@ def _around(
 
 
 def _widths(log_density: Callable, key: jax.Array, z: Any) -> Any:
-    """Return how wide the density is along each coordinate, from its curvature there."""
+    """Return the width of the density along each coordinate, from its curvature at `z`."""
     row, unravel = ravel_pytree(z)
     gradient = jax.grad(lambda row: log_density(unravel(row)))
 
@@ -207,7 +208,7 @@ def _widths(log_density: Callable, key: jax.Array, z: Any) -> Any:
         direction = jax.random.rademacher(key, row.shape, row.dtype)
         return direction * jax.jvp(gradient, (row,), (direction,))[1]
 
-    # Hutchinson's estimate of the diagonal of the Hessian, no smaller than its error
+    # Hutchinson's estimate of the diagonal of the Hessian, at least its standard error
     probes = jax.vmap(probe)(jax.random.split(key, _PROBES))
     error = probes.std(axis=0) / _PROBES**0.5
     curvature = jnp.maximum(jnp.abs(probes.mean(axis=0)), error)

@@ -1,4 +1,4 @@
-"""A metric that all chains share, from the positions of all: dense, low-rank or diagonal.
+"""A metric that all chains share, estimated from all positions: dense, low-rank or diagonal.
 
 A kernel keeps a `SharedMetric` in its adaptation, calls `observe` in each iteration of warm-up, and
 gives `inverse_mass` to BlackJAX's steps, which take it for HMC and for microcanonical dynamics.
@@ -21,17 +21,17 @@ from numpyro_ensemble.mcmc.target import per_chain, shared
 
 METRICS = ("auto", "dense", "low_rank", "diagonal")
 _DIRECTIONS = 16  # of a low-rank metric: on the item response problem 16 do better than 160
-_DENSE, _LOW_RANK = 100, 1000  # dimensions that "auto" takes for dense and low-rank metrics at most
-_DIMENSIONS_PER_CHAIN = 8  # of more, directions are noise, and cost a third of the run
-_FORGETTING = 3.0  # how fast positions are forgotten: the metric is that of warm-up's last third
-_RENEWALS = 20  # of the directions in all of warm-up, at even distances, and a few at its start
-_POOLED_SIZE = 100  # with so many times as many coordinates, fewer positions are pooled
-_ITERATIONS_PER_DRAW = 10.0  # of a chain: so many positions tell as much as one draw
-_FLOOR = 1e-9  # of eigenvalues: those of chains that lie in a plane are 0, or less by rounding
+_DENSE, _LOW_RANK = 100, 1000  # "auto" is dense or low-rank for at most so many dimensions
+_DIMENSIONS_PER_CHAIN = 8  # with more, directions are noise, and cost a third of the run
+_FORGETTING = 3.0  # decay of early positions: the metric comes from the last third of warm-up
+_RENEWALS = 20  # estimates of the directions, evenly spread over warm-up; a few more at its start
+_POOLED_SIZE = 100  # positions of D coordinates are pooled in every (D // 100)-th iteration
+_ITERATIONS_PER_DRAW = 10.0  # positions of a chain that count as one draw
+_FLOOR = 1e-9  # of eigenvalues: they are 0 for chains in a plane, or negative by rounding
 
 
 def check_metric(metric: str | int) -> None:
-    """Raise where a metric is neither one of the names nor a number of directions."""
+    """Raise if a metric is neither one of the names nor a number of directions."""
     named = isinstance(metric, str) and metric in METRICS
     if not named and (isinstance(metric, bool | str) or not isinstance(metric, int) or metric < 1):
         names = ", ".join(map(repr, METRICS))
@@ -42,10 +42,11 @@ def check_metric(metric: str | int) -> None:
 
 
 def num_directions(metric: str | int, num_chains: int, size: int) -> int:
-    """Return how many directions a metric has in so many dimensions.
+    """Return how many directions a metric has in `size` dimensions.
 
-    A diagonal metric has none, as one dimension has, and a dense metric has all. "auto" is dense
-    for no more dimensions than chains, or 100; low-rank for no more than 8 a chain, or 1,000.
+    A diagonal metric has none, and a dense metric has all. In one dimension every metric is
+    diagonal. "auto" is dense if there are at most as many dimensions as chains, and at most 100.
+    Otherwise it is low-rank for at most 8 dimensions a chain, and at most 1,000; else diagonal.
     """
     if metric == "auto":
         within = size <= min(_DIMENSIONS_PER_CHAIN * num_chains, _LOW_RANK)
@@ -59,17 +60,17 @@ def num_directions(metric: str | int, num_chains: int, size: int) -> int:
 
 
 class SharedMetric(NamedTuple):
-    """A metric `diag(sigma) (I + U (diag(lam) - I) U^T) diag(sigma)`, and what it is made of.
+    """A metric `diag(sigma) (I + U (diag(lam) - I) U^T) diag(sigma)`, and its moments.
 
-    The k columns of U are directions: a diagonal metric has none, and a dense one d.
+    The k columns of U are directions. A diagonal metric has none, and a dense metric has d.
 
     Attributes:
-        sigma: `(C, d)`, the same for all chains, as are the eigenvalues.
+        sigma: `(C, d)`, the same for all chains.
         directions: `(C, ...)`, `U` of shape `(d, k)`, cut into C pieces.
-        eigenvalues: `(C, k)`, lam.
-        number: `(C,)`, how many positions are pooled, less what is forgotten.
-        pooled: `(C, ...)`, their mean and second moments, `(d + d * d)` or without directions
-            `(d + d)`, cut into C pieces.
+        eigenvalues: `(C, k)`, `lam`, the same for all chains.
+        number: `(C,)`, the effective number of pooled positions: early ones count less.
+        pooled: `(C, ...)`, the mean and the second moments of pooled positions, cut into C pieces:
+            `d + d * d` numbers, or `d + d` without directions.
     """
 
     sigma: jax.Array
@@ -80,7 +81,7 @@ class SharedMetric(NamedTuple):
 
     @classmethod
     def identity(cls, num_chains: int, size: int, rank: int, dtype: jnp.dtype) -> SharedMetric:
-        """Return the identity, with room for so many directions."""
+        """Return the identity, with room for `rank` directions."""
         sigma, eigenvalues = per_chain((jnp.ones(size, dtype), jnp.ones(rank, dtype)), num_chains)
         directions = _cut(jnp.eye(size, rank, dtype=dtype), num_chains)
         moments = jnp.zeros(size + size * (size if rank else 1), dtype)
@@ -96,12 +97,12 @@ class SharedMetric(NamedTuple):
 
     @classmethod
     def among(cls, rows: jax.Array, counts: jax.Array, metric: str | int) -> SharedMetric:
-        """Return the metric of that name of chains that have not moved, from those that count."""
+        """Return the metric called `metric` from the first positions of the chains that count."""
         return cls.start(with_stand_ins(rows, counts), num_directions(metric, *rows.shape))
 
     @property
     def inverse_mass(self) -> LowRankInverseMassMatrix:
-        """What BlackJAX's steps take as `inverse_mass_matrix`."""
+        """The value that BlackJAX's steps take as `inverse_mass_matrix`."""
         sigma, eigenvalues = shared((self.sigma, self.eigenvalues))
         shape = sigma.size, eigenvalues.size
         return LowRankInverseMassMatrix(sigma, _joined(self.directions, shape), eigenvalues)
@@ -109,9 +110,9 @@ class SharedMetric(NamedTuple):
     def observe(self, rows: jax.Array, progress: Progress) -> SharedMetric:
         """Pool positions `(C, d)` of an iteration of warm-up, and renew the metric now and then.
 
-        Earlier positions are forgotten: what is pooled after t iterations weighs an iteration s by
-        `(s / t)**3`. The directions of many coordinates take longer than many steps, and a metric
-        that stays lets the step size settle.
+        Early positions are forgotten: after t iterations, those of iteration s have the weight
+        `(s / t)**3`. The directions are renewed only now and then, since in many dimensions their
+        computation takes longer than many steps, and the step size settles while the metric stays.
         """
         rank, size = self.eigenvalues.shape[1], rows.shape[1]
         iteration, every = progress.iteration[0], max(1, size // _POOLED_SIZE) if rank else 1
@@ -131,9 +132,9 @@ class SharedMetric(NamedTuple):
     def observe_as_blackjax(
         self, rows: jax.Array, progress: Progress, window_fraction: float
     ) -> SharedMetric:
-        """Do the same as BlackJAX's MEADS, which forgets nothing and shrinks nothing.
+        """Pool positions as BlackJAX's MEADS does, without forgetting and without shrinkage.
 
-        It pools from a part of warm-up on, and has no directions while that is too little.
+        It begins after a part of warm-up, and has no directions while there are too few positions.
         """
         size, rank = rows.shape[1], self.eigenvalues.shape[1]
         inside = progress.iteration[0] >= jnp.floor(window_fraction * progress.total)
@@ -144,7 +145,7 @@ class SharedMetric(NamedTuple):
             eye = jnp.eye(size, rank, dtype=rows.dtype)
             return LowRankInverseMassMatrix(rows.std(axis=0), eye, jnp.ones(rank, rows.dtype))
 
-        with jax.numpy_rank_promotion("allow"):  # BlackJAX does, whatever the user's setting
+        with jax.numpy_rank_promotion("allow"):  # BlackJAX needs it, whatever the user's setting
             metric = jax.lax.cond(
                 inside & (block.count >= 2 * size),
                 lambda: sample_covariance_eigh_low_rank(block.m2, block.count, rank),
@@ -155,7 +156,7 @@ class SharedMetric(NamedTuple):
     def whiten(self, positions: jax.Array) -> jax.Array:
         """Return positions `(..., d)` in the coordinates in which the metric is the identity.
 
-        Take their mean away before: what is left of large numbers is rounded.
+        Subtract the positions' mean before: large numbers would be rounded.
         """
         sigma, directions, eigenvalues = self.inverse_mass
         scaled = positions / jnp.broadcast_to(sigma, positions.shape)
@@ -168,10 +169,10 @@ class SharedMetric(NamedTuple):
         return stretched * jnp.broadcast_to(sigma, positions.shape)
 
     def whiten_as_blackjax(self, positions: jax.Array) -> jax.Array:
-        """Do the same as BlackJAX's MEADS, where sigma divides last.
+        """Whiten as BlackJAX's MEADS does, which divides by sigma last.
 
-        That is right only where sigma is the same for all coordinates. Elsewhere the damping is far
-        too low, and energies stay.
+        This is right only if sigma is the same for all coordinates. Otherwise the damping is far
+        too low, and energies hardly change.
         """
         sigma, directions, eigenvalues = self.inverse_mass
         turned = _stretched(positions, directions, eigenvalues**-0.5)
@@ -184,7 +185,7 @@ class SharedMetric(NamedTuple):
         return _stretched(scaled, directions, eigenvalues**0.5)
 
     def first_step_size(self, gradients: jax.Array, counts: jax.Array) -> jax.Array:
-        """Return the step size of HMC that the gradients `(C, d)` of chains that count suggest."""
+        """Return the step size for HMC, from the gradients `(C, d)` of the chains that count."""
         steepest = largest_eigenvalue(self.whiten_gradients(gradients), counts)
         return jnp.minimum(0.5 / jnp.sqrt(steepest), 1.0)
 
@@ -195,13 +196,13 @@ class SharedMetric(NamedTuple):
         return MomentBlock(self.number[0], moments[:size], moments[size:].reshape(shape))
 
     def _pool(self, block: MomentBlock, rows: jax.Array, kept: jax.Array) -> MomentBlock:
-        """Return the moments with those of more positions, when a part of what was is kept."""
+        """Return the moments after adding positions; earlier ones are multiplied by `kept`."""
         block = block._replace(count=kept * block.count, m2=kept * block.m2)
         with jax.numpy_rank_promotion("allow"):
             return cgl_update_batch(block, rows)
 
     def _estimate(self, block: MomentBlock, every: int) -> LowRankInverseMassMatrix:
-        """Return the metric of what is pooled of each so many-th iteration."""
+        """Return the metric of the pooled positions, which come from every `every`-th iteration."""
         (num_chains, size), rank = self.sigma.shape, self.eigenvalues.shape[1]
         if not rank:
             sigma = jnp.sqrt(block.m2 / jnp.maximum(block.count, 1.0))
@@ -212,7 +213,7 @@ class SharedMetric(NamedTuple):
         sigma, directions, eigenvalues = all_of_them
         later = jnp.maximum(block.count - num_chains, 0.0)
         draws = num_chains + later * min(1.0, every / _ITERATIONS_PER_DRAW)
-        # directions without a column of their own share the mean of their eigenvalues
+        # directions that are not among the k share the mean of their eigenvalues
         rest = jnp.sort(eigenvalues)[: size - rank].mean() if rank < size else 1.0
         rest = jnp.maximum(rest, _floor(sigma.dtype))
         eigenvalues = shrunk_eigenvalues(eigenvalues / rest, size / draws)
@@ -236,15 +237,15 @@ class SharedMetric(NamedTuple):
 
 
 def shrunk_eigenvalues(eigenvalues: jax.Array, ratio: jax.Array) -> jax.Array:
-    """Return what is known of a correlation matrix's eigenvalues from those of a sample.
+    """Estimate a correlation matrix's eigenvalues from those of a sample.
 
-    Those that noise alone would give, in the band of Marchenko and Pastur, become 1. The others are
-    moved to where they are likely to be: the sample has `l + ratio * l / (l - 1)` where an
-    eigenvalue is l, if most others are 1 (Donoho, Gavish and Johnstone, 2018, of spiked models).
+    Eigenvalues that noise alone would give become 1: those in the band of Marchenko and Pastur. The
+    others are corrected. If most eigenvalues are 1 and one is l, the sample has
+    `l + ratio * l / (l - 1)` (Donoho, Gavish and Johnstone, 2018, on spiked models).
 
     Args:
-        eigenvalues: of a sample.
-        ratio: dimensions for each draw.
+        eigenvalues: eigenvalues of the sample's correlation matrix.
+        ratio: number of dimensions over number of draws.
     """
     sampled = jnp.maximum(eigenvalues, _floor(eigenvalues.dtype))
     centre = sampled + 1.0 - ratio
@@ -265,7 +266,7 @@ def _stretched(rows: jax.Array, directions: jax.Array, factors: jax.Array) -> ja
 
 
 def _cut(values: jax.Array, num_chains: int) -> jax.Array:
-    """Cut values into as many pieces as there are chains: no chain needs a copy of them all."""
+    """Cut values into one piece for each chain, so that no chain holds a copy of all values."""
     length = -(-values.size // num_chains)
     padding = length * num_chains - values.size
     return jnp.pad(values.ravel(), (0, padding)).reshape(num_chains, length)

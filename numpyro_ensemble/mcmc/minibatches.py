@@ -1,4 +1,4 @@
-"""The density of some rows of a model's plates, which kernels of stochastic gradients follow."""
+"""The log density of some rows of a model's plates, for kernels with stochastic gradients."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ _FOLLOW = (
     "Its data must follow the plate, by numpyro.subsample(y, event_dim=0) or by the indices that "
     "the plate gives: with numpyro.plate(...) as rows: y[rows]."
 )
-_START_ROWS = 1000  # that starts see at least: 10 latents are known to a tenth of their scale or so
+_START_ROWS = 1000  # fewest rows of starts: they determine 10 latents to about .1 of their scale
 
 BatchSize = int | Mapping[str, int] | None
 
 
 def check_batch_size(batch_size: Any) -> None:
-    """Raise where a batch size is neither None, nor a number, nor numbers by plate."""
+    """Raise if a batch size is neither None, nor a number, nor a dict of numbers by plate."""
     if isinstance(batch_size, Mapping):
         for name, number in batch_size.items():
             check_count(f"batch_size[{name!r}]", number)
@@ -34,33 +34,34 @@ def check_batch_size(batch_size: Any) -> None:
 
 
 def drawn_rows(key: jax.Array, size: int, number: int) -> jax.Array:
-    """Draw some of so many rows, each equally likely, one of each of `number` equal strata.
+    """Draw one row of each of `number` strata of `size` rows. Each row is equally likely.
 
-    The strata of rows in no order have the variance of a draw without replacement, and of rows
-    that are sorted less. NumPyro's draw takes a time that is proportional to `size`.
+    The variance is that of a draw without replacement if the rows are in random order, and smaller
+    if they are sorted. NumPyro's draw takes a time proportional to `size`.
     """
     return rows_at(jax.random.randint(key, (number,), 0, size), size)
 
 
 def rows_at(places: jax.Array, size: int) -> jax.Array:
-    """Return the row at a place of each stratum: of `size` places, a row has one for each draw.
+    """Return one row of each stratum, from `places` (0 to `size - 1`). A row has `number` places.
 
-    Where strata share a row, both may draw it.
+    If two strata share a row, both may draw it.
     """
     number = places.shape[0]
-    first, rest = np.divmod(np.arange(number) * size, number)  # b * size / number: where b begins
+    # stratum b begins at b * size / number
+    first, rest = np.divmod(np.arange(number) * size, number)
     return jnp.asarray(first) + (jnp.asarray(rest) + places) // number
 
 
 class Rows(Messenger):
-    """Give plates that take some of their rows those that a key draws, or all of them.
+    """A handler that sets the rows of subsampled plates: rows drawn by a key, or all rows.
 
     Args:
         fn: the model.
-        batch_size: how many rows: None for those that the model takes, a number for all plates that
-            take some, or numbers by the names of plates.
+        batch_size: number of rows: None for the model's own `subsample_size`, a number for all
+            subsampled plates, or a dict of numbers by the names of plates.
         key: a key, or None for all rows.
-        fewest: how many rows are drawn at least, where a plate has as many.
+        fewest: smallest number of rows, if the plate has so many.
     """
 
     def __init__(
@@ -70,13 +71,13 @@ class Rows(Messenger):
         super().__init__(fn)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the model with arrays of JAX, which alone can be indexed by rows that are drawn."""
+        """Call the model with JAX arrays: NumPy's cannot be indexed by traced rows."""
         with jax.ensure_compile_time_eval():
             args, kwargs = jax.tree.map(_as_jax, (args, kwargs))
         return super().__call__(*args, **kwargs)
 
     def process_message(self, msg: dict[str, Any]) -> None:
-        """Set the rows of a plate: the same for plates of one name."""
+        """Set the rows of a plate. Plates of the same name have the same rows."""
         if msg["type"] != "plate":
             return
         name, (size, asked) = msg["name"], msg["args"]
@@ -107,7 +108,7 @@ def _as_jax(leaf: Any) -> Any:
 
 
 class _AtFixedRows:
-    """A model whose plates take rows that are always the same."""
+    """A model whose subsampled plates always take the same rows."""
 
     def __init__(self, model: Callable, batch_size: BatchSize, fewest: int = 0) -> None:
         self.model, self.batch_size, self.fewest = model, batch_size, fewest
@@ -118,9 +119,9 @@ class _AtFixedRows:
 
 
 class MinibatchTarget(Target):
-    """A model of which some rows are seen at a time.
+    """A model whose log density can be computed on some rows.
 
-    What `Target` has is the density of 1,000 rows that are always the same: it is for starts.
+    The methods of `Target` use 1,000 fixed rows, and serve the search for starts.
     """
 
     def __init__(self, model: Callable, batch_size: BatchSize, init_strategy: Callable) -> None:
@@ -132,9 +133,9 @@ class MinibatchTarget(Target):
         return with_values(_AtFixedRows(self._whole, self.batch_size, _START_ROWS), fixed)
 
     def density_of_rows(self, args: tuple, kwargs: dict) -> Callable[[Any, Any], jax.Array]:
-        """Return the log density over unconstrained values and a key: None is for all rows.
+        """Return the log density as a function of unconstrained values and a key (None: all rows).
 
-        Its mean over keys is the log density of all rows, and so is that of its gradient.
+        The mean over keys is the log density of all rows. The same holds for the gradient.
         """
         fixed, sums = self._settled(args, kwargs)
 
@@ -145,7 +146,8 @@ class MinibatchTarget(Target):
         return density
 
     def _sites(self, args: tuple, kwargs: dict) -> dict[str, Site]:
-        model_sites(_AtFixedRows(self._whole, None), args, kwargs)  # whose errors are its own
+        # raise errors that batch_size did not cause
+        model_sites(_AtFixedRows(self._whole, None), args, kwargs)
         try:
             sites = super()._sites(args, kwargs)
             whole = model_sites(Rows(self._whole, self.batch_size, None), args, kwargs)
@@ -169,10 +171,11 @@ class MinibatchTarget(Target):
         return sites
 
     def _check_plates(self, sites: Mapping[str, Site]) -> None:
-        """Raise a ValueError for plates that do not take some of their rows, or that hold latents.
+        """Check the model's plates.
 
         Raises:
-            ValueError: also where a site of one row has all rows for its data.
+            ValueError: if no plate is subsampled, if a subsampled plate holds latents, or if a site
+                inside it has the data of all rows.
         """
         plates = {name: site for name, site in sites.items() if site.kind == "plate"}
         asked = self.batch_size if isinstance(self.batch_size, Mapping) else {}
@@ -208,7 +211,7 @@ class MinibatchTarget(Target):
 
 
 def _check_inside(site: Site, plate: Site) -> None:
-    """Raise a ValueError for a site that cannot be in a plate of which some rows are taken."""
+    """Raise a ValueError for a site that cannot be inside a subsampled plate."""
     taken, rows = plate.shape[0], plate.drawn_from or 0
     if site.kind in ("latent", "discrete"):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""What a finished run shows: chains that stood still or did not mix, and errors of the energy."""
+"""Checks at the end of a run: chains that did not move or mix, and errors of the energy."""
 
 from __future__ import annotations
 
@@ -22,31 +22,31 @@ from numpyro_ensemble.mcmc.diagnostics import (
 
 _FEWEST_ALONE = 20  # draws of a chain that is judged alone
 _FEWEST_DRAWS = 10  # a chain that accepts 0.8 of its proposals rejects 9 in a row once in 2 million
-_MIXED = 1.05  # R-hat of 20 effective draws a chain, 1,280 of 64 chains
-_SHORTNESS = 1.5  # over the draws in half a chain: what short chains of good draws may have more
-_HARDLY = 0.01  # of the width of all draws
-_BLOCK = 4_000_000  # numbers that are taken to double precision at once
+_MIXED = 1.05  # R-hat of 20 effective draws a chain, or 1,280 of 64 chains
+_SHORTNESS = 1.5  # the limit rises by this over the draws in half a chain, for short good chains
+_HARDLY = 0.01  # a chain that moves by less than this part of the width of all draws hardly moves
+_BLOCK = 4_000_000  # numbers that are converted to double precision at once
 
-_ENERGY = 1.5  # times the energy error that was asked for: short runs know theirs no better
+_ENERGY = 1.5  # times the desired energy error, for a warning: short runs know it no better
 
-_parted = ContextVar("_parted", default=False)  # whether `MCMC.run` makes a part of a run
+_parted = ContextVar("_parted", default=False)  # whether `MCMC.run` makes part of a run
 
 
 class Advice(NamedTuple):
-    """Whose draws are collected, and what to try, in this order, where they are no good."""
+    """The kernel of the collected draws, and what to try, in this order, if they are bad."""
 
     kernel: str
-    latents: tuple[str, ...]  # none: all that is collected
+    latents: tuple[str, ...]  # empty: everything that is collected
     unmixed: str  # for chains that have not mixed
     frozen: str  # for chains that did not move
-    alone: bool = False  # whether each chain may have a mode of its own, and is judged alone
+    alone: bool = False  # whether each chain may stay in its own mode, and is judged alone
 
 
 class CollectedDraws(dict):
-    """The draws by site that `MCMC` collects: checked, and made a plain dictionary, at a run's end.
+    """The draws by site that `MCMC` collects. The end of a run checks them and makes a plain dict.
 
-    `MCMC` calls nothing of a kernel when a run has ended. But the last that it does is to swap the
-    axes of what it collected, by `jax.tree.map`, which builds this dictionary from all draws.
+    `MCMC` calls no method of a kernel at the end of a run. But its last step swaps the axes of the
+    collected values by `jax.tree.map`, which builds this dictionary from all draws.
     """
 
     def __init__(self, draws: Any, advice: Any) -> None:
@@ -54,11 +54,11 @@ class CollectedDraws(dict):
         self.advice = advice
 
     def copy(self) -> CollectedDraws:
-        """Return a copy of the same kind: `MCMC` leaves sites out of one."""
+        """Return a copy of the same type: `MCMC` removes sites from a copy."""
         return CollectedDraws(self, self.advice)
 
     def check(self) -> None:
-        """Warn of what all draws show."""
+        """Check the draws, and warn if chains did not move or mix."""
         check_mixing(self, self.advice)
 
     def plain(self) -> Any:
@@ -67,7 +67,7 @@ class CollectedDraws(dict):
 
 
 class _Whole(CollectedDraws):
-    """Draws that are no dictionary, of a `potential_fn`, under one key."""
+    """Draws of a `potential_fn`, which are no dictionary, stored under one key."""
 
     def plain(self) -> Any:
         """Return the draws as users see them."""
@@ -129,7 +129,7 @@ for _kind in (CollectedDraws, _Whole, CollectedEnergy):
 
 
 def run_unchecked(mcmc: MCMC, *args: Any, **kwargs: Any) -> None:
-    """Call `mcmc.run` for a part of a run, whose draws are checked with the others: `finished`."""
+    """Call `mcmc.run` for a part of a run. `finished` checks the draws of all parts later."""
     token = _parted.set(True)
     try:
         mcmc.run(*args, **kwargs)
@@ -138,7 +138,7 @@ def run_unchecked(mcmc: MCMC, *args: Any, **kwargs: Any) -> None:
 
 
 def finished(collected: dict[str, Any]) -> dict[str, Any]:
-    """Check draws that are put together from parts of a run, and make them plain."""
+    """Check draws that were joined from parts of a run, and make plain dicts of them."""
 
     def plain(draws: Any) -> Any:
         if not isinstance(draws, CollectedDraws):
@@ -150,22 +150,23 @@ def finished(collected: dict[str, Any]) -> dict[str, Any]:
 
 
 class _Seen(NamedTuple):
-    """What draws of all latents show: of chains `(C,)`, and R-hat of each latent value."""
+    """Statistics of the draws of all latents: of each chain `(C,)`, and R-hat of each value."""
 
     num_draws: int
-    varies: bool  # whether any two draws differ: zeros are what is collected of nothing
-    moved: np.ndarray
-    walked: np.ndarray  # whether a chain moved by more than next to nothing
-    rhat: np.ndarray  # (k,), or (C, k) of chains that are judged alone
-    name: Callable[[int], str]  # of a latent value
+    varies: bool  # whether any two draws differ; without draws, zeros are collected
+    moved: np.ndarray  # whether each chain moved at all
+    # whether each chain moved by a hundredth of the width of all draws, or at all if judged alone
+    walked: np.ndarray
+    rhat: np.ndarray  # (k,), or (C, k) if chains are judged alone
+    name: Callable[[int], str]  # returns the name of a latent value
 
 
 def check_mixing(draws: dict[str, Any], advice: Advice) -> None:
-    """Warn where chains stood still, or else where they have not mixed.
+    """Warn if chains did not move or, if all moved, if they have not mixed.
 
     Args:
-        draws: by site, `(C, N, ...)`.
-        advice: whose they are.
+        draws: draws by site, `(C, N, ...)`.
+        advice: the kernel of the draws, and what to try.
     """
     seen = _look_at(
         {name: draws[name] for name in advice.latents or draws if name in draws}, advice
@@ -187,7 +188,7 @@ def check_mixing(draws: dict[str, Any], advice: Advice) -> None:
 
 
 def _look_at(latents: dict[str, Any], advice: Advice) -> _Seen | None:
-    """Return what draws show, None of none or of too few."""
+    """Return statistics of the draws, or None if there are no draws or too few."""
     varies, moved, walked = False, np.array(False), np.array(False)
     rhats, names = [], []
     fewest = _FEWEST_ALONE if advice.alone else _FEWEST_DRAWS
@@ -214,14 +215,14 @@ def _look_at(latents: dict[str, Any], advice: Advice) -> _Seen | None:
 
 
 def _largest(seen: _Seen) -> str:
-    """Return the largest R-hat and whose it is."""
+    """Return a text with the largest R-hat and the name of its latent."""
     place = np.unravel_index(int(np.argmax(seen.rhat)), seen.rhat.shape)
     chain = f" of chain {place[0]}" if len(place) > 1 else ""
     return f"R-hat is up to {seen.rhat[place]:.3g}, at {seen.name(int(place[-1]))}{chain}"
 
 
 def _unmixed(seen: _Seen, advice: Advice) -> str:
-    """Return what is wrong with chains that have not mixed, or nothing."""
+    """Return the message about chains that have not mixed, or "" if they have."""
     half = seen.num_draws // 2
     limit = limit_alone(seen.rhat.size, half) if advice.alone else _MIXED + _SHORTNESS / half
     over = seen.rhat > limit
@@ -262,6 +263,6 @@ def _blocks(draws: dict[str, Any]) -> Iterator[tuple[Any, np.ndarray]]:
 
 
 def _walked(draws: np.ndarray) -> np.ndarray:
-    """Return which chains moved, by a hundredth of the width of all draws `(C, N, k)` or more."""
+    """Return which chains moved by at least a hundredth of the width of all draws `(C, N, k)`."""
     distance = draws.max(axis=1) - draws.min(axis=1)
     return ((distance > 0.0) & (distance >= _HARDLY * median_and_width(draws)[1])).any(axis=1)

@@ -1,4 +1,4 @@
-"""Multi-path Pathfinder: draws of all paths, weighed as draws of their mixture, and refitted."""
+"""Multi-path Pathfinder: draws of all paths, weighted as draws of their mixture, and refits."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from numpyro_ensemble.mcmc.paths import (
 )
 from numpyro_ensemble.results import LEAST_DRAWS, SAME_RATIOS
 
-_FREEDOM = 5  # of the refits: a tail that is heavier than most posteriors'
-_DRAWS_PER_DIMENSION = 10  # below so many a refit's covariance is noise
-_LEAST_PART = 0.1  # effective draws for each dimension, below which a refit is not worth its draws
-_ENOUGH = 0.5  # effective draws, of those of one round, that need no further round
+_FREEDOM = 5  # degrees of freedom of the refits: heavier tails than most posteriors have
+_DRAWS_PER_DIMENSION = 10  # with fewer draws a refit's covariance is noise
+_LEAST_PART = 0.1  # effective draws per dimension: with fewer there is no further refit
+_ENOUGH = 0.5  # with this part of one round's draws effective, no further round is made
 
 
 class Settings(NamedTuple):
-    """How paths are searched and draws are made: all that a program depends on."""
+    """Settings of the search for paths and of the draws. A compiled program depends on them."""
 
     history: int = 6
     num_elbo_draws: int = 10
@@ -46,8 +46,8 @@ class Pool(NamedTuple):
     Attributes:
         points: `(N, D)`.
         log_weights: `(N,)`, importance weights smoothed by PSIS, which add up to 1.
-        pareto_k: shape of the tail of the importance ratios.
-        path: `(N,)`, the path that each draw is from, -1 for draws of refits.
+        pareto_k: shape parameter of the tail of the importance ratios.
+        path: `(N,)`, the number of each draw's path, -1 for draws of refits.
     """
 
     points: jax.Array
@@ -57,7 +57,7 @@ class Pool(NamedTuple):
 
 
 class _Refit(NamedTuple):
-    """A multivariate t distribution: its location, and the root of its scale."""
+    """A multivariate t distribution: its location, and the Cholesky factor of its scale."""
 
     mean: jax.Array
     root: jax.Array
@@ -69,11 +69,12 @@ def pathfind(
     """Return the paths from starts `(P, D)`, the best approximation on each, and draws.
 
     Args:
-        log_density: of one point `(D,)`.
+        log_density: log density of one point `(D,)`.
         key: one key.
-        starts: where the searches begin.
-        num_draws: number of draws in each round, of which the refits make one each.
-        settings: how they are made.
+        starts: first points of the searches.
+        num_draws: number of draws in each round. The first round draws from the paths, and each
+            refit makes one more.
+        settings: settings of searches and draws.
     """
     paths = search(log_density, starts, settings.history, settings.max_steps)
     normal_key, pool_key = jax.random.split(key)
@@ -81,24 +82,24 @@ def pathfind(
     along = (paths.points, paths.gradients, paths.length)
     shape = (len(starts), settings.num_elbo_draws, starts.shape[1])
     noise = normal_numbers(normal_key, shape, paths.points.dtype)
-    # one after the other on CPUs, where XLA can stop for good on many factorisations at once
+    # one after the other on CPUs, where XLA can hang on many factorisations at once
     over = lax.map if platform_of() == "cpu" else lambda fn, xs: jax.vmap(fn)(xs)
     normals = over(lambda pair: best(*pair), (along, noise))
     return paths, normals, _pool(log_density, pool_key, normals, num_draws, settings.num_refits)
 
 
 class _Rounds(NamedTuple):
-    """Draws of T rounds, of which those to come are empty; the first round is that of the paths."""
+    """Draws of T rounds: the first is from the paths, and rounds not yet made are empty."""
 
     points: jax.Array  # (T + 1, N, D)
     log_p: jax.Array  # (T, N)
-    log_q: jax.Array  # (T + 1, T, N), of the distribution of each round at the draws of each
-    refits: _Refit  # (T + 1, ...), of each round, the first of which is none
-    done: jax.Array  # number of rounds that there have been
-    effective: jax.Array  # number of draws of these, by their weights
+    log_q: jax.Array  # (T + 1, T, N), log density of each round's distribution at all draws
+    refits: _Refit  # (T + 1, ...), distribution of each round; that of the first is unused
+    done: jax.Array  # number of rounds made
+    effective: jax.Array  # number of effective draws of these rounds, by their weights
 
     def log_ratios(self) -> jax.Array:
-        """Return `(T, N)`, with the rounds so far weighed as draws of their equal mixture."""
+        """Return log importance ratios `(T, N)`: the rounds so far are an equal mixture."""
         rounds = jnp.arange(len(self.log_p))
         there = jnp.append(rounds < self.done, False)[:, None, None]
         log_q = jax.nn.logsumexp(jnp.where(there, self.log_q, -jnp.inf), axis=0)
@@ -108,7 +109,7 @@ class _Rounds(NamedTuple):
 
 
 def _no_rounds(first: jax.Array, num_rounds: int) -> _Rounds:
-    """Return room for so many rounds, and draws `(N, D)` for the first one."""
+    """Return room for `num_rounds` rounds, with the draws `(N, D)` of the first one."""
     (total, size), dtype, room = first.shape, first.dtype, num_rounds + 1
     identity = jnp.tile(jnp.eye(size, dtype=dtype), (room, 1, 1))
     return _Rounds(
@@ -124,15 +125,15 @@ def _no_rounds(first: jax.Array, num_rounds: int) -> _Rounds:
 def _pool(
     log_density: Callable, key: jax.Array, normals: Normal, num_draws: int, num_refits: int
 ) -> Pool:
-    """Draw from the approximations, and in further rounds from what the weighted draws look like.
+    """Draw from the approximations, and in further rounds from fits to the weighted draws.
 
-    The draws of all rounds are weighed as draws of the equal mixture of all rounds (Cornuet et al.
+    The draws of all rounds are weighted as draws of the equal mixture of all rounds (Cornuet et al.
     2012, "Adaptive multiple importance sampling").
     """
     num_paths, size = normals.mean.shape
     each = max(-(-num_draws // num_paths), -(-LEAST_DRAWS // num_paths))
     total, dtype = each * num_paths, normals.mean.dtype
-    # the places of paths that have no approximation are shared out among the others
+    # paths with an approximation also make the draws of paths without one
     good = jnp.isfinite(normals.elbo)
     owner = jnp.argsort(~good, stable=True)[jnp.arange(num_paths) % jnp.maximum(good.sum(), 1)]
     taken = jax.tree.map(lambda leaf: leaf[owner], normals)
@@ -163,19 +164,19 @@ def _pool(
         )
 
     def unfinished(rounds: _Rounds) -> jax.Array:
-        # too few draws that own the weight do not know the shape of D dimensions
+        # if a few draws hold all the weight, they cannot estimate a shape in D dimensions
         useful = (rounds.effective >= _LEAST_PART * size) & (rounds.effective < _ENOUGH * total)
         return (rounds.done < num_rounds) & ((rounds.done == 0) | useful)
 
     rounds = _no_rounds(first, num_rounds)
     rounds = lax.while_loop(unfinished, add_round, rounds)
-    # rounds that were left out weigh nothing: the tail is as long as that of one round's draws
+    # rounds that were not made have no weight: the tail's length is that of one round's draws
     tail = min(int(3.0 * total**0.5), total // 5) + 0.5
     ratios = rounds.log_ratios().reshape(-1)
     log_weights, k = psis_weights(ratios, r_eff=len(ratios) * (3.0 / tail) ** 2)
     known = ratios > jnp.finfo(dtype).min / 8  # the others had no finite ratio
     spread = ratios.max() - jnp.nanmedian(jnp.where(known, ratios, jnp.nan))
-    # ratios that are all the same have no tail: the approximation is the posterior
+    # if all ratios are equal there is no tail, and the approximation is the posterior
     k = jnp.where(jnp.isnan(k), jnp.where(spread < SAME_RATIOS, 0.0, jnp.inf), k)
     k = jnp.where(known.any(), k, jnp.inf)
     path = jnp.full(num_rounds * total, -1).at[:total].set(jnp.repeat(owner, each))
@@ -183,11 +184,11 @@ def _pool(
 
 
 def _refitted(rounds: _Rounds) -> tuple[_Refit, jax.Array]:
-    """Return a t distribution of the mean and the covariance that the weighted draws have.
+    """Return a t distribution with the mean and the covariance of the weighted draws.
 
-    But for a part ESS / (ESS + D), these are those of the draws without weights. Weights are cut
-    at the root of the number of draws times their mean (Ionides 2008, "Truncated importance
-    sampling").
+    The weights are mixed with equal weights: the part of the former is ESS / (ESS + D). Before,
+    weights are cut at their mean times the square root of the number of draws (Ionides 2008,
+    "Truncated importance sampling").
 
     Returns:
         The distribution, and the number of effective draws (ESS).
@@ -204,13 +205,13 @@ def _refitted(rounds: _Rounds) -> tuple[_Refit, jax.Array]:
     mean = weights @ points
     centred = points - mean[None]
     covariance = (weights[:, None] * centred).T @ centred
-    # factored in units of the standard deviations, a little apart from singular
+    # factored in units of the standard deviations, with a little added to the diagonal
     sd = jnp.sqrt(jnp.diagonal(covariance))
     near = 10 * size * jnp.finfo(points.dtype).eps
     unit = covariance / (sd[:, None] * sd[None, :]) + near * jnp.eye(size, dtype=points.dtype)
     root = jnp.linalg.cholesky(unit * ((_FREEDOM - 2) / _FREEDOM)) * sd[:, None]
     usable = jnp.isfinite(root).all() & (sd > 0).all()
-    return _Refit(mean, root), jnp.where(usable, effective, 0.0)  # or it is the last round
+    return _Refit(mean, root), jnp.where(usable, effective, 0.0)  # with 0 this is the last round
 
 
 def _draw_refit(refit: _Refit, noise: jax.Array) -> jax.Array:
@@ -229,14 +230,14 @@ def _log_density_of_refit(refit: _Refit, points: jax.Array) -> jax.Array:
 
 
 def normal_numbers(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-    """Return standard normal numbers, drawn in a row: of three axes XLA compiles 4 s, not 0.4."""
+    """Return standard normal numbers, drawn as one axis: XLA compiles 0.4 s, for three axes 4 s."""
     return jax.random.normal(key, (prod(shape),), dtype).reshape(shape)
 
 
 def choose(key: jax.Array, log_weights: jax.Array, number: int, *, replace: bool) -> jax.Array:
-    """Return the places of draws that are chosen by weight.
+    """Choose draws by weight, and return their indices.
 
-    Without replacement no draw is chosen twice, as chains that start there must differ.
+    Without replacement no draw is chosen twice: chains that start at draws must differ.
     """
     if replace:
         return jax.random.choice(key, len(log_weights), (number,), p=jnp.exp(log_weights))

@@ -1,4 +1,4 @@
-"""Pathfinder: the ways of L-BFGS to the modes, and the best normal approximation on each."""
+"""Pathfinder: the paths of L-BFGS to the modes, and the best normal approximation on each."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from jax.scipy.linalg import solve_triangular
 
 from numpyro_ensemble.fit.minimisers import Minimiser, MinimiserState, default_minimiser
 
-_TOLERANCE = 1e-4  # of a search: with 1e-6 paths are a third longer, and no approximation better
+_TOLERANCE = 1e-4  # of a search: with 1e-6, paths are a third longer without better approximations
 
 
 class PathState(NamedTuple):
-    """A `MinimiserState` with loss and gradient at its point, and the number of points so far."""
+    """A `MinimiserState` with loss and gradient at `point`, and the number of accepted points."""
 
     params: Any
     point: jax.Array
@@ -29,14 +29,14 @@ class PathState(NamedTuple):
 
 
 class PathMinimiser(Minimiser):
-    """An L-BFGS whose state shows the gradient that it has evaluated."""
+    """An L-BFGS whose state holds the gradient at its point."""
 
     def _begin(self, params: Any) -> Any:
         begun = super()._begin(params)
         return PathState(*begun, jnp.zeros_like(begun.point), jnp.asarray(0))
 
     def noted(self, new: MinimiserState, solver: Any) -> Any:
-        """Return the state after a step, with loss and gradient at the point that it came to."""
+        """Return the state after a step, with loss and gradient at the new point."""
         # the states of optimistix's quasi-Newton solvers have these fields
         found, accepted = solver.f_info, solver.num_accepted_steps
         new = new._replace(loss=found.f)
@@ -47,11 +47,11 @@ class Paths(NamedTuple):
     """The points that P searches have accepted.
 
     Attributes:
-        points: `(P, L, D)`, of which the first `length` count.
-        gradients: `(P, L, D)`, of the negative log density.
-        length: `(P,)`.
+        points: `(P, L, D)`, of which the first `length` on each path are used.
+        gradients: `(P, L, D)`, gradients of the negative log density.
+        length: `(P,)`, the number of points.
         converged: `(P,)`, whether the search has met its criterion.
-        log_density: `(P,)`, at the end.
+        log_density: `(P,)`, log density at the end.
     """
 
     points: jax.Array
@@ -62,13 +62,13 @@ class Paths(NamedTuple):
 
 
 def search(log_density: Callable, starts: jax.Array, history: int, max_steps: int) -> Paths:
-    """Minimise the negative log density from starts `(P, D)`, and keep the ways.
+    """Minimise the negative log density from starts `(P, D)`, and return the paths.
 
     Args:
-        log_density: of one point `(D,)`.
-        starts: where the searches begin.
-        history: number of steps that L-BFGS reads the curvature from.
-        max_steps: number of evaluations in each search, at most.
+        log_density: log density of one point `(D,)`.
+        starts: first points of the searches.
+        history: number of steps from which L-BFGS estimates the curvature.
+        max_steps: largest number of evaluations in each search.
     """
     optim = PathMinimiser(default_minimiser(_TOLERANCE, history))
 
@@ -104,7 +104,7 @@ class Normal(NamedTuple):
     """A normal approximation, whose covariance is `diag(alpha) + beta gamma beta'`.
 
     Attributes:
-        elbo: its evidence lower bound, minus infinity where there is no approximation.
+        elbo: its evidence lower bound, minus infinity if there is no approximation.
         place: index of its point on the path.
         mean: `(D,)`.
         alpha: `(D,)`.
@@ -121,28 +121,28 @@ class Normal(NamedTuple):
 
 
 class _Sweep(NamedTuple):
-    """What is known at a point of a path."""
+    """The state of the loop over the points of a path."""
 
     alpha: jax.Array
     steps: jax.Array  # (D, J), the last differences of points
-    turns: jax.Array  # (D, J), those of gradients
+    turns: jax.Array  # (D, J), the last differences of gradients
     best: Normal
 
 
 def normal_at(
     point: jax.Array, gradient: jax.Array, alpha: jax.Array, steps: jax.Array, turns: jax.Array
 ) -> Normal:
-    """Return the normal approximation at a point, its evidence bound unknown.
+    """Return the normal approximation at a point, without its evidence bound.
 
     Args:
         point: `(D,)`.
-        gradient: `(D,)`, of the negative log density.
-        alpha: `(D,)`, the diagonal that the last differences start from.
+        gradient: `(D,)`, gradient of the negative log density.
+        alpha: `(D,)`, the diagonal covariance that the differences then correct.
         steps: `(D, J)`, the last differences of points.
-        turns: `(D, J)`, those of gradients.
+        turns: `(D, J)`, the last differences of gradients.
     """
-    # BlackJAX adds the unit of rounding to the products of steps and turns, and these are far
-    # below it near a mode; the covariance is that of pairs of any length
+    # BlackJAX adds the rounding unit to the products of steps and turns. Near a mode they are far
+    # below it. So pairs are divided by their length, on which the covariance does not depend.
     products = (steps * turns).sum(axis=0, keepdims=True)
     length = jnp.where(products > 0, jnp.sqrt(jnp.where(products > 0, products, 1.0)), 1.0)
     beta, gamma = lbfgs.lbfgs_inverse_hessian_factors(steps / length, turns / length, alpha)
@@ -162,11 +162,11 @@ def best_normal(
     Algorithm 1 of Zhang et al. (2022), "Pathfinder: Parallel quasi-Newton variational inference".
 
     Args:
-        log_density: of one point `(D,)`.
+        log_density: log density of one point `(D,)`.
         path: points `(L, D)`, gradients of the negative log density `(L, D)`, and their number.
-        noise: `(M, D)` standard normal numbers, of which the M draws for each bound are made: the
-            same for all, so that bounds differ as approximations do.
-        history: number of differences J that an approximation is made from.
+        noise: `(M, D)` standard normal numbers for the M draws of each bound. All bounds use the
+            same numbers, so bounds differ only as much as the approximations do.
+        history: number of differences J from which an approximation is made.
     """
     points, gradients, length = path
     size, dtype = points.shape[1], points.dtype
@@ -194,7 +194,7 @@ def best_normal(
 
 
 def triangle(normal: Normal) -> tuple[jax.Array, jax.Array]:
-    """Return Q and L of one approximation, after lines 1 and 2 of Algorithm 4 of the same paper.
+    """Return Q and L of an approximation: lines 1 and 2 of Algorithm 4 of Zhang et al. (2022).
 
     With `R = I + Q (L - I) Q'` and the root `r` of alpha, the covariance is `(r R) (r R)'`.
     """
@@ -203,14 +203,14 @@ def triangle(normal: Normal) -> tuple[jax.Array, jax.Array]:
 
 
 def inverse_of(low: jax.Array) -> jax.Array:
-    """Return the inverse of a lower triangle: XLA's solves with many columns are slow on CPUs."""
+    """Invert a lower triangle, since XLA's solves with many columns are slow on CPUs."""
     return solve_triangular(low, jnp.eye(len(low), dtype=low.dtype), lower=True)
 
 
 def draw(normal: Normal, noise: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Turn standard normal numbers `(N, D)` into draws, and return these with their log densities.
 
-    Lines 3 to 8 of the same algorithm.
+    These are lines 3 to 8 of Algorithm 4 of Zhang et al. (2022).
     """
     q, low = triangle(normal)
     inner = noise @ q

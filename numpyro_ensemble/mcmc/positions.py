@@ -1,4 +1,4 @@
-"""Positions of all chains as one array `(C, D)`, in which kernels move and adapt them."""
+"""Positions of all chains as one array `(C, D)`, which kernels move and adapt from."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ import numpy as np
 class Coordinates:
     """The order of a model's unconstrained values in the D coordinates of a chain's row.
 
-    Kernels never see a model's sites: BlackJAX's adaptation takes the last axis of a leaf for its
-    coordinates and the first one for its chains, and is wrong for leaves of any other shape.
+    Kernels work on rows, not on a model's sites. BlackJAX's adaptation takes the first axis of a
+    leaf as chains and the last one as coordinates, and is wrong for leaves of any other shape.
 
     Args:
         z: unconstrained values with a leading chain axis.
-        names: latent sites in the model's order, since a dictionary that was returned by a
-            transformation has its keys sorted; none where `z` is no dictionary of sites.
+        names: latent sites in the model's order, since JAX's transformations sort the keys of a
+            dictionary. Empty if `z` is no dictionary of sites.
     """
 
     def __init__(self, z: Any, names: Sequence[str] = ()) -> None:
@@ -45,7 +45,7 @@ class Coordinates:
         if tree is None:
             return None
         leaves = jax.tree.leaves(tree)
-        # no -1: an empty site has no length to divide by
+        # sizes are written out, since reshape cannot infer -1 for an empty site
         parts = [
             jnp.reshape(leaves[i], (jnp.shape(leaves[i])[0], int(np.prod(shape))))
             for i, shape in zip(self._order, self._shapes, strict=True)
@@ -64,5 +64,5 @@ class Coordinates:
         return self._treedef.unflatten(leaves)
 
     def site_of(self, coordinate: int) -> str:
-        """Name the site that a coordinate belongs to."""
+        """Return the name of the site that a coordinate belongs to."""
         return self._names[int(np.searchsorted(self._ends, coordinate, "right"))] or "the position"

@@ -1,4 +1,4 @@
-"""How far warm-up has come: part of the state, so that a state can go on in another `MCMC`."""
+"""The progress of warm-up: part of the state, so that another `MCMC` can continue it."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import jax.numpy as jnp
 
 
 class Progress(NamedTuple):
-    """How far warm-up has come.
+    """The progress of warm-up.
 
     Attributes:
         iteration: `(C,)`, iterations of warm-up made.
-        remaining: `(C,)`, those to come.
+        remaining: `(C,)`, iterations of warm-up still to make.
     """
 
     iteration: jax.Array

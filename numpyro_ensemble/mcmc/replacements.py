@@ -1,4 +1,4 @@
-"""Chains whose start is unfit are given one beside the starts of the others."""
+"""Replacement of bad starts: such a chain gets a start near those of the other chains."""
 
 from __future__ import annotations
 
@@ -16,32 +16,33 @@ from numpyro_ensemble.mcmc.checks import listed
 from numpyro_ensemble.mcmc.counted import hopelessly_behind
 from numpyro_ensemble.mcmc.target import Target
 
-_TURNS = 10  # of new starts for those that are unfit, each half as far from the fit ones
-_PART = 0.8  # of the difference between two fit chains, before the first halving
-_NOISE = 0.1  # of each coordinate's spread besides: few chains span few directions
-_FEWEST = 4  # fit chains, below which nothing is known of their spread
+_TURNS = 10  # rounds of new starts at most; each round moves half as far from fit starts
+_PART = 0.8  # a move is this part of the difference between two fit chains, before halving
+_NOISE = 0.1  # noise of a move, in parts of each spread: few chains span few directions
+_FEWEST = 4  # fit chains that are needed to estimate their spread
 _FEWEST_PART = 8  # one chain in so many has to be fit
-# Mass is density times volume, which 100 draws tell to less than a factor of e for each dimension.
+# A search whose log mass is below the best one's by more than 10 + D is dropped. Mass is density
+# times volume. 100 draws estimate the volume to less than a factor of e for each dimension.
 _LESS, _LESS_PER_DIMENSION = 10.0, 1.0
 
 
 class Found(NamedTuple):
-    """What is known of the starts of chains."""
+    """What `replace_unfit` found about the given starts, and which starts are fit at its end."""
 
-    finite: jax.Array  # (C,), whether density and gradient were
-    dropped: jax.Array  # (C,), whether its search is
-    behind: jax.Array  # (C,), by how much its search's log mass, or its log density, is too low
-    hopeless: jax.Array  # (C,), whether either is far too low
-    fit: jax.Array  # (C,), whether the start is a good one now
+    finite: jax.Array  # (C,), whether the start is usable, with finite density and gradient
+    dropped: jax.Array  # (C,), whether the chain's search is dropped
+    behind: jax.Array  # (C,), by how much the search's log mass or the log density is too low
+    hopeless: jax.Array  # (C,), whether the log mass or the log density is far too low
+    fit: jax.Array  # (C,), whether the start, perhaps a new one, is good
 
 
 class _Turn(NamedTuple):
-    """The state of the loop that replaces starts; its first turn evaluates those that are given."""
+    """The state of the loop that replaces starts. The first turn evaluates the given starts."""
 
     number: jax.Array
     key: jax.Array
     rows: jax.Array
-    least: jax.Array  # the log density below which a start is hopeless
+    least: jax.Array  # a start with a lower log density is replaced
     found: Found
 
 
@@ -54,20 +55,20 @@ def replace_unfit(
     *,
     target: Target,
 ) -> tuple[Any, Found]:
-    """Return starts of which those that are unfit are replaced, and what was found.
+    """Replace unfit starts; return all starts, and what was found about the given ones.
 
-    A new start is a fit one, moved by a part of the difference between two others. A chain is unfit
-    where its density or gradient is not finite or, after searches of the typical set, where its
-    search has found hardly any of the mass that another one has, or where its density is hopelessly
-    behind those of all searches that are left.
+    A new start is a fit start, moved by a part of the difference between two others. A start is
+    unfit if its density or gradient is not finite. After searches of the typical set a start is
+    also unfit if its search found a negligible part of the mass of the best search, or if its log
+    density is far below those of all searches that are kept.
 
     Args:
         call: arguments of the model.
         key: one key.
         z: unconstrained values with a leading chain axis.
-        usable: `(C,)`, False for those that are known to be no start.
-        log_volumes: `(S,)`, of what the searches have found, where the starts are draws of searches
-            of the typical set: chain c is of search `c % S`.
+        usable: `(C,)`, False for starts that are known to be bad.
+        log_volumes: `(S,)`, the log volume of each search's draws, or None if the starts are no
+            draws of searches of the typical set. Chain c belongs to search `c % S`.
         target: the density.
     """
     z = jax.tree.map(lambda x: jnp.asarray(x, jnp.result_type(x, float)), z)
@@ -108,15 +109,15 @@ def replace_unfit(
 def _compared(
     log_density: jax.Array, log_volumes: jax.Array, size: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Compare searches, of which chain c is of search `c % S`, in so many dimensions.
+    """Compare the masses of searches in `size` dimensions; chain c belongs to search `c % S`.
 
-    Density alone would take the neck of a funnel for the best place, and a well that holds nothing
-    for a good one.
+    Density alone would prefer the neck of a funnel, and accept a narrow mode without mass.
 
     Returns:
-        For each chain whether its search is dropped, and by how much the search's log mass is below
-        that of the best one or, of a search that is kept, the chain's log density below that of the
-        lowest one kept; and the median log density of that lowest one.
+        For each chain whether its search is dropped, and how far it is behind. If the search is
+        dropped, that is the distance of its log mass from the best one's. Otherwise it is the
+        distance of the chain's log density below the lowest median log density of the searches that
+        are kept. Last, that lowest median.
     """
     number = min(len(log_volumes), len(log_density))
     medians = jnp.stack([jnp.median(log_density[i :: len(log_volumes)]) for i in range(number)])
@@ -129,12 +130,12 @@ def _compared(
 
 
 def fewest(num_chains: int) -> int:
-    """Return how many of the starts have to be fit, for the others to be replaced."""
+    """Return the number of fit starts that are needed to replace the others."""
     return max(_FEWEST, num_chains // _FEWEST_PART)
 
 
 def _moved(key: jax.Array, rows: jax.Array, fit: jax.Array, step: jax.Array) -> jax.Array:
-    """Return rows of fit chains, moved by a part of how these differ."""
+    """Return rows of fit chains, moved by a part of the difference of two others, with noise."""
     pick_key, noise_key = jax.random.split(key)
     among = jnp.where(fit, 0.0, -jnp.inf)
     one, two, three = jax.random.categorical(pick_key, among, shape=(3, len(fit)))
@@ -149,10 +150,10 @@ def report(found: Found, cause: Callable[[], str], num_searches: int = 0) -> Non
     Args:
         found: what `replace_unfit` found.
         cause: returns why a density may not be finite.
-        num_searches: the number of searches whose densities were compared, or 0.
+        num_searches: the number of searches whose masses were compared, or 0.
 
     Raises:
-        ValueError: where too few chains are fit.
+        ValueError: if too few chains are fit.
     """
     if has_tracers(found):
         return

@@ -1,4 +1,4 @@
-"""The programs that look for a start: each returns unconstrained values with a chain axis."""
+"""Searches for starts of chains: each returns unconstrained values with a leading chain axis."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from numpyro_ensemble.mcmc.pathfinding import Settings, choose, pathfind
 from numpyro_ensemble.mcmc.replacements import Found, replace_unfit, report
 from numpyro_ensemble.mcmc.target import Target
 
-_NUM_STARTS = 4  # of short NUTS chains
-NUM_PATHS, MAX_STEPS = 8, 200  # of Pathfinder, and of each search: evaluations at most
-WALK_STEPS = 500  # of all chains together, at most
-_POOL = 10  # draws of Pathfinder for each chain, of which the weights choose one
+_NUM_STARTS = 4  # short NUTS chains
+NUM_PATHS, MAX_STEPS = 8, 200  # paths of Pathfinder, and evaluations on each path at most
+WALK_STEPS = 500  # steps of the microcanonical walk at most; each moves all chains
+_POOL = 10  # draws of Pathfinder for each chain; one of them is chosen by weight
 
 
 def search(
@@ -34,11 +34,11 @@ def search(
     kwargs: dict,
     **options: Any,
 ) -> Any:
-    """Start a target's chains by one of the programs below, compiled.
+    """Find starts for a target's chains by one of the `_draw_...` functions below, compiled.
 
     Raises:
-        RuntimeError: where no start is valid, as NumPyro says it.
-        ValueError: where too few are, or too little of what is found is finite.
+        RuntimeError: if no start is valid, with NumPyro's message.
+        ValueError: if too few starts are fit.
     """
     num_searches = options.get("num_starts", _NUM_STARTS) if draw is _draw_nuts else 0
 
@@ -51,7 +51,7 @@ def search(
     z, known = target.run(name, found, (key,), args, kwargs)
     known = home(known)
     if not has_tracers(known):
-        if not known.fit.any():  # again, outside a program, where NumPyro says what is wrong
+        if not known.fit.any():  # outside a compiled program NumPyro raises a helpful error
             target.initial(jax.random.split(key, _NUM_STARTS), args, kwargs)
         report(known, partial(target.why_not_finite, z, args, kwargs), num_searches)
     return z
@@ -60,7 +60,7 @@ def search(
 def given(
     target: Target, key: jax.Array, z: Any, num_chains: int, args: tuple, kwargs: dict
 ) -> Any:
-    """Return starts that a user's function gave, with others for those that are unfit."""
+    """Return the starts that a user's function gave, and replace those that are unfit."""
 
     def found(call: tuple[tuple, dict], key: jax.Array, z: Any) -> tuple[Any, Found]:
         return replace_unfit(call, key, z, jnp.ones(num_chains, bool), target=target)
@@ -100,7 +100,7 @@ def _draw_nuts(
         return jax.lax.fori_loop(0, num_warmup + num_draws, body, (state, room))[1]
 
     keys = jax.random.split(run_key, num_starts)
-    if platform_of(first, keys) == "cpu":  # no chain waits for another
+    if platform_of(first, keys) == "cpu":  # in a loop no chain waits for a longer trajectory
         draws = jax.lax.map(lambda pair: run(*pair), (first, keys))
     else:
         draws = jax.vmap(run)(first, keys)
@@ -109,10 +109,10 @@ def _draw_nuts(
 
 
 def _log_volumes(draws: Any) -> jax.Array:
-    """Return the logarithm of how much space each search's draws `(S, M, ...)` take up.
+    """Return the logarithm of the volume of each search's draws `(S, M, ...)`.
 
-    It is the sum of the logarithms of their standard deviations, or 0 for all if each search has
-    one draw.
+    It is the sum of the logarithms of the draws' standard deviations. If each search has only one
+    draw, it is 0 for all searches.
     """
     num_starts, num_draws = jax.tree.leaves(draws)[0].shape[:2]
     if num_draws == 1:
@@ -123,10 +123,11 @@ def _log_volumes(draws: Any) -> jax.Array:
 
 
 def spread(key: jax.Array, draws: Any, num_chains: int, jitter: float) -> Any:
-    """Deal draws `(S, M, ...)` to chains: chain c is of start c mod S, and its draws are far apart.
+    """Assign draws `(S, M, ...)` of S starts to chains: chain c takes a draw of start `c % S`.
 
-    Uniform noise of `jitter` times the standard deviation within a start is added, as where the
-    MEADS tutorial spreads one position: here it tells apart draws that are dealt twice.
+    The draws that are taken from one start are as far apart as possible. Uniform noise is added,
+    with `jitter` times the standard deviation of the start's draws, as the MEADS tutorial adds it
+    to one position. The noise separates chains that take the same draw.
     """
     num_starts, num_draws = jax.tree.leaves(draws)[0].shape[:2]
     chain = jnp.arange(num_chains)
@@ -176,7 +177,7 @@ def _draw_microcanonical(
     coordinates = target.coordinates(first, *call)
     density = target.log_density(*call, coordinates)
     rows = with_stand_ins(coordinates.rows(first), valid)
-    if coordinates.size == 1:  # at constant speed one coordinate alone cannot turn
+    if coordinates.size == 1:  # at constant speed a chain in one dimension cannot turn
         other = jax.random.normal(key, rows.shape, rows.dtype)
         both = jnp.concatenate([rows, other], axis=1)
         rows, _ = burn_in(
@@ -185,7 +186,7 @@ def _draw_microcanonical(
         rows = rows[:, :1]
     else:
         rows, _ = burn_in(density, walk_key, rows, max_steps)
-    # all chains are of one search, whose median tells which of them are hopelessly behind
+    # all chains belong to one search: chains far below its median log density are replaced
     return coordinates.tree(rows), jnp.broadcast_to(valid.any(), num_chains), jnp.zeros(1)
 
 
@@ -195,7 +196,7 @@ def _draw_initial(
     return target.initial(jax.random.split(key, num_chains), *call)
 
 
-# by NUTS, by Pathfinder, by a microcanonical walk, and by the initialisation strategy alone
+# starts by NUTS, by Pathfinder, by a microcanonical walk, and by the initialisation strategy alone
 nuts, pathfinder, microcanonical, initial = (
     partial(search, draw)
     for draw in (_draw_nuts, _draw_pathfinder, _draw_microcanonical, _draw_initial)

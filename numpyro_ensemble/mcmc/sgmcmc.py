@@ -27,27 +27,28 @@ from numpyro_ensemble.mcmc.sgmcmc_scheme import (
 )
 from numpyro_ensemble.mcmc.state import ChainsState
 
-_FEWEST = 4  # chains that are adapted together
+_FEWEST = 4  # chains, which are adapted together
 
 
 class SGMCMC(ManyChainKernel):
     """Langevin dynamics on stochastic gradients, with a thermostat (SGNHT; Ding et al., 2014).
 
-    For `MCMC(SGMCMC(model), num_chains=64, chain_method="vectorized", ...)` and models whose data
-    are in plates that take some of their rows, `numpyro.plate("data", N, subsample_size=100)`.
-    Each step of each chain draws its own rows. No step is rejected, so draws have a bias, which
-    falls with the step size. By default the kernel finds its own start on 1,000 rows, and then
-    moves the chains together to the mode of all rows.
+    For `MCMC(SGMCMC(model), num_chains=64, chain_method="vectorized", ...)`. The model's data are
+    in a subsampled plate, `numpyro.plate("data", N, subsample_size=100)`. Each step of each chain
+    draws its own rows. No step is rejected, so draws have a bias, which falls with the step size.
+    By default the kernel finds its own start on 1,000 rows, and then moves all chains together to
+    the mode of all rows.
 
     Args:
-        model: a NumPyro model whose latents are continuous and stand outside of these plates.
-        batch_size: rows of a step: None for the `subsample_size` of the model's plates, a number
-            for all plates that have one, or a dict of numbers by the names of plates.
+        model: a NumPyro model whose latents are continuous, and outside of subsampled plates.
+        batch_size: number of rows of a step: None for the `subsample_size` of the model's plates,
+            one number for all plates that have a `subsample_size`, or a dict of numbers by the
+            names of plates.
         step_size: the largest step, in units of the scale of the steepest direction. Steps are
             shorter if the gradient is noisy.
         control_variates: subtract from each gradient that of the same rows at the chains' centre,
-            and add that of all rows at the centre, which is computed a few times in warm-up and
-            once a run. Each step then computes two gradients.
+            and add that of all rows at the centre. The latter is computed a few times in warm-up
+            and once a run. Each step then computes two gradients.
         steps_per_draw: steps between two draws, and between two adaptations in warm-up.
         metric: "dense" (all correlations), "low_rank" (the 16 strongest directions), a number of
             directions, or "diagonal" (a scale for each latent). "auto" is the first of these that
@@ -158,7 +159,7 @@ class SGMCMC(ManyChainKernel):
         return lambda row, key: density(coordinates.tree(row), key)
 
     def _refreshed(self, state: ChainsState, log_density: Callable) -> ChainsState:
-        # each step draws rows anew, so that the centre's gradient alone can be of other data
+        # each step draws new rows, so only the centre's gradient can belong to other data
         adapted = state.adapt_state
         adapted = adapted._replace(stale=jnp.ones_like(adapted.stale))
         return state._replace(

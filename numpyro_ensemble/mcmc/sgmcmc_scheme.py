@@ -1,14 +1,15 @@
-"""The pure step of SGNHT (Ding et al., 2014), whose noise and step size come from all chains.
+"""The pure step of SGNHT (Ding et al., 2014). Noise and step size are measured over all chains.
 
-Chains move in coordinates in which their metric is the identity, by BlackJAX's step. Three things
-are beside it:
+Chains move by BlackJAX's step, in coordinates in which their metric is the identity. Three things
+differ from BlackJAX's kernel:
 
-- Its gradient is taken where the position of the same step is, which makes the step symplectic.
-- The gradient's noise is measured in warm-up, and the step adds only what it lacks (`beta`). The
-  thermostat takes care of what is left.
-- Then the mean of `-x . gradient` is `(1 - friction * step_size / 2)` times the mean square of the
-  momentum, for any density: multiply the step's covariances out. The thermostat holds the latter at
-  the inverse of that factor, so that the former is 1 for each coordinate, as in the posterior.
+- The gradient is taken at the new position of the same step, which makes the step symplectic.
+- Warm-up measures the gradient's noise, and the step adds only the noise that is missing (`beta`).
+  The thermostat corrects the remaining error.
+- The mean of `-x . gradient` is then `(1 - friction * step_size / 2)` times the mean square of the
+  momentum, for any density. This follows from the step's covariances. The thermostat holds the mean
+  square of the momentum at the inverse of that factor. So the mean of `-x . gradient` is 1 for each
+  coordinate, as in the posterior.
 """
 
 from __future__ import annotations
@@ -26,16 +27,17 @@ from numpyro_ensemble.mcmc.metric import SharedMetric
 from numpyro_ensemble.mcmc.progress import Progress
 from numpyro_ensemble.mcmc.target import all_finite, choose, per_chain
 
-_FRICTION = 1.0  # in units of the slowest direction's time: directions are critical at 2
-_NOISE = 0.8  # of the friction's noise, which the noisiest coordinate's gradient may make
-_CLIMBS, _NEAR = 30, 0.1  # steps to the mode of all rows at most, and how near to it they end
-_RENEWALS = (0.0, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4)  # of the centre, in parts of warm-up
+_FRICTION = 1.0  # per time unit of the slowest direction: at 2 the damping is critical
+_NOISE = 0.8  # the gradient of the noisiest coordinate may make this part of the friction's noise
+_CLIMBS, _NEAR = 30, 0.1  # most steps to the mode of all rows, and the gradient at which they end
+_RENEWALS = (0.0, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4)  # times of a new centre, in parts of warm-up
 
 
 class Noise(NamedTuple):
     """Second moments of the gradient's noise, `(C, d)`, averaged over chains and warm-up.
 
-    They are those at the chains' positions, at the centre for the same rows, and of both.
+    The moments are those of the noise at the chains' positions (`here`), of the noise at the centre
+    for the same rows (`centre`), and the mixed ones (`both`).
     """
 
     here: jax.Array
@@ -48,15 +50,15 @@ class SGMCMCAdaptation(NamedTuple):
 
     Attributes:
         step_size: `(C,)`, in coordinates in which the metric is the identity.
-        xi: `(C,)`, the friction that each chain's thermostat has found: 1 on average where the
+        xi: `(C,)`, the friction that each chain's thermostat has reached: 1 on average if the
             gradient's noise is what warm-up measured.
         noise: `(C, d)`, the variance of the gradient's noise in these coordinates.
-        weight: `(C,)`, the part of the control variate that makes the least noise.
-        centre: `(C, d)`, where the control variate is, or None.
-        slope: `(C, d)`, the gradient of all rows there, or None.
-        stale: `(C,)`, whether that may be of other data.
-        moments: what noise and weight are computed from.
-        bound: `(C,)`, the step size that the curvature bounds.
+        weight: `(C,)`, the part of the control variate that is used: the one with the least noise.
+        centre: `(C, d)`, the position of the control variate, or None.
+        slope: `(C, d)`, the gradient of all rows at the centre, or None.
+        stale: `(C,)`, whether `slope` may belong to other data.
+        moments: the moments from which noise and weight are computed.
+        bound: `(C,)`, the largest step size that the curvature allows.
         metric: the metric that all chains share.
         progress: how far warm-up has come.
     """
@@ -87,7 +89,7 @@ class Walkers(NamedTuple):
 
     position: jax.Array  # (C, d)
     momentum: jax.Array  # (C, d), in coordinates in which the metric is the identity
-    log_density: jax.Array  # (C,), as the last step's rows have it
+    log_density: jax.Array  # (C,), computed from the last step's rows
 
 
 def sgmcmc_start(
@@ -105,11 +107,11 @@ def sgmcmc_start(
 
 
 def recentred(rows: jax.Array, density: Callable, scheme: Scheme) -> jax.Array:
-    """Move chains together, without a change of their spread, to where all rows are likely.
+    """Move all chains together to the mode of all rows, without changing their spread.
 
-    A start on some of the rows has about the spread of the posterior, but is off by many of its
-    scales. Their mean goes up the gradient of all rows, in coordinates in which they have no
-    correlation.
+    Starts that were computed on some rows have about the spread of the posterior, but are off by
+    many of its scales. The chains' mean goes up the gradient of all rows, in coordinates in which
+    the chains have no correlation.
     """
     metric = SharedMetric.among(rows, jnp.ones(len(rows), bool), scheme.metric)
     centre = rows.mean(axis=0)
@@ -127,7 +129,7 @@ def recentred(rows: jax.Array, density: Callable, scheme: Scheme) -> jax.Array:
         there = at + length * metric.colour(slope)
         new_value, new_slope = both(there)
         better = (new_value > value) & jnp.isfinite(new_slope).all()
-        # Barzilai and Borwein's length: 1 where the spread is that of all rows
+        # Barzilai and Borwein's length: 1 if the chains' spread is that of the whole posterior
         bent = (slope * (slope - new_slope)).sum() / (slope**2).sum()
         longer = jnp.where(bent > 0.25, length / bent, 4.0 * length)
         new, old = (there, new_value, new_slope, longer), (at, value, slope, 0.25 * length)
@@ -142,17 +144,19 @@ def recentred(rows: jax.Array, density: Callable, scheme: Scheme) -> jax.Array:
 def sgmcmc_step(
     keys: jax.Array, chains: Walkers, a: SGMCMCAdaptation, density: Callable, scheme: Scheme
 ) -> tuple[Walkers, SGMCMCAdaptation, jax.Array]:
-    """Make one iteration: one step for each row of keys but the first, and adapt before it.
+    """Make one iteration: adapt in warm-up, then make one step for each further row of keys.
 
     Args:
-        keys: `(S + 1, C)`; every chain draws its own rows in every step.
+        keys: `(S + 1, C)`, the first row for the adaptation. Every chain draws its own rows of the
+            data in every step.
         chains: positions and momenta.
         a: the state of the scheme.
-        density: of one chain's row and a key for rows of the data, None for all.
+        density: log density of one chain's row and a key that draws rows of the data. None takes
+            all rows.
         scheme: its constants.
 
     Returns:
-        Chains, adaptation, and how many steps of each chain were lost.
+        Chains, adaptation, and how many steps of each chain ended without a finite result.
     """
     a = _centred(chains.position, a, density)
     a = jax.lax.cond(
@@ -186,7 +190,7 @@ def sgmcmc_step(
 def _gradient(a: SGMCMCAdaptation, density: Callable) -> Callable:
     """Return a function of a row and a key: log density, and gradient in the metric's coordinates.
 
-    The mean of the gradient over keys is that of all rows, whatever the centre and the weight.
+    The mean of this gradient over keys is the gradient of all rows, for any centre and weight.
     """
     both = jax.value_and_grad(density)
 
@@ -203,10 +207,11 @@ def _gradient(a: SGMCMCAdaptation, density: Callable) -> Callable:
 
 
 def thermal(step_size: jax.Array, noise: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Return temperature, `alpha` and `beta` of BlackJAX's step for gradients of so much noise.
+    """Return temperature, `alpha` and `beta` of BlackJAX's step for gradients with this noise.
 
-    It adds noise of variance `h T (2 alpha - h T beta)` to that of the gradient, `h**2 noise`. With
-    this `alpha` a normal density of scale 1 keeps the temperature at a friction of just 1.
+    The step adds noise of variance `h T (2 alpha - h T beta)` to that of the gradient,
+    `h**2 noise`. With this `alpha`, a normal density of scale 1 keeps the temperature at a friction
+    of 1.
     """
     temperature = 1.0 / (1.0 - 0.5 * _FRICTION * step_size)
     alpha = _FRICTION * (1.0 - 0.5 * _FRICTION * step_size) - 0.25 * step_size**2 / _FRICTION
@@ -215,7 +220,7 @@ def thermal(step_size: jax.Array, noise: jax.Array) -> tuple[jax.Array, jax.Arra
 
 
 def _step(a: SGMCMCAdaptation, density: Callable) -> Callable:
-    """Return one step of one chain, from where it has moved from an origin in this iteration."""
+    """Return a function that makes one step of one chain. `moved` is its distance from `origin`."""
     gradient, step_size = _gradient(a, density), a.step_size[0]
     temperature, alpha, beta = thermal(step_size, a.noise[0])
     move = diffusions.sgnht(alpha, beta)
@@ -228,14 +233,14 @@ def _step(a: SGMCMCAdaptation, density: Callable) -> Callable:
         value, grad = gradient(there, rows_key)
         state = moved, momentum, xi, grad, step_size, temperature
         moved, momentum, xi = move(noise_key, *state)
-        # a chain that comes from far away is fast: its thermostat may stop it, but not turn it
+        # a chain that comes from far away is fast: its thermostat may stop, but not reverse it
         return moved, momentum, jnp.clip(xi, -_FRICTION, 1.0 / step_size), value
 
     return step
 
 
 def _centred(rows: jax.Array, a: SGMCMCAdaptation, density: Callable) -> SGMCMCAdaptation:
-    """Renew the centre where that is due, and its gradient then and where data may be others."""
+    """Renew the centre when it is due, and its gradient then and when the data may have changed."""
     if a.centre is None:
         return a
     start, total = a.progress.iteration[0], a.progress.total
@@ -269,7 +274,7 @@ def _adapted(
     centre = [jnp.zeros_like(rows)] * 2
     if a.slope is not None:
         centre = [white(grads[:, i, 1] - a.slope) for i in range(2)]
-    # half the square of the difference of two has the noise's variance for its mean
+    # half the squared difference of two gradients has the noise's variance as its mean
     noise, at_centre = (0.5**0.5 * (x - y) for x, y in (here, centre))
     now = Noise(noise**2, at_centre**2, noise * at_centre)
     sound = all_finite(*now)

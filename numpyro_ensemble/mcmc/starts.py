@@ -1,7 +1,7 @@
 """Starts for chains: different points in the typical set.
 
-Each function returns unconstrained values by site with a leading chain axis: what
-`MCMC.run(init_params=...)` takes, for the kernels of this package and for NUTS alike.
+Each function returns unconstrained values by site, with a leading chain axis. Pass them to
+`MCMC.run(init_params=...)`, with the kernels of this package or with NUTS.
 """
 
 from __future__ import annotations
@@ -61,9 +61,9 @@ def from_nuts(
         model: a NumPyro model.
         num_chains: number of chains C to come.
         *args: arguments of the model.
-        num_starts: number of NUTS chains S; chain c starts at a draw of chain `c % S`.
-        num_warmup: iterations of NUTS that are thrown away.
-        num_draws: iterations from which starts are taken, as far apart as possible.
+        num_starts: number of NUTS chains S. Chain c starts at a draw of NUTS chain `c % S`.
+        num_warmup: warm-up iterations of NUTS.
+        num_draws: draws of NUTS. Starts are taken from them, as far apart as possible.
         jitter: uniform noise, in standard deviations of the draws of one NUTS chain.
         init_strategy: where NUTS starts.
         **kwargs: keyword arguments of the model.
@@ -97,11 +97,11 @@ def from_pathfinder(
 
     Args:
         rng_key: one key.
-        model: a NumPyro model, or the result of a `Pathfinder`, which needs nothing more.
+        model: a NumPyro model, or the result of a `Pathfinder`, which needs no further arguments.
         num_chains: number of chains C to come.
         *args: arguments of the model.
         num_paths: number of paths of L-BFGS.
-        max_steps: number of evaluations in each, at most.
+        max_steps: largest number of evaluations on each path.
         init_strategy: where the paths start.
         **kwargs: keyword arguments of the model.
 
@@ -153,9 +153,10 @@ def _from_result(key: jax.Array, result: PathfinderResult, num_chains: int) -> d
 def metric_from_pathfinder(result: PathfinderResult) -> dict[tuple[str, ...], jax.Array]:
     """Return the covariance of Pathfinder's draws, as the metric of NumPyro's HMC and NUTS.
 
-    Draws count by their weights where these leave four effective draws for each dimension, else
-    equally. NUTS adapts it further in its warm-up; with `adapt_mass_matrix=False` it stays, which
-    serves short warm-ups where Pareto k is below 0.7.
+    The draws are weighted if the weights leave at least four effective draws for each dimension.
+    Otherwise all draws count equally. NUTS adapts the metric further in its warm-up. With
+    `adapt_mass_matrix=False` the metric stays, which helps in short warm-ups if Pareto k is below
+    0.7.
 
     Args:
         result: what `Pathfinder.run` returned.
@@ -164,7 +165,7 @@ def metric_from_pathfinder(result: PathfinderResult) -> dict[tuple[str, ...], ja
         A dict of one block `(D, D)` for the names of all latents, in unconstrained space.
 
     Raises:
-        TypeError: for something else than a result.
+        TypeError: for anything but a result of `Pathfinder.run`.
         ValueError: if none of its draws is finite.
 
     Example:
@@ -200,7 +201,7 @@ def metric_from_pathfinder(result: PathfinderResult) -> dict[tuple[str, ...], ja
 def _checked(
     model: Callable, init_strategy: Callable, args: tuple, kwargs: dict, **counts: Any
 ) -> Target:
-    """Return the target of a search, after the checks of the model and of its numbers."""
+    """Return the target of a search, after checks of the model and of the counts."""
     target = Target(model, init_strategy=init_strategy)
     target.latent_names(args, kwargs)
     for name, value in counts.items():
@@ -228,7 +229,7 @@ def from_microcanonical(
         model: a NumPyro model.
         num_chains: number of chains C to come, 64 or more.
         *args: arguments of the model.
-        max_steps: the most steps of each chain; a step costs a gradient.
+        max_steps: largest number of steps of each chain; each step costs one gradient.
         init_strategy: where the chains' walk begins.
         **kwargs: keyword arguments of the model.
 

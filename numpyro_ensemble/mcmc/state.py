@@ -1,4 +1,4 @@
-"""The state of all chains, between iterations by site and during them in rows."""
+"""The state of all chains: by site between iterations, and in rows during an iteration."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class _Fields(NamedTuple):
 
 
 class ChainsState(_Fields):
-    """The state of all chains; every array has a leading chain axis, so any can be collected.
+    """The state of all chains. Every array has a leading chain axis, so `MCMC` can collect it.
 
     Attributes:
         i: number of iterations made.
@@ -42,20 +42,20 @@ class ChainsState(_Fields):
         z_grad: gradient of the potential energy.
         potential_energy: negative log density of `z`.
         energy: potential and kinetic energy.
-        r: momentum, where it persists.
+        r: momentum, for kernels that keep it between iterations.
         slice: the slice variable of generalized HMC.
         num_steps: leapfrog steps of this iteration.
         accept_prob: acceptance probability of this iteration.
-        mean_accept_prob: its mean since the start or the end of warm-up.
+        mean_accept_prob: mean of `accept_prob` since the start or the end of warm-up.
         diverging: whether a step of this iteration diverged.
         num_divergences: how many steps diverged since the start or the end of warm-up.
-        iterations_since_move: how many iterations each chain has been where it is.
-        frozen: whether a chain has been there for 10 iterations, or this iteration's trajectory is
+        iterations_since_move: for how many iterations each chain has not moved.
+        frozen: whether a chain has not moved for 10 iterations, or this iteration's trajectory is
             shorter than a hundredth of the scale.
-        adapt_state: what is adapted, `step_size` among it.
+        adapt_state: the adapted values, such as `step_size`.
         rng_key: one key for each chain.
-        density_is_current: whether density and gradient are those of the arguments that `sample` is
-            called with; a run that begins, or goes on, evaluates them again.
+        density_is_current: whether density and gradient belong to the arguments of `sample`. Every
+            run evaluates them again at its beginning.
     """
 
     __slots__ = ()
@@ -66,9 +66,9 @@ class ChainsState(_Fields):
         return self.adapt_state.energy_var
 
     def _replace(self, /, **changes: Any) -> ChainsState:  # type: ignore[override]
-        """Replace fields, as MCMC does to go on with another key, and perhaps with other data.
+        """Replace fields. A new key means a new run, perhaps with other data.
 
-        It gives ensemble kernels one key, which is split for the chains.
+        `MCMC` gives ensemble kernels one key, which is split for the chains here.
         """
         if "rng_key" in changes:
             changes.setdefault("density_is_current", jnp.zeros_like(self.density_is_current))
@@ -78,12 +78,12 @@ class ChainsState(_Fields):
 
 
 class Resumed(ChainsState):
-    """A state that `MCMC` goes on from as if it had not stopped there."""
+    """A state from which `MCMC` continues as if the run had not stopped."""
 
     __slots__ = ()
 
     def _replace(self, /, **changes: Any) -> ChainsState:  # type: ignore[override]
-        """Return the state with its own keys, whatever `MCMC` says."""
+        """Return the state with its own keys, and ignore the changes of `MCMC`."""
         return ChainsState(*self)
 
 
@@ -93,5 +93,5 @@ def in_rows(state: ChainsState, coordinates: Coordinates) -> ChainsState:
 
 
 def in_sites(state: ChainsState, coordinates: Coordinates) -> ChainsState:
-    """Undo `in_rows`: between iterations a state holds values by site, as NumPyro's do."""
+    """Undo `in_rows`: between iterations a state holds values by site, as NumPyro's states do."""
     return state._replace(**{name: coordinates.tree(getattr(state, name)) for name in _OF_SITES})

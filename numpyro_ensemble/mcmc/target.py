@@ -1,4 +1,4 @@
-"""The density that chains sample: a model's, for the arguments it is given, or one's own."""
+"""The density that chains sample: that of a model with its arguments, or a user's own."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ from numpyro_ensemble.sharding import Placement
 
 
 class Target:
-    """A model or a potential energy, without arguments: every method is given its own.
+    """A model or a potential energy. The model's arguments are passed to each method.
 
-    Programs alone are kept, for arguments and surroundings of a model that they can serve.
+    An instance keeps only compiled programs, for arguments and closures that they can serve.
 
     Args:
         model: a NumPyro model, or None.
         potential_fn: a function of a pytree of unconstrained values, or None.
-        init_strategy: where `initial` takes its values from.
-        placement: where chains are computed.
+        init_strategy: the NumPyro initialisation strategy of `initial`.
+        placement: devices of the chains.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class Target:
         if not callable(init_strategy):
             raise TypeError(f"init_strategy takes a NumPyro strategy, got {init_strategy!r}.")
         self.model, self.potential_fn, self.init_strategy = model, potential_fn, init_strategy
-        self._traced = model  # the model as it is run
+        self._traced = model  # the model that is traced
         self.placement = placement or Placement()
         self._programs = Programs()
 
@@ -71,7 +71,7 @@ class Target:
                 return lambda z: -potential_fn(values_of(z))
             placed = laid_out(lambda z, _: -potential_fn(values_of(z)), self.placement)
             return lambda z: placed(z, None)
-        # concrete arguments stay so: a model may look at them
+        # concrete arguments stay concrete: a model may depend on their values
         leaves, treedef = jax.tree.flatten((args, kwargs))
         traced = [leaf if isinstance(leaf, jax.core.Tracer) else None for leaf in leaves]
 
@@ -86,7 +86,7 @@ class Target:
         return lambda z: density(z, (traced, fixed))
 
     def smooth_density(self, args: tuple, kwargs: dict) -> Callable[[Any], jax.Array]:
-        """Return the same in a form that can be differentiated twice."""
+        """Return the log density in a form that can be differentiated twice."""
         settled = self._settled(args, kwargs)
         return lambda z: self._density(*settled, args, kwargs, z)
 
@@ -119,9 +119,10 @@ class Target:
         )
 
     def constrain(self, args: tuple, kwargs: dict) -> Callable[[Any], Any]:
-        """Return the map to the model's sites, deterministic ones included.
+        """Return the map to the model's sites, deterministic sites included.
 
-        Those that depend on discrete latents are left out: these are summed out, and have no value.
+        Deterministic sites that depend on discrete latents are left out: discrete latents are
+        summed out, and have no value.
         """
         if self.potential_fn is not None:
             return lambda z: z
@@ -137,7 +138,7 @@ class Target:
         return constrain
 
     def initial(self, keys: jax.Array, args: tuple, kwargs: dict) -> tuple[Any, jax.Array]:
-        """Draw one start for each key by the initialisation strategy, and say which are valid."""
+        """Draw one start for each key by the initialisation strategy; return which are valid."""
         assert self._traced is not None
         _, sums = self._settled(args, kwargs)
         info = initialize_model(
@@ -151,15 +152,15 @@ class Target:
         return info.z, all_finite(info.potential_energy, info.z_grad)
 
     def prepared(self, args: tuple, kwargs: dict) -> Callable:
-        """Give the model a key, and parameters and mutable state the values of one start."""
+        """Return the model with a key, and with parameters and mutable state of one start."""
         fixed, sums = self._settled(args, kwargs)
         model = self._with(fixed)
         return model if sums is None else as_marked(model)
 
     def _settled(self, args: tuple, kwargs: dict) -> tuple[dict[str, Any], int | None]:
-        """Return the values of parameters and mutable state at one start, and how to sum.
+        """Return parameters and mutable state at one start, and the number of plate axes.
 
-        That is the number of axes that plates take, or None where there is no discrete latent.
+        The number is needed to sum over discrete latents. It is None without discrete latents.
         """
         assert self._traced is not None
         trace = unchecked_trace(self._traced, args, kwargs)
@@ -177,7 +178,7 @@ class Target:
         return Coordinates(z, self.latent_names(args, kwargs))
 
     def latent_names(self, args: tuple, kwargs: dict) -> tuple[str, ...]:
-        """Return the names of the latent sites in the model's order, none without a model.
+        """Return the names of the latent sites in the model's order; empty without a model.
 
         Raises:
             ValueError: for a latent site that no gradient can move, or a model without any.
@@ -226,7 +227,7 @@ class Target:
         return model_sites(self._traced, args, kwargs)
 
     def _check_plates(self, sites: Mapping[str, Site]) -> None:
-        """Raise a ValueError for a plate that takes some of its rows."""
+        """Raise a ValueError for a subsampled plate."""
         for site in sites.values():
             if site.drawn_from is not None:
                 raise ValueError(
@@ -237,11 +238,11 @@ class Target:
                 )
 
     def _of_some_rows(self, args: tuple, kwargs: dict) -> set[str]:
-        """Return the deterministic sites that a draw has no value for, since they are of rows."""
+        """Return the deterministic sites without a value in draws: those of subsampled rows."""
         return set()
 
     def shapes(self, num_chains: int, args: tuple, kwargs: dict) -> dict[str, tuple[int, ...]]:
-        """Return the shapes of the unconstrained values of so many chains, by latent site."""
+        """Return the shapes of the unconstrained values of all chains, by latent site."""
         keys = jax.random.split(jax.random.key(0), num_chains)
         z, _ = jax.eval_shape(lambda keys: self.initial(keys, args, kwargs), keys)
         return {name: x.shape for name, x in z.items()}
@@ -254,12 +255,12 @@ class Target:
 
 
 def with_values(model: Callable | None, fixed: dict[str, Any]) -> Callable:
-    """Give a model a key, and some of its sites values."""
+    """Return a model with a key, and with values for some of its sites."""
     return handlers.seed(handlers.substitute(model, data=fixed), jax.random.key(0))
 
 
 def density_of(model: Callable, sums: int | None, args: tuple, kwargs: dict, z: Any) -> jax.Array:
-    """Return the log density of unconstrained values, where plates take so many axes for sums."""
+    """Return the log density of unconstrained values; `sums` is the number of plate axes."""
     if sums is None:
         return -potential_energy(model, args, kwargs, z)
     return -potential_energy(enumerated(as_marked(model), sums), args, kwargs, z, enum=True)

@@ -1,4 +1,4 @@
-"""Trajectories of all chains in step: each is a quasi-random part of one longest length."""
+"""Trajectories of equal length for all chains: a quasi-random part of the longest length."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from numpyro_ensemble.mcmc.kernel import ManyChainKernel
 from numpyro_ensemble.mcmc.state import ChainsState
 from numpyro_ensemble.mcmc.target import all_finite, choose, shared
 
-# The step size follows the harmonic mean over chains, which one chain that accepts nothing makes 0.
-LEAST_ACCEPTED = 0.1  # one such chain of 64 lowers the mean by an eighth at most
-_BITS = 30  # of the Halton sequence: those that a shorter run has no need of add nothing
+# The step size follows the harmonic mean over chains. One chain that accepts nothing makes it 0.
+LEAST_ACCEPTED = 0.1  # with this floor one such chain of 64 lowers the mean by an eighth at most
+_BITS = 30  # bits of the Halton sequence: bits that a short run does not need change nothing
 _ALIKE = DynamicHMCState(0, 0, 0, None)  # chains make the same number of steps
 
 
 def halton(index: jax.Array) -> jax.Array:
-    """Return the number between 0 and 1 at a place of the Halton sequence."""
+    """Return element `index` of the Halton sequence, a number between 0 and 1."""
     return dynamic_hmc.halton_sequence(index, _BITS)
 
 
 def leapfrogs(index: jax.Array, most: jax.Array) -> jax.Array:
-    """Return how many of `most` steps the trajectory at a place of the sequence has."""
+    """Return the number of steps, `most` or fewer, of the trajectory with this index."""
     return jnp.ceil(halton(index) * most).astype(int)
 
 
@@ -42,21 +42,22 @@ def make_trajectories(
 ) -> tuple[DynamicHMCState, Any, Any]:
     """Make one iteration of all chains, and in warm-up one step of their scheme.
 
-    A trajectory that ends at no finite density is a divergence.
+    A trajectory that ends without a finite density is a divergence.
 
     Args:
-        dynamics: a function of one chain's key, its state, the log density, step size, metric, and
-            the most steps, which returns its new state and BlackJAX's account of the trajectory.
-        adapt: a function of the chains before and after, BlackJAX's account and the adaptation,
-            which returns the next one.
+        dynamics: a function of one chain's key and state, the log density, the step size, the
+            metric and the largest number of steps. It returns the chain's new state and BlackJAX's
+            information about the trajectory.
+        adapt: a function of the chains before and after, BlackJAX's information and the adaptation.
+            It returns the next adaptation.
         keys: `(C,)`.
         chains: BlackJAX's state, with a leading chain axis but for `random_generator_arg`, and
             positions in rows.
         adaptation: the state of the scheme.
-        log_density: of one chain's row.
+        log_density: log density of one chain's row.
 
     Returns:
-        Chains, adaptation, and BlackJAX's account of the iteration.
+        Chains, adaptation, and BlackJAX's information about the iteration.
     """
     step_size, length = shared((adaptation.step_size, adaptation.trajectory_length))
     given = step_size, adaptation.metric.inverse_mass, length / step_size
@@ -78,9 +79,9 @@ def make_trajectories(
 
 
 class TrajectoryKernel(ManyChainKernel):
-    """A kernel of trajectories of one length.
+    """A kernel whose chains all make trajectories of the same length.
 
-    A subclass names its scheme, makes one step of it, and says what the energy of its chains is.
+    A subclass defines its scheme, one iteration of it, and the energy of its chains.
     """
 
     def _check_options(self, step_size: float | None, target_accept_prob: float) -> None:
@@ -113,13 +114,13 @@ class TrajectoryKernel(ManyChainKernel):
             adapt_state=new,
         )
 
-    # What a subclass adds -----------------------------------------------------------------------
+    # For subclasses -----------------------------------------------------------------------
 
     @abstractmethod
     def _step(
         self, keys: jax.Array, chains: DynamicHMCState, adaptation: Any, log_density: Callable
     ) -> tuple[DynamicHMCState, Any, Any]:
-        """Return chains and adaptation after one iteration, and BlackJAX's account of it."""
+        """Return chains, adaptation and BlackJAX's information after one iteration."""
 
     @abstractmethod
     def _energy(self, state: ChainsState, info: Any) -> jax.Array:
