@@ -295,6 +295,7 @@ def test_bad_input(vi_data, key):
         to_arviz(other, fitted, GROUPS, Y)
 
 
+@pytest.mark.long
 def test_keywords_of_the_runner_are_the_models(key):
     def model(y, scale=1.0):
         mu = numpyro.sample("mu", dist.Normal(0.0, 1.0))

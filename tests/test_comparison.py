@@ -236,6 +236,7 @@ def test_guides_are_corrected(case):
     assert np.isfinite(scoring.loo_pit(data)).all()
 
 
+@pytest.mark.long
 def test_weights_find_the_model_and_the_member_and_go_into_predictions():
     known = CASES["regression"]
     runner, result = mean_field("regression", 2)

@@ -221,6 +221,7 @@ def test_a_hidden_markov_model_has_the_likelihood_of_the_forward_algorithm():
         assert_allclose(jax.jit(log_joint(model))(params, Y)[0], total, **tolerance())
 
 
+@pytest.mark.long
 def test_deterministic_sites_that_depend_on_discrete_ones_are_left_out(key):
     target = Target(mixture)
     z, valid = target.initial(jax.random.split(key, 3), (Y,), {})
@@ -302,6 +303,7 @@ def test_chains_draw_from_the_marginal_and_switches_are_inferred(kernel, key):
     assert likely.tolist() == (truth()[2] > 0.5).astype(int).tolist()
 
 
+@pytest.mark.long
 def test_a_second_run_with_other_data_compiles_no_start(key, compile_count):
     kernel = ChEES(switches, start="init")
     keys = jax.random.split(key, 8)

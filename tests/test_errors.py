@@ -148,6 +148,7 @@ def test_a_state_of_another_fit_is_refused(key):
         quiet(runner, key, 3, X, Y, init_state=state, init_params={"w": np.ones(2)})
 
 
+@pytest.mark.long
 def test_a_keyword_of_the_model_named_like_an_option(key):
     def model(x, y, batch_size=None):
         w = numpyro.sample("w", dist.Normal(0, 1).expand([2]).to_event(1))
@@ -258,6 +259,7 @@ def test_a_failed_call_loses_nothing(key):
     assert_allclose(again.losses, first.losses, rtol=0)
 
 
+@pytest.mark.long
 def test_rows_that_depend_on_each_other_cannot_be_batched(key):
     def autoregressive(y):
         rho = numpyro.sample("rho", dist.Normal(0, 1))

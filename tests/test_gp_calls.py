@@ -72,6 +72,7 @@ def test_a_process_in_a_plate_of_its_data_is_refused():
     assert copies.log_prob(copies.sample(jax.random.key(0), (5,))).shape == (5, 3)
 
 
+@pytest.mark.long
 def test_processes_in_several_plates_are_refused_and_told_of_as_in_one():
     """A process in two plates is expanded twice."""
 
@@ -101,6 +102,7 @@ def test_processes_in_several_plates_are_refused_and_told_of_as_in_one():
         GaussianProcess(RBF(), X, 0.1).expand([2, 1]).expand([3, 3])
 
 
+@pytest.mark.long
 def test_the_mean_is_that_of_the_call(key):
     def treated(X, dose, y=None):
         process = GaussianProcess(RBF(1.0, scale()), X, 0.01, lambda X: 2.0 * dose)
@@ -183,6 +185,7 @@ def test_parameters_of_networks_and_of_members(key):
     assert (abs(ours[2:] - theirs[2:]) > 1e-3).any()
 
 
+@pytest.mark.long
 def test_other_inputs_have_other_noise(key):
     pathwise = Pathwise(observed, SCALES, X, Y, num_paths=2, **OPTIONS)
     noise = []

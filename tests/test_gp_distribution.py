@@ -181,6 +181,7 @@ def test_sparse_moments_are_those_given_the_inducing_values():
     assert [n for n, s in names.items() if s["type"] == "sample"] == ["f_u_base", "y"]
 
 
+@pytest.mark.long
 def test_the_best_inducing_values_reach_titsias_bound():
     """At the best q, log p(y, u) - log q(u) is the same for every u, and is the bound."""
     collapsed = CollapsedSparseGP(KERNEL, X, Z, NOISE, mean)

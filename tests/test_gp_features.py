@@ -153,6 +153,7 @@ def test_amplitudes_are_bounded_and_unbiased():
         assert_allclose(squared.mean(), 1.0, atol=0.01)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "kernel",
     [Linear(0.5), Cosine(1.5, 1.3), Periodic(1.5, 0.8, 1.3), Linear() * Cosine(), 2.0 * Linear()],

@@ -94,6 +94,7 @@ def test_quantiles_are_those_of_the_mixture(pathwise):
             pathwise.quantiles(wrong, X_NEW, 0.5)
 
 
+@pytest.mark.long
 def test_copies_have_moments_of_their_own():
     def plates(X, y=None):
         width = numpyro.sample("width", dist.LogNormal(0.0, 0.5))

@@ -165,6 +165,7 @@ def test_features_multiply_to_the_kernel(name, key):
     assert (columns.shape[1] <= 10) == (name in ("linear in each", "Polynomial"))
 
 
+@pytest.mark.long
 def test_a_constant_times_a_kernel_has_the_columns_of_the_kernel(key):
     scaled, plain = 3.0 * RBF(), RBF(3.0)
     assert_allclose(
@@ -173,6 +174,7 @@ def test_a_constant_times_a_kernel_has_the_columns_of_the_kernel(key):
     assert not draw_features(key, scaled, 64, X1).blocks[0].finite
 
 
+@pytest.mark.long
 def test_kernels_without_features_say_so(key):
     y = np.sin(X1[:, 0])
     for kernel in (Gibbs(wide), ArcCosine(), PiecewisePolynomial()):

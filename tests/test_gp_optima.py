@@ -97,6 +97,7 @@ def test_bad_calls(paths, key):
         minimise(key, paths, BOUNDS, num_points=8, num_starts=9)
 
 
+@pytest.mark.long
 def test_a_column_of_numbers_has_no_slope_to_follow(key):
     inputs = np.concatenate([X[:, :1], (np.arange(14) % 2)[:, None]], axis=1)
     kernel = RBF(active_dims=0) * Categorical(2)

@@ -221,6 +221,7 @@ def test_blocks_of_rows_agree(monkeypatch):
     assert_allclose(again, whole, rtol=within(1e-10), atol=within(0.0, 2e-5))
 
 
+@pytest.mark.long
 def test_transformations():
     paths = some_paths()
     whole = paths(X_NEW)

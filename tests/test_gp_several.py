@@ -145,6 +145,7 @@ def test_quadrature_has_the_moments_of_normals(dim):
     assert_allclose(weights @ points**2, np.ones(dim), rtol=1e-9)
 
 
+@pytest.mark.long
 @pytest.mark.promotes_ranks
 def test_counts_of_classes_are_one_event(key):
     m, v = np.zeros((3, 2)), np.full((3, 2), 0.1)
@@ -166,6 +167,7 @@ def test_likelihoods_of_other_shapes_are_refused(likelihood, shape):
         ExpectedLikelihood(likelihood, np.ones(shape), np.ones(shape))
 
 
+@pytest.mark.long
 @pytest.mark.promotes_ranks
 def test_a_plate_of_the_data_is_told(key):
     def plated(size):

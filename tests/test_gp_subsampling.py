@@ -158,6 +158,7 @@ def a_batch_of_ones_own(X, y=None):
         numpyro.sample("c", GaussianProcess(k, X, 0.1), obs=y)
 
 
+@pytest.mark.long
 def test_batches_that_processes_do_not_follow_change_nothing():
     new = np.linspace(0.1, 2.9, 4)
     u = np.random.default_rng(0).normal(size=(2, 4))

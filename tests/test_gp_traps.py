@@ -37,6 +37,7 @@ def scale():
     return numpyro.sample("lengthscale", dist.LogNormal(0.0, 0.5))
 
 
+@pytest.mark.long
 def test_a_latent_process_keeps_its_noise_where_it_is_whitened(key):
     def model(X, y=None):
         f = numpyro.sample("f", GaussianProcess(RBF(1.0, scale()), X, 0.5))
@@ -89,12 +90,14 @@ def test_updates_that_contradict_what_is_known_are_refused(key):
     np.testing.assert_allclose(hidden.update([2.0], [0.5])(np.array([2.0])), 0.5, atol=0.01)
 
 
+@pytest.mark.long
 def test_no_inputs_give_no_values(key):
     pathwise = functions(num_paths=3)
     assert pathwise(key, X[:0])["y"].shape == (6, 0)
     assert pathwise.draw(key)["y"](X[:0]).shape == (6, 0)
 
 
+@pytest.mark.long
 def test_one_term_cannot_be_updated(key):
     paths = draw_paths(key, RBF() + Linear(), X, Y, noise=0.1, **OPTIONS)
     with pytest.raises(ValueError, match="update the whole first"):
@@ -196,6 +199,7 @@ def test_what_cannot_be_answered_is_an_error(call, message, key):
         call(key)
 
 
+@pytest.mark.long
 def test_arguments_of_kernels_and_signatures(key):
     with pytest.raises(
         TypeError, match=r"RBF: got an unexpected .*'width'; it takes variance, len"
@@ -265,6 +269,7 @@ def test_data_changed_in_place_do_not_change_the_functions(key):
     assert_array_equal(pathwise(key, X_NEW)["y_f"], before)
 
 
+@pytest.mark.long
 def test_parameters_that_were_not_given_are_named():
     def model(X, y=None):
         kernel = RBF(scale(), numpyro.param("width", 3.0))

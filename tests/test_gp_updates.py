@@ -143,6 +143,7 @@ def three(X, y=None, c=None):
     numpyro.sample("b", dist.Poisson(jnp.exp(u + m)).to_event(1), obs=y)
 
 
+@pytest.mark.long
 def test_updates_that_would_not_condition_are_refused(key):
     samples = {
         "width": SAMPLES["width"],

@@ -238,6 +238,7 @@ def test_two_threads_share_a_runner(key):
     assert not wrong
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("make", cases([map_fit], [vi]))
 def test_a_run_inside_a_callback_of_another_changes_nothing(make, key):
     runner = make(required)

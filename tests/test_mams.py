@@ -173,6 +173,7 @@ def test_mams_takes_nothing_from_chains_that_explode(key):
     assert np.var(far[:, 0]) > 5.0 * metric_of(found)[0, 0]  # if all did count
 
 
+@pytest.mark.long
 def test_one_latent_alone():
     def model():
         numpyro.sample("rate", dist.Gamma(3.0, 2.0))

@@ -244,6 +244,7 @@ def test_from_log_joint_agrees_with_the_model(key):
     assert_allclose(again.params["w"], ours.params["w"])
 
 
+@pytest.mark.long
 @pytest.mark.promotes_ranks  # Flax does
 def test_an_nnx_module_follows_batches(key):
     def make(key):
@@ -266,6 +267,7 @@ def test_an_nnx_module_follows_batches(key):
     assert_allclose(fits[0].params.kernel[...], fits[1].params["kernel"], rtol=1e-7)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("weight", [1.0, 0.3])
 def test_the_density_of_a_model_is_a_raw_density(key, weight):
     """Its sites are not those of the fit: nothing is drawn, weighed or warned of."""
@@ -305,6 +307,7 @@ def test_a_raw_density_goes_on_and_compiles_once(key, compile_count):
         )
 
 
+@pytest.mark.long
 def test_a_raw_density_must_follow_its_batches(key):
     def forgetful(params, x, y):
         return gaussian_joint(params, X, Y)

@@ -208,6 +208,7 @@ def test_a_state_is_refreshed_for_other_data():
         np.testing.assert_allclose(ours, expected, rtol=1e-5)
 
 
+@pytest.mark.long
 def test_models_may_look_at_their_data():
     def looks(y):
         groups = sorted(set(np.asarray(y).tolist()))

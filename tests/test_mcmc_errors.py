@@ -113,6 +113,7 @@ def test_an_adapted_state_needs_no_warm_up(key):
     assert after.get_samples()["mu"].shape == (10 * CHAINS, 2)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kernel", FEW)
 def test_starts_that_cannot_be_used(kernel):
     bad = start()["mu"].at[jnp.array([3, 7]), 0].set(jnp.nan)

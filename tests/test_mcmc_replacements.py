@@ -69,6 +69,7 @@ def two_wells():
     numpyro.factor("well", jnp.where(x < -1.0, well, 0.0))
 
 
+@pytest.mark.long
 def test_searches_that_end_hopelessly_are_dropped():
     match = (
         r"chains would start where the posterior has exp\(-1e\+05\) .* of search \d.*, of 4 from"

@@ -123,6 +123,7 @@ def data(run):
     return to_arviz(model, mcmc, X, Y, members=members)
 
 
+@pytest.mark.long
 @pytest.mark.promotes_ranks  # as ArviZ's adapter does
 def test_arviz_data_tells_the_member_of_each_chain(run, data):
     members, mcmc = run
@@ -146,6 +147,7 @@ def test_arviz_data_tells_the_member_of_each_chain(run, data):
         assert_allclose(nested["level"], rhat_nested(draws, members)["level"])
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore")  # ArviZ says where LOO is not to be trusted
 def test_a_failed_chain_takes_its_member_along(run):
     members, mcmc = run
@@ -283,6 +285,7 @@ def test_networks_are_sampled_from_every_member(net):
     assert abs(np.sqrt((draws["noise"] ** 2).mean()) - 0.1) < 0.06
 
 
+@pytest.mark.long
 @pytest.mark.promotes_ranks
 def test_parameters_that_members_have_fitted_are_told_of():
     def partly(x, y):

@@ -91,12 +91,14 @@ def test_every_solver_finds_scipys_optimum(name, key):
     assert (result.losses[:, 0] > ours + 0.1).all()
 
 
+@pytest.mark.long
 def test_single_precision_is_named_as_a_reason(key):
     with jax.enable_x64(False), pytest.warns(UserWarning, match="float32 may be too coarse for it"):
         result = quiet(EnsembleMAP(zoned, LBFGS, ensemble_size=3), key, 2, W, Z)
     assert result.losses.dtype == "float32"
 
 
+@pytest.mark.long
 def test_members_that_stopped_on_a_slope_are_named(key):
     coarse = optimistix.BFGS(rtol=1e3, atol=1e3)
     with pytest.warns(UserWarning, match="3 of 3 members .* where the gradient is up to .* long"):
@@ -283,6 +285,7 @@ def test_a_step_to_an_infinite_density_is_rejected(key):
     assert_allclose(result.params["x"], 0.0, atol=1e-4)
 
 
+@pytest.mark.long
 def test_a_density_of_ones_own(key):
     def log_joint(params, y):
         return -((y - params["b"]) ** 2).sum(), -((params["b"] - params["a"]) ** 2) - params[

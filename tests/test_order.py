@@ -195,6 +195,7 @@ def test_draws_and_predictions_have_the_latents_in_their_places(fitted, key):
     assert np.abs(np.asarray(data["posterior_predictive"]["y"]).mean() - 100.0) < 1.0
 
 
+@pytest.mark.long
 def test_fits_of_svi_go_on_in_an_ensemble(fitted, key):
     _, single, runner, _ = fitted
     last = np.asarray(single.losses[-50:]).mean()

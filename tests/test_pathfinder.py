@@ -436,6 +436,7 @@ def test_no_path_says_how_each_ended(finder, result, key):
 # What else takes its samples --------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_arviz_data_have_weights_and_k(finder, result, tmp_path):
     data = to_arviz(finder, result, X, Y)
     assert dict(data.posterior["weights"].sizes)["draw"] == 400

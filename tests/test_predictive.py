@@ -81,6 +81,7 @@ def test_the_result_of_a_map_fit_predicts(key):
 MODULES = ["flax_net", "nnx_net", "eqx_net", "batch_norm", "random_nnx_net"]
 
 
+@pytest.mark.long
 @pytest.mark.promotes_ranks
 @pytest.mark.parametrize("name", chosen(MODULES, {"nnx_net"}))
 def test_modules_and_mutable_state_are_per_member(name, key):

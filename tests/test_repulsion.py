@@ -200,6 +200,7 @@ def test_without_the_jacobian_it_is_another_density():
 # Invariants --------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_no_weight_is_a_plain_fit():
     ensemble = runner(None)
     plain = fit(ensemble)
@@ -212,6 +213,7 @@ def test_no_weight_is_a_plain_fit():
     assert_array_equal(none.gradient_norm, plain.gradient_norm)
 
 
+@pytest.mark.long
 def test_members_in_another_order_are_the_same(pushed):
     ensemble, result = pushed
     order = np.array([2, 0, 3, 1])
@@ -237,6 +239,7 @@ def test_halves_are_the_whole_and_compile_nothing(pushed, compile_count):
         assert_array_equal(whole.params[name], value)
 
 
+@pytest.mark.long
 def test_checkpoints_are_of_one_repulsion(tmp_path, pushed):
     ensemble, result = pushed
     kept = Checkpoint(tmp_path / "kept", every=2)

@@ -92,6 +92,7 @@ def test_rows_of_millions_do_not_overflow(key):
     assert (jnp.diff(rows) >= 0).all() and rows[0] < 2**15 and 2**30 - 2**15 < rows[-1] < 2**30
 
 
+@pytest.mark.long
 def test_the_gradient_has_no_bias(monkeypatch):
     """The mean gradient over all draws of rows of both plates is the gradient of all rows."""
     data = jnp.asarray(COUNTS), jnp.asarray(rng.normal(size=(4, 3)))

@@ -48,6 +48,7 @@ def test_groups_of_members_are_the_members(size):
     assert np.ptp(np.asarray(plain.losses)[:, -1]) > 0.1  # members differ
 
 
+@pytest.mark.long
 def test_groups_of_one_program():
     """Modes, states and steps of a runner whose groups are of two, in an unusual order."""
     plain, grouped = (EnsembleMAP(model, ensemble_size=5, **o) for o in ({}, GROUPS))

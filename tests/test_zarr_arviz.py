@@ -81,6 +81,7 @@ def agree(data, expected, but=()):
         assert expected[group].attrs.keys() <= data[group].attrs.keys()
 
 
+@pytest.mark.long
 def test_groups_are_those_in_memory(in_memory, tmp_path):
     agree(in_store(tmp_path), in_memory)
     stored = xr.open_datatree(tmp_path, engine="zarr")
@@ -178,6 +179,7 @@ def penalised(x, y=None):
         numpyro.sample("y", dist.Normal(x @ w, 0.5), obs=y)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("model", "said"),
     [

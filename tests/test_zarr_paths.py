@@ -134,6 +134,7 @@ def test_what_is_drawn_on_top_is_drawn_for_each_block(whitened):
     assert abs(((y - rate) / np.sqrt(rate)).mean()) < 4 / np.sqrt(y.size)
 
 
+@pytest.mark.long
 def test_sites_of_all_rows_are_refused():
     def total(X, y=None):
         f = numpyro.sample("f", GaussianProcess(RBF(), X))
