@@ -79,7 +79,7 @@ test: $(call ready,test) ## check format, lint, types and doctests, and run all 
 	XLA_FLAGS="$(QUICK)" JAX_CHECK_TRACER_LEAKS=1 $(PYTEST) --junitxml=$(CACHE)/reports/leaks.xml -m leaks $(LEAKS)
 	@$(BIN)/python -c "$$count_tests" $(CACHE)/reports/*.xml
 
-# LONG_TURN=0 to LONG_TURN=15 take one sixteenth of the long tests each, and QUICK_TURN=0 and 1 one half
+# LONG_TURN=0 to LONG_TURN=15 take one sixteenth of the long tests each, and QUICK_TURN=0 to 3 one quarter
 # of those that `make test` runs.
 long: $(call ready,test) ## run what `make test` leaves out: long tests, the core in float64, processes in float32
 	XLA_FLAGS="$(QUICK)" $(PYTEST) -m "(core or long) and not single and not leaks"

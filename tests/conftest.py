@@ -57,12 +57,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def _has_its_turn(item: pytest.Item) -> bool:
-    """Return whether a run includes a test: a sixteenth of the long tests, or half of the others.
+    """Return whether a run includes a test: a sixteenth of the long tests, or a quarter of the others.
 
     All cases of a test belong to the same run.
     """
     is_long = item.get_closest_marker("long") is not None
-    name, number = ("LONG_TURN", 16) if is_long else ("QUICK_TURN", 2)
+    name, number = ("LONG_TURN", 16) if is_long else ("QUICK_TURN", 4)
     turn = os.environ.get(name)
     place = zlib.crc32(getattr(item, "originalname", item.name).encode())
     return turn is None or place % number == int(turn)
