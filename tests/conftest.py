@@ -57,7 +57,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def _has_its_turn(item: pytest.Item) -> bool:
-    """Return whether a run includes a test: a sixteenth of the long tests, or a quarter of the others.
+    """Return whether a run includes a test: a sixteenth of the long ones, a quarter of the others.
 
     All cases of a test belong to the same run.
     """
