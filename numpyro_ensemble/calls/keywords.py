@@ -32,8 +32,7 @@ def checked_keywords(fn: Callable[_Parameters, _Returned]) -> Callable[_Paramete
             _refuse_clashes(owner, kwargs.keys() & set(options), functions)
             if passes_on:
                 unknown = [name for name in kwargs if name not in signature.parameters]
-                places = _places_of_settings(bound)
-                _refuse_unknown(owner, unknown, options, functions, places)
+                _refuse_unknown(owner, unknown, options, functions, bound)
         return fn(*args, **kwargs)
 
     return checked
@@ -93,7 +92,7 @@ def _refuse_unknown(
     unknown: Iterable[str],
     options: list[str],
     functions: Mapping[str, Any],
-    places: Mapping[str, str],
+    bound: Mapping[str, Any],
 ) -> None:
     for name in unknown:
         for kind, function in functions.items():
@@ -108,7 +107,7 @@ def _refuse_unknown(
             known = {word.lower(): word for word in (*options, *parameters)}
             close = difflib.get_close_matches(name.lower(), known, 1)
             meant = f" Did you mean {known[close[0]]}?" if close else ""
-            meant = places.get(name, meant)
+            meant = _places_of_settings(bound).get(name, meant)
             raise TypeError(
                 f"{owner} has no option {name!r}, and the {kind} takes no such keyword.{meant}"
             )
