@@ -15,7 +15,7 @@ from zoo import CASES, GROUP, X, Y
 
 
 class Parts(NamedTuple):
-    """A model, its latents' values, and what the two parts of its log density must be."""
+    """A model, values of its latents, and the exact values of the two parts of its log density."""
 
     model: Callable
     args: tuple
@@ -29,7 +29,7 @@ def normal(x, loc=0.0, scale=1.0):
 
 
 def chain(y):
-    """A random walk seen with a noise that differs from step to step."""
+    """An autoregression, observed with noise whose scale is a latent of each step."""
 
     def move(x, now):
         v = numpyro.sample("v", dist.HalfNormal(1.0))
@@ -112,7 +112,7 @@ def _subsampled() -> Parts:
         model = handlers.seed(case.model, 0)
         return handlers.trace(model).get_trace(*case.args)["data"]["value"]
 
-    rows = np.asarray(batch())  # the only thing that is taken from the model
+    rows = np.asarray(batch())  # only the rows are taken from the model
     w = np.array([0.3, -0.7])
     likelihood = len(Y) / len(rows) * normal(Y[rows], X[rows] @ w, 0.5)
     return Parts(handlers.seed(case.model, 0), case.args, {"w": w}, likelihood, normal(w))

@@ -46,7 +46,7 @@ def _may_promote_ranks(run: Callable[[], None]) -> Callable[[], None]:
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` chooses
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Run doctests with the core in float32, and as users do: ranks may be promoted."""
+    """Mark doctests as core, let these promote ranks as users may, and keep this turn's tests."""
     for item in items:
         if isinstance(item, pytest.DoctestItem):
             item.add_marker("core")
@@ -57,9 +57,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def _has_its_turn(item: pytest.Item) -> bool:
-    """Return whether a run includes a test: a sixteenth of the long ones, a quarter of the others.
+    """Return whether this run includes a test.
 
-    All cases of a test belong to the same run.
+    `LONG_TURN` selects a sixteenth of the long tests, and `QUICK_TURN` a quarter of the others.
+    All cases of a test belong to the same turn.
     """
     is_long = item.get_closest_marker("long") is not None
     name, number = ("LONG_TURN", 16) if is_long else ("QUICK_TURN", 4)
@@ -69,7 +70,7 @@ def _has_its_turn(item: pytest.Item) -> bool:
 
 
 def pytest_collection_finish() -> None:
-    """Freeze objects that live as long as the process, and collect young objects less often."""
+    """Freeze the objects that exist once tests are collected, and collect garbage less often."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(20_000, 20, 20)
@@ -92,7 +93,7 @@ def _programs_are_dropped() -> Iterator[None]:
 
 @pytest.fixture
 def key() -> jax.Array:
-    """Give the one key that tests start from."""
+    """Return the key that tests start from."""
     return jax.random.key(0)
 
 

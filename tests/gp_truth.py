@@ -1,4 +1,4 @@
-"""Gaussian processes by dense linear algebra, and what a random basis implies in closed form."""
+"""Gaussian processes by dense linear algebra, and covariances that a random basis implies."""
 
 from functools import partial
 
@@ -36,7 +36,7 @@ ONE_DIMENSION = {"Cosine": Cosine(1.5, 1.3), "damped": Matern32(1.0, 2.0) * Cosi
 
 
 def within(double, single=1e-5):
-    """Return the value for the precision that the tests run in: a tolerance, or several."""
+    """Return `double` if the tests run in double precision, and `single` if they do not."""
     return double if jax.config.jax_enable_x64 else single
 
 

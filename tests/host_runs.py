@@ -1,4 +1,4 @@
-"""Script that `test_hosts` runs in several processes with one mesh of devices: prints JSON."""
+"""A script that `test_hosts` runs in several processes with one mesh of devices; prints JSON."""
 
 import io
 import json
@@ -23,7 +23,7 @@ def compare(label, many, one):
 
 
 def fits():
-    """Compare fits of all processes together with those of each alone."""
+    """Compare fits on the devices of all processes with fits of each process alone."""
     rows = jax.make_mesh((2, jax.device_count() // 2), ("member", "data"))
     one, bar = quiet(vi(ensemble_size=9), X, Y, steps=60), io.StringIO()
     with redirect_stderr(bar):
@@ -41,7 +41,7 @@ def fits():
 
 
 def steps():
-    """Compare single steps, and what is read between them."""
+    """Compare single steps, and the losses and parameters that are read between steps."""
     one, many = vi(ensemble_size=9), vi(mesh="all", ensemble_size=9)
     states = [runner.init(0, X, Y) for runner in (many, one)]
     stepped = [r.update(s, X, Y) for r, s in zip((many, one), states, strict=True)]
@@ -51,8 +51,8 @@ def steps():
 
 
 def chains():
-    """Compare chains, of which devices have equal numbers, and unequal ones."""
-    compare_chains(8, "8 chains, run")  # of which rounding makes others: that they run is compared
+    """Compare chains that divide evenly among the devices, and chains that do not."""
+    compare_chains(8, "8 chains, run")  # no "apart": rounding changes these, so only run them
     compare_chains(9, "apart, 9 chains")
 
 
@@ -79,7 +79,7 @@ def predictions():
 
 
 def refused(label, call):
-    """Note what a call is refused with."""
+    """Record the message of the ValueError that a call raises."""
     try:
         call()
     except ValueError as error:
@@ -87,7 +87,7 @@ def refused(label, call):
 
 
 def agreed(directory):
-    """Call with different things in each process, end runs in one alone, and lose a checkpoint."""
+    """Pass different arguments in each process, end a run from one, and lose checkpoints."""
     own = jax.process_index()
     runner = vi(mesh="all", ensemble_size=9)
     refused("data", lambda: quiet(runner, X, Y + own, steps=2))
@@ -122,7 +122,7 @@ def agreed(directory):
 
 
 def kept(directory, steps=400, every=20):
-    """Run with checkpoints, and say how far it has come."""
+    """Run with checkpoints, and print the steps as they are taken."""
 
     def tell(step, *_):
         print("step", step, flush=True)

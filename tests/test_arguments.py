@@ -1,4 +1,4 @@
-"""Sorting of the leaves of arguments, and calls that can share one program."""
+"""How the leaves of a call's arguments are sorted, and which calls share one program."""
 
 import functools
 
@@ -92,7 +92,7 @@ def test_members_arguments_come_first_and_scalars_are_no_batches():
     found = arrange(lambda x, scale, y: None, args, {}, batched=True, member_args=["x"])
     assert kinds(found) == {"x": "member batch", "scale": "traced", "y": "batch"}
     found = arrange(lambda x, y: None, (Y, ZEROS), {}, batched=True, member_args=["x", "y"])
-    assert kinds(found) == {"x": "member", "y": "member batch"}  # a number for each member is whole
+    assert kinds(found) == {"x": "member", "y": "member batch"}  # one number per member has no rows
     both = arrange(model, (ZEROS, Y), {}, batched=True, batch_args=["x", "y"], member_args=[0])
     assert kinds(both) == {"x": "member batch", "y": "batch"}
     rows = arrange(model, (ZEROS, Y), {}, batched=True, batch_args=["y"], member_args=[0])
@@ -117,7 +117,7 @@ def test_names_come_from_the_signature():
     ("wanted", "message"),
     [
         (["z"], "names 'z'; the model was called with ['groups', 'x', 'y']"),
-        ([2], "names 2; the model was called with"),  # groups is a keyword, it has no position
+        ([2], "names 2; the model was called with"),  # groups is keyword-only: no position
         (["groups"], "names 'groups', which holds no array with a leading axis"),
         (["y"], "names 'y', which holds no array with a leading axis"),
     ],

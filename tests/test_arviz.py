@@ -1,4 +1,4 @@
-"""ArviZ data of ensembles, on both of ArviZ's lines."""
+"""ArviZ data of ensembles, on both release lines of ArviZ: below 1.0, and from 1.0 on."""
 
 import contextlib
 import subprocess
@@ -125,7 +125,7 @@ def test_densities_are_numpyros(vi_data, key):
     "guide", [AutoNormal, pytest.param(AutoMultivariateNormal, marks=pytest.mark.long)]
 )
 def test_the_log_density_of_the_guide(guide, key):
-    """Of a positive latent: normal in its logarithm, so the change of variables shows."""
+    """The guide of a positive latent is log-normal: its density includes the Jacobian."""
 
     def model(y):
         scale = numpyro.sample("scale", dist.Exponential(1.0))
@@ -165,7 +165,7 @@ def test_map_members_are_chains(key):
 
 
 @pytest.mark.long
-@pytest.mark.filterwarnings("ignore")  # those of ArviZ and pandas
+@pytest.mark.filterwarnings("ignore")  # warnings of ArviZ and pandas
 def test_arviz_takes_them_from_here(vi_data, key, tmp_path):
     runner, result, data = vi_data
     assert "mu" in az.summary(data, var_names=["mu"]).index
@@ -388,7 +388,7 @@ def test_plates_name_their_own_axes(key):
     assert data["total"].dims[2:] == ()
 
 
-@pytest.mark.filterwarnings("ignore:.*")  # of ArviZ
+@pytest.mark.filterwarnings("ignore:.*")  # warnings of ArviZ
 def test_names_of_scopes_survive_a_file(key, tmp_path):
     def model(y):
         with numpyro.handlers.scope(prefix="part"):
@@ -446,7 +446,7 @@ assert to_arviz(runner, result, jnp.ones(3)).posterior["mu"].shape == (4, 1)
 def test_a_model_that_only_its_draws_can_bear(key):
     def model(y):
         z = numpyro.sample("z", dist.Normal(5.0, 0.1))
-        numpyro.sample("y", dist.Normal(jnp.log(z - 3.0), 1.0), obs=y)  # NaN where starts are tried
+        numpyro.sample("y", dist.Normal(jnp.log(z - 3.0), 1.0), obs=y)  # NaN at default starts
 
     runner = EnsembleMAP(model, ADAM, ensemble_size=4)
     init_params = {"z": jnp.linspace(4.5, 5.5, 4)}

@@ -49,7 +49,7 @@ def by_shop(shop, y):
 def shares(y):
     with numpyro.plate("kind", 2):
         p = numpyro.sample("share", dist.Dirichlet(jnp.array([2.0, 1.0, 3.0])))
-    n = numpyro.sample("n", dist.Poisson(2.0))  # an integer that its samples give
+    n = numpyro.sample("n", dist.Poisson(2.0))  # a latent integer, given by the samples
     with numpyro.plate("row", len(y)):
         numpyro.sample("y", dist.Normal(p.sum() + n, 1.0), obs=y)
 
@@ -144,7 +144,7 @@ def test_a_run_of_chains_has_all_groups(kernel):
 
 
 def test_the_prior_is_of_what_is_sampled():
-    """Of the logarithm of a scale, and of decentred effects."""
+    """In a reparameterised model, `log_prior` has the sites that are sampled instead."""
 
     def turning(y):
         z = numpyro.sample("z", dist.Normal(0.0, 3.0))
@@ -195,7 +195,7 @@ def mean_field():
 
 @pytest.mark.filterwarnings("ignore:.*:UserWarning:arviz", "ignore:.*:FutureWarning")
 def test_sensitivity_to_the_prior(mean_field):
-    """The data determine the sum of two coefficients, and the prior determines their difference."""
+    """ArviZ computes finite sensitivities to the prior from the group `log_prior`."""
     data = mean_field
     assert set(data["log_prior"].data_vars) == {"w"}
     if NEW:
@@ -208,7 +208,7 @@ def test_sensitivity_to_the_prior(mean_field):
 @pytest.mark.filterwarnings("ignore:Estimated shape parameter")
 @pytest.mark.skipif(not NEW, reason="ArviZ below 1.0 has no corrected leave-one-out")
 def test_corrected_leave_one_out_is_that_of_refits(mean_field):
-    """A mean-field fit has too narrow a posterior; its importance weights correct this."""
+    """A mean-field posterior is too narrow; importance weights correct its scores."""
     data, exact = mean_field, left_out()
     log_p = data["sample_stats"]["log_p"]
     plain = np.abs(np.asarray(az.loo(data, pointwise=True).elpd_i) - exact)
@@ -226,7 +226,7 @@ def test_corrected_leave_one_out_is_that_of_refits(mean_field):
 CHECKS = ["plot_ppc_dist", "plot_ppc_pit", "plot_loo_pit"] if NEW else ["plot_ppc", "plot_loo_pit"]
 
 
-@pytest.mark.filterwarnings("ignore")  # those of ArviZ and pandas
+@pytest.mark.filterwarnings("ignore")  # warnings of ArviZ and pandas
 @pytest.mark.parametrize(
     "name", [pytest.param(n, marks=[pytest.mark.long] * (n != "plot_loo_pit")) for n in CHECKS]
 )
@@ -243,11 +243,11 @@ def test_arviz_draws_predictive_checks(mean_field, name):
 
 
 def test_draws_are_inputs_of_the_program():
-    """With constants, XLA would compute the densities at each compilation, slowly."""
+    """If draws were constants of the program, XLA would slowly evaluate densities in compiling."""
     draws = {"w": RNG.normal(size=(2, 2000, 2)), "b": RNG.normal(size=(2, 2000))}  # 96 kB
     option = "jax_captured_constants_warn_bytes"
     before = getattr(jax.config, option)
-    jax.config.update(option, 80_000)  # members and numbers of draws are 64 kB
+    jax.config.update(option, 80_000)  # the indices of members and draws are 64 kB
     try:
         to_arviz(regression, draws, X, X[:, 0], posterior_predictive=False)  # warnings are errors
     finally:

@@ -1,4 +1,4 @@
-"""Invalid calls raise an error before anything is compiled, which says what to do instead."""
+"""An invalid call raises before anything is compiled; the error says what to do instead."""
 
 import jax
 import jax.numpy as jnp
@@ -82,7 +82,7 @@ def test_keywords_of_a_model_are_passed_on(key):
 
 
 def test_a_density_in_the_place_of_a_model_is_told_where_to_go(key):
-    for args in ((X,), (X, X)):  # without parameters, and with something in their place
+    for args in ((X,), (X, X)):  # no params, or X as params
         with pytest.raises((TypeError, ValueError), match="goes to EnsembleMAP.from_log_joint or"):
             point(density).run(key, 3, *args)
     with pytest.raises(TypeError, match="cannot be called .*: missing a required argument: 'x'"):
@@ -139,7 +139,7 @@ def test_nan_in_the_data_is_named(key):
         assert len(names) == len(x)
         numpyro.sample("y", dist.Normal(numpyro.sample("w", dist.Normal(0.0, 1.0)), 1.0), obs=x)
 
-    with pytest.raises(ValueError, match="The data hold NaN: x. Leave"):  # text holds none
+    with pytest.raises(ValueError, match="The data hold NaN: x. Leave"):  # text is not NaN
         point(labelled).run(key, 3, y, np.array(list("abcd"), object), progress_bar=False)
     with pytest.raises(ValueError, match="check the data"):  # not NaN, but infinite
         point().run(key, 3, X, np.where(X == 1, np.inf, X), progress_bar=False)

@@ -1,4 +1,4 @@
-"""Starts: chains that move to the typical set together, and every kernel from such starts."""
+"""Starts from chains that move to the typical set together, and each kernel from such starts."""
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ SCALES = np.array([[3.0, 0.5], [1.0, 0.2]])
 
 
 def model(shift):
-    """A matrix far from 0 whose entries differ in width, above a scale."""
+    """A matrix far from 0, whose entries have different widths, and a positive latent."""
     w = numpyro.sample("w", dist.Normal(0.0, 50.0).expand([2, 2]).to_event(2))
     a = numpyro.sample("a", dist.Gamma(30.0, 3.0))
     numpyro.sample("y", dist.Normal(w, SCALES).to_event(2), obs=shift + jnp.zeros((2, 2)))
@@ -31,18 +31,18 @@ def away(z, shift=20.0):
 
 @pytest.mark.long
 @pytest.mark.core
-@pytest.mark.filterwarnings("ignore:.*chains would start where")  # after five steps
+@pytest.mark.filterwarnings("ignore:.*chains would start where")  # the run of five steps warns
 def test_starts_are_in_the_typical_set(key):
     z = starts.from_microcanonical(key, model, CHAINS, 20.0)
     assert z["w"].shape == (CHAINS, 2, 2) and z["a"].shape == (CHAINS,)
     found = away(z)
     assert len(np.unique(found[:, 0, 0])) == CHAINS
-    # five standard errors of 64 draws, and their spread
+    # five standard errors of the mean and of the standard deviation of 64 draws
     assert abs(found.mean(axis=0)).max() < 0.65 and abs(found.std(axis=0) - 1.0).max() < 0.45
     rate = np.exp(np.asarray(z["a"]))  # Gamma(30, 3.5)
     assert abs(rate.mean() - 30 / 3.5) < 5 * np.sqrt(30) / 3.5 / 8
     few = starts.from_microcanonical(key, model, CHAINS, 20.0, max_steps=5)
-    assert abs(away(few).mean(axis=0)).max() > 2.0  # the walk has not come there
+    assert abs(away(few).mean(axis=0)).max() > 2.0  # five steps are too few
 
 
 def test_the_walk_ends_by_itself(key):
@@ -55,7 +55,7 @@ def test_the_walk_ends_by_itself(key):
     walk = jax.jit(lambda rows: burn_in(density, key, rows, 500))
     near = jax.random.normal(key, (CHAINS, size))
     rows, soon = walk(near)
-    assert soon < 90 and 0.9 < rows.var() < 1.35  # long steps widen them
+    assert soon < 90 and 0.9 < rows.var() < 1.35  # long steps widen the spread
     rows, later = walk(100.0 + near)
     assert soon < later < 500
     assert abs(rows.mean()) < 0.15 and 0.9 < rows.var() < 1.35

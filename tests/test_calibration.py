@@ -30,7 +30,7 @@ ADAM = numpyro.optim.Adam(0.05)
 
 
 def regression(x, z=None):
-    """Conjugate, with its data in the second argument and an axis that has a name."""
+    """A conjugate model: the second argument is the data, and an axis of w has a name."""
     w = numpyro.sample(
         "w", dist.Normal(0.0, 1.0).expand([2]).to_event(1), infer={"event_dims": ["input"]}
     )
@@ -39,7 +39,7 @@ def regression(x, z=None):
 
 
 def posterior(key, x, z, *, width=1.0, shift=0.0, noise=NOISE, number=99):
-    """Draw from the posterior, or from one that is wrong in a way."""
+    """Draw from the exact posterior, or from one with a wrong width, mean or noise."""
     precision = jnp.eye(2) + x.T @ x / noise**2
     mean = jnp.linalg.solve(precision, x.T @ z / noise**2)
     draws = jax.random.normal(key, (number, 2)) @ ROOT.T
@@ -53,7 +53,7 @@ def calibrated(fit=posterior, number=1000, **options):
 
 
 def test_uniformity_is_that_of_uniform_values():
-    """p-values of uniform values are uniform, and alternatives are found."""
+    """p-values of uniform values are uniform, and those of other values are small."""
     p = uniformity(RNG.random((100, 400)))
     assert p.shape == (400,)
     assert stats.kstest(p, "uniform").pvalue > 0.001
@@ -70,7 +70,7 @@ def test_the_band_holds_the_whole_curve():
     assert 0.87 < inside < 0.94
     pointwise = stats.binom.ppf([0.05, 0.95], 150, 0.5) / 150
     middle = np.searchsorted(places, 0.5)
-    assert lower[middle] < pointwise[0] and pointwise[1] < upper[middle]  # wider than at one place
+    assert lower[middle] < pointwise[0] and pointwise[1] < upper[middle]  # wider than pointwise
 
 
 def test_an_exact_posterior_passes():
@@ -89,7 +89,7 @@ def test_an_exact_posterior_passes():
     [
         ({"width": 0.5**0.5}, {"w", "log_likelihood"}),  # half the variance
         ({"shift": 0.3}, {"w"}),
-        pytest.param(  # a likelihood that is another than the data's
+        pytest.param(  # a likelihood with other noise than the data have
             {"noise": 1.2}, {"w", "log_likelihood"}, marks=pytest.mark.long
         ),
     ],
@@ -102,7 +102,7 @@ def test_a_wrong_posterior_is_found(wrong, where):
 
 
 def test_the_log_likelihood_finds_what_the_latents_do_not():
-    """Draws from the prior have uniform ranks, and know nothing of the data."""
+    """Draws from the prior ignore the data, and the ranks of the latents are still uniform."""
 
     def prior(key, x, z):
         return {"w": jax.random.normal(key, (99, 2))}
@@ -127,13 +127,13 @@ def test_a_guide_is_fitted_to_each_data_set_as_alone():
     for name in ("w", "log_likelihood"):
         np.testing.assert_array_equal(together.ranks[name], apart.ranks[name])
     assert len(seen) == 1  # traced once for all data sets
-    runner.run(KEY, 5, X, np.ones(8), progress_bar=False)  # nothing is left in it
+    runner.run(KEY, 5, X, np.ones(8), progress_bar=False)  # the runner still works
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("guide", [AutoLaplaceApproximation, AutoMultivariateNormal, AutoNormal])
 def test_guides(guide):
-    """Fits of a normal posterior are exact, except mean-field, whose sum is too narrow or wide."""
+    """Guides fit a normal posterior exactly, except a mean-field guide, which is too narrow."""
     x = X @ np.array([[1.0, 0.9], [0.0, 0.3]])
     runner = EnsembleVI(regression, guide(regression), ADAM, Trace_ELBO(4), ensemble_size=3)
     found = sbc(
@@ -156,7 +156,7 @@ def test_chains(name):
         )  # fmt: skip
     found = calibrated(mcmc, number=100, num_draws=19)
     assert found.miscalibrated == []
-    mcmc.run(KEY, X, np.ones(8))  # the user's object is as it was
+    mcmc.run(KEY, X, np.ones(8))  # the user's MCMC still runs
     assert np.isfinite(mcmc.get_samples()["w"]).all()
 
 
@@ -184,9 +184,9 @@ def test_calibration_where_the_posterior_is():
     found = calibrated_there(lambda model: of_both)
     assert found.miscalibrated == [] and "posterior_sbc" in str(found.data)
     assert plotting.plot_ranks(found).get_legend() is not None
-    # the posterior given only the simulated data is another
+    # draws given only the simulated data, without SEEN, are rejected
     assert "w" in calibrated_there(lambda model: posterior).miscalibrated
-    # fit gets the model conditioned on both
+    # the function gets a model that is conditioned on both
     runner = calibrated_there(
         lambda model: EnsembleVI(model, AutoMultivariateNormal(model), ADAM, Trace_ELBO(8)),
         num_steps=800,
@@ -199,7 +199,7 @@ def test_calibration_where_the_posterior_is():
 
 
 def counts(shop, seen=None, sold=None):
-    """Of ints and bools, with two observed sites and a latent integer."""
+    """Two observed sites, one of integers and one of booleans, and latent integers."""
     rate = numpyro.sample("rate", dist.Gamma(2.0, 1.0))
     with numpyro.plate("shop", 3):
         size = numpyro.sample("a_size", dist.Poisson(3.0))
@@ -224,7 +224,7 @@ def test_two_sites_and_discrete_latents():
         data_sites=["sold", "seen"],
     )  # fmt: skip
     assert kinds[0] == (bool, sold.dtype)
-    assert {"a_size", "rate"}.isdisjoint(found.miscalibrated)  # ties are broken by chance
+    assert {"a_size", "rate"}.isdisjoint(found.miscalibrated)  # ties are broken at random
     assert "log_likelihood" in found.miscalibrated
 
 

@@ -1,4 +1,4 @@
-"""Runs that are stopped and continued end with the numbers of an uninterrupted run."""
+"""A run that is stopped and continued ends with the same numbers as an uninterrupted run."""
 
 import os
 import random
@@ -40,7 +40,7 @@ def whole():
 
 @pytest.fixture(scope="module")
 def stopped(tmp_path_factory):
-    """Checkpoints of the same run, stopped half way."""
+    """The directory of the checkpoints of the same run, which was stopped at step 60."""
     path = tmp_path_factory.mktemp("stopped") / "kept"
     fit(Checkpoint(path, every=20), steps=SHORT, callback=lambda step, *_: step >= 60)
     return path
@@ -48,13 +48,13 @@ def stopped(tmp_path_factory):
 
 @pytest.fixture
 def half(tmp_path, stopped):
-    """A copy of these checkpoints."""
+    """A copy of the stopped run's checkpoints."""
     shutil.copytree(stopped, tmp_path / "kept")
     return Checkpoint(tmp_path / "kept", every=20)
 
 
 def kept(checkpoint):
-    """Return the steps of the checkpoints that are there."""
+    """Return the steps of the checkpoints in the directory."""
     return sorted(int(p.name) for p in Path(checkpoint.directory).iterdir() if p.name.isdigit())
 
 
@@ -98,7 +98,7 @@ def test_checkpoints_of_another_run_are_refused(half, changed, said):
 
 def flip(path):
     content = bytearray(path.read_bytes())
-    for place in range(len(content) // 3, len(content), 7):  # whatever its format makes of it
+    for place in range(len(content) // 3, len(content), 7):  # every seventh byte
         content[place] ^= 0x10
     path.write_bytes(bytes(content))
 
@@ -141,7 +141,7 @@ def test_one_run_at_a_time(half):
 
     fit(half, steps=SHORT, callback=another)
     assert len(said) == 1
-    fit(half, steps=SHORT)  # the lock is gone
+    fit(half, steps=SHORT)  # the lock is released
 
 
 FULL = """
@@ -173,7 +173,7 @@ os._exit(0)  # Orbax would wait for what cannot come
 
 @pytest.mark.long
 def test_a_directory_that_is_full(tmp_path):
-    """In a separate process, because threads of Orbax keep waiting for the write that failed."""
+    """The runs are in a separate process, because Orbax's threads wait for the failed write."""
     environment = {**os.environ, "PYTHONPATH": f"{SCRIPT.parents[1]}{os.pathsep}{SCRIPT.parent}"}
     run = subprocess.run(
         [sys.executable, "-c", FULL, str(tmp_path / "kept")],
@@ -202,7 +202,7 @@ def test_ctrl_c_returns_what_there_is(whole):
 
 
 def started(*arguments):
-    # NumPyro's ELBO adds its terms in the order of a set of names
+    # NumPyro's ELBO adds its terms in the order of a set of names, which depends on the hash seed
     environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parents[1]), "PYTHONHASHSEED": "0"}
     command = [sys.executable, "-W", "ignore", str(SCRIPT), *map(str, arguments)]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
@@ -227,7 +227,7 @@ def test_sigterm_writes_a_checkpoint_first(tmp_path):
 
 @pytest.mark.long
 def test_kill_9_at_any_moment(tmp_path):
-    """Kill a run repeatedly: it ends with the same bits, and repeats one interval at most."""
+    """A run that is killed repeatedly ends with the same bits, and loses two intervals at most."""
     rng, every, kills = random.Random(0), 40, int(os.environ.get("KILLS", "8"))
     finish(started("", every, tmp_path / "whole"))
     kept_in, pace = Checkpoint(tmp_path / "kept"), None
@@ -241,7 +241,7 @@ def test_kill_9_at_any_moment(tmp_path):
         time.sleep(rng.uniform(0, 2 * pace))
         process.kill()
         process.communicate()
-        if not line:  # the run had ended: all its members had stopped
+        if not line:  # the run had ended, because all its members had stopped
             shutil.rmtree(kept_in.directory)
             pace = None
             continue

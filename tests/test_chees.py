@@ -1,4 +1,4 @@
-"""The pure step of ChEES against BlackJAX's own adaptation, from the same chains and keys."""
+"""The pure step of ChEES agrees with BlackJAX's own adaptation, given the same chains and keys."""
 
 import blackjax
 import jax
@@ -18,13 +18,13 @@ SCALES = jnp.array([0.3, 2.0])
 
 
 def log_density(z):
-    """A correlated Gaussian of three dimensions in two leaves."""
+    """A correlated Gaussian in three dimensions, which are in two leaves."""
     b = z["b"] / SCALES
     return -0.5 * (z["a"] - b[0]) ** 2 - 0.5 * (b**2).sum()
 
 
 def of_row(row):
-    """The same of one chain's row."""
+    """The same density at the row of one chain."""
     return log_density({"a": row[0], "b": row[1:]})
 
 
@@ -33,7 +33,7 @@ def in_rows(z):
 
 
 def ours(key, start, scheme):
-    """Drive the pure step with the keys that BlackJAX makes of its one."""
+    """Run the pure step with the keys that BlackJAX splits from its one key."""
     start = in_rows(start)
     init = jax.vmap(lambda z: dynamic_hmc.init(z, of_row, 0))(start)
     chains = init._replace(random_generator_arg=jnp.zeros((), int))
@@ -74,7 +74,7 @@ def test_the_step_is_blackjax(key):
     ratio = adaptation.trajectory_length / adaptation.step_size
     np.testing.assert_allclose(ratio, most, rtol=1e-6)
     assert chains.random_generator_arg == states.random_generator_arg[0] == NUM_STEPS
-    # BlackJAX's sequence depends on the run's length, ours does not
+    # BlackJAX's Halton sequence depends on the length of the run; ours does not
     index = jnp.arange(2000)
     own = jax.vmap(lambda i: dynamic_hmc.halton_sequence(i, 11))(index)
     np.testing.assert_array_equal(jax.vmap(halton)(index), own)
@@ -82,7 +82,7 @@ def test_the_step_is_blackjax(key):
 
 @pytest.mark.long
 def test_lengths_grow_from_short_ones(key):
-    """BlackJAX's scheme stays near its first length, because it steps from the average so far."""
+    """BlackJAX's lengths stay near the first, because each step starts from their average."""
     near = 0.1 * jax.random.normal(key, (NUM_CHAINS, 3))
     start = {"a": near[:, 0], "b": near[:, 1:]}
     lengths = [
@@ -94,7 +94,7 @@ def test_lengths_grow_from_short_ones(key):
 
 
 def with_a_trap(row):
-    """A standard normal; a chain at (0, 10) has gradient 0, and loses 30 in every direction."""
+    """A standard normal; at (0, 10) the gradient is 0, and every move loses up to 30."""
     trapped = -30.0 * jax.lax.stop_gradient(
         jnp.minimum(jnp.abs(row - jnp.array([0.0, 10.0])).sum(), 1)
     )
@@ -123,6 +123,6 @@ def test_a_chain_that_accepts_nothing_makes_no_steps_tiny(key, plain, tiny):
         return jax.lax.scan(step, (chains, adaptation), jax.random.split(key, 200))[0]
 
     chains, adaptation = run(rows)
-    assert abs(chains.position[0, 1] - 10.0) < 0.5  # it is where it was, or nearly so
+    assert abs(chains.position[0, 1] - 10.0) < 0.5  # the chain stays trapped
     assert (adaptation.step_size[0] < 0.05) == tiny
     assert tiny or adaptation.step_size[0] > 0.3

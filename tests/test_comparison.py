@@ -22,8 +22,8 @@ from numpyro_ensemble.predict.assembly import makes_inference_data
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*too few for az.loo"),
-    pytest.mark.filterwarnings("ignore:The inplace keyword"),  # ArviZ, of pandas
-    pytest.mark.filterwarnings("ignore:Estimated shape parameter"),  # it says so as well
+    pytest.mark.filterwarnings("ignore:The inplace keyword"),  # pandas, about ArviZ
+    pytest.mark.filterwarnings("ignore:Estimated shape parameter"),  # ArviZ's form of the next
     pytest.mark.filterwarnings("ignore:leave-one-out is not to be trusted"),
     pytest.mark.promotes_ranks,
 ]
@@ -62,7 +62,7 @@ class Known(NamedTuple):
     x: np.ndarray
     y: np.ndarray
     draw: object  # (rng, x, y, number) -> draws by site
-    predicted: object  # (x, y, i, rows) -> scipy's distribution of row i, without these rows
+    predicted: object  # (x, y, i, rows) -> scipy's distribution of row i given all but these rows
 
 
 def normal_case(model, x, y, design, prior, names):
@@ -131,7 +131,7 @@ def exact_data(case, seed=0):
 
 
 def exact_terms(case, labels=None):
-    """Return the log predictive density of each row, given the others or the other folds."""
+    """Return the log predictive density of each row, given the other rows or the other folds."""
     known = CASES[case]
     density = "logpmf" if case == "counts" else "logpdf"
     out = [[i] if labels is None else np.flatnonzero(labels == labels[i]) for i in range(ROWS)]
@@ -178,7 +178,7 @@ def test_probabilities_are_those_of_the_closed_form(case):
 
 @pytest.mark.parametrize("case", QUICK_AND_LONG)
 def test_calibration_tells_the_posterior_from_a_narrow_one(case):
-    """Simulated counts, a table of latents and a hierarchy; half the spread is found."""
+    """Exact draws pass, and draws with half the spread are rejected, for all three models."""
     known = CASES[case]
 
     def fit(spread):
@@ -216,7 +216,7 @@ def mean_field(case, size=3):
 
 @pytest.mark.parametrize("case", ["regression", pytest.param("hierarchy", marks=pytest.mark.long)])
 def test_guides_are_corrected(case):
-    """A mean-field guide alone is wrong: its draws are corrected, with both lines of ArviZ."""
+    """Scores of a mean-field guide are corrected by its density, on both lines of ArviZ."""
     runner, result = mean_field(case)
     known = CASES[case]
     data = to_arviz(runner, result, known.x, known.y, num_samples=1000)
@@ -265,7 +265,7 @@ def test_weights_find_the_model_and_the_member_and_go_into_predictions():
     share = np.isin(np.asarray(mixed[:, 0]), np.asarray(predictions["fit"]["y"][:, 0])).mean()
     assert abs(share - 0.3) < 0.06
     first = scoring.mix(key, predictions, {"fit": 1.0, "chains": 0.0}, 400)["y"]
-    assert len(np.unique(first[:, 0])) == 400  # each draw once
+    assert len(np.unique(first[:, 0])) == 400  # each draw is used once
 
 
 @pytest.mark.long
@@ -280,7 +280,7 @@ def test_folds_are_what_the_closed_form_says(case):
     found = scoring.cross_validate(
         known.model, mcmc, known.x, known.y, rng_key=jax.random.key(0), folds=SHOP, num_draws=4000
     )
-    # the level of a shop that is far from the others is in the tail of what is drawn for it
+    # the level of a shop that is far from the others is in the tail of the draws
     wide = 3.0 if case == "hierarchy" else 1.0
     assert_allclose(found.elpd_i, exact_terms(case, SHOP), rtol=0.02, atol=0.1 * wide)
     assert abs(found.elpd - exact_terms(case, SHOP).sum()) < 0.3 * wide

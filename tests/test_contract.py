@@ -43,7 +43,7 @@ def make(request):
     return RUNNERS[request.param][0]
 
 
-# runners share the engine: the most expensive checks of guides are left to `make long`
+# both runners share one engine: the most expensive checks of one are left to `make long`
 QUICK_IN_MAP = pytest.mark.parametrize(
     "make", ["map", pytest.param("vi", marks=pytest.mark.long)], indirect=True
 )
@@ -54,13 +54,16 @@ QUICK_IN_VI = pytest.mark.parametrize(
 
 @pytest.fixture
 def w(make):
-    """Give the name under which a runner has the location of site w."""
+    """Return the name of the parameter with which a runner locates site w."""
     return {build: name for build, name in RUNNERS.values()}[make]
 
 
 @cache
 def on_ridge(make):
-    """Return a runner that many tests share, to compile once; earlier calls do not matter."""
+    """Return a runner that many tests share, so that it compiles once.
+
+    The results of a runner do not depend on its earlier calls.
+    """
     return make(ridge)
 
 
@@ -69,7 +72,7 @@ def quiet(runner, key, num_steps, *args, **kwargs):
 
 
 def same(ours, theirs, **tolerance):
-    """Compare trees: bit for bit, or to a tolerance."""
+    """Check that two trees are equal bit for bit, or to a tolerance."""
 
     def without_setup(tree):
         if isinstance(tree, SVIState):
@@ -106,7 +109,7 @@ def test_a_loop_of_update_equals_run_equals_two_halves(make, key):
     same(runner.evaluate(first.state, X, Y), whole.losses[:, 4], **close)
 
 
-@pytest.mark.long  # but for the leak run
+@pytest.mark.long  # the leak run has it too
 @pytest.mark.leaks
 def test_every_method_works_under_jit_and_vmap_and_twice(make, key):
     runner = on_ridge(make)
@@ -185,7 +188,7 @@ def test_data_that_a_model_takes_from_its_surroundings_is_never_stale(make, key)
 
 
 def looks(group, y, flag=True):
-    np.unique(group)  # a tracer raises
+    np.unique(group)  # raises for a tracer
     assert flag
     assert not isinstance(y, jax.core.Tracer)
     hierarchy(group, y)
@@ -219,7 +222,7 @@ def test_values_that_a_model_looks_at_are_those_of_concrete_arguments(make, key,
 
 @pytest.mark.parametrize("given", [np.asarray, pytest.param(jnp.asarray, marks=pytest.mark.long)])
 def test_numpyros_checks_of_values_hold(make, given, key):
-    """An observation outside its support is warned of, though data are inputs of the program."""
+    """NumPyro warns of an observation outside its support, although data are traced inputs."""
 
     def model(y):
         logit = numpyro.sample("logit", dist.Normal(0.0, 1.0))
@@ -349,7 +352,7 @@ def test_both_key_styles_and_given_keys_agree(make):
 
 @QUICK_IN_VI
 def test_keys_are_not_reused(make, key):
-    """Members, and the batches of a run, draw from streams of their own."""
+    """Each member gets a key of its own in each step."""
     seen = []
 
     def model(y):
@@ -374,7 +377,7 @@ def test_keys_are_not_reused(make, key):
 
 
 @pytest.mark.leaks
-@pytest.mark.long  # the run for leaks has both
+@pytest.mark.long  # the leak run has both runners
 def test_the_users_objects_stay_the_users(make, w, key):
     before = jax.tree.map(np.asarray, jax.tree.leaves(NNX))
     case = CASES["nnx_net"]
@@ -426,7 +429,7 @@ def test_a_partial_model_and_keywords_run(make, key):
 @pytest.mark.long
 @QUICK_IN_MAP
 def test_a_transformed_call_sees_its_own_data(make, w, key):
-    """Values that a trace has computed from its data must not be used for other data."""
+    """Values that one trace computed from its data must not be used for other data."""
 
     def model(y):
         top = numpyro.sample("w", dist.Uniform(0.0, np.max(np.abs(y))))

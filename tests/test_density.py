@@ -1,4 +1,4 @@
-"""The two parts of a log joint density, and the checks of a model before it runs."""
+"""The two parts of a log joint density, and the description of a model's sites."""
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ def tolerance():
 
 
 def starts(model, args, kwargs):
-    """Take a value for every latent and parameter from an initialisation."""
+    """Return a start for every latent and parameter."""
     filled = handlers.substitute(model, substitute_fn=init_to_uniform(radius=1.0))
     trace = handlers.trace(filled).get_trace(*args, **kwargs)
     latent = {n: s for n, s in trace.items() if s["type"] == "sample" and not s["is_observed"]}
@@ -30,7 +30,7 @@ def starts(model, args, kwargs):
     return {name: site["value"] for name, site in {**latent, **params}.items()}
 
 
-QUICK = {  # kinds of sites that `test_each_part_is_what_it_is_by_hand` does not have
+QUICK = {  # kinds of sites that `test_each_part_is_what_it_is_by_hand` leaves out
     "batch_norm", "correlation", "dependent_support", "hierarchy", "interval", "learned_centring",
     "local_latents", "nnx_net", "ordered", "random_flax_net", "simplex", "with_param",
 }  # fmt: skip
@@ -51,7 +51,7 @@ def test_the_parts_add_up_to_the_log_density(name, key):
     (log_likelihood, log_prior), whole = both(key)
     assert log_likelihood.shape == log_prior.shape == ()
     assert_allclose(log_likelihood + log_prior, whole, rtol=1e-12)
-    assert min(abs(log_likelihood), abs(log_prior)) > 1e-2  # neither part is the whole
+    assert min(abs(log_likelihood), abs(log_prior)) > 1e-2  # no part is 0
 
 
 @pytest.mark.core
@@ -60,7 +60,7 @@ def test_each_part_is_what_it_is_by_hand(name):
     model, args, params, likelihood, prior = parts(name)
     ours = jax.jit(lambda p: log_joint(model)(p, *args))(params)
     assert_allclose(ours, (likelihood, prior), **tolerance())
-    assert abs(likelihood - prior) > 0.1  # the parts changed places
+    assert abs(likelihood - prior) > 0.1  # swapped parts would be seen
 
 
 def test_factors_are_likelihood_unless_they_are_named():
@@ -75,7 +75,7 @@ def test_latents_without_a_value_are_named():
     joint = log_joint(ridge)
     with pytest.raises(ValueError, match=r"no value for the latent sites \['w'\]\. Give"):
         joint({}, X, Y)
-    with numpyro.handlers.seed(rng_seed=0):  # a key around the call draws them
+    with numpyro.handlers.seed(rng_seed=0):  # with a key, missing latents are drawn
         assert jnp.isfinite(joint({}, X, Y)[0])
 
 
@@ -103,7 +103,7 @@ def test_a_handler_around_a_model_is_seen():
     fixed = handlers.condition(model, {"rate": params["rate"]})
     rate = 2 * np.log(2.0) + np.log(params["rate"]) - 2.0 * params["rate"]  # Gamma(2, 2)
     rest = {name: params[name] for name in ("scale", "loc")}
-    expected = (likelihood + rate, prior - rate)  # what is observed is likelihood
+    expected = (likelihood + rate, prior - rate)  # a conditioned site is likelihood
     assert_allclose(log_joint(fixed)(rest, *args), expected, **tolerance())
 
 
@@ -133,7 +133,7 @@ def test_the_sites_of_a_model():
         "mean": ("latent", "prior", (5, 2), both),
         "y": ("observed", "likelihood", (5, 2), both),
         "groups": ("plate", None, (4,), ()),
-        "bonus": ("factor", "likelihood", (4, 0), (("groups", 4),)),  # NumPyro's value has no size
+        "bonus": ("factor", "likelihood", (4, 0), (("groups", 4),)),  # NumPyro's factor is empty
     }
     assert sites["mean"].distribution == "Normal"
     assert [site.name for site in sites.values()] == list(sites)
@@ -168,5 +168,5 @@ def test_model_sites_compiles_nothing(compile_count):
     assert sites["w"].shape == (3,)
     with compile_count() as count:
         ours = log_joint(ridge)({"w": jnp.zeros(3)}, x, y)
-    assert count.count > 0  # as running the model would
+    assert count.count > 0  # running the model compiles
     assert_allclose(ours, (normal(y, 0.0, 0.5), normal(np.zeros(3), 0.0, 2.0)), **tolerance())

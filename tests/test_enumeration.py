@@ -22,13 +22,13 @@ from numpyro_ensemble.density import model_sites
 from numpyro_ensemble.mcmc import MEADS, ChEES, starts
 from numpyro_ensemble.mcmc.target import Target
 
-pytestmark = pytest.mark.promotes_ranks  # as values on axes of their own do
+pytestmark = pytest.mark.promotes_ranks  # enumerated values have axes of their own
 
 SUM = {"enumerate": "parallel"}  # one dict for many sites
 Y = np.array([-2.2, 1.1, 0.7, -1.4, 2.0, -1.9, 1.6, 0.4])
 
 
-# Models: sites in no alphabetical order, scalars beside vectors -----------------------------------
+# Models, with sites in no alphabetical order, and scalars beside vectors --------------------------
 
 
 def mixture(y, summed=True):
@@ -54,7 +54,7 @@ def unmarked(y):
 
 
 def raters(votes):
-    """Items of a class, rated by people who err: nested plates and counts."""
+    """Items of unknown classes, rated by people who err, in nested plates."""
     items, people = votes.shape
     with numpyro.plate("people", people, dim=-2), numpyro.plate("classes", 3):
         errors = numpyro.sample("errors", dist.Dirichlet(jnp.ones(3)))
@@ -66,7 +66,7 @@ def raters(votes):
 
 
 def two_levels(y):
-    """A discrete latent that depends on another one, in a plate of its own."""
+    """Discrete latents in a plate, which depend on a discrete latent outside it."""
     width = numpyro.sample("width", dist.HalfNormal(1.0))
     odds = numpyro.sample("odds", dist.Normal(jnp.zeros(2), 1.0).to_event(1))
     season = numpyro.sample("season", dist.Bernoulli(0.4), infer=SUM)
@@ -137,14 +137,14 @@ def tolerance():
 
 
 def each_of(*quick, without=()):
-    """Give the models' names, those left to `make long` that are not named."""
+    """Yield the models' names; those that are not in `quick` are left to `make long`."""
     for name in MODELS:
         if name not in without:
             yield pytest.param(name, marks=[] if name in quick else pytest.mark.long)
 
 
 class own_infer(Messenger):  # noqa: N801
-    """Keep NumPyro from writing into the dict that all sites share."""
+    """Copy each site's `infer`, so that NumPyro does not write into the dict that sites share."""
 
     def process_message(self, msg):
         if msg["type"] == "sample":
@@ -174,7 +174,7 @@ def test_the_density_is_that_of_nuts(name, key):
     jax.tree.map(lambda a, b: assert_allclose(a, -b, **tolerance()), ours, theirs)
     smooth = jax.jit(target.smooth_density(args, {}))(z)
     assert_allclose(smooth, ours[0], **tolerance())
-    assert SUM == {"enumerate": "parallel"}  # the dict of the user stays as it is
+    assert SUM == {"enumerate": "parallel"}  # the user's dict is unchanged
 
 
 @pytest.mark.parametrize("name", [*each_of("spikes", without=["unmarked"])])
@@ -196,7 +196,7 @@ def test_the_parts_of_a_mixture_are_those_of_its_marginal_form():
     ours, by_hand = (density(params, Y, summed) for summed in (True, False))
     assert_allclose(ours, by_hand, rtol=1e-5)
     kinds = {"kind": jnp.array([0, 1, 1, 0, 1, 0, 1, 1])}
-    joint = density(params | kinds, Y)  # what has a value is not summed out
+    joint = density(params | kinds, Y)  # a site with a value is not summed out
     terms = jnp.log(params["weights"])[kinds["kind"]].sum()
     assert_allclose(joint[1], by_hand[1] + terms, rtol=1e-5)
     assert_allclose(jax.jit(log_joint(handlers.seed(mixture, 0)))(params, Y), by_hand, rtol=1e-5)
@@ -241,11 +241,11 @@ def test_the_sites_of_a_model_know_what_is_marked():
 
 # Chains -------------------------------------------------------------------------------------------
 
-RATIOS = np.array([0.2, 3.0, 8.0, 0.5, 6.0, 4.0])  # likelihood of 1 over that of 0
+RATIOS = np.array([0.2, 3.0, 8.0, 0.5, 6.0, 4.0])  # each switch: likelihood of 1 over that of 0
 
 
 def switches(ratios=RATIOS):
-    """Switches that are on with one probability, whose posterior a grid knows."""
+    """Switches that share one probability of being on; `truth` has the posterior on a grid."""
     rate = numpyro.sample("rate", dist.Beta(1.0, 2.0))
     with numpyro.plate("rows", len(ratios)):
         on = numpyro.sample("on", dist.Bernoulli(rate), infer=dict(SUM))
@@ -253,7 +253,7 @@ def switches(ratios=RATIOS):
 
 
 def truth():
-    """Return mean and standard deviation of the rate, and how probably each switch is on."""
+    """Return mean and standard deviation of the rate, and each switch's probability of being on."""
     rate = (np.arange(4000) + 0.5) / 4000
     each = 1 - rate[:, None] + rate[:, None] * RATIOS
     weights = (1 - rate) * each.prod(1)
@@ -273,7 +273,7 @@ def drawn(kernel, key, num_samples=120):
 
 
 def is_true(rate):
-    """Return whether draws `(C, N)` have the moments of the grid, by errors of chains' means."""
+    """Return whether draws `(C, N)` have the grid's moments, within errors of the chains' means."""
     mean, sd, _ = truth()
     means, squares = rate.mean(1), ((rate - mean) ** 2).mean(1)
     errors = [x.std(ddof=1) / np.sqrt(len(x)) for x in (means, squares)]
@@ -290,10 +290,10 @@ def test_chains_draw_from_the_marginal_and_switches_are_inferred(kernel, key):
     rate = np.asarray(samples["rate"])
     assert is_true(rate)
     off = np.random.default_rng(0).beta(1, 2 + len(RATIOS), size=rate.shape)
-    assert not is_true(off)  # of all switches off, as where the first value is taken for all
+    assert not is_true(off)  # draws given that all switches are off
     flat = mcmc.get_samples()
     on = Predictive(switches, flat, infer_discrete=True)(jax.random.key(1), RATIOS)["on"]
-    error = 4 * np.sqrt(0.25 / 600)  # as of 600 independent draws at least
+    error = 4 * np.sqrt(0.25 / 600)  # of 600 independent draws
     assert np.abs(np.asarray(on).mean(0) - truth()[2]).max() < error
     most = infer_discrete(
         handlers.substitute(switches, {"rate": flat["rate"].mean()}), first_available_dim=-2,

@@ -1,4 +1,4 @@
-"""Errors come before anything is compiled, with the name, the value and the remedy."""
+"""Errors are raised before anything is compiled, and say the name, the value and the remedy."""
 
 from functools import partial
 
@@ -92,7 +92,7 @@ def test_constructor(build, error, message):
 )
 def test_options_of_run(options, error, message, key, compile_count):
     runner = EnsembleMAP(ridge, ADAM, ensemble_size=2)
-    jax.random.split(key, 2)  # so that this program is not counted
+    jax.random.split(key, 2)  # compiled here, so that it is not counted below
     with compile_count() as count, pytest.raises(error, match=message):
         quiet(runner, key, options.pop("num_steps", 3), X, Y, **options)
     assert count.count == 0, count.names
@@ -157,7 +157,7 @@ def test_a_keyword_of_the_model_named_like_an_option(key):
 
     x, y = jnp.asarray(X), jnp.asarray(Y)
     runner = EnsembleMAP(model, ADAM, ensemble_size=2)
-    for value in (4, None):  # the option's default as well
+    for value in (4, None):  # None is the option's default
         with pytest.raises(ValueError, match="'batch_size' is both.*position.*functools.partial"):
             quiet(runner, key, 3, x, y, batch_size=value)
     by_position = quiet(runner, key, 3, x, y, 4)

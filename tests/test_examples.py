@@ -1,4 +1,4 @@
-"""The quickstart reaches the scores that it states, on the sinc problem."""
+"""The quickstart reaches, on the sinc problem, the scores that it states."""
 
 import runpy
 import sys
@@ -38,12 +38,12 @@ def test_the_quickstart_scores_as_promised(capsys, tmp_path):
     assert cosine["NLL"] <= -0.82
     assert 0.90 <= cosine["coverage 0.95"] <= 0.98
     for name in ("MAP, starts Uniform(-2, 2)", "MAP, starts from the prior"):
-        assert table[name]["NLL"] > constant["NLL"] + 0.03  # starts decide
+        assert table[name]["NLL"] > constant["NLL"] + 0.03  # starts matter
     full, tempered = table["VI, small starts, cosine"], table["VI, the same, kl_weight 0.1"]
     # about -0.51 and -0.73, within 0.01 for any key and precision
     assert full["NLL"] <= -0.48
     assert tempered["NLL"] <= -0.70
-    assert table["VI, defaults"]["NLL"] > full["NLL"] + 0.2  # an unconverged fit, not the family
+    assert table["VI, defaults"]["NLL"] > full["NLL"] + 0.2  # the defaults do not converge
     assert np.isclose(table["oracle"]["NLL"], -0.884)
     quickstart.show(frame)
     printed = capsys.readouterr().out
@@ -52,6 +52,6 @@ def test_the_quickstart_scores_as_promised(capsys, tmp_path):
     shown = quickstart.picture(predicted, path)
     height, width, _ = plt.imread(path).shape
     assert (width, height) == (1200, 840)
-    assert plt.imread(path).std() > 0.1  # something is drawn
+    assert plt.imread(path).std() > 0.1  # the picture is not blank
     quickstart.overview(*shown, tmp_path / "overview.png")
     assert plt.imread(tmp_path / "overview.png").shape[:2] == (300, 1000)

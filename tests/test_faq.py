@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-VALUE = "\0"  # what stands for a value in the text of a message
+VALUE = "\0"  # stands for a value in the text of a message
 
 
 def texts(tree: ast.AST) -> Iterator[str]:
-    """Yield every text of a module, values within it replaced."""
+    """Yield every string of a module, with `VALUE` in the place of formatted values."""
     for node in ast.walk(tree):
         if isinstance(node, ast.JoinedStr):
             parts = (p.value if isinstance(p, ast.Constant) else VALUE for p in node.values)
@@ -22,7 +22,7 @@ def texts(tree: ast.AST) -> Iterator[str]:
 
 
 def quotes(page: str) -> list[str]:
-    """Return the messages of a page, each in a block of text."""
+    """Return the messages that a page quotes, each from a block of text."""
     blocks = re.findall(r"^```text\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
     return [" ".join(block.split()) for block in blocks]
 

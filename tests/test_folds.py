@@ -1,4 +1,4 @@
-"""Cross-validation: all folds at once agree with separate fits and closed forms."""
+"""Cross-validation: fits of all folds at once agree with separate fits and closed forms."""
 
 import arviz as az
 import jax
@@ -37,7 +37,7 @@ def posterior(x, y, noise=NOISE):
 
 
 def exact(labels, noise=NOISE):
-    """Return the log predictive density of each row, given the other folds'."""
+    """Return the log predictive density of each row, given the rows of the other folds."""
     terms = np.empty(N)
     for label in np.unique(labels):
         out = labels == label
@@ -64,13 +64,13 @@ def test_groups_are_what_the_closed_form_says():
     found = cross_validate(regression, nuts(), X, Y, rng_key=KEY, folds=GROUP, num_draws=1000)
     expected = exact(GROUP)
     assert_allclose(found.elpd_i, expected, rtol=0.06, atol=0.06)
-    assert abs(expected - exact(np.arange(N))).max() > 0.1  # other folds would be seen
+    assert abs(expected - exact(np.arange(N))).max() > 0.1  # single rows differ
     assert_allclose(found.elpd, found.elpd_i.sum())
     assert_allclose(found.se, np.sqrt(N) * found.elpd_i.std(), rtol=0.05)  # over N or N - 1
 
 
 def test_each_fold_is_a_fit_of_its_own():
-    """A fold equals the fit of a model that is masked by hand, with the fold's key."""
+    """Scores of a fold equal those of a model masked by hand and fitted with the fold's key."""
     runner, labels = vi(), np.arange(N) % 3
     found = cross_validate(
         regression, runner, X, Y, rng_key=KEY, folds=labels, num_steps=40, num_draws=20,
@@ -115,7 +115,7 @@ def test_the_future_is_left_out():
 
 @pytest.mark.promotes_ranks
 def test_a_table_of_rows_and_a_second_site():
-    """Counts of two kinds in each row, a site beside them, and latents of rows."""
+    """Each row has counts of two kinds and a latent; a second site is observed too."""
 
     def kinds(y, other):
         rate = numpyro.sample("b_rate", dist.Gamma(2.0, 1.0).expand([2]).to_event(1))
@@ -154,7 +154,7 @@ def test_arviz_compares_them():
     table = az.compare({"wide": bad.data, "right": good.data})
     assert list(table.index) == ["right", "wide"]
     column = "elpd" if "elpd" in table else "elpd_loo"
-    assert_allclose(table[column].astype(float), [good.elpd, bad.elpd], atol=0.3)  # it rounds
+    assert_allclose(table[column].astype(float), [good.elpd, bad.elpd], atol=0.3)  # ArviZ rounds
 
 
 def test_rows_are_dealt_by_the_key():

@@ -33,7 +33,7 @@ def observed(X, y=None):
 
 
 def plated(X, y=None):
-    """Three latent processes, seen with noise."""
+    """Three latent processes, observed with noise."""
     kernel = RBF(1.0, scale())
     with numpyro.plate("task", 3):
         f = numpyro.sample("f", GaussianProcess(kernel, X))
@@ -86,7 +86,7 @@ def test_processes_in_several_plates_are_refused_and_told_of_as_in_one():
     one = GaussianProcess(RBF(), X, 0.1).log_prob(Y)
     whole, _ = density(nested, (np.tile(Y, (2, 3, 1)), 3, 2), {}, {})
     assert_allclose(whole, 6 * one, rtol=1e-5)
-    for y in (Y, np.stack([Y, Y, Y])):  # each of them would count for six, or for two
+    for y in (Y, np.stack([Y, Y, Y])):  # each would count six times, or twice
         with pytest.raises(ValueError, match=r"\(2, 3\) copies of a .* values \(2, 3, 12\), got"):
             density(nested, (y, 3, 2), {}, {})
     with pytest.warns(UserWarning, match="12 copies of a Gaussian process at as many inputs"):
@@ -214,7 +214,7 @@ def test_noise_belongs_to_inputs_so_that_chunks_agree(key):
         return np.asarray(out["b"]), np.asarray(out["b"] - out["b_f"])
 
     whole, noise = call(places[:14])
-    shifted, _ = call(places[7:][::-1])  # seven of the same, in another order
+    shifted, _ = call(places[7:][::-1])  # seven of the same inputs, reversed
     assert_allclose(shifted[..., 7:], whole[..., :6:-1], rtol=1e-6, atol=1e-6)
     # noise of other inputs, copies and paths is independent: 14 * 2 columns, 300 rows
     flat = noise.reshape(300, -1)

@@ -1,4 +1,4 @@
-"""Slopes of processes, observed and predicted, beside dense algebra with formulas of its own."""
+"""Observed and predicted slopes of processes, against dense algebra with separate formulas."""
 
 import jax
 import jax.numpy as jnp
@@ -40,7 +40,7 @@ NOISE = np.r_[np.full(4, 0.01), np.full(5, 0.05)]
 
 
 def rbf(X1, X2):
-    """Give the covariances of values and slopes of RBF(1.3, WIDTHS), entry by entry."""
+    """Return the covariances of values and slopes of RBF(1.3, WIDTHS), entry by entry."""
     covariances = np.empty((len(X1), len(X2)))
     for i, (*x, a) in enumerate(np.asarray(X1, float)):
         for j, (*z, b) in enumerate(np.asarray(X2, float)):
@@ -60,7 +60,7 @@ def rbf(X1, X2):
 
 
 def posterior():
-    """Give mean and covariance at X_NEW given VALUES, whose mean is `line`."""
+    """Return mean and covariance at X_NEW given VALUES; the prior mean is `line`."""
     K, cross = rbf(X, X) + np.diag(NOISE), rbf(X, X_NEW)
     return (
         _mean(X_NEW) + cross.T @ np.linalg.solve(K, VALUES - _mean(X)),
@@ -90,13 +90,13 @@ def test_covariances_and_posteriors_are_those_of_dense_algebra():
     expected = posterior()
     assert_allclose(mean, expected[0], **NEAR)
     assert_allclose(covariance, expected[1], **NEAR)
-    values = GaussianProcess(RBF(1.3, WIDTHS), X[:, :2], NOISE, line)  # slopes taken for values
+    values = GaussianProcess(RBF(1.3, WIDTHS), X[:, :2], NOISE, line)  # takes slopes for values
     assert abs(values.predict(VALUES, X_NEW[:, :2])[0] - expected[0]).max() > 0.1
     numbers = GaussianProcess(Derivatives(RBF()), X, mean_fn=2.0)
     assert_allclose(numbers.mean, np.r_[np.full(4, 2.0), np.zeros(5)])
 
 
-# the variance of a slope, and that of a kernel at equal inputs by JAX must agree
+# by name: a kernel, and the variance of its slopes, which JAX has to find at equal inputs
 CURVATURES = {
     "RBF": (RBF(2.0, 0.5), 2.0 / 0.25),
     "Matern52": (Matern52(2.0, 0.5), 2.0 * 5 / 3 / 0.25),
@@ -142,7 +142,7 @@ def test_paths_pass_through_slopes_and_have_them(key):
     assert_allclose(draws.var(axis=0), np.diag(covariance), rtol=0.15, atol=0.01)
     of_values = GaussianProcess(GP.kernel, X[:4], NOISE[:4], line)
     unseen = jax.jit(of_values.predict)(VALUES[:4], X_NEW)[0]
-    assert (abs(draws.mean(axis=0) - unseen) > 5 * error + 0.02).any()  # as without slopes
+    assert (abs(draws.mean(axis=0) - unseen) > 5 * error + 0.02).any()  # slopes change the mean
 
     def of_first(x):
         return paths[0](jnp.append(x, 0.0)[None])[0, 0]
@@ -156,7 +156,7 @@ def test_paths_pass_through_slopes_and_have_them(key):
 
 @pytest.mark.long
 def test_a_model_with_slopes(key):
-    """A monotone curve, a slope observed at an end, a process whose prior has a weight."""
+    """Values at both ends and three slopes condition the moments, the draws and an update."""
 
     def model(X, noise, y=None):
         width = numpyro.sample("width", dist.LogNormal(0.0, 0.5))
@@ -171,7 +171,7 @@ def test_a_model_with_slopes(key):
     processes = [GaussianProcess(Derivatives(RBF(1.0, w)), X, noise) for w in (0.9, 1.4)]
     expected = np.mean([process.predict(y, X_new)[0] for process in processes], axis=0)
     assert_allclose(moments.mean, expected, **NEAR)
-    assert abs(moments.mean[1] - 1.0) < 0.1  # the slope in the middle is not observed by values
+    assert abs(moments.mean[1] - 1.0) < 0.1  # no value is observed in the middle
     draws = pathwise(key, X_new, noise)["y_f"]
     assert (abs(draws - moments.mean[None]) < 5 * jnp.sqrt(moments.variance)[None] + 0.02).all()
     again = pathwise.draw(key)["y"].update(numbered_inputs([1.0]), np.array([1.0]), noise=1e-6)
@@ -241,7 +241,7 @@ def test_algebra_goes_inside(key):
 @pytest.mark.core
 @pytest.mark.parametrize("length", [0.01, 1.0, 100.0])
 def test_units_of_values_and_slopes_do_not_mix(length):
-    """In single precision, a jitter from the mean variance would hide the values or the slopes."""
+    """In single precision, a jitter of the mean variance's size would swamp values or slopes."""
     points = numbered_inputs(length * np.array([0.0, 1.0, 2.0]), length * np.array([0.5, 1.5]))
     values = np.r_[0.1, 0.741, 1.009, np.cos([0.5, 1.5]) / length]
     noise = np.r_[np.full(3, 1e-3), np.full(2, 1e-3 / length**2)]
@@ -280,7 +280,7 @@ def test_means_of_whole_numbers_have_slopes():
     ],
 )
 def test_values_do_not_depend_on_slopes_of_the_mean(at):
-    """A square root has no slope at 0, but a value."""
+    """The mean, a square root, has a value at 0, and no finite slope there."""
     places, numbers = np.asarray(at).T
     by_height = np.where(numbers == 0, np.sqrt(places), 0.5)
     y = np.linspace(0.3, -0.4, len(at))
@@ -298,7 +298,7 @@ def test_values_do_not_depend_on_slopes_of_the_mean(at):
 @pytest.mark.long
 @pytest.mark.parametrize("bounds", [(0.0, 2.0), [(0.0, 2.0), (0.0, 0.0)]])
 def test_where_functions_with_known_slopes_are_lowest(bounds, key):
-    """The slopes at both ends say that there is a valley between."""
+    """A negative slope at one end and a positive one at the other imply a minimum between."""
     known = numbered_inputs([0.0], [0.0, 2.0])
     paths = draw_paths(
         key, Derivatives(RBF()), known, np.array([0.0, -2.0, 2.0]), 1e-4, num_paths=3

@@ -26,7 +26,7 @@ X, X_NEW = inputs(12, 2), inputs(5, 2, seed=1)
 Y = np.sin(X.sum(axis=1))
 KERNEL = Matern32(1.3, np.array([0.7, 1.5]))
 HETERO = np.linspace(0.05, 0.2, 12)
-LITTLE = within(1e-9, 1e-6)  # of jitter, beside the noise
+LITTLE = within(1e-9, 1e-6)  # a jitter that is small beside the noise
 
 
 def mean(X):

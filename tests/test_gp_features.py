@@ -1,4 +1,4 @@
-"""Random features against the kernels and the exact posteriors they stand for; no Monte Carlo."""
+"""Random features against the kernels and posteriors that they approximate; no Monte Carlo."""
 
 import jax
 import jax.numpy as jnp
@@ -52,7 +52,7 @@ def test_posterior_variances_are_exact_on_average(name, dim, kernel):
         for seed in range(3)
     ]
     assert abs(np.mean(ratios) - 1.0) < 0.02, ratios
-    if name in ("RBF", "Matern52"):  # wrong answers are seen
+    if name in ("RBF", "Matern52"):  # a wrong kernel is rejected
         off = type(kernel)(kernel.variance, 1.1 * kernel.lengthscale)
         features = draw(jax.random.key(0), kernel, 4096, X)
         assert abs(variance_ratio(kernel, features, X, X_new, off) - 1.0) > 0.02
@@ -110,7 +110,7 @@ def test_tight_posteriors_are_within_the_target(kernel, one, four):
 
 
 def test_matern_frequencies_share_one_chi_square():
-    """Drawing each coordinate alone gives another kernel; the test above would reject it."""
+    """If each coordinate has its own chi-square, the posterior variances are not exact."""
     rng, degrees = np.random.default_rng(0), 5
     kernel, X, X_new = Matern52(1.0, 0.7), inputs(40, 5), inputs(30, 5, seed=1)
     w = rng.standard_t(degrees, (2048, 5)) / 0.7
@@ -172,7 +172,7 @@ def test_columns_are_counted():
         return jax.eval_shape(lambda: draw_features(jax.random.key(0), kernel, 64, X)(X)).shape
 
     assert columns(RBF()) == (3, 64)
-    assert columns(RBF() + Linear()) == (3, 64)  # two of its own, and 62
+    assert columns(RBF() + Linear()) == (3, 64)  # two of Linear, and 62 of RBF
     assert columns(RBF() * Linear()) == (3, 64)
     assert columns(RBF() + RBF()) == (3, 64)
 
@@ -192,7 +192,7 @@ def test_weights_of_harmonics_are_bessel_functions():
 
     z = np.array([0.01, 1.0, 30.0, 2000.0])
     ours = bessel_weights(jnp.asarray(z), 64)
-    least = within(1e-300, float(np.finfo(np.float32).tiny))  # what is smaller may become 0
+    least = within(1e-300, float(np.finfo(np.float32).tiny))  # a smaller weight may become 0
     assert_allclose(ours, ive(np.arange(64)[:, None], z[None]), rtol=within(1e-6), atol=least)
 
 
@@ -208,7 +208,7 @@ def test_features_of_ones_own():
     ):
         draw_features(jax.random.key(0), RBF() + Brownian(), 64, X)
 
-    def steps(X):  # indicator of each step below x
+    def steps(X):  # indicators of the steps below x
         grid = jnp.linspace(0.0, 3.0, 3001)[1:]
         return (X >= grid[None, :]).astype(X.dtype) * jnp.sqrt(1e-3)
 

@@ -1,4 +1,4 @@
-"""Inducing points, also of inputs with columns of numbers."""
+"""Inducing points, also for inputs with columns of whole numbers."""
 
 import jax
 import jax.numpy as jnp
@@ -50,12 +50,12 @@ def test_numbers_are_not_averaged():
     """Outputs of 24, 12 and 3 rows have their shares of 13 points, and at least one."""
     Z = np.asarray(choose_inducing(KEY, OUTPUTS, 13, numbered=-1))
     assert np.bincount(Z[:, 2].astype(int)).tolist() == [8, 4, 1]
-    assert set(Z[:, 2]) == {0.0, 1.0, 2.0}  # exactly: half an output does not exist
+    assert set(Z[:, 2]) == {0.0, 1.0, 2.0}  # whole numbers, exactly
     for number in range(3):
         X = np.asarray(OUTPUTS)[np.asarray(OUTPUTS)[:, 2] == number, :2]
         near = Z[Z[:, 2] == number, :2]
         assert (near.min(axis=0) >= X.min(axis=0)).all() and (near <= X.max(axis=0)).all()
-    assert_allclose(near[0], X.mean(axis=0))  # one centre is the mean
+    assert_allclose(near[0], X.mean(axis=0))  # a single centre is the mean
     assert len(np.unique(Z, axis=0)) == 13
     assert_array_equal(Z, choose_inducing(KEY, OUTPUTS, 13, numbered=2))
     whole = np.asarray(choose_inducing(KEY, OUTPUTS, 39, numbered=-1))
@@ -69,7 +69,7 @@ def test_numbers_are_not_averaged():
 
 
 def test_several_columns_of_numbers():
-    """Four kinds of rows; one of them has fewer places than its share."""
+    """Of four kinds of rows, one has fewer distinct places than its share of points."""
     kinds = np.array([[0, 1], [1, 0], [0, 0], [1, 1]])[np.r_[np.arange(30) % 3, 3, 3, 3, 3]]
     places = np.r_[np.linspace(0.0, 1.0, 30), np.full(4, 0.25)]
     X = np.column_stack([kinds[:, 0], places, kinds[:, 1]])

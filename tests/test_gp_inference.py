@@ -1,4 +1,4 @@
-"""Latent processes under every inference, against the posterior in closed form."""
+"""Latent processes under several methods of inference, against the posterior in closed form."""
 
 import jax
 import jax.numpy as jnp
@@ -58,7 +58,7 @@ def sampled(kernel, **options):
 @pytest.mark.long
 @pytest.mark.promotes_ranks  # NumPyro's guides do
 def test_functions_from_ensembles_of_variational_fits(key):
-    """The model has a mean for each member as parameter; the guide can represent the rest."""
+    """The mean is a parameter of each member; the guide can represent the posterior given it."""
 
     def shifted(X, y=None):
         shift = numpyro.param("shift", 0.5)
@@ -79,7 +79,7 @@ def test_functions_from_ensembles_of_variational_fits(key):
         mean, variance = EXACT.predict(Y - shift, X_NEW)
         assert (abs(own.mean(axis=0) - mean) < 6 * np.sqrt(variance / 200)).all()
         assert_allclose(own.var(axis=0) / variance, 1.0, atol=0.4)
-        assert abs(EXACT.predict(Y - shift - 1.0, X_NEW)[0] - mean).max() > 0.5  # another's mean
+        assert abs(EXACT.predict(Y - shift - 1.0, X_NEW)[0] - mean).max() > 0.5  # another mean
 
 
 SAMPLERS = {
@@ -127,7 +127,7 @@ def test_guides_find_what_their_family_can_hold(name, key):
     mean, precision = base_posterior()
     assert_allclose(base.mean(axis=0), mean, atol=0.005 if delta else 0.12)
     covariance = np.linalg.inv(precision)
-    if name == "AutoNormal":  # the best of independent normals
+    if name == "AutoNormal":  # the closest independent normals
         covariance = np.diag(1 / np.diag(precision))
     if not delta:
         assert_allclose(np.cov(base.T), covariance, atol=0.12)
@@ -137,7 +137,7 @@ def test_guides_find_what_their_family_can_hold(name, key):
     moments = Pathwise(WHITE, some, X, Y, num_features=64).moments(X_NEW)["f"]
     exact_mean, exact_variance = EXACT.predict(Y, X_NEW)
     assert_allclose(moments.mean, exact_mean, atol=0.01 if delta else 0.15)
-    if delta:  # the only variance left is that given the values at the points
+    if delta:  # the variance is that given the values at X
         left = GaussianProcess(KERNEL, X).predict(FACTOR @ base[0], X_NEW)[1]
         assert_allclose(moments.variance, left, rtol=1e-5, atol=within(1e-7, 1e-4))
         assert (moments.variance < 0.9 * exact_variance).any()
@@ -148,7 +148,7 @@ def test_guides_find_what_their_family_can_hold(name, key):
 @pytest.mark.long
 @pytest.mark.promotes_ranks
 def test_minibatches_reach_titsias_bound(key):
-    """The bound of a sparse process by ordinary SVI, with batches and without."""
+    """NumPyro's SVI reaches the bound of a sparse process, with batches and without."""
     number, noise = 300, 0.1
     points = inputs(number, 1, width=8.0)
     y = np.sin(points[:, 0]) + noise**0.5 * np.random.default_rng(1).normal(size=number)
@@ -173,7 +173,7 @@ def test_minibatches_reach_titsias_bound(key):
 
     assert -0.3 < elbo(number) - bound < 0.1, bound
     assert -0.6 < elbo(50) - bound < 0.1, bound
-    # the likelihood at the mean, as if inducing values determined the process everywhere
+    # wrong: the likelihood at the mean, as if inducing values determined the process everywhere
     assert elbo(number, lambda likelihood, m, v: likelihood(m)) > bound + 0.5
 
 

@@ -89,7 +89,7 @@ def test_kernels_are_pytrees(name):
 
 @pytest.mark.parametrize("smooth", [Matern32(2.0, 0.7), Matern52(2.0, 0.7), RBF(2.0, 0.7)])
 def test_curvature_where_inputs_meet(smooth):
-    """The covariance of derivatives is -k''(0); with a safe square root it would be 0."""
+    """The variance of derivatives is -k''(0); JAX would find 0 through a safe square root."""
     degrees = getattr(smooth, "degrees", np.inf)
     expected = 2.0 / 0.7**2 * (1.0 if np.isinf(degrees) else degrees / (degrees - 2))
     one = jnp.zeros(1)
@@ -116,7 +116,7 @@ def test_outputs_of_a_coregionalisation():
     assert_allclose(kernel(X), RBF()(X[:, 0]) * B[np.ix_(number, number)], rtol=1e-6)
     with pytest.raises(ValueError, match="numbers, 0 to 2; got 3.0 in row 0"):
         kernel(np.array([[0.0, 3.0]]))
-    assert np.isnan(jax.jit(kernel)(np.array([[0.0, 3.0]]))).all()  # where nothing is known
+    assert np.isnan(jax.jit(kernel)(np.array([[0.0, 3.0]]))).all()  # jit cannot raise
 
 
 @pytest.mark.parametrize(

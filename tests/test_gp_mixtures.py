@@ -32,7 +32,7 @@ def model(X, level, y=None):
 
 
 def truth():
-    """Give mean, covariance and noise of each draw, by dense algebra."""
+    """Return mean, covariance and noise of each draw, by dense algebra."""
     parts = []
     for width, amount in zip(DRAWS["width"], DRAWS["amount"], strict=True):
         kernel, noise = RBF(1.0, width), amount * (1.0 + np.arange(9) % 2)
@@ -66,7 +66,7 @@ def test_moments_with_noise_and_covariances(pathwise):
         assert_allclose(joint[name].variance, np.diag(expected), **NEAR)
         plain = pathwise.moments(X_NEW, 0.5)[name]
         assert_allclose(plain, (joint[name].mean, joint[name].variance), **NEAR)
-        # the wrong answer, without the differences between draws
+        # a wrong answer, without the variance between draws, would be seen
         assert abs(np.diag(between)).max() > 1e-3
 
 
@@ -87,7 +87,7 @@ def test_quantiles_are_those_of_the_mixture(pathwise):
             assert_allclose(found[name][i, j], exact, **NEAR)
         moments = pathwise.moments(X_NEW, 0.5)[name]
         normal = norm.ppf(0.975, moments.mean, np.sqrt(moments.variance))
-        assert abs(found[name][1, 1] - normal).max() > 0.01  # what one normal would give
+        assert abs(found[name][1, 1] - normal).max() > 0.01  # one normal would be seen
     assert pathwise.quantiles(0.5, X_NEW, 0.5)["y"].shape == (5,)
     for wrong in (0.0, [0.5, 1.2], "median"):
         with pytest.raises(ValueError, match=r"probabilities|could not convert"):
@@ -115,7 +115,7 @@ def test_copies_have_moments_of_their_own():
 
 
 def refitted(make, left_out):
-    """Give mean and variance of one value from the process at all other inputs."""
+    """Return mean and variance at one input, given the values at all others."""
     rest = np.arange(len(X)) != left_out
     mean, variance = make(X[rest], rest).predict(Y[rest], X[left_out : left_out + 1])
     return mean[0], variance[0]
@@ -140,7 +140,7 @@ def test_leaving_one_out_is_fitting_without_it(name):
     assert_allclose(variance, [v + e for (_, v), e in zip(exact, NOISE, strict=True)], rtol=1e-6)
     terms = process.pointwise_log_prob(Y)
     assert_allclose(terms, norm.logpdf(Y, mean, np.sqrt(variance)), rtol=1e-9)
-    inside, spread = process.predict(Y, X)  # the wrong answer, with the value itself
+    inside, spread = process.predict(Y, X)  # wrong: given the value itself too
     assert (norm.logpdf(Y, inside, np.sqrt(spread + NOISE)) - terms).max() > 0.1
 
 
@@ -177,7 +177,7 @@ def test_arviz_compares_processes_by_leaving_one_out():
     assert_allclose(terms[1, 3], process.pointwise_log_prob(Y), rtol=1e-6)
     other = to_arviz(wrong, samples, X, 0.5, Y, posterior_predictive=False)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of pandas, about ArviZ
+        warnings.simplefilter("ignore")  # warnings of pandas about ArviZ
         table = az.compare({"right": right, "wrong": other})
     assert table.index[0] == "right"
 
@@ -192,7 +192,7 @@ def test_masks_of_copies_and_of_values_leave_terms_out():
     samples = {"width": np.full((1, 4), 0.9)}
     mask = np.array([True, False])
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # four draws are few
+        warnings.simplefilter("ignore")  # ArviZ warns of four draws
         data = to_arviz(plates, samples, X, ys, seen, mask, posterior_predictive=False)
     terms, values = np.asarray(data.log_likelihood["f"]), np.asarray(data.observed_data["f"])
     assert terms.shape == (1, 4, 2, 9)

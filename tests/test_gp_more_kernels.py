@@ -38,7 +38,7 @@ WIDTHS = np.array([[0.1, 0.3], [0.2, 0.05]])
 
 
 def by_parts():
-    """Give a spectral mixture's values, one part after the other."""
+    """Return a spectral mixture's values, as a sum of its parts."""
     near = np.exp(-2 * np.pi**2 * ((APART[..., None, :] * WIDTHS) ** 2).sum(-1))
     return (WEIGHTS * near * np.cos(2 * np.pi * (APART[..., None, :] * TURNS).sum(-1))).sum(-1)
 
@@ -118,10 +118,10 @@ def test_categories_are_alike_or_not():
 
 @pytest.mark.long
 def test_slopes_at_the_edge_are_finite():
-    """A correlation of 0 and a kappa of 0 are allowed, with finite gradients of the others."""
+    """Gradients are finite at a correlation of 0, at a kappa of 0 and at a power of 2."""
     numbers = jnp.array([[0.0], [1.0], [1.0]])
     slope = jax.grad(lambda v: Categorical(2, v)(numbers).sum())(1.3)
-    assert_allclose(slope, 5.0, rtol=1e-6)  # one and four equal pairs
+    assert_allclose(slope, 5.0, rtol=1e-6)  # 1 + 4 pairs of equal categories
     slopes = jax.grad(lambda k: Coregion(np.ones((2, 1)), k)(numbers).sum())(jnp.zeros(2))
     assert_allclose(slopes, [1.0, 4.0], rtol=1e-6)
     y = np.array([0.3, -0.2, 0.1])
@@ -186,7 +186,7 @@ def test_kernels_without_features_say_so(key):
 
 @pytest.mark.long
 def test_hyperparameters_may_be_latents(key):
-    """Functions with traced values inside are pytrees: paths of many draws can be drawn."""
+    """Functions that hold traced values are pytrees, so `vmap` can draw paths of many draws."""
 
     def drawn(place):
         kernel = change_point(RBF(1.0, 0.5), Matern32(), place, 5.0)
@@ -236,7 +236,7 @@ class Cauchy(Stationary):
 
 
 class Bump(Stationary):
-    """Another one, with a hyperparameter and without paths."""
+    """A stationary kernel with a hyperparameter, and without paths."""
 
     height: float = 1.0
 
@@ -276,7 +276,7 @@ def test_kernels_of_ones_own_are_short(key):
 
 
 class Smooth(Bump):
-    """Another default for a field of the base class, and a field that is fixed."""
+    """A kernel with another default for a field of its base class, and with a fixed field."""
 
     height: float = 2.0
     times: int = 2

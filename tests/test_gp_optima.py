@@ -38,7 +38,7 @@ def test_no_point_of_a_grid_is_better(paths, find, sign, key, compile_count):
     assert found.place.shape == (4, 2) and found.value.shape == (4,)
     best = (sign * np.asarray(paths(GRID))).max(axis=1)
     assert (sign * found.value >= best - 1e-5).all()
-    assert (sign * found.value - best < 0.1).all()  # a grid's cell is small
+    assert (sign * found.value - best < 0.1).all()  # the cells of the grid are small
     low, high = np.transpose(BOUNDS)
     place = np.asarray(found.place)
     assert ((place >= low) & (place <= high)).all()
@@ -49,7 +49,7 @@ def test_no_point_of_a_grid_is_better(paths, find, sign, key, compile_count):
     assert (sign * (found.value - rough.value)).max() > 1e-4
     with compile_count() as count:
         find(jax.random.key(1), paths, [(0.0, 1.5), (0.0, 1.0)])
-    assert count.count <= 1, count.names  # the key itself
+    assert count.count <= 1, count.names  # the program that makes the key
 
 
 @pytest.mark.long

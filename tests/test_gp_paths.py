@@ -1,4 +1,4 @@
-"""Paths against the covariance that their own basis implies, and what can be done with them."""
+"""Paths against the covariance that their own basis implies, and operations on paths."""
 
 from functools import partial
 
@@ -26,7 +26,7 @@ X, X_NEW = inputs(15, 1, width=5.0), np.linspace(-1.0, 6.0, 9)[:, None]
 Y = np.sin(X[:, 0])
 CLOSE = np.linspace(-1.1, 6.0, 36)[:, None]  # close enough to show how smooth paths are
 NUMBER = 512
-# of the same paths in two programs
+# the tolerance between values of the same paths from two programs
 SAME = within({"rtol": 1e-9}, {"rtol": 1e-5, "atol": 2e-5})
 
 
@@ -34,7 +34,7 @@ def z_scores(values, mean, covariance):
     """Return z-scores of means and variances of draws, at points and along principal directions."""
     number, left = len(values), values - mean
     width, directions = np.linalg.eigh(covariance)
-    wide = width > 1e-3 * width.max()  # the others drown in rounding
+    wide = width > 1e-3 * width.max()  # rounding swamps the others
     scores = []
     for each, variance in (
         (left, np.diag(covariance)),
@@ -63,15 +63,15 @@ def stretched(kernel, by):
 TESTED = {"RBF": RBF(1.2, 0.8), "Matern52": Matern52(1.2, 0.8)} | {
     name: KERNELS[name] for name in ("sum", "product", "linear product", "Periodic")
 }
-Z = np.linspace(-0.5, 5.5, 15)[:, None]  # as many as there are points: one program serves all kinds
+Z = np.linspace(-0.5, 5.5, 15)[:, None]  # as many as X, for one program in all cases
 
 
 @pytest.mark.core
 @pytest.mark.parametrize("name", chosen(TESTED, {"RBF"}))
 def test_paths_are_draws_from_what_the_basis_implies(name):
-    """Exact, latent and sparse: they differ in what is passed."""
+    """Exact, latent and sparse processes differ only in points, values and noise."""
     kernel = TESTED[name]
-    # these values are not periodic: their weights are in the thousands, times the kernel's rounding
+    # the values are not periodic, so that weights in the thousands multiply the kernel's rounding
     extra = within(1e-4, 1e-2) if name == "Periodic" else 1e-4
     for points, values, noise in ((X, Y, 0.05), (X, Y, 0.0), (Z, np.cos(Z[:, 0]), 0.0)):
         draw = partial(
@@ -85,7 +85,7 @@ def test_paths_are_draws_from_what_the_basis_implies(name):
         covariance = implied(features, kernel, points, CLOSE, added) + 1e-9 * np.eye(len(CLOSE))
         drawn = np.asarray(paths(CLOSE))
         assert accepts(drawn, mean, covariance)
-        # wrong answers are seen
+        # wrong answers are rejected: a mean alone, wide draws, another lengthscale
         assert not accepts(mean + 0.0 * drawn, mean, covariance)
         assert not accepts(mean + 1.3 * (drawn - mean), mean, covariance)
         assert not accepts(draw(stretched(kernel, 1.1))(CLOSE), mean, covariance)
@@ -143,7 +143,7 @@ def test_composed_kernels_against_the_dense_posterior(name):
 
 @pytest.mark.long
 def test_the_draws_distance_is_that_of_exact_draws():
-    """2-Wasserstein distance of the fitted normals to the truth, over that of exact draws."""
+    """In 2-Wasserstein distance, draws are nearly as close to the truth as exact draws are."""
     from scipy.linalg import sqrtm
 
     def distance(values, mean, covariance):
@@ -168,7 +168,7 @@ def test_the_draws_distance_is_that_of_exact_draws():
 
 @pytest.mark.core
 def test_solves_in_single_precision_are_refined(key):
-    """A factor's rounding is as large as the jitter: unrefined, residuals are three roots of it."""
+    """A factor rounds by as much as the jitter: unrefined residuals are three times its root."""
     points = inputs(300, 1, width=3.0).astype(np.float32)
     y = np.sin(2 * points[:, 0])
     paths = draw_paths(key, RBF(1.0, 10.0), points, y, num_paths=50, num_bases=1, num_features=64)
@@ -179,7 +179,7 @@ def test_solves_in_single_precision_are_refined(key):
     assert np.sqrt((left**2).mean()) < np.sqrt(added)
 
 
-# What can be done with them ---------------------------------------------------------------------
+# Operations on paths ----------------------------------------------------------------------------
 
 PATHS = {}
 
@@ -294,7 +294,7 @@ def test_an_update_conditions_the_same_functions(stacked):
     if stacked:
         paths = Paths.concatenate([paths, paths])
     sure = paths.update(more, values, noise=0.0)
-    # to the root of the jitter, which is 3e-3 in single precision
+    # accurate to the root of the jitter, which is 3e-3 in single precision
     known = within(1e-6, 2e-2)
     assert_allclose(sure(more), np.broadcast_to(values, (paths.num_paths, 2)), atol=known)
     # Matheron's rule by dense algebra, on the union of the points
@@ -306,9 +306,9 @@ def test_an_update_conditions_the_same_functions(stacked):
     expected = np.asarray(first.prior(X_NEW)) + 0.5
     expected += np.linalg.solve(C, np.asarray(first.rhs).T).T @ gram(kernel, union, X_NEW)
     assert_allclose(first(X_NEW), expected, rtol=within(1e-6), atol=within(0.0, 5e-5))
-    own = paths(more) + 0.1  # pending points: each path its own values
+    own = paths(more) + 0.1  # values of each path, as for pending points
     assert_allclose(paths.update(more, own, noise=0.0)(more), own, atol=known)
-    noisy = paths.update(more, values)  # with the noise the paths know
+    noisy = paths.update(more, values)  # with the noise of the paths
     assert abs(noisy(more) - values[None]).max() > within(1e-3, 0.1)
     with pytest.raises(
         ValueError, match=r"values take shape \(2,\) or.*for each input, or for each path"
@@ -328,7 +328,7 @@ def test_an_update_keeps_noise_and_jitter_apart(key):
 
 @pytest.mark.long
 def test_an_update_keeps_the_jitter_that_was_given(key):
-    """Of 1e-12 where the default is 1.6e-14 for 15 points, and 1e-18 where it is more."""
+    """The jitter may be above or below the default, which is 1.6e-14 for 15 points."""
     for given in (1e-12, 1e-18):
         paths = draw_paths(key, RBF(1.2, 0.2), X, Y, noise=0.05, jitter=given, num_features=64)
         more = paths.update(np.array([-0.5, 5.7]), np.zeros(2))
@@ -340,7 +340,7 @@ def test_an_update_keeps_the_jitter_that_was_given(key):
 
 @pytest.mark.long
 def test_residuals_are_measured_or_left_out(key):
-    """Against the residual of the paths' own solution, with the dense matrix in numpy."""
+    """Measured residuals agree with residuals from the dense matrix in NumPy."""
     kernel, tolerance = Matern52(1.2, 0.8), within(1e-8, 1e-5)
     options = {"noise": 1e-3, "num_paths": 3, "num_features": 64}
     paths = draw_paths(key, kernel, X, Y, solver="cg", tolerance=tolerance, **options)

@@ -98,7 +98,7 @@ def test_one_key_is_one_set_of_functions(pathwise, key, compile_count):
     with compile_count() as count:
         other = pathwise(jax.random.key(1), X_NEW + 0.1)["y_f"]
         pathwise.draw(jax.random.key(1))
-    assert count.count <= 1, count.names  # the key itself
+    assert count.count <= 1, count.names  # the program that makes the key
     assert abs(other - whole).max() > 1e-2
 
 
@@ -123,7 +123,7 @@ def test_shapes_on_request(key):
     assert two(key, X_NEW)["y"].shape == (6, 7)
     one = {name: value[0] for name, value in SAMPLES.items()}
     single = Pathwise(observed, one, X, Y, batch_ndims=0, num_paths=6, **OPTIONS)
-    assert single(key, X_NEW)["y"].shape == (6, 7)  # four bases, of which two paths are dropped
+    assert single(key, X_NEW)["y"].shape == (6, 7)  # 4 bases of 2 paths, less 2 paths
     exact = within({"rtol": 1e-6}, {"rtol": 1e-5, "atol": 1e-4})
     assert_allclose(single.draw(key)["y"](X_NEW), single(key, X_NEW)["y_f"], **exact)
 
@@ -140,7 +140,7 @@ def test_latent_processes_whitened_and_not(key):
     bases = np.random.default_rng(0).normal(size=(3, 12))
     filled = Predictive(white, {"scale": SCALES, "f_base": bases}, return_sites=["f"])
     values = filled(key, X)["f"]
-    # samples of MCMC, with deterministic sites, which are computed again
+    # samples of MCMC have deterministic sites such as f: given values are ignored
     samples = {"scale": SCALES, "f_base": bases, "f": values + 100.0}
     whitened = Pathwise(white, samples, X, Y, **OPTIONS)
     plain = Pathwise(latent, {"scale": SCALES, "f": values}, X, Y, **OPTIONS)
@@ -364,7 +364,7 @@ def test_calls_that_cannot_be_answered(key, pathwise):
         Pathwise(observed, SAMPLES, X, Y, return_sites=["z"], **OPTIONS)(key, X_NEW)
     u = np.random.default_rng(0).normal(size=(2, 5))
     inducing = Pathwise(by_hand, {"u": u}, X, Y, **OPTIONS)
-    np.testing.assert_allclose(inducing(key, X_NEW)["u"], u, atol=1e-3)  # its inputs never move
+    np.testing.assert_allclose(inducing(key, X_NEW)["u"], u, atol=1e-3)  # the inputs of u are fixed
     assert inducing.draw(key)["u"](X_NEW).shape == (2, 7)
     with pytest.raises(ValueError, match="rng_key takes one key"):
         pathwise(jax.random.split(key, 2), X_NEW)

@@ -35,7 +35,7 @@ NEAR = within({"rtol": 1e-6, "atol": 1e-8}, {"rtol": 1e-3, "atol": 1e-4})
 
 
 def shared_by_three(X, mixing, y=None, whiten=True):
-    """Three processes, and two outputs that mix them."""
+    """Three processes, and two outputs that are mixtures of these."""
     with numpyro.plate("latent", 3):
         m, v = sparse_gp("g", KERNEL, X, Z, whiten, mean_fn=0.2)
     m, v = mixing @ m, mixing**2 @ v
@@ -111,7 +111,7 @@ def test_a_noise_that_is_a_process_too():
     squares = ((y - M[0]) ** 2 + V[0]) * np.exp(-2.0 * M[1] + 2.0 * V[1])
     exact = -0.5 * np.log(2 * np.pi) - M[1] - 0.5 * squares
     assert_allclose(expected.log_prob(y), exact, rtol=within(1e-6, 1e-4))
-    assert abs(dist.Normal(M[0], np.exp(M[1])).log_prob(y) - exact).max() > 0.3  # at the mean
+    assert abs(dist.Normal(M[0], np.exp(M[1])).log_prob(y) - exact).max() > 0.3  # not at the mean
     assert_allclose(expected.mean, M[0], rtol=1e-5)
     slope = jax.grad(lambda v: ExpectedLikelihood(expected.likelihood, M, v).log_prob(y).sum())(V)
     assert_allclose(slope[0], -0.5 * np.exp(-2.0 * M[1] + 2.0 * V[1]), rtol=within(1e-5, 1e-3))
@@ -119,7 +119,7 @@ def test_a_noise_that_is_a_process_too():
 
 @pytest.mark.parametrize("classes", [3, *(pytest.param(n, marks=pytest.mark.long) for n in (4, 6))])
 def test_softmax_of_several_processes(classes, key):
-    """Beside 200,000 draws; at the mean it is off by many of their errors."""
+    """Expected terms agree with 200,000 draws; the likelihood at the mean does not."""
     rng = np.random.default_rng(classes)
     m, v = rng.normal(size=(classes, 2)), rng.uniform(0.2, 1.0, (classes, 2))
     y = np.array([0, classes - 1])
@@ -208,7 +208,7 @@ def test_as_many_latents_as_values_are_told_apart():
     ExpectedLikelihood(lambda f: dist.Categorical(logits=f.T), m, v)
     with pytest.raises(ValueError, match=r"first axis of f, so that a softmax has logits=f\.T"):
         ExpectedLikelihood(lambda f: dist.Categorical(logits=f), m, v)
-    offset = np.arange(3.0)  # which knows how many values there are
+    offset = np.arange(3.0)  # one entry for each value
     ExpectedLikelihood(lambda f: dist.Normal(f[0] + offset, jnp.exp(f[1])), m, v)
 
 
@@ -242,7 +242,7 @@ def test_several_outputs_at_places_of_their_own(key):
 
 
 def fitted(model, guide, key, *args, **kwargs):
-    """Return draws of the better of two members: one may end where all is noise."""
+    """Return draws of the member with the lower loss: a member may explain all as noise."""
     optim = optax.adam(optax.cosine_decay_schedule(0.05, 600))
     vi = EnsembleVI(model, guide, optim, Trace_ELBO(), ensemble_size=2)
     result = vi.run(key, 600, *args, progress_bar=False, **kwargs)
@@ -274,7 +274,7 @@ def test_a_noise_that_grows_is_recovered(key):
     found = np.asarray(Pathwise(model, samples, X, y)(key, new)["log_noise"])
     truth = np.log(0.05 + 0.2 * new[:, 0])
     assert (abs(found.mean(axis=0) - truth) < 0.35).all()
-    assert abs(np.log(noise.mean()) - truth).max() > 0.5  # one noise for all
+    assert abs(np.log(noise.mean()) - truth).max() > 0.5  # a constant noise is wrong
     assert (found.std(axis=0) < 0.4).all()
 
 

@@ -1,4 +1,4 @@
-"""Users' kernels without slopes are recognised by their profiles."""
+"""Users' kernels whose functions have no slopes are recognised by their profiles."""
 
 from typing import Any
 
@@ -34,20 +34,20 @@ from numpyro_ensemble.gp.kernels.smoothness import is_smooth
 
 
 def safe_root(squared: Any) -> Any:
-    """Give the distance, with a slope of 0 at 0, where the true one is infinite."""
+    """Return the distance, with a slope of 0 at 0, where the true slope is infinite."""
     apart = squared > 0
     return jnp.where(apart, jnp.sqrt(jnp.where(apart, squared, 1.0)), 0.0)
 
 
 def series_near_zero(squared: Any) -> Any:
-    """Give Matern 3/2 as one writes it so that it has slopes: by its series near 0."""
+    """Return Matern 3/2, written with its series near 0, so that JAX can compute slopes."""
     near = squared < 1e-8
     r = jnp.sqrt(3.0 * jnp.where(near, 1.0, squared))
     return jnp.where(near, 1.0 - 1.5 * squared, (1.0 + r) * jnp.exp(-r))
 
 
 def sine_over_distance(squared: Any) -> Any:
-    """Give sin(r) / r, by its series near 0, because its slope is inaccurate at small distances."""
+    """Return sin(r) / r, by its series near 0, where slopes of the ratio are inaccurate."""
     near = squared < 1e-8
     r = jnp.sqrt(jnp.where(near, 1.0, squared))
     return jnp.where(near, 1.0 - squared / 6.0, jnp.sin(r) / r)
@@ -82,7 +82,7 @@ SMOOTH = {
 
 
 def of(profile):
-    """Give the class of a kernel that has a profile."""
+    """Return a class of kernels with this profile."""
 
     class Own(Stationary):
         def profile(self, squared):
@@ -114,7 +114,7 @@ def gibbs(lengthscale):
     return Gibbs(lambda X: lengthscale * (1.5 + jnp.sin(X[:, 0] / lengthscale)))
 
 
-SHIPPED = {  # by lengthscale: the kernel, and the variance of slopes for a lengthscale of 1
+SHIPPED = {  # a kernel as a function of lengthscale, and the variance of slopes at lengthscale 1
     "RBF": (lambda w: RBF(1.0, w), 1.0),
     "Matern32": (lambda w: Matern32(1.0, w), 3.0),
     "Matern52": (lambda w: Matern52(1.0, w), 5.0 / 3.0),
@@ -146,7 +146,7 @@ def test_no_kernel_of_the_package_is_taken_for_a_rough_one(name):
 
 
 def test_profiles_are_known_inside_of_transformations():
-    """Lengthscales do not matter, and numbers of the profile's own are not known."""
+    """Traced lengthscales do not matter; a profile with a traced number is taken for smooth."""
     Rough, Smooth = of(ROUGH["exponential, safe"]), of(SMOOTH["Cauchy"])
 
     class Power(Stationary):

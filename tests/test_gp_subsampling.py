@@ -18,7 +18,7 @@ from numpyro_ensemble.gp import (
     sparse_gp,
 )
 
-X = np.linspace(0.0, 3.0, 12)  # NumPy's, which no traced index can be used with
+X = np.linspace(0.0, 3.0, 12)  # a NumPy array, which a traced index cannot index
 Y = np.sin(2.0 * X)
 TASKS = np.stack([Y, -Y, 0.5 * Y, Y**2, np.cos(X)])
 Z = X[::3]
@@ -131,7 +131,7 @@ def test_a_process_observed_in_the_plate_of_its_data_is_refused():
 
 
 def batches(X, y=None, batch=4):
-    """Inducing values are outside the plate, whose rows are a batch of the inputs."""
+    """The inducing values are outside the plate that draws a batch of rows."""
     level = numpyro.param("level", 0.0)
     plate = numpyro.plate("rows", len(X), subsample_size=batch)
     with plate as rows:
@@ -143,7 +143,7 @@ def batches(X, y=None, batch=4):
 
 
 def batches_of_tasks(X, y=None, batch=2):
-    """All tasks have functions, and a batch is observed; a second plate has no random rows."""
+    """All tasks have functions, in a plate without subsampling; a batch of tasks is observed."""
     k = kernel()
     with numpyro.plate("task", 5) as every:
         f = numpyro.sample("f", GaussianProcess(k, X))
@@ -152,7 +152,7 @@ def batches_of_tasks(X, y=None, batch=2):
 
 
 def a_batch_of_ones_own(X, y=None):
-    """The data are a batch of 30 tasks, which the plate has not drawn."""
+    """The data are a batch of 30 tasks that the user, not the plate, has drawn."""
     k = kernel()
     with numpyro.plate("task", 30, subsample_size=5):
         numpyro.sample("c", GaussianProcess(k, X, 0.1), obs=y)

@@ -1,4 +1,4 @@
-"""Cases in which processes could be wrong without a message: the result is right, or an error."""
+"""Cases in which a process could be silently wrong: the result is right, or an error is raised."""
 
 import jax
 import jax.numpy as jnp
@@ -234,7 +234,7 @@ def test_inputs_of_the_fit_may_be_asked_for_again(key):
 
 
 def test_a_process_on_a_fixed_grid_is_read_by_an_index():
-    """The inputs of a process that do not depend on the arguments cause no error."""
+    """Inputs of a process may be fixed: independent of the arguments of the call."""
 
     def ages(age, dose, y=None):
         width = numpyro.sample("width", dist.LogNormal(0.0, 0.5))

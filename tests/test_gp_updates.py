@@ -1,4 +1,4 @@
-"""Updates of paths: each is the joint posterior of dense linear algebra, or an error."""
+"""An update of paths agrees with the joint posterior by dense algebra, or raises an error."""
 
 from dataclasses import replace
 
@@ -47,7 +47,7 @@ def given(mean, covariance, noise=NOISE, values=NEW):
 
 
 def accepts(draws, mean, variance):
-    """Return whether mean and variance of draws are within the standard errors of these."""
+    """Return whether draws have this mean and variance, within standard errors."""
     draws, number = np.asarray(draws, float), len(draws)
     z_mean = (draws.mean(axis=0) - mean) / np.sqrt(variance / number)
     z_variance = (((draws - mean) ** 2).mean(axis=0) / variance - 1) * np.sqrt(number / 2)
@@ -76,7 +76,7 @@ def test_updates_of_collapsed_paths_move_the_inducing_values(key):
 
 @pytest.mark.long
 def test_latent_values_of_a_known_covariance_move_too(key):
-    """The posterior of inducing values, in closed form; it may be singular."""
+    """The known covariance is the posterior's, in closed form, or a singular one."""
     K_ZZ, K_ZX = gram(KERNEL, Z) + 1e-6 * np.eye(len(Z)), gram(KERNEL, Z, X)
     S = K_ZZ @ np.linalg.solve(K_ZZ + K_ZX @ K_ZX.T / NOISE, K_ZZ)
     m = K_ZZ @ np.linalg.solve(K_ZZ + K_ZX @ K_ZX.T / NOISE, K_ZX @ Y) / NOISE
@@ -135,7 +135,7 @@ def test_updates_of_each_draw_and_of_each_copy_in_a_plate(key):
 
 
 def three(X, y=None, c=None):
-    """A latent process, a sparse one, and one that is known without noise."""
+    """A latent process, a sparse one, and one that is observed without noise."""
     width = numpyro.sample("width", dist.LogNormal(0.0, 0.5))
     u = numpyro.sample("u", GaussianProcess(RBF(1.2, width), X))
     m, _ = sparse_gp("k", RBF(1.2, width), X, Z)

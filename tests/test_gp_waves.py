@@ -1,4 +1,4 @@
-"""Sine and cosine at once, against extended precision."""
+"""Sine and cosine, computed together, against extended precision."""
 
 import jax
 import jax.numpy as jnp
@@ -46,7 +46,7 @@ def test_no_wave_is_above_one_whatever_the_phase():
 
 
 def test_the_program_is_that_of_the_platform_it_runs_on():
-    """Not the process's default platform: a program for a GPU may be lowered without a GPU."""
+    """A program for a GPU may be lowered where the default platform is the CPU."""
     paths = draw_paths(jax.random.key(0), RBF(), jnp.arange(3.0), jnp.ones(3), num_features=64)
     traced = jax.jit(paths._prior).trace(jnp.ones((2, 1)))
     for platform, operation in (("cpu", "stablehlo.while"), ("cuda", "stablehlo.sine")):

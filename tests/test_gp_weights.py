@@ -1,4 +1,4 @@
-"""Weights of the sites of processes: functions follow the weighted density, or raise an error."""
+"""Functions of processes with weighted sites follow the weighted density, or raise an error."""
 
 from functools import partial
 
@@ -46,7 +46,7 @@ def by_argument(X, y=None, weight=1.0):
 
 
 def in_plates(X, y=None):
-    """Two of three copies, drawn by a subsampled plate: the scale of the plate is not a weight."""
+    """A subsampled plate draws two of three copies; the scale of the plate is not a weight."""
     gp = GaussianProcess(kernel(), X, NOISE)
     board = numpyro.plate("board", 3, subsample_size=2, dim=-1)
     with numpyro.plate("unit", 1, dim=-2), board:
@@ -81,12 +81,12 @@ def test_the_noise_of_observations_is_divided_by_their_weight(model, truth):
         pathwise = Pathwise(reweight(model, likelihood=weight), SAMPLES, X, Y, **SMALL)
         moments = pathwise.moments(PLACES)["c_f"]
         assert_allclose(moments, mixture(truth, weight), rtol=1e-5, atol=1e-6)
-        assert abs(moments[0] - untempered[0]).max() > 0.05  # what a lost weight would give
+        assert abs(moments[0] - untempered[0]).max() > 0.05  # a lost weight would be seen
 
 
 @pytest.mark.long
 def test_weights_of_other_handlers_and_of_arguments():
-    for weight in (0.5, 1.0, 0.0):  # traced, as arguments are
+    for weight in (0.5, 1.0, 0.0):  # arguments are traced
         pathwise = Pathwise(by_argument, SAMPLES, X, Y, np.array(weight), **SMALL)
         moments = pathwise.moments(PLACES)["c_f"]
         assert_allclose(moments, mixture(dense, weight), rtol=1e-5, atol=1e-6)
@@ -108,7 +108,7 @@ def test_drawn_functions_follow_the_weights_too(key):
     drawn = Pathwise(half, SAMPLES, X, Y, **options).draw(key)["c"]
     for values, kernel in zip(np.split(np.asarray(drawn(PLACES)), 2), KERNELS, strict=True):
         assert accepts(values, *dense(kernel, 0.5))
-        assert not accepts(values, *dense(kernel, 1.0))  # the weight is lost
+        assert not accepts(values, *dense(kernel, 1.0))  # as without the weight
     with pytest.raises(ValueError, match="noise of the new values is not known"):
         drawn.update(PLACES, np.zeros(5))
 
@@ -127,7 +127,7 @@ def inducing(X, y=None):
 
 
 def latent_truth(kernel, weight, points=X, values=Y):
-    """A normal's density to a power is that of a covariance divided by it, here and elsewhere."""
+    """A normal density to the power `weight` is that of the covariance divided by `weight`."""
     mean, covariance = posterior(kernel, points, values, PLACES, 1e-6)
     return mean, np.diag(covariance) / weight
 
@@ -144,7 +144,7 @@ def test_a_weighted_prior_divides_the_kernel_of_a_latent_process():
             pathwise = Pathwise(reweight(model, prior=weight), samples, X, counts, **SMALL)
             moments = pathwise.moments(PLACES)["u"]
             assert_allclose(moments, mixture(latent_truth, weight), rtol=1e-4, atol=1e-6)
-    # the only prior of the model is that of the inducing values
+    # the weight is on the prior of the inducing values; the process given these is unchanged
     u = np.cos(Z[:, 0])
     samples = SAMPLES | {"u_u": np.stack([u, u])}
     pathwise = Pathwise(reweight(inducing, prior=0.25), samples, X, counts, **SMALL)

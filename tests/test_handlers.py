@@ -1,4 +1,4 @@
-"""Weights on prior and likelihood, against log densities written out by hand."""
+"""Weights on prior and likelihood, checked against log densities written out by hand."""
 
 import jax
 import jax.numpy as jnp
@@ -47,7 +47,7 @@ def test_each_part_has_its_weight(name):
         2.0 * prior,
     ]
     assert_allclose(weighted(params), expected, **tolerance())
-    assert abs(expected[0] - expected[1]) > 0.1  # the weights changed places
+    assert abs(expected[0] - expected[1]) > 0.1  # swapped weights would be seen
 
 
 def test_handlers_inside_and_outside_multiply():
@@ -93,7 +93,7 @@ def test_jacobians_are_never_weighted(name):
     log_det = sum(np.sum(u) for u in logs.values())
     expected = 0.5 * prior + 3.0 * likelihood + log_det
     assert_allclose(-energy, expected, **tolerance())
-    naive = expected + 2.0 * log_det  # the Jacobian is observed in name, and not likelihood
+    naive = expected + 2.0 * log_det  # the Jacobian, an observed site, as likelihood
     assert abs(naive - expected) > 0.1
 
 
@@ -113,12 +113,12 @@ def test_the_jacobian_of_a_vector_is_not_weighted_either():
     plain, weighted = energies(sticks)
     assert_allclose(plain - weighted, -0.5 * prior + 2.0 * likelihood, **tolerance())
     log_det = -plain - prior - likelihood
-    assert abs(log_det) > 0.1  # and it would be seen
+    assert abs(log_det) > 0.1  # a weighted Jacobian would be seen
 
 
 @pytest.mark.core
 def test_the_mean_of_a_tempered_half_normal():
-    """The posterior of a scale under powers of prior and likelihood, by quadrature."""
+    """The mean of a scale, under powers of prior and likelihood, is that by quadrature."""
     y, prior, likelihood = 1.5, 0.5, 3.0
 
     def model():
@@ -143,7 +143,7 @@ def test_the_mean_of_a_tempered_half_normal():
     ours = (mass * np.exp(np.asarray(grid, np.float64))).sum() / mass.sum()
     close = 1e-7 if jax.config.jax_enable_x64 else 1e-5
     assert_allclose(ours, mean(extra=0.0), rtol=close)
-    for weight in (prior, likelihood):  # of a Jacobian that is weighted as prior or likelihood
+    for weight in (prior, likelihood):  # the means if a weight were on the Jacobian
         assert abs(mean(extra=weight - 1.0) - ours) > 1000 * close
 
 
@@ -164,7 +164,7 @@ def test_the_factor_of_a_circular_site_is_prior_in_a_scope_too():
     def wrapped(y):
         with handlers.scope(prefix="in"):
             angle(y)
-            numpyro.factor("user_factor", 0.7)  # there is no site user_unwrapped
+            numpyro.factor("user_factor", 0.7)  # without a site user_unwrapped, likelihood
 
     _, args, params, likelihood, prior = parts("circular")
     weights = {"prior": 0.5, "likelihood": 3.0}
@@ -177,12 +177,12 @@ def test_the_factor_of_a_circular_site_is_prior_in_a_scope_too():
     outside = handlers.reparam(wrapped, config={"in/mu": CircularReparam()})
     latent = {"in/in/mu_unwrapped": params["mu_unwrapped"]}
     assert_allclose(density(reweight(outside, **weights), latent, *args), expected, **tolerance())
-    naive = expected + 2.5 * prior  # the prior of the angle is observed in name
+    naive = expected + 2.5 * prior  # the angle's prior, an observed site, as likelihood
     assert abs(naive - expected) > 0.1
 
 
 def neutra(model, y):
-    """Reparameterise a model by an affine map, and return the map's parameters as well."""
+    """Return a model reparameterised by an affine map, and the location and scale of the map."""
     guide = AutoDiagonalNormal(model)
     handlers.seed(guide, 0)(y)
     loc, scale = np.array([0.2, -0.1]), np.array([0.5, 2.0])

@@ -28,28 +28,28 @@ ONES = np.ones(3)
 
 
 def bounded(y, top):
-    """Sites in no alphabetical order; a support that depends on an argument."""
+    """The sites are in no alphabetical order, and a support depends on an argument."""
     slope = numpyro.sample("slope", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
     below = numpyro.sample("below", dist.Uniform(0.0, top))
     numpyro.sample("y", dist.Normal(below + slope.sum(), 1.0).expand([3]).to_event(1), obs=y)
 
 
 def follows_data(y):
-    """A support that the model computes from its data."""
+    """The model computes a support from its data."""
     u = numpyro.sample("u", dist.Uniform(0.0, y.max()))
     c = numpyro.sample("c", dist.Normal(0.0, 1.0))
     numpyro.sample("y", dist.Normal(u + c, 1.0).expand([3]).to_event(1), obs=y)
 
 
 def follows_latent(y):
-    """A support that depends on another latent, and so on where a fit starts."""
+    """A support depends on another latent, and so on the start of a fit."""
     low = numpyro.sample("low", dist.Normal(0.0, 1.0))
     high = numpyro.sample("high", dist.Uniform(low, low + y.max()))
     numpyro.sample("y", dist.Normal(high, 1.0).expand([3]).to_event(1), obs=y)
 
 
 def with_bound(y):
-    """A parameter whose constraint follows the data."""
+    """The constraint of a parameter depends on the data."""
     rate = numpyro.param("rate", 0.5, constraint=dist.constraints.interval(0.0, jnp.max(y) + 1.0))
     alpha = numpyro.sample("alpha", dist.Normal(0.0, 1.0))
     numpyro.sample("y", dist.Normal(rate * alpha, 1.0).expand([3]).to_event(1), obs=y)
@@ -76,7 +76,7 @@ def quiet(runner, key, num_steps, *args, **kwargs):
 
 @cache
 def plain(make, model):
-    """Return a runner that `quiet` calls in one way only: the reference of many tests."""
+    """Return a runner that only `quiet` calls, as the reference of many tests."""
     return make(model)
 
 
@@ -95,7 +95,7 @@ def cases(quick, *rest):
     return [*quick, *(pytest.param(*case, marks=pytest.mark.long) for case in rest)]
 
 
-# Results keep what is theirs --------------------------------------------------------------------
+# Earlier results are unchanged ------------------------------------------------------------------
 
 TRACED = {
     "concrete": ({"jit_model_args": False}, lambda top: top),
@@ -173,7 +173,7 @@ def test_steps_of_two_fits_in_turns_keep_their_own_constraints(make, model, key)
 
 
 def test_svi_keeps_the_constraints_of_a_states_start_too(key):
-    """As in a single SVI: after the start, other data are used with the start's constraints."""
+    """As in NumPyro's SVI, the constraints of the start are used for other data, too."""
     runner = vi(with_bound, ensemble_size=1)
     state = runner.init(key, ONES)
     svi = SVI(with_bound, AutoNormal(with_bound), ADAM, Trace_ELBO())
@@ -277,7 +277,7 @@ def _within(context, run):
 
 @pytest.fixture(scope="module")
 def expected():
-    """Give what each kind of runner answers."""
+    """Return the losses of each kind of runner in plain use."""
     key = jax.random.key(0)
     return {m: quiet(plain(m, required), key, 2, Y, 0.5).losses for m in (vi, map_fit)}
 
@@ -286,7 +286,7 @@ QUICK_USES = [(vi, ("jit", "plain"))]
 
 
 def uses_in_turns(make):
-    """Yield, for each use, a sequence that begins and ends with it, with all other uses between."""
+    """Yield, for each use, a sequence that begins and ends with this use, by way of all others."""
     names = list(USES)
     for first in range(len(names)):
         # seven is prime, so each stride visits all seven uses
@@ -409,11 +409,11 @@ def test_early_stopping_goes_with_debug_nans(key):
     assert_allclose(inside, losses, rtol=1e-9)
 
 
-# What a fresh pair of eyes has found ------------------------------------------------------------
+# Single cases -----------------------------------------------------------------------------------
 
 
 def test_data_in_double_precision_are_not_narrowed_before_the_model_sees_them(key):
-    """Seconds since 1970 lose their differences in float32; the model computes them in NumPy."""
+    """Differences of seconds since 1970 are lost in float32; the model takes them in NumPy."""
     seconds = 1.7e9 + 10.0 * np.arange(6.0)
     big = np.array([3_000_000_000, 5_000_000_000])
 

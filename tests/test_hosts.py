@@ -34,7 +34,7 @@ class Cluster:
             port = free.getsockname()[1]
         flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=2"
         environment = {**os.environ, "XLA_FLAGS": flags, "JAX_ENABLE_X64": "1"}
-        # NumPyro's ELBO adds its terms in the order of a set: processes must agree on it
+        # NumPyro's ELBO adds its terms in the order of a set, on which processes must agree
         paths = os.pathsep.join(map(str, (HERE.parent, HERE)))
         environment |= {"PYTHONPATH": paths, "PYTHONHASHSEED": "0"}
         command = [sys.executable, "-c", START, what, str(directory), str(port), str(number)]
@@ -56,13 +56,13 @@ class Cluster:
             process.wait()
 
     def found(self):
-        """Return what each process has found."""
+        """Wait for all processes, and return the dict that each has printed."""
         for process, errors in zip(self.processes, self.errors, strict=True):
             assert process.wait(600) == 0, errors.read_text()[-3000:]
         return [json.loads(output.read_text().splitlines()[-1]) for output in self.outputs]
 
     def wait_for(self, line):
-        """Wait until the first process has said so."""
+        """Wait until the first process has printed this line."""
         begin = time.monotonic()
         while line not in self.outputs[0].read_text().splitlines():
             assert time.monotonic() - begin < 300, self.errors[0].read_text()[-3000:]
@@ -94,7 +94,7 @@ def test_everything_on_hosts(tmp_path, number):
 
 @pytest.mark.long
 def test_processes_agree(tmp_path):
-    """Differences between processes are named in all of them, and all end if one ends the run."""
+    """Every process names what differs between processes, and all end when one ends the run."""
     with Cluster("agreed", 2, tmp_path) as cluster:
         found = cluster.found()
     check(found)
@@ -118,7 +118,7 @@ def test_processes_agree(tmp_path):
 @pytest.mark.long
 @pytest.mark.parametrize("killed", [0, 3])
 def test_one_of_four_is_killed(tmp_path, killed):
-    """The others end with an error within a minute; three then continue from the checkpoint."""
+    """The other three end with an error within a minute; three new ones continue the run."""
     with Cluster("kept", 4, tmp_path) as four:
         four.wait_for("step 100")
         four.processes[killed].kill()

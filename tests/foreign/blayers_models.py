@@ -1,4 +1,4 @@
-"""Each layer of blayers in a model of its own, with latents in no alphabetical order."""
+"""One model for each layer of blayers, with latents in no alphabetical order."""
 
 from functools import partial
 
@@ -17,7 +17,7 @@ KNOTS = np.pad(np.linspace(-3.0, 3.0, 7), 3, mode="edge")  # clamped, for cubic 
 LOW_RANK = {"low_rank_dim": 2}
 GROUPS = {"num_categories": 4}
 
-LAYERS = {  # the layer's inputs after its name, and its options
+LAYERS = {  # by layer, the keys of its inputs in INPUTS, and its options
     "AdaptiveLayer": ("x", {}),
     "FixedPriorLayer": ("x", {}),
     "InterceptLayer": ("", {}),

@@ -22,7 +22,7 @@ class Size(NamedTuple):
 
 
 def says_unmixed(notes: list[str]) -> bool:
-    """Whether warnings at the end of a run say that its chains are no good."""
+    """Return whether a run warns that its chains have not mixed or did not move."""
     return any("have not mixed" in note or "did not move" in note for note in notes)
 
 
@@ -38,8 +38,8 @@ class Case(NamedTuple):
         enumerated: the model sums out discrete latents, so its loss is `TraceEnum_ELBO`.
         single: the model itself runs in single precision only.
         size: the largest numbers of chains and iterations, for models where more take minutes.
-        reverse_only: its gradient has no forward derivative, which draws of a Laplace guide need.
-        refused: by column, a part of the message that tells the user why the column does not run.
+        reverse_only: the gradient has no forward derivative, which draws of a Laplace guide need.
+        refused: by column that does not run, a part of the message that tells the user why.
     """
 
     model: Callable[..., Any]

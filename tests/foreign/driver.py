@@ -1,7 +1,7 @@
 """Run one foreign model through all methods, and return the outcome as plain data.
 
 A row has a column for each way to use the model. A column is `{"ok": True, ...}` with figures where
-there are some, or `{"ok": False, "reason": ...}`. Nothing raises: a failure is a row of the table.
+there are some, or `{"ok": False, "reason": ...}`. A failure raises no error; it is a column.
 """
 
 import copy
@@ -24,7 +24,7 @@ GUIDES = {name: getattr(autoguide, name) for name in FITS if name.startswith("Au
 
 
 def has_draws(case: Case, guide: str) -> bool:
-    """Return whether a fitted guide has draws: that of Laplace takes forward derivatives."""
+    """Return whether a fitted guide has draws; those of Laplace need forward derivatives."""
     return not (case.reverse_only and guide == "AutoLaplaceApproximation")
 
 
@@ -46,7 +46,7 @@ def in_turn(place: int, case: Case) -> tuple[str, ...]:
 
 
 def attempt(function, *args):
-    """Return a column and what the function returned."""
+    """Call a function, and return a column and the function's value, or None if it raised."""
     try:
         return {"ok": True}, function(*args)
     except Exception as error:
@@ -113,7 +113,7 @@ def run_model(name, case: Case, *, columns=ALL, size=FULL, report=None):
 
 
 def complaints(row, refused=None):
-    """Return what is wrong with a row: columns that fail otherwise than they are known to."""
+    """Return complaints: columns that fail unexpectedly, lack a warning or differ from NUTS."""
     wrong, refused = [], refused or {}
     columns = {k: v for k, v in row.items() if k not in ("model", "double", "size", "NUTS")}
     reasons = {k: column.get("reason", "") for k, column in columns.items()}

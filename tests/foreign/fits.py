@@ -1,4 +1,4 @@
-"""Fits of a foreign model: every member-0 parameter beside that of a single NumPyro fit."""
+"""Fits of a foreign model, of which member 0 must agree with a single NumPyro fit."""
 
 from typing import Any, NamedTuple
 
@@ -14,7 +14,7 @@ from numpyro.optim import Adam
 from numpyro_ensemble import EnsembleMAP, EnsemblePredictive, EnsembleVI, to_arviz
 
 STEPS = 10
-RATE = 1e-3  # larger steps of an untrained network blow rounding up
+RATE = 1e-3  # larger steps of an untrained network amplify rounding
 MEMBERS = 2
 
 
@@ -39,7 +39,7 @@ def is_discrete(site):
 
 
 def guided(case: Case):
-    """Return what an autoguide is made for: the model without latents that it sums out."""
+    """Return the model to make an autoguide for: without the latents that are summed out."""
     return handlers.block(case.model, hide_fn=is_discrete) if case.enumerated else case.model
 
 
@@ -71,7 +71,7 @@ class Single(NamedTuple):
 
 
 def single_fit(case, guide, keys, steps=STEPS):
-    """Run NumPyro's SVI with member 0's key, which starts operation by operation."""
+    """Run NumPyro's SVI with member 0's key; the start of `SVI.run` is not compiled."""
     svi = SVI(case.model, guide, optimiser(case), loss_of(case))
     result = svi.run(keys[0], steps, *case.args, progress_bar=False, **case.kwargs)
     return Single(result.params, result.losses)
@@ -115,14 +115,14 @@ def variational(case: Case, build, key, steps=STEPS):
     single = require_single_fit(compiled_single_fit, case, build(guided(case)), keys, steps)
     try:
         require_equal(ours, single._asdict())
-    except UnequalError:  # the order of latents, it may be
+    except UnequalError:  # perhaps the order of latents differs
         single = require_single_fit(single_fit, case, build(guided(case)), keys, steps)
         require_equal(ours, single._asdict())
     return vi, result
 
 
 def require_single_fit(run, case, guide, keys, steps=STEPS):
-    """Run NumPyro's SVI, and tell its failures from ours."""
+    """Run NumPyro's SVI, and raise `UpstreamError` if it fails."""
     try:
         return run(case, guide, keys, steps)
     except Exception as error:
@@ -133,7 +133,7 @@ def require_single_fit(run, case, guide, keys, steps=STEPS):
 def point(case: Case, key, steps=STEPS):
     """Fit modes, and compare member 0 with `AutoDelta` of a single SVI.
 
-    `AutoDelta` has no discrete latents: the loss is then compared with NumPyro's density.
+    `AutoDelta` takes no discrete latents: with these, the loss is compared with NumPyro's density.
     """
     keys = jax.random.split(key, MEMBERS)
     runner = EnsembleMAP(case.model, optimiser(case), ensemble_size=MEMBERS)
@@ -143,7 +143,7 @@ def point(case: Case, key, steps=STEPS):
         require_equal({"loss": losses[0]}, {"loss": -summed_density(case, result.member(0).params)})
         return result
     guide = autoguide.AutoDelta(case.model, init_loc_fn=init_to_uniform)
-    single = compiled_single_fit(case, guide, keys, steps)  # a point has no order of latents
+    single = compiled_single_fit(case, guide, keys, steps)  # the order of latents has no effect
     suffix = "_auto_loc"
     values = {k.removesuffix(suffix): v for k, v in single.params.items() if k.endswith(suffix)}
     require_equal({k: result.member(0).params[k] for k in values}, values)
@@ -160,7 +160,7 @@ def summed_density(case: Case, params):
 
 
 def predict(case: Case, vi, result, key, draws=3):
-    """Predict from all members; samples must lead and be numbers."""
+    """Predict from all members; check that samples are the leading axis and are finite."""
     predictive = EnsemblePredictive(case.model, result, guide=vi.guide, num_samples=draws)
     sites = predictive(key, *case.args, **case.kwargs)
     for name, values in sites.items():

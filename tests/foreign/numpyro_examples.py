@@ -7,7 +7,7 @@ import numpy as np
 from cases import SAMPLERS, Case
 from checkout import example, folder
 
-CASES = {}  # the name of an example, and what builds its case
+CASES = {}  # by name of an example, the function that builds its case
 
 
 def add(name):
@@ -19,7 +19,7 @@ def add(name):
 
 
 def case(name):
-    """Return the case of one example, or the reason why it cannot be had."""
+    """Return the case of one example, or the reason why there is none."""
     where = folder()
     return where if isinstance(where, str) else CASES[name]()
 
@@ -34,7 +34,7 @@ def regressors(rows=40, columns=3):
 
 
 def annotations():
-    """Forty items, rated three times by each of five people who agree mostly."""
+    """Forty items of three classes, each rated once by each of five people, who mostly agree."""
     truth = rng().integers(0, 3, size=(40, 1))
     wrong = rng().uniform(size=(40, 5)) < 0.2
     return np.arange(5), np.where(wrong, (truth + 1) % 3, truth)

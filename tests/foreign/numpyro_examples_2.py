@@ -8,7 +8,7 @@ from checkout import example
 from numpyro.infer.autoguide import AutoBNAFNormal
 from numpyro_examples import add, autoregression, regressors, rng
 
-SMALL = Size(16, 150, 150)  # for models whose one gradient takes milliseconds, or 766 latents
+SMALL = Size(16, 150, 150)  # for models with gradients of milliseconds, or 766 latents
 
 
 @add("holt_winters")
@@ -86,8 +86,8 @@ def prodlda():
     docs = jnp.asarray(rng().poisson(0.7, size=(16, 20)))
     sizes = {"vocab_size": 20, "num_topics": 3, "hidden": 8, "dropout_rate": 0.2, "batch_size": 8}
     options = {"is_training": True}
-    refused = {"ArviZ": "total_count_max"}  # the model gives its Multinomial none
-    # SGD: a bias before batch normalisation has no gradient, and Adam scales its rounding up
+    refused = {"ArviZ": "total_count_max"}  # the model's Multinomial has none
+    # SGD: the gradient of a bias before batch normalisation is rounding, which Adam scales up
     return Case(
         module.model,
         (docs, sizes),

@@ -1,7 +1,7 @@
-"""A plugin of pytest that replaces the `SVI` of a test suite by an ensemble of one member.
+"""A pytest plugin that replaces the `SVI` of a test suite by an ensemble of one member.
 
-`pytest -p one_member` runs NumPyro's own tests with it. States are those of one fit: the three
-fields of `SVIState` without a member axis, and the unchanged set-up of the start.
+`pytest -p one_member` runs NumPyro's own tests with the plugin. A state is that of one fit: the
+three fields of `SVIState` without a member axis, and the unchanged set-up of the start.
 """
 
 import jax
@@ -28,7 +28,7 @@ def _single(state):
 
 
 class OneMember(EnsembleVI):
-    """`SVI`, by way of an ensemble of one member."""
+    """An ensemble of one member with the interface of `SVI`."""
 
     def __init__(self, model, guide, optim, loss, **static_kwargs):
         super().__init__(model, guide, optim, loss, ensemble_size=1, **static_kwargs)

@@ -35,7 +35,7 @@ def forecast():
 
 
 def filtered_level(times, values):
-    """A level that decays to zero and is seen with noise; a Kalman filter sums the level out."""
+    """A level decays to zero and is observed with noise; a Kalman filter integrates it out."""
     import dynestyx
     from dynestyx.inference.filters import KFConfig
 
@@ -49,8 +49,8 @@ def filtered_level(times, values):
 
 
 def state_space():
-    # dynestyx imports this inside the model; it makes a key when it is imported, which must not
-    # be inside a transformation
+    # dynestyx imports this module inside the model; the import makes a key, which must not happen
+    # inside a transformation
     importlib.import_module("cd_dynamax.dynamax.linear_gaussian_ssm.models")
     return Case(filtered_level, (jnp.arange(24.0), SERIES[:24]), size=Size(16, 150, 150))
 
@@ -62,7 +62,7 @@ CASES = {
 
 
 def case(name):
-    """Return the case of a package's model, or the reason why it cannot be had."""
+    """Return the case of a package's model, or the reason why there is none."""
     package, build = CASES[name]
     if importlib.util.find_spec(package) is None:
         return f"{package} is not installed; it needs Python 3.12 or newer"

@@ -1,4 +1,4 @@
-"""Many-chain kernels on a foreign model, beside NUTS."""
+"""Runs of many-chain kernels on a foreign model, compared with NUTS."""
 
 import time
 import warnings
@@ -32,7 +32,7 @@ def latent_names(case: Case):
 
 
 def draw(kernel: str, case: Case, key, size: Size):
-    """Run a kernel; return draws `(C, N, D)`, seconds and our own warnings."""
+    """Run a kernel; return draws `(C, N, D)`, seconds and warnings, our own first."""
     chains = size.nuts_chains if kernel == "NUTS" else size.chains
     mcmc = MCMC(
         KERNELS[kernel](case.model),
@@ -59,7 +59,7 @@ def draw(kernel: str, case: Case, key, size: Size):
 
 
 def moving(draws):
-    """Return which coordinates are not constant, as a Cholesky factor's zeros are."""
+    """Return which coordinates vary: the zeros of a Cholesky factor, for one, do not."""
     return np.ptp(draws, axis=(0, 1)) > 0
 
 
@@ -101,7 +101,7 @@ def mean_gap(draws, other):
 
 
 class Reference:
-    """Draws of NUTS to compare with: a longer run if a kernel's means differ from the first run.
+    """Draws of NUTS to compare with, from a longer run if a kernel's means differ from the first.
 
     Four chains of 500 draws with a smallest effective number of 400 were 4.0 standard errors from
     four chains of 5,000 in one of 62 coordinates (the example `stochastic_volatility`).
@@ -112,7 +112,7 @@ class Reference:
         self.long = False
 
     def compare(self, draws, rhat: float) -> dict[str, Any]:
-        """Return how far the means of draws are from NUTS's, and from how long a run of it."""
+        """Return the gap between the means of draws and of NUTS, and the number of NUTS's draws."""
         gap = mean_gap(draws, self.draws)
         if gap > LIMIT and max(rhat, self.rhat) < CONVERGED and not self.long:
             size = self.size._replace(draws=LONGER * self.size.draws)

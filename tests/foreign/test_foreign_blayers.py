@@ -1,4 +1,4 @@
-"""Layers of blayers: fits beside NumPyro's SVI for all, many chains beside NUTS."""
+"""Layers of blayers: fits are compared with NumPyro's SVI, and many chains with NUTS."""
 
 import pytest
 
@@ -10,7 +10,7 @@ import driver
 pytestmark = [pytest.mark.promotes_ranks, pytest.mark.filterwarnings("default")]
 NAMES = tuple(blayers_models.LAYERS)
 QUICK = ("RandomWalkLayer",)  # 3 seconds
-LONG = (  # with these, latents of every shape
+LONG = (  # QUICK and LONG have latents of every shape
     "AdaptiveLayer",
     "LowRankInteractionLayer",
     "BilinearLayer",

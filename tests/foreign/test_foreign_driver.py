@@ -1,4 +1,4 @@
-"""Checks of a row by the driver, and the columns that a turn of `make foreign` runs."""
+"""The driver's complaints about a row, and the columns that a turn of `make foreign` runs."""
 
 import driver
 import jax
@@ -72,7 +72,7 @@ def test_a_slow_model_is_run_with_fewer_chains():
 @pytest.mark.foreign
 @pytest.mark.promotes_ranks
 def test_a_longer_run_of_nuts_decides(key):
-    """The longer NUTS run decides, not the short one, whose draws are here from N(0.3, 1)."""
+    """The longer run of NUTS decides, and not the short one, whose draws have a wrong mean."""
     case = Case(lambda: numpyro.sample("z", dist.Normal(0.0, 1.0)))
     right, wrong = (
         np.asarray(jax.random.normal(key, (2, 4, 500, 1)))

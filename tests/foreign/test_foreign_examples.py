@@ -11,7 +11,7 @@ pytestmark = [
     pytest.mark.filterwarnings("default"),
 ]
 NAMES = tuple(numpyro_examples.CASES)
-HARD = {"bnn", "funnel", "ode"}  # short runs of NUTS itself are not good enough to compare with
+HARD = {"bnn", "funnel", "ode"}  # short runs of NUTS are too inaccurate to compare with
 
 
 @pytest.mark.parametrize("name", NAMES)

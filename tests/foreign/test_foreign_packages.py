@@ -1,4 +1,4 @@
-"""Packages that run NumPyro for their users, with this package's kernels and fits."""
+"""Other packages that run NumPyro for their users take this package's kernels and fits."""
 
 import driver
 import jax
@@ -29,7 +29,7 @@ POSTERIOR = (4 * X[:, 0] @ Y / (1 + 4 * X[:, 0] @ X[:, 0]), (1 + 4 * X[:, 0] @ X
 
 
 def line(X, y=None):
-    """A slope with a standard normal prior, and noise 0.5: its posterior is known."""
+    """A slope with a standard normal prior, and noise 0.5; `POSTERIOR` is the exact posterior."""
     slope = numpyro.sample("slope", dist.Normal(0.0, 1.0))
     with numpyro.plate("row", X.shape[0]):
         numpyro.sample("y", dist.Normal(slope * X[:, 0], 0.5), obs=y)
@@ -140,7 +140,7 @@ def test_forecasts_of_a_member_and_of_many_chains(forecast_package, key):
 
 
 def test_windows_of_a_backtest_are_members(forecast_package, key):
-    """An ensemble with the windows as `member_args` fits the same as `backtest_vectorized`."""
+    """An ensemble with the windows as `member_args` reaches the losses of `backtest_vectorized`."""
     model, (covariates, data) = package_models.case("numpyro_forecast local level")[:2]
     starts, length = (0, 12, 24), 24
     found = forecast_package.evaluate.backtest_vectorized(
@@ -160,5 +160,5 @@ def test_windows_of_a_backtest_are_members(forecast_package, key):
     vi = EnsembleVI(model, guide, ADAM, Trace_ELBO(), ensemble_size=3)
     result = vi.run(key, 4000, *windows, member_args=(0, 1), progress_bar=False)
     theirs = np.asarray(found.losses)[:3]
-    # two fits with other keys: the same losses, to the noise of the bound
+    # the fits have different keys, so that losses agree only to the noise of the bound
     assert_allclose(result.losses[:, -100:].mean(1), theirs[:, -100:].mean(1), rtol=0.1, atol=3.0)

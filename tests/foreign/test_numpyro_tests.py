@@ -26,7 +26,7 @@ def test_they_pass_with_one_member(name):
     environment = {k: v for k, v in os.environ.items() if k != "JAX_ENABLE_X64"}
     run = subprocess.run(
         [*command, f"infer/{name}.py", *OTHERWISE],
-        cwd=root / "test",  # whence the installed NumPyro is imported, not the checkout's
+        cwd=root / "test",  # imports the installed NumPyro, not the checkout's
         env={**environment, "PYTHONPATH": paths},
         capture_output=True,
         text=True,
