@@ -89,7 +89,8 @@ def draw_paths(
         solver: "cholesky", or "cg" for conjugate gradients in memory that grows with N.
         tolerance: relative residual of conjugate gradients (default: the square root of machine
             epsilon).
-        copies: number of consecutive paths that share a basis: one for each process of a plate.
+        copies: number of processes of a plate. So many consecutive paths, one of each process,
+            share a basis.
         latent: whether `values` are draws of latent or inducing values, which `Paths.update` must
             not treat as data (default: true for values `(num_paths, N)` without noise).
         covariance: posterior covariance `(N, N)` of latent or inducing values with a normal

@@ -134,8 +134,8 @@ def check_num_features(num_features: int) -> int:
 def draw_features(rng_key: jax.Array, kernel: Kernel, num_features: int, X: ArrayLike) -> Features:
     """Draw random features of a kernel.
 
-    Kernels with finitely many features (Linear, Constant, Cosine) use exactly those. The other
-    terms of a sum share the remaining columns equally.
+    Kernels with finitely many features (Linear, Constant, Cosine) use exactly these features. The
+    other terms of a sum share the remaining columns equally.
 
     Args:
         rng_key: one key.

@@ -44,8 +44,8 @@ def maximise(
     """Find where each path is highest within bounds, for all paths in one program.
 
     All paths are evaluated at Sobol points of the box. BFGS then climbs each path from its best
-    points, in unconstrained coordinates of the box. With one path for each evaluation that you
-    plan, the places are a batch of Thompson sampling.
+    points, in unconstrained coordinates of the box. For a batch of n evaluations by Thompson
+    sampling, give n paths: the places are the batch.
 
     Args:
         rng_key: one key for the points.

@@ -205,9 +205,9 @@ def _check_shape(name: str, shape: tuple[int, ...], fn: dist.Distribution) -> No
 def gather_sites(
     model: Callable, known: Mapping[str, Any], args: tuple, kwargs: dict, moved: str | None = None
 ) -> _Gather:
-    """Run a model on one posterior draw; return its processes, and names nothing is known of.
+    """Run a model on one posterior draw; return its processes, and the names without a value.
 
-    Plates that take rows at random have their first ones, or their last where one is `moved`.
+    A subsampled plate takes its first rows. The plate with the name `moved` takes its last rows.
     """
     gather = _Gather(KnownRows(filled(model, known), moved), known)
     with handlers.seed(rng_seed=jax.random.key(0)):
@@ -220,17 +220,18 @@ class EvaluatePaths(Messenger):
 
     Args:
         fn: the model.
-        functions: by name, from inputs `(N, D)` to values `(*copies, N)` without the mean.
-        sites: the processes as they were found.
-        rng_key: of the noise of observations, which each input has its own of.
-        before: how often each input stood in blocks before this one, by process.
+        functions: functions by process, from inputs `(N, D)` to values `(*copies, N)` without the
+            mean.
+        sites: the processes of the fit.
+        rng_key: key of the noise of observations; each input has its own noise.
+        before: how often each input occurred in the earlier blocks of the call, by process.
 
     Attributes:
-        values: of the processes, by site name.
-        inputs: of each process in this call.
-        means: of each process, in this call, at these inputs.
-        noises: variances of the noise there, of the processes that have any.
-        finite: whether all of these inputs are.
+        values: values of the processes, by site name.
+        inputs: inputs of each process in this call.
+        means: mean of each process at these inputs.
+        noises: variances of the noise at these inputs, for each process with noise.
+        finite: whether all inputs of each process are finite.
     """
 
     def __init__(

@@ -69,7 +69,7 @@ def check_rows(
 
     These are processes whose inputs or observations depend on the rows that a plate takes, and
     latent processes in a plate with data that depend on its rows. Inducing values outside the plate
-    of the data do not depend on the rows. Nor do data that are a batch already.
+    of the data do not depend on the rows, and data that are already a batch do not either.
 
     Args:
         subsampled: how many rows are taken, by plate.

@@ -77,8 +77,8 @@ def weighted_likelihood(name: str, process: Process, weight: Any) -> Process:
 def weighted_prior(name: str, process: Process, weights: Sequence[tuple[Any, Any]]) -> Process:
     """Return a latent process with a weight on its prior: the kernel is divided by the weight.
 
-    A normal density to the power w is, up to a constant, that of a normal with its covariance
-    divided by w. This holds at these inputs and at all others.
+    A normal density to the power w is, up to a constant, a normal density whose covariance is
+    divided by w. So the process at other inputs follows the divided kernel too.
 
     Args:
         name: name of the process.

@@ -37,7 +37,7 @@ class ChEES(TrajectoryKernel):
         learning_rate: learning rate of the ascent on the logarithm of the trajectory length.
         target_accept_prob: the acceptance probability that the step size is adapted to, that of
             NUTS by default. 0.651 is best in theory, but reaches thin tails too rarely.
-        max_leapfrog_steps: the most leapfrog steps of a trajectory in warm-up.
+        max_leapfrog_steps: the largest number of leapfrog steps of a trajectory.
         metric: "dense" (all correlations), "low_rank" (the 16 strongest directions), a number of
             directions, or "diagonal" (a scale for each latent). "auto" is the first of these that
             the number of chains can estimate.

@@ -24,9 +24,9 @@ from numpyro_ensemble.mcmc.trajectories import (
     make_trajectories,
 )
 
-# The longest trajectory for draws is half a turn or more. ChEES only sees squares, and chooses 2.25
-# scales on a standard normal. With random parts of that, draws have an autocorrelation of 0.35, and
-# with random parts of half a turn none.
+# The longest trajectory for draws is half a turn or more. ChEES maximises changes of squares, and
+# chooses 2.25 scales on a standard normal. If trajectories are random parts of 2.25 scales, draws
+# have an autocorrelation of 0.35. If trajectories are random parts of half a turn, draws have none.
 _HALF_TURN = 3.1416
 
 
@@ -35,7 +35,7 @@ class ChEESAdaptation(NamedTuple):
 
     Attributes:
         step_size: `(C,)`.
-        trajectory_length: `(C,)`, the longest length: each trajectory has a part of it.
+        trajectory_length: `(C,)`, the longest length; each trajectory is a part of it.
         metric: the metric that all chains share.
         place: `(C,)`, index in the Halton sequence of these parts.
         log_step_size, log_length: `(C,)`, averages that draws are made with.

@@ -117,7 +117,7 @@ def within_rhat(draws: np.ndarray) -> np.ndarray:
 
 
 def limit_alone(number: int, half: int) -> float:
-    """Return the R-hat that any of `number` values of good chains exceeds in one run of 100.
+    """Return the R-hat that any of `number` values exceeds in one of 100 runs of good chains.
 
     It assumes two halves of 10 independent draws each, or `half` if that is fewer. The variance
     between the halves over the variance within them is then an F ratio. R-hat is computed for

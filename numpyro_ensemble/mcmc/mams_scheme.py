@@ -34,7 +34,7 @@ class MAMSAdaptation(NamedTuple):
     Attributes:
         step_size: `(C,)`. This and all lengths are in coordinates in which the metric is the
             identity.
-        trajectory_length: `(C,)`, the longest length: each trajectory has a part of it.
+        trajectory_length: `(C,)`, the longest length; each trajectory is a part of it.
         metric: the metric that all chains share.
         widths: `(C, d)`, variances of the directions in which each coordinate moves.
         place: `(C,)`, index in the Halton sequence of these parts.

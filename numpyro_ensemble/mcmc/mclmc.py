@@ -35,17 +35,17 @@ class MCLMC(ManyChainKernel):
     For `MCMC(MCLMC(model), num_chains=64, chain_method="vectorized", ...)`. A chain moves
     at constant speed, the gradient turns it, and it forgets its direction slowly. Every step is
     accepted, so draws have a bias, which `desired_energy_var` controls through the step size. A run
-    whose energy error is larger ends with a warning. `MAMS` has no such bias. By default the kernel
-    finds its own start.
+    ends with a warning if the mean of `energy_var` is more than 1.5 times `desired_energy_var`.
+    `MAMS` has no such bias. By default the kernel finds its own start.
 
     Args:
         model: a NumPyro model whose latents are continuous, of two dimensions or more.
         potential_fn: a potential energy instead of a model; `MCMC.run` needs `init_params` then.
         desired_energy_var: the variance of a step's energy change, for each dimension, that the
-            step size is adapted to. The bias falls with its third root or faster. The extra field
-            `energy_var` holds the mean square of the energy changes of each draw's steps. With a
-            pair, warm-up goes from the first value (large, if chains start far from the mass) to
-            the second, and draws are made with the second.
+            step size is adapted to. The bias is about proportional to its third root. The extra
+            field `energy_var` holds the mean square of the energy changes of each draw's steps.
+            With a pair, warm-up goes from the first value (large, if chains start far from the
+            mass) to the second, and draws are made with the second.
         adapt: "all" adapts over all chains at once; "each" adapts every chain alone, for chains
             that stay in different modes, such as those of members (`starts.from_ensemble`). The
             check at the run's end then judges each chain alone.

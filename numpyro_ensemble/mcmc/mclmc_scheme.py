@@ -214,7 +214,7 @@ def _adapt_all(
     factor = (jnp.log(scheme.wanted(a.progress)) - jnp.log(error)) / _POWER
     factor = jnp.clip(jnp.nan_to_num(factor, nan=0.0), -_CHANGE, _CHANGE)
     many = lost.sum() > 0.02 * counts.sum()
-    # errors have heavy tails: the final step size makes the mean error of the last half right
+    # errors have heavy tails, so the last step size is set by the mean error of the last half
     half = a.progress.total // 2
     late = (a.progress.iteration[0] >= half) & ~many
     curvature = curvature + jnp.where(late, jnp.nan_to_num(error / step_size**_POWER), 0.0)

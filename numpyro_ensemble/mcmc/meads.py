@@ -1,4 +1,4 @@
-"""MEADS: generalized HMC whose step size, scale and damping come from the other chains."""
+"""MEADS: generalized HMC whose step size, scale and damping are computed from all chains."""
 
 from __future__ import annotations
 
@@ -27,8 +27,9 @@ class MEADS(ManyChainKernel):
     """Generalized HMC over many chains, adapted by MEADS (Hoffman and Sountsov, 2022).
 
     For `MCMC(MEADS(model), num_chains=64, chain_method="vectorized", ...)`. Step size,
-    metric and damping of a chain are computed from other chains. There is no trajectory length,
-    since momentum persists from step to step. By default the kernel finds its own start.
+    metric and damping are computed from positions and gradients of the chains. There is no
+    trajectory length, since momentum persists from step to step. By default the kernel finds its
+    own start.
 
     Args:
         model: a NumPyro model whose latents are continuous.

@@ -182,7 +182,7 @@ def _adapt(
     adaptation: MEADSAdaptation,
     scheme: Scheme,
 ) -> MEADSAdaptation:
-    """Set each fold's scale and step size from its left neighbour, and its damping from itself."""
+    """Set a fold's scale and step size by its left neighbour, and its damping by its own chains."""
     order = _inverse(adaptation.slot)
     shape = (scheme.num_folds, -1, rows.shape[1])
     folds, gradients = rows[order].reshape(shape), slopes[order].reshape(shape)

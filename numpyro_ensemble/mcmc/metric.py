@@ -156,7 +156,7 @@ class SharedMetric(NamedTuple):
     def whiten(self, positions: jax.Array) -> jax.Array:
         """Return positions `(..., d)` in the coordinates in which the metric is the identity.
 
-        Subtract the positions' mean before: large numbers would be rounded.
+        Subtract the positions' mean before the call, since large numbers would be rounded.
         """
         sigma, directions, eigenvalues = self.inverse_mass
         scaled = positions / jnp.broadcast_to(sigma, positions.shape)

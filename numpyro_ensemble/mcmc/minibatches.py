@@ -43,9 +43,10 @@ def drawn_rows(key: jax.Array, size: int, number: int) -> jax.Array:
 
 
 def rows_at(places: jax.Array, size: int) -> jax.Array:
-    """Return one row of each stratum, from `places` (0 to `size - 1`). A row has `number` places.
+    """Return one row of each stratum, the row that holds its place, 0 to `size - 1`.
 
-    If two strata share a row, both may draw it.
+    A row is `number` places wide and a stratum `size` places, so a row may belong to two strata.
+    Then both strata may draw it.
     """
     number = places.shape[0]
     # stratum b begins at b * size / number

@@ -23,11 +23,12 @@ from numpyro_ensemble.mcmc.diagnostics import (
 _FEWEST_ALONE = 20  # draws of a chain that is judged alone
 _FEWEST_DRAWS = 10  # a chain that accepts 0.8 of its proposals rejects 9 in a row once in 2 million
 _MIXED = 1.05  # R-hat of 20 effective draws a chain, or 1,280 of 64 chains
-_SHORTNESS = 1.5  # the limit rises by this over the draws in half a chain, for short good chains
+# This over the draws in half a chain is added to the limit, since short chains have larger R-hats.
+_SHORTNESS = 1.5
 _HARDLY = 0.01  # a chain that moves by less than this part of the width of all draws hardly moves
 _BLOCK = 4_000_000  # numbers that are converted to double precision at once
 
-_ENERGY = 1.5  # times the desired energy error, for a warning: short runs know it no better
+_ENERGY = 1.5  # times the desired energy error, for a warning: short runs estimate it so badly
 
 _parted = ContextVar("_parted", default=False)  # whether `MCMC.run` makes part of a run
 

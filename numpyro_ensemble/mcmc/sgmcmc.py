@@ -44,8 +44,8 @@ class SGMCMC(ManyChainKernel):
         batch_size: number of rows of a step: None for the `subsample_size` of the model's plates,
             one number for all plates that have a `subsample_size`, or a dict of numbers by the
             names of plates.
-        step_size: the largest step, in units of the scale of the steepest direction. Steps are
-            shorter if the gradient is noisy.
+        step_size: the largest step, in units of the scale of the steepest direction, at most 1.
+            Steps are shorter if the gradient is noisy.
         control_variates: subtract from each gradient that of the same rows at the chains' centre,
             and add that of all rows at the centre. The latter is computed a few times in warm-up
             and once a run. Each step then computes two gradients.

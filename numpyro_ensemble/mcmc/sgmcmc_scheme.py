@@ -53,7 +53,7 @@ class SGMCMCAdaptation(NamedTuple):
         xi: `(C,)`, the friction that each chain's thermostat has reached: 1 on average if the
             gradient's noise is what warm-up measured.
         noise: `(C, d)`, the variance of the gradient's noise in these coordinates.
-        weight: `(C,)`, the part of the control variate that is used: the one with the least noise.
+        weight: `(C,)`, the part of the control variate that is used; it minimises the noise.
         centre: `(C, d)`, the position of the control variate, or None.
         slope: `(C, d)`, the gradient of all rows at the centre, or None.
         stale: `(C,)`, whether `slope` may belong to other data.

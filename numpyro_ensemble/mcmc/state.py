@@ -40,7 +40,7 @@ class ChainsState(_Fields):
         i: number of iterations made.
         z: unconstrained values.
         z_grad: gradient of the potential energy.
-        potential_energy: negative log density of `z`.
+        potential_energy: negative log density of `z`; `SGMCMC` has an estimate from some rows.
         energy: potential and kinetic energy.
         r: momentum, for kernels that keep it between iterations.
         slice: the slice variable of generalized HMC.

@@ -18,7 +18,7 @@ from numpyro_ensemble.mcmc.target import all_finite, choose, shared
 
 # The step size follows the harmonic mean over chains. One chain that accepts nothing makes it 0.
 LEAST_ACCEPTED = 0.1  # with this floor one such chain of 64 lowers the mean by an eighth at most
-_BITS = 30  # bits of the Halton sequence: bits that a short run does not need change nothing
+_BITS = 30  # bits of the Halton sequence; more bits than a run needs do not change its numbers
 _ALIKE = DynamicHMCState(0, 0, 0, None)  # chains make the same number of steps
 
 

@@ -22,7 +22,7 @@ from numpyro_ensemble.gp.means import Function, mean_at
 
 
 class Spectrum(NamedTuple):
-    """Frequencies `(M, D)` of random features and their squared amplitudes `(M,)`, 1 on average.
+    """Frequencies `(M, D)` of random features, and squared amplitudes `(M,)`, whose mean is 1.
 
     Example:
         >>> import jax

@@ -261,7 +261,9 @@ class Categorical(Coregion):
 
 
 class Envelope(Kernel):
-    """The kernel `fn(x) * fn(x')` of `fn` times a random number; use it as a factor of others.
+    """The kernel `fn(x) * fn(x')`, whose functions are `fn` times one random number.
+
+    Multiply it with another kernel: the functions of the product are those of the other times `fn`.
 
     Args:
         fn: a function of the inputs, `(N, D) -> (N,)`.

@@ -14,12 +14,13 @@ _SQUARED_DISTANCES = 10.0 ** np.arange(-12.0, -1.0, 2.0)  # in lengthscales
 
 
 def is_smooth(profile: Callable[[jax.Array], jax.Array]) -> bool:
-    """Return whether JAX's slope of a profile at 0, the variance of slopes, is correct.
+    """Return whether JAX's slope of a profile at distance 0 is correct.
 
-    It is correct if slopes at small distances converge to it: one of them is near it, or they
-    approach it, at any rate. Not all distances can count: at the smallest ones, rounding spoils
-    sin(r) / r, and at larger ones, a narrow profile is 0 already. A profile with traced numbers
-    cannot be checked, and counts as smooth.
+    That slope gives the variance of the functions' slopes. It is correct if the profile's slopes at
+    small distances converge to it: one of them is within 1 % of it, or some are nearer to it than
+    the slope at the largest distance. One distance is enough. At the smallest distances rounding
+    spoils a profile such as sin(r) / r, and at the larger ones a narrow profile is already 0. A
+    profile with traced numbers cannot be checked, and counts as smooth.
     """
     with jax.ensure_compile_time_eval():
         squared = jnp.asarray(np.append(0.0, _SQUARED_DISTANCES))[None, :]

@@ -52,9 +52,9 @@ def sum_over_columns(
 
 
 class Stationary(Differences):
-    """A function of the distance in lengthscales; derive from it for a kernel of your own.
+    """A kernel of the distance in lengthscales; derive a kernel of your own from this class.
 
-    Define `profile`. For paths, define also `waves`, which draws from the spectral density.
+    Define `profile`. For paths, also define `waves`, which draws from the spectral density.
 
     Args:
         variance: one number.
@@ -270,7 +270,7 @@ class RationalQuadratic(Stationary):
 
 
 class PoweredExponential(Stationary):
-    """The kernel `variance * exp(-d^power)`: `Matern12` for 1, and an RBF for 2.
+    """The kernel `variance * exp(-d^power)`: `Matern12` for power 1, and an RBF for power 2.
 
     Args:
         variance: one number.
@@ -327,7 +327,7 @@ class PiecewisePolynomial(Stationary):
     Args:
         variance: one number.
         lengthscale: one number, or one for each dimension, `(D,)`.
-        degree: 0 to 3; functions have so many derivatives.
+        degree: 0 to 3, the number of derivatives that the functions have.
         active_dims: columns of the inputs that the kernel works on (default: all).
 
     Example:
