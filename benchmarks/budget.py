@@ -1,14 +1,15 @@
-"""How many gradients, one after another, many chains need until their second moments are known.
+"""How many sequential gradients many chains need for accurate second moments.
 
 Run `python benchmarks/budget.py FOLDER problem [chains] [iterations] [kernels]` for "irt",
 "credit" or "brownian". FOLDER holds the data and the moments of inference-gym, from the repository
 of TensorFlow Probability: files of `internal/datasets` as they are, files of `targets/ground_truth`
 with `truth_` before their names, and the `german.data-numeric` of the UCI repository.
 
-The bias of a parameter x is `b^2 = (mean of x^2 - E[x^2])^2 / Var[x^2]`, with the mean over the
-chains at one time, or over all draws so far, E of inference-gym, Var of the draws. The largest one
-of all parameters has to stay below .01. Gradients are those of one chain, one after another, with
-the start's and the warm-up's.
+The bias of a parameter x is `b^2 = (mean of x^2 - E[x^2])^2 / Var[x^2]`. The mean is over the
+chains at one time, or over all draws so far. The expectation E is inference-gym's, and Var is the
+variance among the draws. The largest bias of all parameters has to stay below .01. The gradients of
+one chain are counted, which are computed one after another; those of the start and of warm-up are
+included.
 """
 
 import runpy
@@ -56,7 +57,7 @@ def irt(folder):
 
 
 def credit(folder):
-    """Logistic regression on 24 columns, with a scale for each of them and one for all."""
+    """Logistic regression on 24 columns, with a scale for each weight and one for all."""
     table = np.loadtxt(Path(folder) / "german.data-numeric")
     x = (table[:, :-1] - table[:, :-1].mean(0)) / table[:, :-1].std(0)
     x = np.concatenate([x, np.ones((len(x), 1))], axis=1)
@@ -73,7 +74,7 @@ def credit(folder):
 
 
 def brownian(folder):
-    """A random walk of 30 steps, seen but for ten of them, with unknown scales."""
+    """A random walk of 30 steps with unknown scales, ten of whose places are not observed."""
     y = read(folder, "brownian_motion_missing_middle_observations")["OBSERVED_LOC"]
 
     def model(y):
@@ -123,7 +124,7 @@ def squares(folder, name, sites):
 
 
 def walked(model, args, chains):
-    """Return where a microcanonical walk ends, and how many steps it took."""
+    """Return where the microcanonical walks end, and how many steps they took."""
     numbers, walk = [], searches.burn_in
 
     def counting(*arguments):
@@ -141,7 +142,7 @@ def walked(model, args, chains):
 
 
 def budget(folder, problem="brownian", chains="4096", iterations="150", *names):
-    """Show after how many gradients the chains know all second moments."""
+    """Print after how many gradients the bias of all second moments is small."""
     warmup = draws = int(iterations)
     model, args, name = {"irt": irt, "credit": credit, "brownian": brownian}[problem](folder)
     start, steps = walked(model, args, int(chains))
@@ -165,7 +166,7 @@ def budget(folder, problem="brownian", chains="4096", iterations="150", *names):
 
 
 def chains_of(kernel, model, chains, warmup, draws):
-    """Return what runs one kernel; NUTS has four chains, and as many draws as the page's."""
+    """Return an `MCMC` of one kernel; NUTS always has four chains and 5,000 draws of each."""
     if kernel == "NUTS":
         chains, warmup, draws = 4, 500, 5000
     return MCMC(
@@ -185,14 +186,14 @@ def running(values):
 
 
 def seen(mcmc):
-    """Return draws `(C, N, ...)`, and the gradients of each iteration."""
+    """Return draws `(C, N, ...)`, and the mean number of gradients of each iteration."""
     draws = mcmc.get_samples(group_by_chain=True)
     number = mcmc.get_extra_fields(group_by_chain=True)["num_steps"]
     return {k: np.asarray(v) for k, v in draws.items()}, np.asarray(number, float).mean(0)
 
 
 def report(label, moments, variances, expected, spent):
-    """Print after how many gradients the largest bias stays below what is enough."""
+    """Print after how many gradients the largest bias stays below `ENOUGH`."""
     biases = {k: (v - expected[k]) ** 2 / variances[k] for k, v in moments.items()}
     largest = np.max([b.reshape(len(b), -1).max(1) for b in biases.values()], axis=0)
     worst = max(biases, key=lambda k: biases[k][-25:].mean(0).max())

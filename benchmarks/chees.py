@@ -1,8 +1,8 @@
-"""ChEES beside BlackJAX's own, and what the layout of its gradients is worth.
+"""ChEES compared with BlackJAX's ChEES, and the effect of the layout of gradients.
 
-Run `python benchmarks/chees.py blackjax [problems]` for draws of both from the same starts, and
-`python benchmarks/chees.py layout [problems]` for gradients of 64 chains, at once and a few at a
-time, in turns.
+Run `python benchmarks/chees.py blackjax [problems]` for draws of both kernels from the same starts.
+Run `python benchmarks/chees.py layout [problems]` for gradients of 64 chains, at once and a few at
+a time, in turns.
 """
 
 import statistics
@@ -45,7 +45,7 @@ def ours(model, args, init_params, key):
         progress_bar=False,
     )
 
-    @jax.jit  # MCMC compiles its loop in every run, which is no matter of kernels
+    @jax.jit  # MCMC compiles its loop in every run, which has nothing to do with kernels
     def run(key):
         mcmc.run(key, init_params=init_params)
         return mcmc.get_samples(group_by_chain=True)
@@ -54,7 +54,7 @@ def ours(model, args, init_params, key):
 
 
 def theirs(model, args, init_params, key, metric):
-    """Return the same by BlackJAX's adaptation and its kernel."""
+    """Return the same draws by BlackJAX's adaptation and its kernel."""
     density = density_of(model, args)
     adaptation = chees_adaptation(density, CHAINS, mass_matrix_estimation=metric)
 
@@ -77,7 +77,7 @@ def theirs(model, args, init_params, key, metric):
 
 
 def beside_blackjax(*problems):
-    """Print R-hat, effective draws and seconds of both, cold and warm."""
+    """Print R-hat, effective draws and cold and warm seconds of both kernels."""
     for problem in problems or ("irt", "radon", "correlated"):
         model, args = PROBLEMS[problem]
         init_params = starts.from_nuts(jax.random.key(0), model, CHAINS, *args)
@@ -108,7 +108,7 @@ def beside_blackjax(*problems):
 
 
 def layout(*problems):
-    """Print milliseconds for the gradients of 64 chains, all at once and laid out."""
+    """Print milliseconds for the gradients of 64 chains, at once and a few chains at a time."""
     for problem in problems or ("irt", "radon", "schools", "correlated"):
         model, args = PROBLEMS[problem]
         z = starts.from_pathfinder(jax.random.key(0), model, CHAINS, *args)

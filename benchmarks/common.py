@@ -1,4 +1,4 @@
-"""What the benchmarks share: timing in turns, and the sinc problem of the quickstart."""
+"""Tools of all benchmarks: timing in turns, and the sinc problem of the quickstart."""
 
 import statistics
 import sys
@@ -15,7 +15,7 @@ X, Y, *_ = (jnp.asarray(part) for part in make_data())
 
 
 def uniform_start(key):
-    """Draw weights from Uniform(-2, 2), as NumPyro's `init_to_uniform`."""
+    """Draw weights from Uniform(-2, 2), like NumPyro's `init_to_uniform`."""
     weights = {}
     for layer, (fan_in, fan_out) in enumerate(zip(WIDTHS[:-1], WIDTHS[1:], strict=True)):
         key, key_w, key_b = jax.random.split(key, 3)
@@ -25,19 +25,19 @@ def uniform_start(key):
 
 
 def clocked(function, *args, **options):
-    """Return a call's value, its seconds by the clock and its seconds of the processor."""
+    """Return a call's value, its wall-clock seconds and its processor seconds."""
     wall, cpu = time.perf_counter(), time.process_time()
     value = jax.block_until_ready(function(*args, **options))
     return value, time.perf_counter() - wall, time.process_time() - cpu
 
 
 def timed(function, *args, **options):
-    """Return the seconds that a call takes until its arrays are there."""
+    """Return the wall-clock seconds of a call until its arrays are ready."""
     return clocked(function, *args, **options)[1]
 
 
 class Pairs(list):
-    """Pairs of seconds by the clock; `processor` has those of the processor."""
+    """Pairs of wall-clock seconds; `processor` has the pairs of processor seconds."""
 
     def __init__(self):
         self.processor = []
@@ -68,7 +68,7 @@ def cold(fit):
 
 
 def report(name, pairs, target=None, **figures):
-    """Print and record the medians and the ratios, pair by pair."""
+    """Print and record the medians of both, and the ratios of the pairs."""
     ratios = sorted(a / b for a, b in pairs)
     ours, theirs = (statistics.median(column) for column in zip(*pairs, strict=True))
     goal = f" (target {target})" if target else ""

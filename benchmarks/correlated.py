@@ -1,4 +1,4 @@
-"""Many-chain kernels on regressions whose columns are as they come, by metric.
+"""Many-chain kernels on regressions on raw columns, by metric.
 
 Run `python benchmarks/correlated.py [posteriordb] [kernel] [metric] [problem]` for the largest
 R-hat and the smallest effective sample sizes of 64 x 1,000 draws after 1,000 of warm-up. The
@@ -27,12 +27,12 @@ KERNELS = {"MEADS": MEADS, "ChEES": ChEES}
 
 
 def flat(num_columns):
-    """Return a flat prior, as Stan has it where a program says nothing."""
+    """Return a flat prior, Stan's default."""
     return dist.ImproperUniform(dist.constraints.real_vector, (), (num_columns,))
 
 
 def linear(x, y, sigma_prior=None):
-    """Regress on columns as they are, the first of them ones."""
+    """Regress on raw columns, the first of which is constant."""
     beta = numpyro.sample("beta", flat(x.shape[1]))
     positive = dist.ImproperUniform(dist.constraints.positive, (), ())
     sigma = numpyro.sample("sigma", positive if sigma_prior is None else sigma_prior)
@@ -40,13 +40,13 @@ def linear(x, y, sigma_prior=None):
 
 
 def logit(x, y):
-    """Regress a yes or no on columns as they are."""
+    """Regress a binary outcome on raw columns."""
     beta = numpyro.sample("beta", flat(x.shape[1]))
     numpyro.sample("y", dist.Bernoulli(logits=x @ beta).to_event(1), obs=y)
 
 
 def diamonds(x, y):
-    """Regress on 24 centred columns, of which polynomials are nearly one (brms)."""
+    """Regress on 24 centred columns; the polynomials among them are nearly collinear (brms)."""
     b = numpyro.sample("b", dist.Normal(0, 1).expand([x.shape[1]]).to_event(1))
     intercept = numpyro.sample("Intercept", dist.StudentT(3, 8, 10))
     sigma = numpyro.sample("sigma", dist.FoldedDistribution(dist.StudentT(3, 0, 10)))
@@ -54,12 +54,12 @@ def diamonds(x, y):
 
 
 def columns(*parts):
-    """Lay a column of ones and others side by side."""
+    """Return a column of ones and other columns side by side."""
     return np.stack([np.ones(len(parts[0])), *map(np.asarray, parts)], axis=1)
 
 
 def problems(read):
-    """Return models and arguments by name, from data sets by name."""
+    """Return models and arguments by name; `read` returns a data set by its name."""
     d = {name: read(name) for name in SIMULATED}
     earnings, kidiq, mesquite, nes, wells = (
         {k: np.asarray(v, float) for k, v in d[name].items() if k != "N"}
@@ -100,7 +100,7 @@ def problems(read):
 
 
 def stored(folder):
-    """Return a reader of posteriordb's files, zipped or not."""
+    """Return a reader of posteriordb's files, which may be zipped."""
 
     def read(name):
         path = Path(folder) / f"{name}.json"
@@ -156,7 +156,7 @@ def _wells(rng):
 
 
 def _diamonds(rng):
-    """Return polynomials of sizes that are nearly one, and contrasts of factors."""
+    """Simulate polynomials of sizes that are nearly collinear, and contrasts of factors."""
     size = rng.gamma(2.0, 0.35, 5000) + 0.2
     wide = [np.log(size) + 0.03 * rng.normal(size=5000) for _ in range(4)]
     factors = [rng.normal(size=5000) for _ in range(20)]
@@ -175,12 +175,12 @@ SIMULATED = {
 
 
 def simulated(name):
-    """Return a data set in the form of posteriordb's."""
+    """Return a simulated data set in the form of posteriordb's."""
     return SIMULATED[name](np.random.default_rng(0))
 
 
 def main(folder="-", kernel="all", metric="auto", problem="", key="0"):
-    """Print the figures of one kernel and metric, or of all, problem by problem."""
+    """Print the figures of one kernel and metric, or of all kernels, problem by problem."""
     found = problems(simulated if folder == "-" else stored(folder))
     kernels = KERNELS if kernel == "all" else [kernel]
     for name, one in itertools.product((n for n in found if problem in n), kernels):

@@ -1,9 +1,10 @@
-"""How members and chains fill a device: seconds a step and memory, from few to many.
+"""Seconds a step and memory of few to many members and chains on one device.
 
-Run `python benchmarks/devices.py` where an accelerator is, and `JAX_PLATFORMS=cpu python
-benchmarks/devices.py` beside it. `members` or `chains` alone, or a largest number (`members 256`),
-take less time. Members stand beside one fit by a compiled scan of `SVI.update`. Chains are steps of
-the kernel in a compiled scan: `MCMC.run` compiles its loop in each call.
+Run `python benchmarks/devices.py` on a machine with an accelerator, and `JAX_PLATFORMS=cpu python
+benchmarks/devices.py` for its CPU. `members` or `chains` alone, or a largest number
+(`members 256`), take less time. Members are compared with one fit by a compiled scan of
+`SVI.update`. Chains are timed by a compiled scan over steps of the kernel, because `MCMC.run`
+compiles its loop in each call.
 """
 
 import sys
@@ -28,20 +29,20 @@ ADAM = optax.adam(5e-3)
 
 
 def peak_memory():
-    """Return the process's peak so far on the device in GiB, None where the device counts none."""
+    """Return the process's peak memory on the device in GiB, None where the device counts none."""
     counted = jax.devices()[0].memory_stats() or {}
     bytes_used = counted.get("peak_bytes_in_use")
     return None if bytes_used is None else bytes_used / 2**30
 
 
 def warm_seconds(function):
-    """Return the seconds of some calls, after a first one."""
+    """Return the seconds of some calls after a first, untimed one."""
     timed(function)
     return [timed(function) for _ in range(REPEATS)]
 
 
 def by_hand():
-    """Return one fit by `SVI`, all of its steps in one compiled scan."""
+    """Return a function that fits once by `SVI`, with all steps in one compiled scan."""
     svi = SVI(model, AutoNormal(model), ADAM, Trace_ELBO())
     state = svi.init(jax.random.key(0), X, Y)
 
@@ -60,7 +61,7 @@ def of_members(count):
 
 
 def of_chains(count, kernel):
-    """Time draws of the item response problem; adaptation is short, and steps are as they come."""
+    """Time draws of the item response problem, after a short adaptation and with adapted steps."""
     problem, args = PROBLEMS["irt"]
     sampler = kernel(problem)
     mcmc = MCMC(
@@ -82,7 +83,7 @@ def measure(name, sizes, function, theirs=None):
     for size in sizes:
         try:
             (seconds, steps), whole, _ = clocked(function, size)
-        except Exception as error:  # memory ends somewhere
+        except Exception as error:  # memory runs out at some size
             note(f"{name}, {size}", failed=str(error)[:100])
             print(f"{name:8} {size:6d} failed: {str(error)[:100]}", flush=True)
             break

@@ -1,4 +1,4 @@
-"""What a fit costs besides its arithmetic: other data, steps of one's own, memory.
+"""Costs of a fit besides its arithmetic: new data, single steps, loops over batches, memory.
 
 Run `python benchmarks/engine.py` for all, or with the names of some: `other`, `update`, `loop`,
 `unknown`, `memory`. Ratios are measured in one process, in turns.
@@ -26,7 +26,7 @@ ADAM = numpyro.optim.Adam(1e-2)
 
 
 def regression(x, y):
-    """Regress on the columns of a table."""
+    """A linear regression on the columns of a table."""
     w = numpyro.sample("w", dist.Normal(0.0, 1.0).expand([x.shape[1]]).to_event(1))
     b = numpyro.sample("b", dist.Normal(0.0, 1.0))
     with numpyro.plate("rows", len(y)):
@@ -41,15 +41,15 @@ def table(rows, columns, seed=0):
 
 
 def ensemble(members=4):
-    """Return a runner."""
+    """Return a runner of mean-field fits of the regression."""
     return EnsembleVI(regression, AutoNormal(regression), ADAM, Trace_ELBO(), ensemble_size=members)
 
 
 def by_hand(x, y, members=4):
-    """Return the start and a compiled step of as many `SVI`, vmapped by hand."""
+    """Return the start and a compiled step of `members` copies of `SVI`, vmapped by hand."""
     guide = AutoNormal(regression)
     svi = SVI(regression, guide, ADAM, Trace_ELBO())
-    svi.init(KEY, x, y)  # sets the guide up, with concrete values
+    svi.init(KEY, x, y)  # sets the guide up with concrete values
     start = jax.vmap(lambda key: svi.init(key, x, y))(jax.random.split(KEY, members))
     step = jax.jit(jax.vmap(svi.update, in_axes=(0, None, None)))
     return start, step
@@ -90,7 +90,7 @@ def update():
 
 
 def steps(step, state, batches):
-    """Take a step on each batch."""
+    """Take a step on each batch, and return the last losses."""
     for x, y in batches:
         state, losses = step(state, x, y)
     return losses
@@ -118,7 +118,7 @@ def loop():
 
 
 def unknown():
-    """Print what a model costs whose surroundings cannot be compared: it is traced in every run."""
+    """Time a model that is traced in every run, because the deque it reads cannot be compared."""
     held = collections.deque([1.0])
 
     def model(x, y):

@@ -1,8 +1,8 @@
-"""Ten folds in one program beside one fit, and beside ten fits one after another, in turns.
+"""Ten folds in one program, compared in turns with one fit and with ten successive fits.
 
 Run `python benchmarks/folds.py [repeats]`: a logistic regression of 1,000 rows and 5 coefficients,
-AutoNormal, 2,000 steps, 200 draws of each fit. Each part compiles anew in each turn, as a first
-call of a user's does; ten separate fits share one compilation, for their masks are arguments.
+AutoNormal, 2,000 steps, 200 draws of each fit. Each part compiles anew in each turn, as in a
+user's first call. The ten separate fits share one compilation, because their masks are arguments.
 """
 
 import statistics
@@ -27,7 +27,7 @@ STEPS, DRAWS, FOLDS = 2000, 200, np.arange(1000) % 10
 
 
 def model(x, y=None, seen=True):
-    """Regress a yes or no."""
+    """A logistic regression, whose likelihood is masked by `seen`."""
     w = numpyro.sample("w", dist.Normal(0.0, 1.0).expand([5]).to_event(1))
     with numpyro.plate("row", len(x)):
         numpyro.sample("y", dist.Bernoulli(logits=x @ w).mask(seen), obs=y)
@@ -42,7 +42,7 @@ def one_fit(key, seen, svi, guide):
 
 
 def separate(number):
-    """Return elpd by as many separate fits as are asked for."""
+    """Return the sum of elpd over some folds, each of them fitted separately."""
     guide = AutoNormal(model)
     svi = SVI(model, guide, numpyro.optim.Adam(0.01), Trace_ELBO())
     total = 0.0
@@ -53,7 +53,7 @@ def separate(number):
 
 
 def together():
-    """Return elpd by the folds of one program."""
+    """Return elpd by cross-validation, with all folds in one program."""
     runner = EnsembleVI(
         model, AutoNormal(model), numpyro.optim.Adam(0.01), Trace_ELBO(), ensemble_size=1
     )
@@ -65,7 +65,7 @@ def together():
 
 
 def main(repeats="3"):
-    """Time the three in turns."""
+    """Time one fit, ten separate fits and ten folds, in turns."""
     parts = {
         "one fit (SVI)": lambda: separate(1),
         "ten fits (SVI)": lambda: separate(10),

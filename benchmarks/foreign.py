@@ -1,11 +1,11 @@
-"""Models that others wrote, through everything: the table of the page "Models that others wrote".
+"""Models that others wrote, by every method: the table of the page "Models that others wrote".
 
 Run `python benchmarks/foreign.py` for all models, or name some of them (`"ar2 scan" FMLayer`). Each
-model runs in a process of its own, 240 seconds at most (`--limit 600` for more), and through all
-columns, or those of `--only NUTS,ChEES,MEADS`; the others stay as they are. Rows are kept in
-`docs/foreign_models.json`, so that a table can be made in parts; `--table` alone renews those parts
-of `docs/foreign_models.md` that are made from them. NumPyro's examples need `NUMPYRO_CHECKOUT`, as
-`make foreign` does.
+model runs in a process of its own, 240 seconds at most (`--limit 600` for more). All columns are
+measured, or those of `--only NUTS,ChEES,MEADS`; other columns keep their values. Rows are kept in
+`docs/foreign_models.json`, so that a table can be made in parts. `--table` alone renews the parts
+of `docs/foreign_models.md` that are made from the rows. NumPyro's examples need `NUMPYRO_CHECKOUT`,
+as `make foreign` does.
 """
 
 import json
@@ -37,7 +37,7 @@ SHORT = {
 
 
 def catalogue():
-    """Return the name of each model with the function that builds its case."""
+    """Return for each model's name the function that builds its case."""
     import blayers_models
     import numpyro_examples
     import numpyro_examples_2  # noqa: F401  (adds its cases)
@@ -67,7 +67,7 @@ def report(row):
 
 
 def run_apart(name, limit, columns):
-    """Run one model in a process of its own; return its row, or as much as it came to."""
+    """Run one model in its own process; return its row, or the columns that it finished."""
     command = [sys.executable, __file__, "--here", name, *columns]
     environment = os.environ | {"PYTHONUNBUFFERED": "1"}
     late = False
@@ -94,7 +94,7 @@ def fit_cell(column):
 
 
 def sampler_cell(column, nuts):
-    """Return R-hat, effective draws a second over NUTS', and how far the means are apart."""
+    """Return R-hat, effective draws a second over NUTS's, and the distance of the means."""
     if column is None:
         return ""
     if not column["ok"]:
@@ -114,7 +114,7 @@ def reasons(rows):
     for model, row in rows.items():
         for name, column in row.items():
             if isinstance(column, dict) and not column.get("ok", True):
-                kind = re.sub(r"'\w+'|\(\w+\)", "", column["reason"])  # whatever the site is called
+                kind = re.sub(r"'\w+'|\(\w+\)", "", column["reason"])  # without the site's name
                 first, columns, models = why.setdefault(kind, (column["reason"], {}, {}))
                 columns[SHORT.get(name, name)] = models[model] = True
     return [
@@ -129,7 +129,7 @@ def shorten(reason, length=240):
 
 
 def best(row):
-    """Return what to use for a model, in a few plain words."""
+    """Return a recommendation for a model in a few words."""
     if "own guide" in row:
         return "EnsembleVI with its own guide" if row["own guide"]["ok"] else "SVI"
     rates = {
@@ -154,7 +154,7 @@ def best(row):
 
 
 def titled(name, row):
-    """Return a model's name, with its chains and iterations where those are not the usual ones."""
+    """Return a model's name, with the number of chains and iterations where they are unusual."""
     size = row.get("size", FULL)
     if size == FULL:
         return name
@@ -187,7 +187,7 @@ def versions():
 
 
 def machine():
-    """Return what rows are measured on."""
+    """Return the machine that rows are measured on."""
     cores = len(os.sched_getaffinity(0))
     return f"{cores} core{'s' * (cores > 1)} ({platform.machine()})"
 
@@ -206,7 +206,7 @@ def machines(rows):
 
 
 def write_page(rows):
-    """Renew the page's parts that are made from rows: each stands between two comments."""
+    """Renew the page's parts that are made from rows; each part stands between two comments."""
     parts = {
         "table": table(rows),
         "reasons": "\n".join(reasons(rows)) or "Everything ran.",

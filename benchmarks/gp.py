@@ -39,14 +39,14 @@ def points(number, dim=2, seed=0):
 
 
 def implied(features, kernel, X, X_new, noise):
-    """Return the posterior covariance that paths on one basis have."""
+    """Return the posterior covariance of paths on one basis."""
     A = jnp.linalg.solve(kernel(X) + noise * jnp.eye(len(X)), kernel(X, X_new)).T
     M = features(X_new) - A @ features(X)
     return M @ M.T + noise * A @ A.T
 
 
 class PlainRBF(RBF):
-    """Frequencies from the spectral density itself."""
+    """An RBF kernel whose frequencies are drawn from the spectral density itself."""
 
     def spectrum(self, uniforms, dim):
         frequencies, weights = gaussian(uniforms, 1.0)
@@ -54,7 +54,7 @@ class PlainRBF(RBF):
 
 
 class PlainMatern52(Matern52):
-    """Frequencies from the spectral density itself."""
+    """A Matern-5/2 kernel whose frequencies are drawn from the spectral density itself."""
 
     def spectrum(self, uniforms, dim):
         frequencies, weights = multivariate_t(uniforms, self.degrees, 1.0)
@@ -84,7 +84,7 @@ def basis():
 
 
 def speed(bits="64", repeats="7"):
-    """Time 256 paths of 512 points, drawn and then evaluated at 1,000; BoTorch has 64 bits."""
+    """Time drawing 256 paths of 512 points and evaluating them at 1,000; BoTorch uses 64 bits."""
     numpyro.enable_x64(int(bits) == 64)
     X, X_new = jnp.asarray(points(512)), jnp.asarray(points(1000, seed=1))
     y = jnp.sin(6 * X.sum(axis=1))
@@ -114,7 +114,7 @@ def speed(bits="64", repeats="7"):
 
 
 def gpjax_paths(X, y, number, variance, lengthscale, noise):
-    """Draw paths by GPJax with as many columns as ours; None where it is not installed."""
+    """Draw paths by GPJax with as many columns as ours; return None where it is not installed."""
     try:
         import gpjax
     except ImportError:
@@ -285,7 +285,7 @@ def co2_model(t, y=None):
 
 
 def co2(every=1):
-    """Fit all but the last five years by MAP, and predict these."""
+    """Fit all but the last five years by MAP, and predict those years."""
     from numpyro_ensemble import EnsembleMAP
 
     numpyro.enable_x64()
@@ -310,7 +310,7 @@ def co2(every=1):
 
 
 def hsgp(repeats="7"):
-    """Compare with a fixed basis on a box, NumPyro's Hilbert-space approximation, at this task."""
+    """Compare with NumPyro's Hilbert-space approximation, whose basis is fixed on a box."""
     from numpyro.contrib.hsgp.laplacian import eigenfunctions
     from numpyro.contrib.hsgp.spectral_densities import diag_spectral_density_squared_exponential
 
@@ -328,7 +328,7 @@ def hsgp(repeats="7"):
 
     @jax.jit
     def theirs(key):
-        """Draw 256 functions by the weights' posterior, and evaluate them."""
+        """Draw 256 functions from the posterior of the weights, and evaluate them."""
         L = jnp.linalg.cholesky(precision())
         mean = jax.scipy.linalg.cho_solve((L, True), columns(X).T @ y / noise)
         z = jax.random.normal(key, (len(L), 256))

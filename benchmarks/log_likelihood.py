@@ -21,7 +21,7 @@ MEMBERS = 16
 
 
 def model(x, y):
-    """Regress on five inputs."""
+    """A linear regression on five inputs."""
     w = numpyro.sample("w", dist.Normal(0.0, 1.0).expand([5]).to_event(1))
     noise = numpyro.sample("noise", dist.HalfNormal(1.0))
     with numpyro.plate("row", len(y)):
@@ -29,7 +29,7 @@ def model(x, y):
 
 
 def main(number, rows):
-    """Measure both ways of NumPyro's."""
+    """Compare the package with NumPyro's sequential and parallel calls."""
     key_x, key_w, key_n = jax.random.split(jax.random.key(0), 3)
     x = jax.random.normal(key_x, (rows, 5))
     y = x.sum(axis=1)

@@ -47,12 +47,12 @@ def hand_written(members, steps):
 
 
 def runner(members=16):
-    """Return a fresh runner."""
+    """Return a new runner."""
     return EnsembleMAP(model, numpyro.optim.Adam(5e-3), ensemble_size=members)
 
 
 def run(ensemble, key, **options):
-    """Fit with our runner."""
+    """Fit by a runner of this package."""
     return ensemble.run(key, STEPS, X, Y, **{"progress_bar": False, **options})
 
 
@@ -69,7 +69,7 @@ def svi_cold(key):
 
 
 def memory(members):
-    """Print time and peak memory of one run with many members, in a process of its own."""
+    """Print time and peak memory of one run with many members; the process is its own."""
     result, first, _ = clocked(run, runner(members), jax.random.key(0))
     again = timed(run, runner(members), jax.random.key(1))
     print(
@@ -80,7 +80,7 @@ def memory(members):
 
 
 def main():
-    """Measure everything."""
+    """Measure all ratios, and then memory."""
     print(f"sinc problem, {STEPS} steps")
     many, sixteen = runner(256), runner()
     by_hand = hand_written(16, STEPS)

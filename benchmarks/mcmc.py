@@ -4,8 +4,8 @@ Run `python benchmarks/mcmc.py speed irt [repeats]` (or `radon`) for effective d
 compilation included, in turns with NUTS; `chains irt` for 16 to 1,024 chains; `moments
 [problems] [kernels]` for means and standard deviations against theory or a long NUTS run; `sbc`
 for calibration;
-`traps [kernel] [seeds] [problem]` for runs some of whose starts are found where nothing is;
-`starts [kernel] [seeds] [problem]` for the starts against each other;
+`traps [kernel] [seeds] [problem]` for problems on which searches may end where there is no mass;
+`starts [kernel] [seeds] [problem]` to compare the starts with each other;
 `gradients irt [start] [kernels]` for effective draws a gradient.
 """
 
@@ -27,7 +27,7 @@ from numpyro_ensemble.mcmc import MAMS, MCLMC, MEADS, ChEES
 
 warnings.filterwarnings("ignore", category=FutureWarning)
 KERNELS = {"MEADS": MEADS, "ChEES": ChEES, "MAMS": MAMS, "MCLMC": MCLMC, "NUTS": NUTS}
-SMALL_STEPS = {  # where centred effects have a neck, as the page says
+SMALL_STEPS = {  # for the necks of centred effects: see docs/many_chains.md
     "MEADS": {"step_size_multiplier": 0.05, "steps_per_draw": 160},
     "ChEES": {"target_accept_prob": 0.998},
     "NUTS": {"target_accept_prob": 0.99},
@@ -35,7 +35,7 @@ SMALL_STEPS = {  # where centred effects have a neck, as the page says
 
 
 def run(name, problem, key, num_chains=64, num_warmup=1000, num_samples=1000, **options):
-    """Run one kernel; return draws `(C, N, ...)`, wall seconds and seconds of the processor."""
+    """Run one kernel; return draws `(C, N, ...)`, wall-clock seconds and processor seconds."""
     model, args = PROBLEMS[problem]
     if name == "NUTS":
         num_chains, num_warmup = 4, num_warmup // 2
@@ -68,7 +68,7 @@ def figures(draws):
 
 
 def line(label, draws, wall, cpu):
-    """Print the figures of one run; return effective draws a second, and of the processor's."""
+    """Print the figures of one run; return effective draws per wall-clock and processor second."""
     rhat, bulk, tail = figures(draws)
     print(
         f"{label:24} R-hat {rhat:.4f}, ESS bulk {bulk:6.0f} tail {tail:6.0f}, {wall:6.1f} s: "
@@ -80,7 +80,7 @@ def line(label, draws, wall, cpu):
 
 
 def speed(problem="irt", repeats="2", *names):
-    """Compare effective draws a second in turns, everything compiled anew in each run."""
+    """Compare effective draws a second, in turns; every run compiles anew."""
     rates = {name: [] for name in (*(names or ("MEADS", "ChEES")), "NUTS")}
     for i in range(int(repeats)):
         for name in rates if i % 2 else reversed(rates):
@@ -98,7 +98,7 @@ def speed(problem="irt", repeats="2", *names):
 
 
 def chains(problem="irt", *names):
-    """Show 16 to 1,024 chains, with fewer draws from each the more there are."""
+    """Print the figures of 16 to 1,024 chains; each of many chains makes fewer draws."""
     for name in names or ("MEADS", "ChEES"):
         for num_chains in (16, 64, 256, 1024):
             draws = max(1000 * 64 // num_chains, 100) if num_chains > 64 else 1000
@@ -108,7 +108,7 @@ def chains(problem="irt", *names):
 
 
 def gradients(problem="irt", start="microcanonical", *names):
-    """Show effective draws a gradient, without those of the start, and R-hat."""
+    """Print effective draws a gradient, without the gradients of the start, and R-hat."""
     model, args = PROBLEMS[problem]
     for name in names or ("MEADS", "ChEES", "MAMS", "MCLMC"):
         mcmc = MCMC(
@@ -168,7 +168,7 @@ def moments(*names):
 
 
 def variance_ratios(draws, reference, longest):
-    """Return the variance of each number over the true one, or over that of a long run."""
+    """Return the variance of each number over the true one, or over that of a long NUTS run."""
     if longest is None:
         true = {name: np.square(sd) for name, (_, sd) in reference.items()}
     else:
@@ -178,7 +178,7 @@ def variance_ratios(draws, reference, longest):
 
 
 def z_scores(draws, truth, longest):
-    """Return errors of mean and variance in standard errors; without a truth none."""
+    """Return errors of mean and variance in standard errors, or no numbers without a reference."""
     if truth is None and longest is None:
         return np.zeros(0)
     mean, sd = truth or (longest.mean((0, 1)), longest.std((0, 1)))
@@ -244,12 +244,12 @@ START_PROBLEMS = ("irt", "radon", "correlated")
 
 
 def starts(kernel="ChEES", seeds="2", *problems):
-    """Compare starts over seeds: failures, seconds until chains start, and R-hat after."""
+    """Compare starts over seeds: failures, seconds until chains start, and later R-hat."""
     for problem in problems or START_PROBLEMS:
         model, args = PROBLEMS[problem]
         kernels = {start: KERNELS[kernel](model, start=start) for start in STARTS}
         rows = {start: [] for start in kernels}
-        for seed in range(-1, int(seeds)):  # the first compiles
+        for seed in range(-1, int(seeds)):  # the first seed compiles
             for start, one in kernels.items():
                 rows[start].append(started(one, args, seed))
         for start, (cold, *warm) in rows.items():
@@ -264,7 +264,7 @@ def starts(kernel="ChEES", seeds="2", *problems):
 
 
 def started(kernel, args, seed, num_chains=64):
-    """Return seconds until chains start, largest R-hat and smallest ESS, None after a failure."""
+    """Return seconds until chains start, largest R-hat and smallest ESS; None after a failure."""
     keys = jax.random.split(jax.random.key(seed + 1), num_chains)
     try:
         seconds = clocked(lambda: kernel.init(keys, 500, None, args).z)[1]
@@ -291,7 +291,7 @@ def started(kernel, args, seed, num_chains=64):
 
 
 def small(y=None):
-    """A mean and a scale, and five observations of them."""
+    """A mean, a scale, and five normal observations."""
     mu = numpyro.sample("mu", dist.Normal(0, 1))
     s = numpyro.sample("s", dist.HalfNormal(1))
     with numpyro.plate("row", 5):
@@ -299,7 +299,7 @@ def small(y=None):
 
 
 def sbc(datasets="200", *names):
-    """Rank true values among posterior draws, and test that ranks are uniform."""
+    """Rank true values among posterior draws, and test whether ranks are uniform."""
     from scipy.stats import chisquare
 
     number, bins, kept = int(datasets), 10, 99

@@ -1,4 +1,4 @@
-"""Problems for the many-chain kernels: those of BlackJAX's pages, and classical hard ones."""
+"""Problems for the many-chain kernels: from BlackJAX's pages, and well-known hard ones."""
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ def item_response(student, item, y):
 
 
 def item_response_data(seed=0):
-    """Simulate answers."""
+    """Simulate the answers of all students to all items."""
     rng = np.random.default_rng(seed)
     ability, difficulty = rng.normal(size=100), rng.normal(size=30)
     slope = np.abs(rng.normal(size=30)) + 0.1
@@ -31,7 +31,7 @@ def item_response_data(seed=0):
 
 
 def radon(county, floor, y):
-    """Partial pooling over 85 counties."""
+    """Radon levels with partial pooling over 85 counties."""
     mean = numpyro.sample("mean", dist.Normal(0, 1))
     spread = numpyro.sample("spread", dist.HalfNormal(1))
     slope = numpyro.sample("slope", dist.Normal(0, 1))
@@ -52,7 +52,7 @@ def radon_data(seed=0):
 
 
 def schools():
-    """Eight schools, centred."""
+    """The centred model of the eight schools."""
     mu = numpyro.sample("mu", dist.Normal(0, 5))
     tau = numpyro.sample("tau", dist.HalfCauchy(5))
     sigma = jnp.array([15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0])
@@ -73,7 +73,7 @@ def funnel():
 
 
 def banana():
-    """A normal variable, and another one around its square."""
+    """A normal variable, and another one whose mean is its square."""
     x = numpyro.sample("x", dist.Normal(0, 1))
     numpyro.sample("y", dist.Normal(x**2, 0.5))
 
@@ -89,7 +89,7 @@ def gaussian():
 
 
 def logistic(x, y):
-    """Regress a yes or no on ten inputs."""
+    """A logistic regression on ten inputs."""
     w = numpyro.sample("w", dist.Normal(0, 1).expand([x.shape[1]]).to_event(1))
     with numpyro.plate("row", len(y)):
         numpyro.sample("y", dist.Bernoulli(logits=x @ w), obs=y)
@@ -103,7 +103,7 @@ def logistic_data(seed=0):
 
 
 def correlated(x, y):
-    """Regress on raw columns, of which two are nearly one, with an unknown noise."""
+    """A regression on raw columns, two of which are nearly equal, with an unknown noise."""
     base = numpyro.sample("base", dist.Normal(0, 20))
     slopes = numpyro.sample("slopes", dist.Normal(0, 5).expand([x.shape[1]]).to_event(1))
     noise = numpyro.sample("noise", dist.HalfNormal(5))
@@ -121,7 +121,7 @@ def correlated_data(seed=0):
 
 
 def constrained(y):
-    """Latents on a simplex and in order."""
+    """Latents on a simplex, and ordered latents."""
     p = numpyro.sample("p", dist.Dirichlet(jnp.full(4, 2.0)))
     base = dist.Normal(0, 2).expand([3]).to_event(1)
     cut = numpyro.sample("cut", dist.TransformedDistribution(base, transforms.OrderedTransform()))
@@ -131,7 +131,7 @@ def constrained(y):
 
 
 def arma(y):
-    """ARMA(1, 1), of which the recursion explodes where theta is beyond 1."""
+    """An ARMA(1, 1) model, whose recursion explodes where theta is beyond 1."""
     mean = numpyro.sample("mean", dist.Normal(0, 10))
     phi = numpyro.sample("phi", dist.Normal(0, 2))
     theta = numpyro.sample("theta", dist.Normal(0, 2))
@@ -148,7 +148,7 @@ def arma(y):
 
 
 def arma_data(seed=0):
-    """Simulate 200 points."""
+    """Simulate 200 points of the ARMA model."""
     error, y = np.random.default_rng(seed).normal(size=201), [0.0]
     for before, now in zip(error[:-1], error[1:], strict=True):
         y.append(0.3 + 0.6 * y[-1] + now + 0.4 * before)
@@ -156,7 +156,7 @@ def arma_data(seed=0):
 
 
 def far_mode():
-    """A normal far from where searches begin, and beside these a mode of exp(-20) of its mass."""
+    """A normal far from the searches' starts, and near them a mode with exp(-20) of its mass."""
     modes = dist.Normal(jnp.array([-20.0, 1.0]), jnp.array([1.0, 0.05]))
     logits = jnp.array([0.0, -20.0])
     numpyro.sample("place", dist.MixtureSameFamily(dist.Categorical(logits=logits), modes))
@@ -164,14 +164,14 @@ def far_mode():
 
 
 def walk(y):
-    """A level that walks, with steps of a scale near zero."""
+    """A random walk whose steps have a scale near zero, observed with noise."""
     scale = numpyro.sample("scale", dist.HalfNormal(1))
     level = numpyro.sample("level", dist.Normal(0, 1))
     steps = numpyro.sample("steps", dist.Normal(0, 1).expand([len(y)]).to_event(1))
     numpyro.sample("y", dist.Normal(level + scale * jnp.cumsum(steps), 1), obs=y)
 
 
-TRAPS = {  # where a search, or a chain, may end where nothing is to be found
+TRAPS = {  # searches or chains may end where there is hardly any mass
     "arma": (arma, arma_data()),
     "far mode": (far_mode, ()),
     "walk": (walk, (np.random.default_rng(0).normal(size=50),)),
@@ -179,7 +179,7 @@ TRAPS = {  # where a search, or a chain, may end where nothing is to be found
 
 
 def known_moments():
-    """Return mean and standard deviation by site where theory knows them."""
+    """Return mean and standard deviation by site, where they are known in closed form."""
     nine = np.zeros(9)
     return {
         "funnel": {"v": (0.0, 1.0), "x": (nine, nine + np.exp(0.25))},

@@ -1,8 +1,8 @@
 """Samplers on stochastic gradients: bias and effective draws at equal numbers of gradients.
 
 Run `python benchmarks/minibatches.py steps linear` (or `logistic`) for steps of SGHMC, SGNHT and
-MCLMC on one regression, in coordinates in which its posterior has the identity for covariance;
-`kernel 100000 [batch] [names]` for `SGMCMC` on a logistic regression of so many rows, with and
+MCLMC on one regression, in coordinates in which the covariance of the posterior is the identity;
+`kernel 100000 [batch] [names]` for `SGMCMC` on a logistic regression of that many rows, with and
 without control variates, and MCLMC on all rows; `draws 100000 [batch]` for the time that drawing
 rows takes.
 """
@@ -35,12 +35,12 @@ ROWS, SIZE, BATCH = 2000, 6, 50
 
 
 def regression(kind):
-    """Return a likelihood of rows, data, and the posterior's mean and covariance."""
+    """Return the likelihood of rows, the data, and the posterior's mean and covariance."""
     rng = np.random.default_rng(0)
     x = rng.standard_t(5, size=(ROWS, SIZE)) @ (np.eye(SIZE) + 0.5 * rng.normal(size=(SIZE, SIZE)))
     x[:, 0] = 1.0
     w = rng.normal(size=SIZE) * 0.5
-    if kind == "linear":  # whose noise is not that of the model
+    if kind == "linear":  # the noise of the data is not the model's
         y = x @ w + rng.normal(size=ROWS) * (0.5 + (np.abs(x[:, 1]) > 1))
         covariance = np.linalg.inv(x.T @ x + np.eye(SIZE))
         mean = covariance @ x.T @ y
@@ -71,7 +71,7 @@ def regression(kind):
 
 
 def gradients(likelihood, data, mean, covariance):
-    """Return stochastic gradients `(row, key)` in whitened coordinates, plain and with a centre."""
+    """Return gradients `(row, key)` of batches in whitened coordinates, plain and centred."""
     x, y = map(jnp.asarray, data)
     factor, mean = jnp.linalg.cholesky(jnp.asarray(covariance)), jnp.asarray(mean)
 
@@ -93,7 +93,7 @@ def gradients(likelihood, data, mean, covariance):
 
 
 def methods(grad, noise):
-    """Return steps `(key, state, step_size)`, first states, and gradients a step."""
+    """Return steps `(key, state, step_size)`, their first states, and gradients a step."""
     ten = sghmc.build_kernel(1.0, 0.0)
     inverse = isokinetic_velocity_verlet
     micro = mclmc.build_kernel(integrator=inverse)
@@ -150,7 +150,7 @@ def methods(grad, noise):
 
 
 def walk(step, init, each, h):
-    """Return positions of all chains, from draws of a normal, without the first fifth."""
+    """Return positions of all chains, which start at normal draws, without their first fifth."""
 
     def one(key):
         start_key, key = jax.random.split(key)
@@ -168,7 +168,7 @@ def walk(step, init, each, h):
 
 
 def compare_steps(kind):
-    """Print errors of means and variances, and effective draws for 1,000 gradients of a chain."""
+    """Print errors of means and variances, and effective draws per 1,000 gradients of a chain."""
     for name, grad in gradients(*regression(kind)).items():
         z, keys = jax.random.normal(jax.random.key(6), (4000, SIZE)), jax.random.key(5)
         pairs = jax.random.split(keys, (2, 4000))
@@ -194,14 +194,14 @@ def compare_steps(kind):
 
 
 def logistic(x, y, batch=None):
-    """Regress a yes or no on columns, some rows at a time."""
+    """A logistic regression on columns, some rows at a time."""
     w = numpyro.sample("w", dist.Normal(0.0, 1.0).expand([x.shape[1]]).to_event(1))
     with numpyro.plate("data", len(y), subsample_size=batch) as rows:
         numpyro.sample("y", dist.Bernoulli(logits=x[rows] @ w), obs=y[rows])
 
 
 def compare_kernels(rows, batch, *names):
-    """Print what 64 chains find in a logistic regression of many rows."""
+    """Print errors of 64 chains in a logistic regression of many rows."""
     rng = np.random.default_rng(1)
     x = rng.normal(size=(rows, 10)) @ (np.eye(10) + 0.4 * rng.normal(size=(10, 10)))
     y = (rng.uniform(size=rows) < 1 / (1 + np.exp(-x @ (0.3 * rng.normal(size=10))))).astype(int)
@@ -239,7 +239,7 @@ def compare_kernels(rows, batch, *names):
 
 
 def time_draws(rows, batch):
-    """Print how long 64 chains take to draw rows, by NumPyro and here."""
+    """Print how long 64 chains take to draw rows, by NumPyro and by this package."""
 
     def theirs(key):
         with numpyro.handlers.seed(rng_seed=key):

@@ -2,10 +2,10 @@
 
 Run `python benchmarks/networks.py airfoil FOLDER` or `bikesharing FOLDER`, with a folder that holds
 `airfoil.csv` or `hour.csv` (those of the package sklearn-contrib-bde, in `bde/data`), or `diabetes`
-where scikit-learn is installed. Numbers that follow are those of warm-up iterations (35,000), draws
-of a chain (100), members (10) and seeds (1); a gradient of `bikesharing` takes ten times as long as
-one of airfoil. The network, its prior and the splits are those of that package's paper: four
-layers of 16, a mean and a scale, standard normal weights, a fifth of the rows held out.
+where scikit-learn is installed. Further arguments are the numbers of warm-up iterations (35,000),
+draws of a chain (100), members (10) and seeds (1). A gradient of `bikesharing` takes ten times as
+long as one of `airfoil`. The network, its prior and the splits are those of that package's paper:
+four layers of 16, a mean and a scale, standard normal weights, a fifth of the rows held out.
 """
 
 import sys
@@ -27,15 +27,15 @@ from numpyro_ensemble.mcmc import MCLMC, starts
 from numpyro_ensemble.mcmc.diagnostics import within_rhat
 
 WIDTHS = (16, 16, 16, 16, 2)
-ENERGY_VAR = 0.5, 0.1  # that warm-up begins and ends with, as the package's
+ENERGY_VAR = 0.5, 0.1  # at the start and the end of warm-up, as in that package
 STEPS_PER_DRAW = 50
 BATCH = 256  # rows in a step of the members' optimiser
-NUM_STEPS = 10_000  # of it
+NUM_STEPS = 10_000  # of the members' optimiser
 LEFT_OUT = ["cnt", "casual", "registered", "instant", "dteday"]
 
 
 def read(name, folder=None):
-    """Return inputs and target."""
+    """Return a data set's inputs and target."""
     if name == "diabetes":
         from sklearn.datasets import load_diabetes
 
@@ -49,7 +49,7 @@ def read(name, folder=None):
 
 
 def split(X, y, seed=0):
-    """Return standardised parts, the rows of scikit-learn's `train_test_split`."""
+    """Return standardised training and test data, split as by scikit-learn."""
     order = np.random.RandomState(seed).permutation(len(y))
     number = int(np.ceil(0.2 * len(y)))
     test, train = order[:number], order[number:]
@@ -60,7 +60,7 @@ def split(X, y, seed=0):
 
 def network(x, y=None):
     """Predict a mean and a scale for each row."""
-    x = x.T  # rows side by side in memory: gradients take two thirds of the time
+    x = x.T  # with a column for each row, gradients take two thirds of the time
     for i, width in enumerate(WIDTHS):
         prior = dist.Normal(0.0, 1.0)
         weight = numpyro.sample(f"weight{i}", prior.expand([width, len(x)]).to_event(2))
@@ -75,12 +75,12 @@ def network(x, y=None):
 
 
 def times():
-    """Return the time by the clock, and that of the processor."""
+    """Return the wall-clock time and the processor time."""
     return np.array([time.perf_counter(), time.process_time()])
 
 
 def scores(draws, X, y):
-    """Return RMSE, NLL of a normal with all draws' moments (as the paper's), and of the mixture."""
+    """Return RMSE, and NLL of a normal with all draws' moments (the paper's) and of the mixture."""
     sites = EnsemblePredictive(network, draws, batch_ndims=2, return_sites=["mean", "scale"])(
         jax.random.key(0), X
     )
@@ -98,11 +98,11 @@ def scores(draws, X, y):
 
 
 def one(parts, seed, warmup, draws, members):
-    """Fit and sample, and print what came of it."""
+    """Fit and sample, and print the scores and the times."""
     X, y, X_test, y_test = parts
     keys = jax.random.split(jax.random.key(seed), 3)
     begin = times()
-    near = init_to_uniform(radius=0.6)  # as wide as weights of layers of 16 should start
+    near = init_to_uniform(radius=0.6)  # a radius for weights of layers of 16
     rate = optax.cosine_decay_schedule(2e-2, NUM_STEPS)
     fits = EnsembleMAP(network, optax.adam(rate), ensemble_size=members, init_loc_fn=near)
     batch = min(BATCH, len(y))

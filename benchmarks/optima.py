@@ -1,8 +1,9 @@
-"""Where posterior functions are lowest: `minimise` beside BoTorch's `optimize_posterior_samples`.
+"""Minima of posterior functions: `minimise` and BoTorch's `optimize_posterior_samples`.
 
 Run `python benchmarks/optima.py [num_paths]` where BoTorch is installed (`pip install botorch`).
-Both have the same hyperparameters and data, as many functions, and 1,024 points to begin with. The
-functions are not the same, so that each is also held against a far denser search of its own.
+Both packages have the same hyperparameters, data, number of functions and 1,024 points to begin
+with. Their functions differ, so each search is also compared with a far denser one on its own
+functions.
 """
 
 import sys
@@ -26,7 +27,7 @@ PROBLEMS = {
 
 
 def data(fn, number):
-    """Return points of the unit box, and standardised values there."""
+    """Return points in the unit box, and the standardised values there."""
     import torch
 
     X = torch.quasirandom.SobolEngine(fn.dim, scramble=True, seed=0).draw(number).double()
@@ -36,7 +37,7 @@ def data(fn, number):
 
 
 def ours(X, y, lengths, variance, num_paths):
-    """Return how to draw functions with this package, and how to search them."""
+    """Return a function that draws with this package, and one that searches the draws."""
     kernel, box = RBF(variance, jnp.asarray(lengths)), [(0.0, 1.0)] * X.shape[1]
 
     def draw(seed):
@@ -49,7 +50,7 @@ def ours(X, y, lengths, variance, num_paths):
 
 
 def theirs(X, y, lengths, variance, num_paths):
-    """Return the same with BoTorch."""
+    """Return the same two functions with BoTorch."""
     import torch
     from botorch.models import SingleTaskGP
     from botorch.sampling.pathwise import draw_matheron_paths
@@ -76,7 +77,7 @@ def theirs(X, y, lengths, variance, num_paths):
 
 
 def main(num_paths=16):
-    """Print the lowest values, how often they miss those of a dense search, and seconds."""
+    """Print the lowest values, how often a dense search finds lower ones, and seconds."""
     from botorch import test_functions
 
     numpyro.enable_x64()

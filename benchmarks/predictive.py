@@ -2,7 +2,7 @@
 
 Run `python benchmarks/predictive.py [draws] [inputs]`; 16 members of 250 draws of the quickstart's
 network at 2,000 inputs by default. `Predictive` makes one draw after the other by default, or with
-`parallel=True` all at once. Both compile anew for each call of a new object; the second call of an
+`parallel=True` all at once. Both ways compile anew for each new `Predictive`. The second call of an
 `EnsemblePredictive` compiles nothing.
 """
 
@@ -21,7 +21,7 @@ MEMBERS = 16
 
 
 def main(number, rows):
-    """Measure a first call and a second one, against both ways of NumPyro's."""
+    """Compare a first and a second call with both ways of NumPyro's `Predictive`."""
     x = jnp.linspace(-12.0, 12.0, rows)
     keys = jax.random.split(jax.random.key(0), (MEMBERS, number))
     grouped = jax.vmap(jax.vmap(uniform_start))(keys)

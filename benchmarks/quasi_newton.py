@@ -1,9 +1,9 @@
-"""Modes by L-BFGS and by Adam: seconds, cold and warm, and how far from the best loss they end.
+"""Modes by L-BFGS and by Adam: cold and warm seconds, and distances from the best loss.
 
 Run `JAX_ENABLE_X64=1 python benchmarks/quasi_newton.py` (several minutes, most of them for Adam on
-the GP), or with `pathfinder` for the rows of Pathfinder alone. 16 members; beside them one cold
-`SVI` with Adam, and SciPy's L-BFGS-B for each member in turn, which shares one compiled function of
-value and gradient.
+the GP), or with `pathfinder` for the rows of Pathfinder alone. Ensembles have 16 members. They are
+compared with one cold `SVI` with Adam, and with SciPy's L-BFGS-B for each member in turn; all of
+SciPy's searches share one compiled function of value and gradient.
 """
 
 import sys
@@ -30,7 +30,7 @@ MEMBERS, STEPS = 16, 1500
 
 
 def logistic(x, y):
-    """Logistic regression, whose first two columns are nearly one."""
+    """A logistic regression whose first two columns are nearly equal."""
     base = numpyro.sample("base", dist.Normal(0, 5))
     slopes = numpyro.sample("slopes", dist.Normal(0, 5).expand([20]).to_event(1))
     with numpyro.plate("row", len(y)):
@@ -63,7 +63,7 @@ def process_data(seed=0):
 
 
 def network(x, y):
-    """A hidden layer of eight units, whose order and signs mean nothing: many optima."""
+    """A hidden layer of eight units; their order and signs are free, so there are many optima."""
     inner = numpyro.sample("inner", dist.Normal(0, 1).expand([1, 8]).to_event(2))
     shift = numpyro.sample("shift", dist.Normal(0, 1).expand([8]).to_event(1))
     outer = numpyro.sample("outer", dist.Normal(0, 1).expand([8]).to_event(1))
@@ -103,7 +103,7 @@ PROBLEMS = {
 
 
 def scipys(model, args, starts):
-    """Return SciPy's losses, evaluations and seconds, compilation apart."""
+    """Return SciPy's losses, numbers of evaluations and seconds, without compilation."""
     guide = AutoDelta(model)
     svi = SVI(model, guide, numpyro.optim.Adam(0.01), Trace_ELBO())
     svi.init(jax.random.key(0), *args)
@@ -136,7 +136,7 @@ def svi_cold(model, args):
 
 
 def measure(name, with_adam):
-    """Print one problem's rows."""
+    """Print the rows of one problem."""
     model, data = PROBLEMS[name]
     args = data()
     solvers = {
@@ -184,7 +184,7 @@ def measure(name, with_adam):
 
 
 def pathfinder():
-    """Print cold and warm seconds of Pathfinder, Pareto k, and the memory so far."""
+    """Print cold and warm seconds of Pathfinder, Pareto k, and peak memory so far."""
     problems = {name: PROBLEMS[name] for name in list(PROBLEMS)[:2]}
     problems["eight schools, decentred, 10-d"] = (decentred_schools, tuple)
     for name, (model, data) in problems.items():

@@ -3,7 +3,7 @@
 `with saved("engine"):` around a script's work writes the rows that `note` adds as JSON, with
 versions, machine, date, command and peak memory, to `.cache/bench/engine.json`, or to the folder
 that `RESULTS` names. Processes that the script starts add to the same record. `BENCH_SMALL=1` makes
-`sized` choose the small setting. JAX is imported where a record is made, and not before.
+`sized` choose the small setting. This module imports JAX only when a record is made.
 """
 
 import datetime
@@ -24,7 +24,7 @@ PACKAGES = ("numpyro_ensemble", "jax", "jaxlib", "numpyro", "blackjax", "arviz",
 
 
 def sized(full, small):
-    """Return the value for a full measurement, or that for a small one under `BENCH_SMALL=1`."""
+    """Return the setting of a full measurement, or a small one under `BENCH_SMALL=1`."""
     return small if os.environ.get("BENCH_SMALL") == "1" else full
 
 
@@ -34,7 +34,7 @@ def peak():
 
 
 def spread(values):
-    """Return median, least and most of some numbers; of one number that alone."""
+    """Return the median, the least and the most of some numbers."""
     values = [float(value) for value in values]
     return {"median": statistics.median(values), "least": min(values), "most": max(values)}
 
@@ -42,7 +42,7 @@ def spread(values):
 def note(name, **figures):
     """Add a row to the benchmark's record: numbers, words, or lists of repeated measurements.
 
-    `ours` and `theirs` are seconds, `ratio` is ours over theirs where it says nothing else.
+    `ours` and `theirs` are seconds. `ratio` is ours over theirs unless the row says otherwise.
     """
     record = os.environ.get("BENCH_RECORD")
     if record is None:
@@ -57,7 +57,7 @@ def note(name, **figures):
 
 
 def option(words, name, default):
-    """Take an option and its value out of the words of the call."""
+    """Return an option's value and remove both from the words of the command line."""
     if name not in words:
         return default
     place = words.index(name)
@@ -99,7 +99,7 @@ def results_folder():
 
 @contextmanager
 def saved(name):
-    """Record the rows of the block, and write them as JSON when it ends, by an error too."""
+    """Record the rows of the block, and write them as JSON when it ends, also by an error."""
     import jax
 
     head = {
@@ -125,12 +125,12 @@ def saved(name):
             rows = [json.loads(line) for line in record.read().splitlines()]
             path = results_folder() / f"{name}.json"
             path.parent.mkdir(parents=True, exist_ok=True)
-            if rows:  # what failed at once leaves an earlier record as it is
+            if rows:  # without rows, an earlier record stays
                 path.write_text(json.dumps(head | tail | {"rows": rows}, indent=1) + "\n")
 
 
 def renew_page(page, parts, script):
-    """Write the page's parts `{name: lines}`: each stands between two comments."""
+    """Write the page's parts `{name: lines}`; each part stands between two comments."""
     text = page.read_text()
     for part, lines in parts.items():
         begin, end = f"<!-- {part}: written by {script} -->\n", "<!-- end -->"

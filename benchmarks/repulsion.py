@@ -1,14 +1,15 @@
-"""What a step with repulsion costs, beside NumPyro's SVGD, and what it does to predictions.
+"""The cost of a step with repulsion, compared with NumPyro's SVGD, and its effect on predictions.
 
-Run `python benchmarks/repulsion.py` (ten minutes), `... speed` or `... scores` for a half of it.
+Run `python benchmarks/repulsion.py` (ten minutes), or with `speed` or `scores` for one half.
 
 Speed: 32 members of a 1-64-64-1 network on the sinc problem, Adam, all in one process and in turns.
-Members that repel by their function are compared at 20 inputs, where there are 80 rows. NumPyro's
-`SVGD` (32 particles, the same network and optimiser, jitted) is timed beside them.
+The data have 80 rows. Members that repel by their functions are compared at 20 inputs. NumPyro's
+`SVGD` (32 particles, the same network and optimiser, jitted) is timed in the same process.
 
-Scores: the same network, whose rows between 1 and 6 are held out, from starts that are all near
-zero, so that members agree where there are no data. Log scores are those of the equal mixture at
-noisy test points, "gap" those between 1 and 6 or beyond 10, where there are no rows.
+Scores: the same network without the rows between 1 and 6. All starts are near zero, so that without
+repulsion members agree where there are no data. Log scores are those of the equally weighted
+mixture at noisy test points. "gap" are the scores between 1 and 6 or beyond 10, where there are no
+rows.
 """
 
 import sys
@@ -32,7 +33,7 @@ GRID = jnp.linspace(-12.0, 12.0, 20)
 
 
 def model(x, y=None):
-    """Put standard-normal priors on the weights of a network."""
+    """A network whose weights have standard-normal priors."""
     hidden = x[:, None]
     for layer, (fan_in, fan_out) in enumerate(zip(WIDTHS[:-1], WIDTHS[1:], strict=True)):
         prior = dist.Normal(0.0, 1.0)
@@ -46,17 +47,17 @@ def model(x, y=None):
 
 
 def by_function(weight=1.0):
-    """Return a repulsion by the function's values on a grid."""
+    """Return a repulsion by the network's values on a grid."""
     return Repulsion(site="f", inputs=GRID, weight=weight)
 
 
 def runner(repulsion, members=MEMBERS):
-    """Return a fresh runner."""
+    """Return a new runner."""
     return EnsembleMAP(model, numpyro.optim.Adam(5e-3), ensemble_size=members, repulsion=repulsion)
 
 
 def svgd_steps():
-    """Return NumPyro's SVGD as a compiled function of a key, which takes as many steps."""
+    """Return a compiled function of a key that takes as many steps of NumPyro's SVGD."""
     guide = {"init_loc_fn": init_to_uniform}
     optim = numpyro.optim.Adam(5e-3)
     svgd = SVGD(model, optim, RBFKernel(), num_stein_particles=MEMBERS, guide_kwargs=guide)
@@ -70,7 +71,7 @@ def svgd_steps():
 
 
 def speed():
-    """Compare steps."""
+    """Compare the time of steps."""
     plain = runner(None)
 
     def steps(ensemble):
@@ -95,7 +96,7 @@ def speed():
 
 
 def near_zero(key):
-    """Draw a member's start, a tenth of the prior wide."""
+    """Draw a member's start, with a tenth of the prior's scale."""
     start = {}
     for layer, (fan_in, fan_out) in enumerate(zip(WIDTHS[:-1], WIDTHS[1:], strict=True)):
         key, key_w, key_b = jax.random.split(key, 3)

@@ -2,8 +2,8 @@
 
 Run `python benchmarks/sbc.py [repeats]`: a logistic regression of 200 rows and 5 coefficients,
 AutoNormal, 1,000 steps; 1,000 data sets for `sbc`, 100 for `vsbc_diagnostic`, which fits one after
-another. Both compile anew in each turn, as each call of theirs does; seconds without compilation
-are given beside those with it, and the processor's time, which other jobs disturb less.
+another. Both compile anew in each turn, as `vsbc_diagnostic` does in each call. Rates are printed
+with and without compilation, and by processor time, which other jobs disturb less.
 """
 
 import statistics
@@ -28,7 +28,7 @@ STEPS, DRAWS = 1000, 100
 
 
 def model(x, y=None):
-    """Regress a yes or no."""
+    """A logistic regression."""
     w = numpyro.sample("w", dist.Normal(0.0, 1.0).expand([5]).to_event(1))
     with numpyro.plate("row", len(x)):
         numpyro.sample("y", dist.Bernoulli(logits=x @ w), obs=y)
@@ -43,7 +43,7 @@ def _note(event, seconds, **_):
 
 
 def rates(name, number, run):
-    """Return fits a second: with compilation, without it, and of the processor's time."""
+    """Return fits per second: with compilation, without it, and by processor time."""
     compiled[0] = 0.0
     _, wall, cpu = clocked(run)
     print(f"{name}: {number} fits, {wall:.1f} s, {compiled[0]:.1f} s of them compilation, "
@@ -52,7 +52,7 @@ def rates(name, number, run):
 
 
 def ours(number):
-    """Return rates of `sbc`."""
+    """Return the rates of this package's `sbc`."""
     runner = EnsembleVI(
         model, AutoNormal(model), numpyro.optim.Adam(0.02), Trace_ELBO(), ensemble_size=1
     )
@@ -63,7 +63,7 @@ def ours(number):
 
 
 def theirs(number, chain_method="sequential"):
-    """Return rates of `vsbc_diagnostic`, which takes no typed keys."""
+    """Return the rates of `vsbc_diagnostic`, which takes no typed keys."""
     return rates("vsbc_diagnostic", number, lambda: vsbc_diagnostic(
         jax.random.PRNGKey(0), model, AutoNormal(model), numpyro.optim.Adam(0.02), Trace_ELBO(), X,
         observed_sites=["y"], num_simulations=number, num_svi_steps=STEPS, num_samples=DRAWS,
@@ -72,7 +72,7 @@ def theirs(number, chain_method="sequential"):
 
 
 def main(repeats="3"):
-    """Compare in turns."""
+    """Compare the rates in turns."""
     monitoring.register_event_duration_secs_listener(_note)
     ratios = []
     for i in range(int(repeats)):

@@ -1,8 +1,8 @@
-"""Memory of many members, speed on several devices, and what a progress bar costs.
+"""Memory of many members, speed on several devices, and the cost of a progress bar.
 
 Run `python benchmarks/scaling.py` (ten minutes on two quiet cores), or one of `memory`, `devices`,
-`weak`, `bar`. All fit mean-field guides to the network of the quickstart. Devices are forced ones
-of this machine's processor, of which each is given one core's worth of threads at most.
+`weak`, `bar`. All fit mean-field guides to the network of the quickstart. Devices are forced host
+devices of this machine's processor; each has the threads of one core at most.
 """
 
 import os
@@ -19,11 +19,11 @@ from records import note, peak, saved, sized
 
 from numpyro_ensemble import EnsembleVI
 
-ROOM = 2.0  # GiB
+ROOM = 2.0  # GiB of memory that a run may take
 
 
 def runner(members, **options):
-    """Return a fresh runner."""
+    """Return a new runner."""
     guide, optim, loss = AutoNormal(model), optax.adam(5e-3), Trace_ELBO()
     return EnsembleVI(model, guide, optim, loss, ensemble_size=members, **options)
 
@@ -34,7 +34,7 @@ def fit(ensemble, key, steps, progress_bar=False):
 
 
 def in_process(call, devices=None):
-    """Print what a call of this file says in a process of its own, with so many devices."""
+    """Print the output of a call of this file in its own process, with that number of devices."""
     flags = os.environ.get("XLA_FLAGS", "")
     if devices:
         flags += f" --xla_force_host_platform_device_count={devices}"
@@ -45,7 +45,7 @@ def in_process(call, devices=None):
 
 
 def many(size, groups):
-    """Fit some members a few steps, and say what it takes."""
+    """Fit many members for a few steps, and print and record memory and time."""
     ensemble = runner(size, member_batch_size=groups)
     seconds = timed(fit, ensemble, jax.random.key(0), 20)
     leaves = jax.tree.leaves(ensemble.init(jax.random.key(0), X, Y).optim_state)
@@ -81,7 +81,7 @@ def devices(repeats=7):
 
 
 def of_mesh(each, steps=300):
-    """Time a step with so many members on each device."""
+    """Time a step with that number of members on each device."""
     number = jax.device_count()
     ensemble = runner(each * number, mesh="all")
     times = sorted(timed(fit, ensemble, jax.random.key(i), steps) for i in range(6))[:-1]
@@ -94,7 +94,7 @@ def of_mesh(each, steps=300):
 
 
 def weak(each=64):
-    """Measure a step where members are as many on each of more devices."""
+    """Measure a step on 1 to 8 devices, with the same number of members on each."""
     for number in (1, 2, 4, 8):
         in_process(f"scaling.of_mesh({each})", number)
 

@@ -1,11 +1,11 @@
 """All benchmarks in a small setting, one after another: `make bench` (`BENCH=engine,gp` for two).
 
-Run `python benchmarks/suite.py [names]` for all, or for those whose names begin so. Each runs in a
-process of its own, without JAX's cache of compiled programs, prints what it measures and writes a
-record with versions and machine (see records.py); a table of all records follows. A benchmark that
-fails is named at the end, and the others run all the same. `--table [folder]` prints the table of
-records that are there, `--page` writes the tables of `docs/benchmarks.md` from those that are kept
-in `benchmarks/results`: measure for it by `RESULTS=benchmarks/results make bench BENCH=...`.
+Run `python benchmarks/suite.py [names]` for all benchmarks, or for the named ones. Each runs in a
+process of its own, without JAX's cache of compiled programs. It prints its measurements and writes
+a record with versions and machine (see records.py). A table of all records follows. A benchmark
+that fails is named at the end; the others still run. `--table [folder]` prints the table of the
+records in a folder. `--page` writes the tables of `docs/benchmarks.md` from the records that are
+kept in `benchmarks/results`: measure them by `RESULTS=benchmarks/results make bench BENCH=...`.
 """
 
 import json
@@ -16,7 +16,7 @@ from pathlib import Path
 
 from records import ROOT, renew_page, results_folder
 
-# The name of each command's record begins with that of the benchmark.
+# Each command's record has a name that begins with the benchmark's.
 SMALL = {
     "engine": ["engine.py other loop unknown"],
     "map_sinc": ["map_sinc.py"],
@@ -44,7 +44,7 @@ LEFT_OUT = {
     "optima": "needs BoTorch",
 }
 FLOAT64 = ("quasi_newton",)
-# The Makefile keeps compiled programs for the tests; a first call has to compile here.
+# The Makefile caches compiled programs for the tests. Here a first call has to compile.
 DROPPED = ("JAX_COMPILATION_CACHE_DIR", "JAX_TRACEBACK_IN_LOCATIONS_LIMIT")
 KEPT = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "benchmarks.md"
@@ -65,7 +65,7 @@ def run(name, command):
 
 
 def seconds(value):
-    """Return a number of seconds, or median and range of several, in milliseconds below 0.1 s."""
+    """Return seconds as text: a number, or median and range; in milliseconds below 0.1 s."""
     if value is None:
         return ""
     median = value["median"] if isinstance(value, dict) else value
@@ -74,7 +74,7 @@ def seconds(value):
 
 
 def number(value, factor=1):
-    """Return a number with three digits, or median and range of several."""
+    """Return a number as text with three digits, or median and range of several."""
     if not isinstance(value, dict):
         return value if isinstance(value, str) else f"{factor * value:.3g}"
     median, least, most = (f"{factor * value[key]:.3g}" for key in ("median", "least", "most"))
@@ -82,7 +82,7 @@ def number(value, factor=1):
 
 
 def others(row):
-    """Return a row's other figures: accuracy, memory, what a ratio of rates is."""
+    """Return a row's other figures: accuracy, memory, or what a ratio of rates compares."""
     named = (
         (key.replace("_", " ").replace("gib", "GiB").replace("mib", "MiB"), value)
         for key, value in row.items()
@@ -92,7 +92,7 @@ def others(row):
 
 
 def table(record):
-    """Return a record as lines of Markdown."""
+    """Return a record as a Markdown table."""
     lines = ["| | ours | instead | ratio | |", "|---|---|---|---|---|"]
     for row in record["rows"]:
         ratio = "" if row.get("ratio") is None else number(row["ratio"])
@@ -102,7 +102,7 @@ def table(record):
 
 
 def setting(record):
-    """Return what a record was measured with, in one line."""
+    """Return the command, versions and machine of a record, in one line."""
     where, small = record["machine"], "BENCH_SMALL=1 " * record["small"]
     packages = ", ".join(f"{name} {number}" for name, number in record["versions"].items())
     return (
@@ -114,7 +114,7 @@ def setting(record):
 
 
 def read(folder, names=()):
-    """Return the records of a folder, or those whose names begin so."""
+    """Return the records of a folder, or those whose names begin with one of `names`."""
     paths = sorted(Path(folder).glob("*.json"))
     found = {p.stem: json.loads(p.read_text()) for p in paths}
     return {
@@ -131,13 +131,13 @@ def show(records):
 
 
 def write_page():
-    """Write the tables of the documentation's page from the records that are kept."""
+    """Write the tables of the documentation's page from the kept records."""
     parts = [f"### {name}\n\n{setting(r)}.\n\n{table(r)}" for name, r in read(KEPT).items()]
     renew_page(PAGE, {"records": "\n\n".join(parts)}, "benchmarks/suite.py")
 
 
 def main(words):
-    """Run what is named, or show what is there."""
+    """Run the named benchmarks, or show or write the records that are there."""
     if words[:1] == ["--page"]:
         return write_page()
     if words[:1] == ["--table"]:

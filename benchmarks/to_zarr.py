@@ -1,9 +1,9 @@
 """Time and memory of predictions that go to a Zarr store, against the call in memory.
 
 Run `python benchmarks/to_zarr.py [rows] [draws] [repeats]`; a linear model of 8 columns with
-100,000 rows and 200 draws, five times each, by default. Each measurement is in a process of its
-own, which compiles first, in turns. The time is that of the call, checks and opening included; the
-memory is the peak of the process, of which Python and JAX take a part.
+100,000 rows and 200 draws, five times each, by default. Ways of writing are measured in turns, each
+time in a new process that compiles first. The time is that of the call, with checks and the opening
+of the store. The memory is the peak of the process, including Python and JAX.
 """
 
 import json
@@ -21,7 +21,7 @@ COLUMNS = 8
 
 
 def measure(how, rows, draws):
-    """Print the seconds of a second call, and the peak of this process in GiB."""
+    """Print the seconds of a second call, and the peak memory of this process in GiB."""
     import jax
     import numpy as np
     import numpyro
@@ -63,7 +63,7 @@ def measure(how, rows, draws):
 
 
 def main(rows=100_000, draws=200, repeats=5):
-    """Measure both ways of cutting in turns with the call in memory."""
+    """Compare writing by draws and by rows with the call in memory, in turns."""
     ways = ("in memory", "by draws", "by rows")
     found = {how: [] for how in ways}
     for turn in range(repeats):

@@ -1,4 +1,4 @@
-"""Regression in the protocol of deep ensembles: all splits and members in one run, and one by one.
+"""The regression benchmark of deep ensembles: all splits and members in one run, and one by one.
 
 Run `python benchmarks/uci.py FOLDER [names]`, where FOLDER holds `name.csv`, `name.txt` or
 `name/data/data.txt` with the target in the last column, or `--shipped [names]` for tables that come
@@ -7,8 +7,8 @@ with scikit-learn and statsmodels (diabetes, engel, star98). `--rate 0.01` sets 
 The protocol is that of Lakshminarayanan et al. (2017), after Hernandez-Lobato and Adams (2015): 20
 random splits with a tenth of the rows held out, 5 networks with a hidden layer of 50 units, which
 predict a mean and a variance, 40 epochs of Adam at 0.1 in batches of 100, without adversarial
-examples. Both sides make the same 100 fits by maximum likelihood: ours in one `run` whose members
-have rows of their own, beside a loop over one compiled fit by NumPyro's `SVI`.
+examples. Both sides make the same 100 fits by maximum likelihood. This package makes them in one
+`run` whose members have rows of their own, NumPyro in a loop over one compiled fit by `SVI`.
 """
 
 import re
@@ -33,7 +33,7 @@ RATE = 0.1
 
 
 def table(path):
-    """Return a file's numbers, rows by columns; a first line that has none is a header."""
+    """Return a file's numbers, rows by columns; a first line without numbers is a header."""
     lines = [re.split(r"[,;\s]+", line.strip()) for line in path.read_text().splitlines()]
     lines = [line for line in lines if line != [""]]
     if not re.fullmatch(r"[-+.\deE]+", lines[0][0]):
@@ -50,7 +50,7 @@ def in_folder(folder):
 
 
 def shipped():
-    """Return tables that packages ship."""
+    """Return data sets that scikit-learn and statsmodels ship."""
     from sklearn.datasets import load_diabetes
     from statsmodels.datasets import engel, star98
 
@@ -64,7 +64,7 @@ def shipped():
 
 
 def splits(rows):
-    """Return standardised inputs and targets of all splits, and the targets' scales."""
+    """Return standardised inputs and targets of all splits, and the scales of the targets."""
     parts = []
     for seed in range(SPLITS):
         order = np.random.default_rng(seed).permutation(len(rows))
@@ -84,7 +84,7 @@ def network(weights, x):
 
 
 def model(x, y):
-    """Regress by a network whose weights have as wide a prior as networks are started with."""
+    """A regression by a network; the prior of its weights has the usual width of starts."""
     weights, fan_in = {}, x.shape[1]
     for layer, width in enumerate((HIDDEN, 2)):
         prior = dist.Normal(0.0, fan_in**-0.5)
@@ -98,7 +98,7 @@ def model(x, y):
 
 
 def together(x, y, rate):
-    """Return how to fit all members of all splits in one run, to weights with a leading axis."""
+    """Return a function that fits all members of all splits in one run; weights are stacked."""
     runner = EnsembleMAP(
         model, numpyro.optim.Adam(rate), ensemble_size=len(x) * MEMBERS, prior_weight=0,
         init_loc_fn=numpyro.infer.init_to_sample,
@@ -111,7 +111,7 @@ def together(x, y, rate):
 
 
 def one_by_one(x, y, rate):
-    """Return how to fit one member after another by `SVI`, all by one compiled function."""
+    """Return a function that fits one member after another by `SVI`, with one compiled function."""
     likelihood = reweight(model, prior=0)
     guide = AutoDelta(likelihood, init_loc_fn=numpyro.infer.init_to_sample)
     svi = SVI(likelihood, guide, numpyro.optim.Adam(rate), Trace_ELBO())
@@ -143,7 +143,7 @@ def one_by_one(x, y, rate):
 
 
 def scores(weights, x, y, scale):
-    """Return RMSE and NLL of each split, in units of the target, of the mixture's two moments."""
+    """Return RMSE and NLL of each split in units of the target, by the mixture's mean and sd."""
     by_split = jax.tree.map(lambda w: w.reshape(len(x), MEMBERS, *w.shape[1:]), weights)
     each = jax.vmap(jax.vmap(network, in_axes=(0, None)))
     mean, sd = (np.asarray(value, float) for value in each(by_split, x))
@@ -180,7 +180,7 @@ def measure(name, rows, rate):
 
 
 def main(rate, where, *names):
-    """Measure the data sets that are named, or all."""
+    """Measure the named data sets, or all."""
     found = shipped() if where == "--shipped" else in_folder(where)
     missing = set(names) - set(found)
     if missing or not found:

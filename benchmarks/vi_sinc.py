@@ -17,7 +17,7 @@ from records import saved, sized
 
 from numpyro_ensemble import EnsembleVI
 
-ADAM = optax.adam(5e-3)  # the same on all sides; in double precision numpyro.optim.Adam is slower
+ADAM = optax.adam(5e-3)  # the same on all sides: in double precision numpyro.optim.Adam is slower
 
 
 def hand_written(members, steps):
@@ -58,23 +58,23 @@ def hand_written(members, steps):
 
 
 def runner(members=16):
-    """Return a fresh runner."""
+    """Return a new runner."""
     return EnsembleVI(model, AutoNormal(model), ADAM, Trace_ELBO(), ensemble_size=members)
 
 
 def run(ensemble, key):
-    """Fit with our runner."""
+    """Fit by a runner of this package."""
     return ensemble.run(key, STEPS, X, Y, progress_bar=False).params
 
 
 def svi(key):
-    """Make a single run of SVI, with a guide of its own."""
+    """Make a single run of SVI with a new guide."""
     single = SVI(model, AutoNormal(model), ADAM, Trace_ELBO())
     return single.run(key, STEPS, X, Y, progress_bar=False).params
 
 
 def first_and_second(key):
-    """Time the second run of a new runner, and its first one."""
+    """Return the seconds of a new runner's second run, and of its first one."""
     jax.clear_caches()
     ensemble = runner()
     first = timed(run, ensemble, key)
@@ -82,7 +82,7 @@ def first_and_second(key):
 
 
 def main(repeats):
-    """Measure everything."""
+    """Measure all ratios."""
     print(f"sinc problem, mean-field, {STEPS} steps")
     sixteen, by_hand = runner(), hand_written(16, STEPS)
     for fit in (by_hand, lambda key: run(sixteen, key)):

@@ -36,14 +36,14 @@ html_title = project
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
 
-# A page runs again when its code, the package's code or an installed version has changed.
+# A page is executed again when its code, the package's code or an installed version changes.
 nb_execution_mode = "cache"
 sources = sorted([*ROOT.glob("numpyro_ensemble/**/*.py"), *ROOT.glob("examples/*.py")])
 nb_execution_cache_path = str(ROOT / ".cache" / "jupyter" / turns.fingerprint(sources))
 nb_execution_excludepatterns = turns.pages_left_out(DOCS, os.environ.get("DOCS_TURN"))
 nb_execution_raise_on_error = nb_execution_show_tb = True
 nb_execution_timeout = 600
-# NumPyro's progress bars ask for widgets, which these pages do not need.
+# NumPyro's progress bars warn that IPython's widgets are missing; pages do not need them.
 os.environ["PYTHONWARNINGS"] = "ignore:IProgress not found"
 
 autodoc_member_order = "bysource"
@@ -53,7 +53,7 @@ default_role = "code-or-link"  # docstrings write code in single backticks
 napoleon_use_ivar = True
 
 hidden_members = {
-    # of runners, handlers and results: what the engine calls
+    # of runners, handlers and results: members that the engine calls
     *("check", "check_model", "check_run", "check_size", "checked_setting", "distilled_guide"),
     *("fresh_guide", "in_function_space", "is_off", "kind", "member_params", "mixes_gradients"),
     *("outputs", "places", "process_message", "program", "tree_flatten", "tree_unflatten"),
@@ -62,13 +62,14 @@ hidden_members = {
     *("arg_constraints", "support", "pytree_data_fields", "pytree_aux_fields", "is_spectral"),
     *("mapped", "at_once", "inputs"),
 }
-autosummary_filename_map = {  # some file systems do not tell these from `Modes` and `Khat`
+# names that differ from `Modes` and `Khat` in case only, which some file systems ignore
+autosummary_filename_map = {
     "numpyro_ensemble.modes": "numpyro_ensemble.modes-function",
     "numpyro_ensemble.scoring.khat": "numpyro_ensemble.scoring.khat-function",
 }
 autosummary_context = {"hidden_members": sorted(hidden_members)}
 
-# Inventories of the few names that pages link to stand in the tree: no build needs the net.
+# Inventories of the few names that pages link to are in the repository: no build needs a network.
 addresses = {
     "arviz": "https://python.arviz.org/en/v0.23.0/",
     "blackjax": "https://blackjax-devs.github.io/blackjax/",
@@ -87,5 +88,5 @@ intersphinx_mapping = {
 
 
 def setup(app):
-    """Leave out the fields of named tuples one by one: the class's docstring describes them."""
+    """Hide the single fields of named tuples: the class's docstring describes them."""
     app.connect("autodoc-skip-member", lambda *event: isinstance(event[3], _tuplegetter) or None)

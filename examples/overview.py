@@ -1,7 +1,4 @@
-"""One picture of what the package does: ensembles, many chains, functions from a process.
-
-`make demo` draws it as overview.png, beside the quickstart's own picture.
-"""
+"""One picture of what the package does: ensembles, many chains, functions from a process."""
 
 import io
 
@@ -16,7 +13,7 @@ from numpyro_ensemble import plotting
 from numpyro_ensemble.gp import RBF, GaussianProcess, Pathwise
 from numpyro_ensemble.mcmc import ChEES
 
-COLOURS = 48  # of the picture's palette, which keeps the file small
+COLOURS = 48  # in the picture's palette, to keep the file small
 
 
 def curved():
@@ -31,7 +28,7 @@ def process(X, y=None):
 
 
 def draw_chains(ax):
-    """Draw samples of many chains, and one chain's way."""
+    """Draw samples of many chains, and the path of one chain."""
     mcmc = MCMC(
         ChEES(curved),
         num_warmup=200,

@@ -3,8 +3,8 @@
 The problem: 80 observations of sinc(x / pi) on [-10, 10] with noise 0.1, a 1-32-32-1 tanh network
 with standard-normal priors, and 200 noisy test points on [-12, 12]. Each row of the table is an
 ensemble of 16 fits after 1,500 steps of Adam, of MAP estimates or of mean-field variational
-approximations; they differ in where the members start, in how the step size falls and in the
-weight of the divergence from the prior. The oracle knows the function and the noise.
+approximations. Rows differ in the members' starts, in the decay of the step size and in the weight
+of the divergence from the prior. The oracle knows the function and the noise.
 """
 
 import time
@@ -78,14 +78,14 @@ def small_start(key, scale=0.5):
 
 
 def with_noise(means, total=4000, seed=1):
-    """Draw about so many noisy observations (S, N) around means (E, N), equally from each."""
+    """Draw about `total` noisy observations (S, N) around means (E, N), equally many from each."""
     repeats = -(-total // len(means))
     noise = NOISE * np.random.default_rng(seed).normal(size=(repeats, *means.shape))
     return (np.asarray(means)[None] + noise).reshape(-1, means.shape[1])
 
 
 def scores(predicted, x_test, y_test):
-    """Score equally weighted mixtures of normals with the given means (E, N), a row for each."""
+    """Score equally weighted mixtures of normals with the given means (E, N), one row for each."""
     log_likelihood = {
         name: dist.Normal(means, NOISE).log_prob(y_test[None]) for name, means in predicted.items()
     }
@@ -161,7 +161,7 @@ def show(table):
 def picture(predicted, path="quickstart.png"):
     """Draw bands above and calibration below, for a MAP and a variational ensemble.
 
-    Returns what is shown of the last one: inputs, means, draws and data.
+    Returns inputs, means, draws and data of the variational one.
     """
     import matplotlib as mpl
 

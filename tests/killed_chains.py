@@ -15,7 +15,7 @@ Y = np.random.default_rng(0).normal(size=12)
 
 
 def model(y, scale=1.0):
-    """Have a scalar below a matrix, names in no order, and a deterministic site."""
+    """A model with a scalar below a matrix, names in no order, and a deterministic site."""
     w = numpyro.sample("w", dist.Normal(0, 1).expand([2, 2]).to_event(2))
     a = numpyro.sample("a", dist.HalfNormal(scale))
     numpyro.deterministic("m", w.sum() + a)
@@ -24,7 +24,7 @@ def model(y, scale=1.0):
 
 
 def mixed(y, scale=1.0):
-    """Have a discrete latent besides."""
+    """A model with a discrete latent."""
     which = numpyro.sample("which", dist.Bernoulli(0.3))
     a = numpyro.sample("a", dist.Normal(0.0, scale))
     with numpyro.plate("rows", len(y)):
@@ -44,7 +44,7 @@ KERNELS = {
 
 
 def chains(kernel, num_warmup=20, num_samples=31, **options):
-    """Return MCMC with a kernel of that name."""
+    """Return an `MCMC` with the kernel of this name."""
     method = "sequential" if kernel == "Gibbs" else "vectorized"
     kernel, num_chains = KERNELS[kernel]()
     return MCMC(
@@ -61,7 +61,7 @@ if __name__ == "__main__":
     print("started", flush=True)
 
     class Telling(checkpointed.Keeper):
-        """Print what it keeps."""
+        """A keeper that prints each step it has saved."""
 
         def save(self, step, tree):
             super().save(step, tree)

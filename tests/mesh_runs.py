@@ -1,4 +1,4 @@
-"""Runs on four forced devices beside those on one, compared for `test_sharding`, as JSON."""
+"""Compare runs on four forced devices with runs on one, and print JSON for `test_sharding`."""
 
 import json
 import sys
@@ -33,12 +33,12 @@ X = RNG.normal(size=(48, 3))
 Y = X @ np.array([1.0, -2.0, 0.5]) + 0.3 * RNG.normal(size=48)
 OWN = Y + RNG.normal(size=(8, 48))
 KEY = 0
-MESHES = {}  # of four devices
+MESHES = {}  # filled below with meshes of four devices
 found: dict[str, object] = {}
 
 
 def model(x, y=None, failing=0.0):
-    """Regress, with sites in no order, a matrix beside a scalar, and members that may fail."""
+    """A regression with sites in no order, a matrix beside a scalar, and members that may fail."""
     w = numpyro.sample("w", dist.Normal(0, 1).expand([3, 1]).to_event(2))
     a = numpyro.sample("a", dist.HalfNormal(1))
     base = numpyro.sample("base", dist.StudentT(4, 0, 1))
@@ -61,7 +61,7 @@ def modes(**options):
 
 
 def repelled(ensemble_size=5, **options):
-    """Push members apart, of which four devices take eight."""
+    """Return a runner whose members repel each other."""
     optim, by = numpyro.optim.Adam(0.05), Repulsion()
     return EnsembleMAP(model, optim, ensemble_size=ensemble_size, repulsion=by, **options)
 
@@ -73,14 +73,14 @@ def repelled_by_values(**options):
 
 
 def apart(one, other):
-    """Return how far two trees are apart, relative to the largest entry of each leaf."""
+    """Return the largest difference of two trees, relative to the largest entry of each leaf."""
     pairs = zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
     arrays = [tuple(np.nan_to_num(np.asarray(leaf, float)) for leaf in pair) for pair in pairs]
     return max(float(abs(a - b).max() / max(abs(b).max(), 1e-300)) for a, b in arrays)
 
 
 def outcome(result):
-    """Return what a run is compared by."""
+    """Return the parts of a result that are compared."""
     return result.params, result.losses, result.state.optim_state[0]
 
 
@@ -105,7 +105,7 @@ QUICK = ["batches of its own data"]
 
 
 def compare_modes():
-    """Compare where a minimiser ends: rounding may cost it a step."""
+    """Compare where a minimiser ends; rounding may cost one step."""
     one = quiet(modes(), X, Y)
     for name, mesh in MESHES.items():
         found[f"minimiser, {name}"] = apart(quiet(modes(mesh=mesh), X, Y).params, one.params)
@@ -163,7 +163,7 @@ def watch_failures():
 
 
 def grouped(x, y):
-    """Have effects by an index, whose gradient is computed for a few chains at once."""
+    """A model with effects by an index, whose gradient is computed for a few chains at once."""
     scale = numpyro.sample("scale", dist.HalfNormal(1))
     with numpyro.plate("groups", 6):
         b = numpyro.sample("b", dist.Normal(0, scale))
@@ -182,12 +182,12 @@ def chains(kernel, num_chains, args=(X, Y), **options):
 
 
 def compare_chains(kinds):
-    """Compare chains on one device with those on four, which may not divide them."""
+    """Compare chains on one device with those on four, whatever the number of chains."""
     for label in kinds:
         make, num_chains = CHAINS[label]
         one = chains(make(), num_chains)
         if "rows" in label:
-            mesh = as_mesh(MESHES["members and rows"])  # whose axes are Auto
+            mesh = as_mesh(MESHES["members and rows"])  # the mesh's axes are Auto
             rows = jax.device_put((X, Y), NamedSharding(mesh, PartitionSpec("data")))
             many = chains(make(mesh=mesh), num_chains, rows, jit_model_args=True)
         else:
@@ -218,7 +218,7 @@ CHAINS = {
 
 
 def poison(mesh):
-    """Fit 1,000 members, and again with 100 that fail in three ways; return both and who failed."""
+    """Fit 1,000 members, and again with 100 that fail in three ways; return both and the failed."""
     size, ways = 1000, np.random.default_rng(1).permutation(1000)[:100]
     by_data, by_rate, by_start = ways[:34], ways[34:67], ways[67:]
     own = Y[:12] + 0.1 * RNG.normal(size=(size, 12))
@@ -250,7 +250,7 @@ def poison(mesh):
 
 
 def poison_thousand():
-    """Return whether members differ by what others suffer, plain and on four devices."""
+    """Compare members of runs with and without failing members, plain and on four devices."""
     for label, mesh in (("plain", None), ("sharded", "all")):
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
@@ -272,13 +272,13 @@ def poison_thousand():
 
 
 def process(x, y):
-    """Have a Gaussian process."""
+    """A Gaussian process."""
     lengthscale = numpyro.sample("lengthscale", dist.LogNormal(0.0, 1.0))
     numpyro.sample("y", GaussianProcess(RBF(lengthscale=lengthscale), x, noise=0.1), obs=y)
 
 
 def predicted(mesh):
-    """Return what is made of posterior draws, of which devices have unequal numbers."""
+    """Return predictions and ArviZ data from draws, of which devices hold unequal numbers."""
     runner = vi()
     result = quiet(runner, X, Y, steps=20)
     predictive = EnsemblePredictive(model, result, guide=runner.guide, num_samples=2, mesh=mesh)
@@ -295,7 +295,7 @@ def predicted(mesh):
 
 
 def stored(mesh, runner, result, predictive):
-    """Return the same from stores, but for what is cut by rows."""
+    """Return predictions and ArviZ groups that were written to stores in blocks of rows."""
     if mesh is not None and as_mesh(mesh).is_multi_process:
         mesh, predictive = (
             None,

@@ -144,7 +144,7 @@ def three_levels_up():
 
 
 def noticed(fn, rebind):
-    """Return whether a function's surroundings differ after a change, and are equal without it."""
+    """Return whether a rebinding changes a function's fingerprint, which is stable without it."""
     before = closure_fingerprint(fn)
     assert closure_fingerprint(fn) == before
     hash(before)
@@ -345,7 +345,7 @@ def test_a_tracer_is_passed_over():
     assert outer(1.0) == 1.0
 
 
-# Never stale --------------------------------------------------------------------------------
+# Results are never stale --------------------------------------------------------------------
 
 Y = np.arange(4.0)
 
@@ -530,18 +530,18 @@ class Rows(np.ndarray):
 
 
 def attribute(of):
-    """Give a reader of an object's attribute, and what changes it."""
+    """Return a function that reads an object's attribute, and one that changes it."""
     of.s = 1.0
     return (lambda: of.s), lambda: setattr(of, "s", 0.1)
 
 
 def item(of, place=0):
-    """Give a reader of an item, and what changes it."""
+    """Return a function that reads an item, and one that changes it."""
     return (lambda: of[place]), lambda: of.__setitem__(place, type(of[place])(2))
 
 
 def behind(reader):
-    """Give a reader of the global dictionary, and what changes that."""
+    """Return a reader of the global dictionary, and a function that changes the dictionary."""
     HELD["s"] = 1.0
     return reader, lambda: HELD.update(s=0.1)
 

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 
 PACKAGE = "numpyro_ensemble"
-ROOT = Path(importlib.util.find_spec(PACKAGE).origin).parent  # without importing it
+ROOT = Path(importlib.util.find_spec(PACKAGE).origin).parent  # found without importing the package
 FILES = sorted(ROOT.rglob("*.py"))
 
-# A module may import those on the lines above its own. The folders `mcmc` and `gp` stand on the
-# lines up to `streaming` and on themselves; neither may import the other.
+# A module may import those on the lines above its own. The folders `mcmc` and `gp` may import the
+# lines up to `streaming` and themselves; neither may import the other.
 LAYERS = [
     {"handlers", "_compat"},
     {"calls.tracing", "enumeration"},
@@ -56,11 +56,12 @@ LAYERS = [
     {"laplace_modes"},
     {"plotting"},
 ]
-WHOLE = {"calibration", "gp", "mcmc", "scoring", "streaming"}  # folders that have one place
+# folders that are one layer as a whole
+WHOLE = {"calibration", "gp", "mcmc", "scoring", "streaming"}
 SIDES = {"mcmc", "gp"}
-ON_SIDES = {"pathfinder": {"mcmc"}}  # what stands on a folder besides
+ON_SIDES = {"pathfinder": {"mcmc"}}  # modules that may also import a folder
 
-HEAVY = {  # imported by these modules alone, and only when needed
+HEAVY = {  # only these modules import them, and only when needed
     "blackjax": {"mcmc"},
     "optimistix": {"fit.minimisers", "gp"},
     "equinox": {"fit.minimisers"},
@@ -72,12 +73,12 @@ HEAVY = {  # imported by these modules alone, and only when needed
 
 
 def part(names: tuple[str, ...]) -> str:
-    """Give the module that a path within the package belongs to, or the folder with one place."""
+    """Return the module of a path within the package, or the folder where it is one layer."""
     return names[0] if names[0] in WHOLE else ".".join(names[:2])
 
 
 def imported(path: Path) -> Iterator[str]:
-    """Give the full name of everything a file imports, for the type checker alone too."""
+    """Yield the full name of everything a file imports, also for the type checker alone."""
     here = [PACKAGE, *path.relative_to(ROOT).parent.parts]
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -90,7 +91,7 @@ def imported(path: Path) -> Iterator[str]:
 
 
 def allowed(name: str) -> set[str]:
-    """Give the parts of the package that a part may import."""
+    """Return the parts of the package that a part may import."""
     if name in SIDES:
         below = next(i for i, layer in enumerate(LAYERS) if "streaming" in layer) + 1
     else:

@@ -35,7 +35,7 @@ def conjugate(x, y):
 
 
 def truth():
-    """Give mean and covariance of slopes and base, and the evidence."""
+    """Return mean and covariance of slopes and base, and the evidence."""
     design = np.column_stack([X, np.ones(30)])
     prior_mean, prior = np.array([0.0, 0.0, 0.0, 1.0]), np.diag([4.0, 4.0, 4.0, 2.25])
     precision = design.T @ design + np.linalg.inv(prior)
@@ -83,7 +83,7 @@ STARTS = {"place": np.array([-5.0, 3.0, 2.0, 5.0, 4.5, 3.5]), "shape": np.full(6
 
 
 def share_of_the_first(mixture):
-    """Give the weight of the draws below zero, and its standard error."""
+    """Return the weight of the draws below zero, and its standard error."""
     weights = np.exp(mixture.log_weights)
     below = np.asarray(mixture.samples["place"]) < 0
     share = (weights * below).sum()
@@ -102,7 +102,7 @@ def test_each_mode_counts_once(key):
     share, error = share_of_the_first(mixture)
     assert abs(share - 0.8) < 2 * error
     assert_allclose((mixture.part == 0).mean(), 0.8, atol=4 * np.sqrt(0.16 / 2000))
-    # a mixture that counts members instead of modes gives the first a sixth
+    # a mixture whose weights count members instead of modes gives the first mode a sixth
     assert abs(1 / 6 - 0.8) > 2 * error
 
 

@@ -11,7 +11,7 @@ GROUP = np.array([0, 1, 1, 2, 0])
 
 
 def density(z, data):
-    """Adds to indexed places in its gradient."""
+    """Return a log density whose gradient adds to indexed places."""
     return -0.5 * ((z[GROUP] - data) ** 2).sum() - 0.5 * (z**2).sum()
 
 

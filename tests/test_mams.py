@@ -29,7 +29,7 @@ def log_density(row):
 
 
 def started(density, rows, step_size, num_warmup, scheme=None):
-    """Return chains that have not moved, and their adaptation."""
+    """Return chains at their starts, and the start of their adaptation."""
     init = adjusted_mclmc_dynamic.init
     chains = jax.vmap(lambda row: init(row, density, 0))(rows)
     chains = chains._replace(random_generator_arg=jnp.zeros((), int))
@@ -80,7 +80,7 @@ def test_the_step_is_blackjax(key):
 @pytest.mark.long
 @pytest.mark.core
 def test_steps_that_are_too_long_leave_no_bias(key):
-    """Unadjusted ends of trajectories do not follow the density; accepted ends do."""
+    """Accepted ends of trajectories follow the density; proposed ends do not."""
     size, scheme = 10, Scheme()
     widths = jnp.geomspace(0.3, 3.0, size)
 
@@ -106,7 +106,7 @@ def test_steps_that_are_too_long_leave_no_bias(key):
     assert 0.3 < rate.mean() < 0.9
     energies = [((x / widths[None, None]) ** 2).sum(axis=-1).T for x in (accepted, proposed)]
     errors = [z_scores(energy, size) for energy in energies]
-    assert errors[0] < 4 and errors[1] > 8, errors  # if all were accepted
+    assert errors[0] < 4 and errors[1] > 8, errors  # the second: every end is accepted
 
 
 def z_scores(draws, mean):
@@ -118,13 +118,13 @@ def z_scores(draws, mean):
 
 @pytest.mark.core
 def test_the_length_follows_correlations(key):
-    """Widths of directions are estimated without the part that few chains add."""
+    """Widths of directions are estimated without the excess that a small number of chains adds."""
     size, rho = 40, 0.8
     rows = jax.random.normal(key, (200, CHAINS, size))
     paired = rows.at[..., 1].set(rho * rows[..., 0] + (1 - rho**2) ** 0.5 * rows[..., 1])
     paired = jnp.arange(1.0, size + 1)[None, None] * paired + 7.0
     counts = jnp.arange(CHAINS) < CHAINS - 3
-    paired = paired.at[:, -3:].set(1e3)  # which do not count
+    paired = paired.at[:, -3:].set(1e3)  # these chains do not count
     sigma = jnp.broadcast_to(jnp.arange(1.0, size + 1)[None], (CHAINS, size))
     metric = SharedMetric.identity(CHAINS, size, 0, rows.dtype)._replace(sigma=sigma)
     sums = jax.jit(jax.vmap(lambda rows: widths_of(rows, counts, metric)))(paired)
@@ -132,20 +132,20 @@ def test_the_length_follows_correlations(key):
     error = np.asarray(sums.std(axis=0)) / np.sqrt(200)
     scores = abs(np.asarray(sums.mean(axis=0)) - expected) / error
     assert scores.max() < 4.5
-    assert scores.max() < (size / CHAINS / error).min()  # what few chains make up
+    assert scores.max() < (size / CHAINS / error).min()  # the excess from few chains
     chains, adaptation = started(lambda row: -0.5 * (row**2).sum(), rows[0], 0.5, 10)
     half_turn = np.pi * time_unit(size)
     assert half_turn <= adaptation.trajectory_length[0] < 1.6 * half_turn
 
 
 def exploding(row):
-    """A normal with widths 1 and 3, whose density beyond 8 drops as in an unstable recursion."""
+    """A normal with widths 1 and 3; beyond 8 its density drops as in an unstable recursion."""
     inside = -0.5 * (row**2 / jnp.array([1.0, 9.0])).sum()
     return inside - jnp.where(jnp.abs(row[0]) > 8.0, jnp.abs(row[0]) ** 20, 0.0)
 
 
 def metric_of(adaptation):
-    """Return the covariance that a metric speaks of."""
+    """Return the covariance that a metric represents."""
     sigma, directions, eigenvalues = map(np.asarray, adaptation.metric.inverse_mass)
     inner = np.eye(len(sigma)) + directions @ np.diag(eigenvalues - 1.0) @ directions.T
     return sigma[:, None] * inner * sigma
@@ -170,7 +170,7 @@ def test_mams_takes_nothing_from_chains_that_explode(key):
     for name in ("step_size", "trajectory_length"):
         np.testing.assert_allclose(getattr(found, name), getattr(usual, name), rtol=0.15)
     np.testing.assert_allclose(np.diag(metric_of(found)), np.diag(metric_of(usual)), rtol=0.2)
-    assert np.var(far[:, 0]) > 5.0 * metric_of(found)[0, 0]  # if all did count
+    assert np.var(far[:, 0]) > 5.0 * metric_of(found)[0, 0]  # the variance if all chains counted
 
 
 @pytest.mark.long
@@ -190,7 +190,7 @@ def test_one_latent_alone():
     mcmc.run(jax.random.key(0), init_params=first)
     draws = mcmc.get_samples(group_by_chain=True)["rate"]
     assert z_scores(draws, 1.5) < 4 and z_scores((draws - 1.5) ** 2, 0.75) < 4
-    assert z_scores(draws, 1.0) > 8  # the mode
+    assert z_scores(draws, 1.0) > 8  # 1.0 is the mode
 
 
 def test_options():

@@ -54,7 +54,7 @@ def test_a_member_is_a_single_run(name, key):
     latents = [name for name in ours.params if f"{name}_auto_loc" in alone.params]
     assert latents
     filled = {name for name, value in alone.params.items() if jax.tree.leaves(value)}
-    assert len(ours.params) == len(filled)  # a random module keeps places for its latents
+    assert len(ours.params) == len(filled)  # a random module has empty entries for its latents
     for name, value in ours.params.items():
         theirs = alone.params[f"{name}_auto_loc" if name in latents else name]
         leaves_close(value, theirs, rtol=1e-6, atol=1e-9)
@@ -245,7 +245,7 @@ def test_from_log_joint_agrees_with_the_model(key):
 
 
 @pytest.mark.long
-@pytest.mark.promotes_ranks  # Flax does
+@pytest.mark.promotes_ranks  # Flax promotes
 def test_an_nnx_module_follows_batches(key):
     def make(key):
         return nnx.Linear(2, 1, rngs=nnx.Rngs(key), param_dtype=jnp.result_type(float))
@@ -270,7 +270,7 @@ def test_an_nnx_module_follows_batches(key):
 @pytest.mark.long
 @pytest.mark.parametrize("weight", [1.0, 0.3])
 def test_the_density_of_a_model_is_a_raw_density(key, weight):
-    """Its sites are not those of the fit: nothing is drawn, weighed or warned of."""
+    """The model's sites are not sites of the fit: none is drawn, reweighted or warned about."""
     options = {"ensemble_size": 2, "prior_weight": weight}
     starts = jax.vmap(init_w)(jax.random.split(key, 2))
     optim = numpyro.optim.Adam(0.1)

@@ -79,9 +79,10 @@ def test_draws_are_near_the_posterior(fitted):
     draws = fitted.get_samples(group_by_chain=True)
     assert draws["w"].shape == (CHAINS, 60, 2, 2) and draws["twice"].shape == (CHAINS, 60)
     seen = draws["w"][..., 0, 1]
-    assert abs(seen.mean() - Y.sum() / 5) < 0.05 < Y.mean() - Y.sum() / 5  # the likelihood alone
+    # Y.mean(): by the likelihood alone
+    assert abs(seen.mean() - Y.sum() / 5) < 0.05 < Y.mean() - Y.sum() / 5
     assert abs(seen.var() * 5 - 1.0) < 0.2 and abs(draws["w"][..., 1, 0].var() - 1.0) < 0.2
-    assert abs(draws["s"].mean() - 2.5) < 0.12  # whose mode is 2
+    assert abs(draws["s"].mean() - 2.5) < 0.12  # its mode is 2
     fields = fitted.get_extra_fields(group_by_chain=True)
     assert fields["energy_var"].shape == (CHAINS, 60)
     assert 2e-4 < fields["energy_var"].mean() < 7.5e-4
@@ -99,7 +100,7 @@ def test_a_state_goes_on(fitted):
     norms = jnp.linalg.norm(
         jnp.concatenate([x.reshape(CHAINS, -1) for x in fitted.last_state.r.values()], 1), axis=1
     )
-    np.testing.assert_allclose(norms, 1.0, rtol=1e-5)  # the speed is kept
+    np.testing.assert_allclose(norms, 1.0, rtol=1e-5)  # the speed stays 1
 
 
 @pytest.mark.long
@@ -115,7 +116,7 @@ def test_steps_that_are_too_long_are_reported(fitted):
 
 
 def variances(condition, size=8, draws=150, warmup=300, factor=1.0, **options):
-    """Return variances over true ones, and the largest of their standard errors."""
+    """Return the ratios of variances to the true ones, and their largest standard error."""
     widths = jnp.geomspace(1.0, condition**0.5, size)
     kernel = MCLMC(potential_fn=lambda z: 0.5 * ((z / widths) ** 2).sum(), **options)
     mcmc = sampler(kernel, draws, warmup)
@@ -136,7 +137,7 @@ def variances(condition, size=8, draws=150, warmup=300, factor=1.0, **options):
 @pytest.mark.parametrize("adapt", ["all", "each"])
 @pytest.mark.parametrize("condition", [1.0, 100.0, 10_000.0])
 def test_the_bias_is_bounded(condition, adapt):
-    """Variances are too large by a twentieth: b^2 of the squares is 0.001; 0.01 is asked for."""
+    """Variances are too large by a twentieth: b^2 of the squares is 0.001, a tenth of 0.01."""
     options = {"warmup": 300} if adapt == "all" else {"warmup": 1200, "draws": 300}
     found, error = variances(condition, adapt=adapt, **options)
     assert error < 0.05
@@ -149,7 +150,7 @@ def test_the_bias_follows_what_is_asked_for():
     coarse, _ = variances(100.0, desired_energy_var=5e-2)
     wrong, _ = variances(100.0, factor=10.0)
     assert abs(exact.mean() - 1.0) < 0.03 < 0.12 < coarse.mean() - 1.0
-    assert not abs(wrong.mean() - 1.04) < 0.08  # as the test above asks
+    assert not abs(wrong.mean() - 1.04) < 0.08  # the bound of the test above
 
 
 def test_the_energy_variance_goes_from_one_value_to_another():
@@ -176,12 +177,12 @@ def test_draws_are_made_with_the_last_energy_variance(adapt):
     mcmc.run(jax.random.key(2))
     drawn = mcmc.get_extra_fields(group_by_chain=True)["energy_var"].mean()
     assert 2.5e-4 < drawn < 1e-3
-    assert 4e-3 < np.median(found[180:220]) < 4e-2  # 0.011 in the middle
+    assert 4e-3 < np.median(found[180:220]) < 4e-2  # 0.011 is expected in the middle
 
 
 @pytest.mark.long
 def test_chains_alone_count_their_large_errors():
-    """In a funnel errors have heavy tails: 1.8 of what is asked for by the last trusted ones."""
+    """Energy errors in a funnel have heavy tails: trusted ones alone give 1.8 times the target."""
 
     def potential(z):
         return z[0] ** 2 / 4.5 + 0.5 * (z[1:] ** 2).sum() * jnp.exp(-z[0]) + 5.5 * z[0]
@@ -221,11 +222,11 @@ def test_chains_alone_stay_in_modes_of_their_own():
     for i, width in enumerate(widths):
         assert abs(centred[i::2].std() / width - 1.0) < 0.15
     scale = jnp.sqrt(mcmc.last_state.adapt_state.alone.variance).mean(axis=1)
-    assert (abs(jnp.log(scale / widths[which])) < 0.7).all()  # all together have 30
+    assert (abs(jnp.log(scale / widths[which])) < 0.7).all()  # one scale for all chains would be 30
 
 
 def test_the_first_step_does_not_lead_out_of_a_narrow_mode():
-    """It is a quarter of the root of 60 dimensions, 190 widths, and another mode is wide."""
+    """The step is a quarter of the root of 60 dimensions: 190 widths of the narrow mode."""
 
     def potential(z):
         narrow = 0.5 * ((z / 0.01) ** 2).sum() + len(z) * jnp.log(0.01)
@@ -233,7 +234,7 @@ def test_the_first_step_does_not_lead_out_of_a_narrow_mode():
         return -jax.nn.logsumexp(jnp.stack([-narrow, -wide]))
 
     mcmc = sampler(MCLMC(potential_fn=potential, adapt="each"), 40, 300, num_chains=4)
-    mcmc.run(jax.random.key(0), init_params=jnp.zeros((4, 60)))  # at the mode, all alike
+    mcmc.run(jax.random.key(0), init_params=jnp.zeros((4, 60)))  # all chains start at the mode
     draws = np.asarray(mcmc.get_samples())
     assert abs(draws.mean(axis=1)).max() < 0.01 and abs(draws.std() / 0.01 - 1.0) < 0.1
 

@@ -32,7 +32,7 @@ CHAINS, DRAWS = 64, 70  # with 16 chains MEADS may mix ten times worse
 
 
 def model(y=None):
-    """A mean with a known posterior, and a scale that the data say nothing of."""
+    """A mean with a known posterior, and a scale that the data do not depend on."""
     mu = numpyro.sample("mu", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
     s = numpyro.sample("s", dist.HalfNormal(1.0))
     numpyro.deterministic("twice", 2 * s)
@@ -73,10 +73,10 @@ def test_draws_agree_with_the_posterior(fitted):
     assert fitted.get_samples()["s"].shape == (CHAINS * DRAWS,)
     mean = Y.sum() / 5
     assert z_scores(draws["mu"][..., 0], mean) < 4
-    assert z_scores(draws["mu"][..., 0], Y.mean()) > 6  # the likelihood alone
+    assert z_scores(draws["mu"][..., 0], Y.mean()) > 6  # Y.mean(): by the likelihood alone
     assert z_scores(draws["s"], np.sqrt(2 / np.pi)) < 4
     assert z_scores((draws["mu"][..., 0] - mean) ** 2, 1 / 5) < 4
-    assert z_scores((draws["mu"][..., 0] - mean) ** 2, 1.0) > 6  # the prior alone
+    assert z_scores((draws["mu"][..., 0] - mean) ** 2, 1.0) > 6  # 1.0: by the prior alone
     np.testing.assert_allclose(draws["twice"], 2 * draws["s"])
 
 
@@ -88,7 +88,7 @@ def test_what_mcmc_does_with_draws(fitted, capsys):
     if isinstance(fitted.sampler, MAMS):
         assert kinetic == 0.0  # the speed is constant
     else:
-        assert abs(kinetic - 1.5) < 0.15  # half of three dimensions
+        assert abs(kinetic - 1.5) < 0.15  # half a unit for each of three dimensions
     assert ((fields["accept_prob"] >= 0) & (fields["accept_prob"] <= 1)).all()
     steps = fields["num_steps"]
     assert (steps == 8 if isinstance(fitted.sampler, MEADS) else steps >= 1).all()
@@ -112,7 +112,7 @@ def test_what_mcmc_does_with_draws(fitted, capsys):
 @QUICK_IN_MEADS
 def test_a_state_goes_on(fitted, compile_count):
     last = fitted.post_warmup_state = fitted.last_state
-    keys = fitted.post_warmup_state.rng_key  # as NumPyro's documentation has it
+    keys = fitted.post_warmup_state.rng_key  # as in NumPyro's documentation
     with compile_count() as compilations:
         fitted.run(keys, Y)
     assert compilations.count < 12, compilations.names
@@ -146,7 +146,7 @@ def test_warmup_and_thinning():
     mcmc.run(jax.random.PRNGKey(1), Y)
     assert mcmc.get_samples(group_by_chain=True)["s"].shape == (CHAINS, 4)
     assert (mcmc.last_state.i == 50).all()
-    assert starts == [CHAINS]  # in warm-up, never by run
+    assert starts == [CHAINS]  # called in warm-up, not in run
 
 
 def test_the_density_is_that_of_the_arguments(compile_count):
@@ -160,7 +160,7 @@ def test_the_density_is_that_of_the_arguments(compile_count):
         draws = mcmc.get_samples(group_by_chain=True)["mu"][..., 0]
         assert z_scores(draws, (Y + shift).sum() / 5) < 4
         if shift:
-            assert z_scores(draws, Y.sum() / 5) > 6  # the first data set
+            assert z_scores(draws, Y.sum() / 5) > 6  # the mean for the first data set
     assert others[1:] == [[]], others  # MCMC compiles its loop at every run
 
 
@@ -188,7 +188,7 @@ def test_the_first_density_is_that_of_the_surroundings(monkeypatch):
 def test_a_state_goes_on_with_other_data():
     mcmc = sampler(ChEES(model, start="init"), draws=100, num_chains=16)
     mcmc.warmup(jax.random.key(0), Y)
-    mcmc.run(jax.random.key(1), Y - 20.0)  # proposals are far less likely than for the data before
+    mcmc.run(jax.random.key(1), Y - 20.0)  # the old density is far above that of any proposal
     draws = mcmc.get_samples(group_by_chain=True)["mu"][:, 50:, 0]
     assert z_scores(draws, (Y - 20.0).sum() / 5) < 4
 
@@ -237,7 +237,7 @@ def test_latents_on_a_simplex_and_in_order(kernel):
     draws = mcmc.get_samples(group_by_chain=True)
     for i, alpha in enumerate(counts + 1.0):
         assert z_scores(draws["p"][..., i], alpha / 13.0) < 4
-        assert z_scores(draws["p"][..., i], counts[i] / 10.0) > 4  # no prior
+        assert z_scores(draws["p"][..., i], counts[i] / 10.0) > 4  # the mean without a prior
     # the lower and the upper of two normals
     assert z_scores(draws["o"][..., 1], 1.0 / np.sqrt(np.pi)) < 4
     assert z_scores(draws["o"][..., 0] * draws["o"][..., 1], 0.0) < 4
@@ -265,7 +265,7 @@ def test_a_low_rank_metric():
 
 
 @pytest.mark.long
-@pytest.mark.filterwarnings("ignore:The chains of MEADS have not mixed")  # nor can they
+@pytest.mark.filterwarnings("ignore:The chains of MEADS have not mixed")  # chains cannot cross
 def test_chains_keep_their_identity():
     def potential(z):  # two modes, so far apart that no chain can cross
         return 0.5 * ((jnp.abs(z) - 50.0) ** 2).sum()
@@ -281,7 +281,7 @@ def test_chains_keep_their_identity():
     assert all(x.shape[:2] == (CHAINS, 40) for x in jax.tree.leaves(states))
     for _ in range(2):
         draws = mcmc.get_samples(group_by_chain=True)
-        assert (jnp.sign(draws) == signs[:, None]).all()  # BlackJAX moves chains about
+        assert (jnp.sign(draws) == signs[:, None]).all()  # BlackJAX reorders chains
         assert (draws[:, -1] != draws[:, 0]).all()
         mcmc.run(jax.random.PRNGKey(2))
     assert mcmc.last_state.adapt_state.slot.tolist() != list(range(CHAINS))
@@ -289,7 +289,7 @@ def test_chains_keep_their_identity():
 
 @pytest.mark.long
 def test_the_bar_moves(capfd, monkeypatch):
-    for name in ("CI", "PYTEST_XDIST_WORKER"):  # where NumPyro shows none
+    for name in ("CI", "PYTEST_XDIST_WORKER"):  # NumPyro shows no bar where one of them is set
         monkeypatch.delenv(name, raising=False)
     mcmc = sampler(MEADS(model, start="init"), draws=5, warmup=5, progress_bar=True)
     mcmc.run(jax.random.key(0), Y)
@@ -317,7 +317,8 @@ def test_cold_posteriors(kernel):
     cold, warm = 8.0, 2.0
     model = reweight(positive, prior=cold, likelihood=warm)
     mcmc = sampler(kernel(model), draws=200, warmup=150)
-    start = {"s": 0.5 * jax.random.normal(jax.random.key(1), (CHAINS,))}  # the same for all three
+    # the same start for every kernel
+    start = {"s": 0.5 * jax.random.normal(jax.random.key(1), (CHAINS,))}
     mcmc.run(jax.random.key(0), init_params=start)
     draws = np.log(mcmc.get_samples(group_by_chain=True)["s"])
     s = np.linspace(1e-3, 4, 20_000)
@@ -328,5 +329,5 @@ def test_cold_posteriors(kernel):
         return (weights * np.log(s)).sum() / weights.sum()
 
     assert z_scores(draws, mean_log(log_density)) < 4
-    # as if NumPyro's factor for the change of variables belonged to the likelihood
+    # the mean if NumPyro's factor for the change of variables belonged to the likelihood
     assert z_scores(draws, mean_log(log_density + (warm - 1) * np.log(s))) > 8

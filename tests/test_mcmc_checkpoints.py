@@ -33,7 +33,7 @@ SCRIPT = Path(__file__).with_name("killed_chains.py")
 @pytest.fixture(autouse=True)
 def _few_draws():
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # chains are few and short
+        warnings.simplefilter("ignore")  # few and short chains do not mix
         yield
 
 
@@ -55,11 +55,11 @@ def kept(folder):
 @pytest.mark.long
 @pytest.mark.parametrize("name", KERNELS)
 def test_the_draws_are_those_of_one_run(tmp_path, name):
-    """From no checkpoint, from one in warm-up, at its end, and among the draws."""
+    """A run starts from no checkpoint, or from one in warm-up, at its end or among the draws."""
     fields = () if name in ("AIES", "Gibbs") else ("potential_energy",)
     whole = chains(name, thinning=2 if name == "one NUTS" else 1)
     whole.run(jax.random.key(0), Y, extra_fields=fields)
-    mcmc = copy(whole)  # which has its programs
+    mcmc = copy(whole)  # the copy shares the compiled programs
     checkpoint = Checkpoint(tmp_path, every=10, keep=9)
 
     def go_on():
@@ -125,7 +125,7 @@ def test_checkpoints_of_another_run_are_refused(half, mcmc, key, args, said):
     ids=["HMC", "NUTS", "ChEES"],
 )
 def test_another_number_in_the_model_is_found(tmp_path, other):
-    """It changes no name, no shape and no data: the density tells."""
+    """The number changes no name, no shape and no data, so the log density is compared."""
     kept = Checkpoint(tmp_path, every=5)
 
     def run(scale):
@@ -150,7 +150,7 @@ def test_another_number_in_the_model_is_found(tmp_path, other):
 @pytest.mark.long
 @pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_leaves_what_there_is(tmp_path):
-    """From within a potential energy that counts how often it is evaluated."""
+    """A potential energy that counts its evaluations sends the interrupt."""
     calls, presses = [], []
 
     def press(_):
@@ -196,7 +196,7 @@ def test_what_is_no_run(tmp_path):
 
 
 def fail_to_start(mcmc, folder):
-    with pytest.raises(AssertionError):  # of NumPyro, which lacks a latent
+    with pytest.raises(AssertionError):  # NumPyro's error: the start lacks a latent
         wrong = {"a": 1.0}
         kept = Checkpoint(folder, every=10)
         run_checkpointed(mcmc, kept, jax.random.key(0), Y[:, None, None], init_params=wrong)
@@ -224,7 +224,7 @@ def test_a_run_after_one_that_failed(tmp_path):
 
 @pytest.mark.long
 def test_chains_that_did_not_mix_are_named_once(tmp_path):
-    """Two modes far apart: each piece would say so alone."""
+    """Two modes are far apart: each piece alone would warn, but the run warns once."""
     kernel = ChEES(potential_fn=lambda z: -jax.numpy.logaddexp(-((z - 9) ** 2), -((z + 9) ** 2))[0])
     mcmc = MCMC(
         kernel, num_warmup=20, num_samples=40, num_chains=8, chain_method="vectorized",
@@ -235,7 +235,7 @@ def test_chains_that_did_not_mix_are_named_once(tmp_path):
         warnings.simplefilter("always")
         kept = Checkpoint(tmp_path, every=20)
         run_checkpointed(mcmc, kept, jax.random.key(0), init_params=start)
-    (said,) = caught  # and no checkpoint failed, although the metric has an empty array
+    (said,) = caught  # no checkpoint warned, although the metric has an empty array
     assert "have not mixed" in str(said.message) and "'the position'[0]" in str(said.message)
     draws = mcmc.get_samples(group_by_chain=True)
     assert draws.shape == (8, 40, 1)
@@ -259,7 +259,7 @@ def finish(process):
 @pytest.mark.long
 @pytest.mark.parametrize("name", ["MEADS", "NUTS"])
 def test_kill_9_at_any_moment(tmp_path, name):
-    """Kill chains repeatedly: they end with the same bits, and repeat two pieces at most."""
+    """Chains that are killed repeatedly end with the same bits, and repeat two pieces at most."""
     rng, kills = random.Random(1), int(os.environ.get("KILLS", "4"))
     finish(started(name, tmp_path / "one", tmp_path / "one.npz"))
     folder = tmp_path / "kept"
@@ -268,7 +268,7 @@ def test_kill_9_at_any_moment(tmp_path, name):
         process.stdout.readline()
         before = seen = max(kept(folder), default=0) if folder.exists() else 0
         begin, wait = time.monotonic(), rng.uniform(0, 2)
-        while process.poll() is None and seen == before:  # until a piece has come to an end
+        while process.poll() is None and seen == before:  # until a piece has ended
             seen = max(kept(folder), default=0) if folder.exists() else 0
             time.sleep(0.01)
             assert time.monotonic() - begin < 300
@@ -282,7 +282,7 @@ def test_kill_9_at_any_moment(tmp_path, name):
         assert max(kept(folder)) >= seen
     before = max(kept(folder))
     lines = finish(started(name, folder, tmp_path / "other.npz")).splitlines()
-    if before < 600:  # else it was killed at its very end
+    if before < 600:  # otherwise the run was killed at its very end
         assert int(lines[1].split()[1]) == before + 20, "it went on, and did not begin anew"
     one, other = (np.load(tmp_path / f"{which}.npz") for which in ("one", "other"))
     assert one.files == other.files

@@ -20,14 +20,14 @@ GOOD = np.setdiff1d(np.arange(CHAINS), BAD)
 
 
 def exploding(row):
-    """A normal with widths 1 and 3, whose density beyond 8 drops as in an unstable recursion."""
+    """A normal with widths 1 and 3; beyond 8 its density drops as in an unstable recursion."""
     inside = -0.5 * (row**2 / jnp.array([1.0, 9.0])).sum()
     return inside - jnp.where(jnp.abs(row[0]) > 8.0, jnp.abs(row[0]) ** 20, 0.0)
 
 
 @pytest.fixture
 def rows():
-    """Give positions in the typical set, with three chains where the density drops."""
+    """Return positions in the typical set, and three positions where the density drops."""
     draws = np.random.default_rng(0).normal(size=(CHAINS, 2)) * np.array([1.0, 3.0])
     draws[BAD] = [[15.0, 0.0], [-20.0, 1.0], [12.0, 2.0]]
     return jnp.asarray(draws)
@@ -40,7 +40,7 @@ def test_chains_count_unless_they_are_hopelessly_behind(rows):
     some = values.at[7].set(jnp.nan)
     np.testing.assert_array_equal(np.flatnonzero(~counted(some, 2)), [3, 7, 10, 40])
     assert counted(jnp.array([0.0, -49.0, -51.0, 9.0, 0.0]), 2).tolist() == [1, 1, 0, 1, 1]
-    assert counted(jnp.array([0.0, -1e9, -1e9, 1.0]), 2).all()  # too few would be left
+    assert counted(jnp.array([0.0, -1e9, -1e9, 1.0]), 2).all()  # too few chains would be left
 
 
 def test_statistics_are_those_of_the_chains_that_count(rows):
@@ -59,12 +59,12 @@ def test_meads_takes_nothing_from_chains_that_explode(rows):
     values, slopes = jax.vmap(jax.value_and_grad(exploding))(rows)
     begin = jax.jit(meads_start, static_argnums=4)
     found = begin(rows, values, slopes, progress, scheme)
-    first = np.asarray(rows[:16])[GOOD[:14]]  # lent to the second fold
+    first = np.asarray(rows[:16])[GOOD[:14]]  # the second fold uses these
     np.testing.assert_allclose(found.scale[16], first.std(axis=0), rtol=1e-6)
     largest = maximum_eigenvalue(slopes[GOOD[:14]] * first.std(axis=0)[None])
     np.testing.assert_allclose(found.step_size[16], 0.5 / largest**0.5, rtol=1e-6)
     assert 0.3 < found.step_size.min()
-    owned = begin(rows, jnp.zeros(CHAINS), slopes, progress, scheme)  # if all did count
+    owned = begin(rows, jnp.zeros(CHAINS), slopes, progress, scheme)  # all chains count
     assert owned.step_size.min() < 1e-10
     *_, known = survey(exploding, rows, 4)
     assert known.eigenvalue.max() < 3.0
@@ -92,4 +92,4 @@ def test_chees_takes_nothing_from_chains_that_explode(rows, key):
     for name in ("step_size", "trajectory_length"):
         np.testing.assert_allclose(getattr(found, name), getattr(usual, name), rtol=0.1)
     np.testing.assert_allclose(found.metric.sigma, usual.metric.sigma, rtol=0.1)
-    assert np.std(rows[:, 0]) > 2.0 * found.metric.sigma[0, 0]  # if all did count
+    assert np.std(rows[:, 0]) > 2.0 * found.metric.sigma[0, 0]  # the width if all chains counted

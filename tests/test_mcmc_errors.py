@@ -119,7 +119,7 @@ def test_starts_that_cannot_be_used(kernel):
     bad = start()["mu"].at[jnp.array([3, 7]), 0].set(jnp.nan)
     with pytest.raises(ValueError, match="2 of 64 chains start .*not finite: 3, 7. Leave"):
         run(kernel(model), init_params={"mu": bad})
-    alike = start()["mu"].at[:, 1].set(0.1)  # whose mean is another number, by rounding
+    alike = start()["mu"].at[:, 1].set(0.1)  # their mean differs from 0.1 by rounding
     with pytest.raises(ValueError, match="same value of 'mu'.*must be spread. Leave init_params"):
         run(kernel(model), init_params={"mu": alike})
     with pytest.raises(ValueError, match=r"'mu'\] takes .* shape \(64, 2\), .*got \(64,\)"):
@@ -189,7 +189,7 @@ def test_a_chain_that_falls_off_comes_back(kernel):
     assert (diverging.sum(axis=1) > 0).mean() > 0.5
     assert (mcmc.last_state.num_divergences >= diverging.sum(axis=1)).all()
     moved = (jnp.diff(draws[:, -50:], axis=1) != 0).any(axis=(1, 2))
-    assert moved.all()  # long after its first fall
+    assert moved.all()  # also long after a chain's first divergence
 
 
 def bent(z):
@@ -213,6 +213,6 @@ def test_a_step_off_the_edge(key, potential):
     np.testing.assert_array_equal(ours.position, z)
     np.testing.assert_array_equal(ours.logdensity_grad, chains.logdensity_grad)
     np.testing.assert_allclose(ours.slice, (chains.slice + 1.005) % 2 - 1, rtol=1e-5)
-    assert ours.momentum[0, 0] < -8  # it turns back
+    assert ours.momentum[0, 0] < -8  # its momentum is reversed
     again, outcome = step(jax.random.split(key, 1), ours, density, *given)
     assert again.position[0, 0] < 1.4 and outcome.num_divergences == 0

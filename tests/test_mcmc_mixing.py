@@ -48,7 +48,7 @@ def start(seed=0):
 
 @pytest.mark.long
 def test_chains_that_cannot_move_are_told_of():
-    """Behind a wall that comes near after warm-up."""
+    """After warm-up a wall comes so near that no chain can move."""
     mcmc = sampler(ChEES(model), progress_bar=False)
     mcmc.warmup(jax.random.key(0), jnp.inf, init_params=start())
     still = "64 of 64 chains of ChEES did not move in 20 draws: 0, 1, .*R-hat is up"
@@ -64,7 +64,7 @@ def test_chains_that_cannot_move_are_told_of():
 @pytest.mark.long
 @pytest.mark.parametrize("kernel", [ChEES, MEADS, MAMS])
 def test_runs_report_how_they_mixed(kernel):
-    """One compiled loop: mixed draws cause no warning, and draws of chains that cannot move do."""
+    """In one compiled loop, mixed draws cause no warning, and chains that cannot move do."""
     mcmc = sampler(kernel(model), warmup=100, jit_model_args=True)
     fields = ("iterations_since_move", "frozen")
     with warnings.catch_warnings():
@@ -87,13 +87,13 @@ def test_runs_report_how_they_mixed(kernel):
 
 
 def draws_of(num_draws=40, shift=0.0):
-    """Return draws of chains half of which are elsewhere by `shift`."""
+    """Return draws of chains, every second of which is moved by `shift`."""
     rng = np.random.default_rng(0)
     far = shift * (np.arange(8) % 2)[:, None, None]
     return {
         "zeta": rng.normal(size=(8, num_draws)),
         "at": rng.normal(size=(8, num_draws, 3)) + far * np.array([0.0, 0.0, 1.0]),
-        "corner": np.ones((8, num_draws, 2, 2)),  # of a Cholesky factor
+        "corner": np.ones((8, num_draws, 2, 2)),  # constant, as an entry of a Cholesky factor
         "empty": np.zeros((8, num_draws, 0)),
         "not_a_latent": np.arange(8.0)[:, None] * np.ones(num_draws),
     }
@@ -111,7 +111,7 @@ def test_split_rhat_is_that_of_arviz():
 
 
 def test_robust_rhat_is_near_to_the_rank_normalised_one():
-    """Chains elsewhere are found despite heavy tails, and wider chains despite equal places."""
+    """Shifted chains are found despite heavy tails, and wider chains despite equal locations."""
     rng = np.random.default_rng(1)
     normal = rng.normal(size=(8, 200, 1))
     apart, wider = normal.copy(), normal.copy()
@@ -132,7 +132,7 @@ def test_chains_that_do_not_mix_are_named():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         check_mixing(draws_of(), ADVICE)
-        check_mixing(draws_of(num_draws=8, shift=3.0), ADVICE)  # too few to tell
+        check_mixing(draws_of(num_draws=8, shift=3.0), ADVICE)  # too few draws to judge
         check_mixing({name: 0.0 * x for name, x in draws_of().items()}, ADVICE)  # never collected
     with pytest.warns(
         UserWarning, match=r"up to \d\.\d+, at 'at'\[2\], .* for 1 of 8 .* Try, in this order: this"
@@ -142,7 +142,7 @@ def test_chains_that_do_not_mix_are_named():
     one["zeta"][3] = one["zeta"][3, 0]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        check_mixing(one, ADVICE)  # it moves at the other sites
+        check_mixing(one, ADVICE)  # chain 3 moves at the other sites
     one["at"][3] = one["at"][3, 0]
     with pytest.warns(
         UserWarning, match="1 of 8 chains of MEADS did not move in 40 .* order: that"
@@ -177,7 +177,7 @@ def test_chains_in_modes_of_their_own_are_judged_alone():
         check_mixing({name: 0.0 * x for name, x in modes().items()}, ALONE)  # never collected
         few = modes(19)
         few["zeta"][2] += np.arange(19.0)
-        check_mixing(few, ALONE)  # too few to tell
+        check_mixing(few, ALONE)  # too few draws to judge
     second = np.arange(60) >= 30
     draws = modes()
     draws["zeta"][2] += np.linspace(0.0, 6.0, 60)
@@ -186,7 +186,7 @@ def test_chains_in_modes_of_their_own_are_judged_alone():
     with pytest.warns(UserWarning, match=said):
         check_mixing(draws, ALONE)
     draws = modes()
-    draws["at"][5, second, 1, 0] *= 1000.0  # as wide as that
+    draws["at"][5, second, 1, 0] *= 1000.0  # its width changes a thousandfold
     with pytest.warns(
         UserWarning, match=r"settled: 5\. .*at 'at'\[1, 0\] of chain 5.* for 1 of 30"
     ):
@@ -204,8 +204,8 @@ def test_good_chains_alone_are_seldom_told_of():
     heavy = [rng.standard_cauchy(size=(8, n, 30)) for n in (20, 40, 200) for _ in range(30)]
     for runs in (normal, heavy):
         told = [within_rhat(x).max() > limit_alone(8 * 30, x.shape[1] // 2) for x in runs]
-        assert np.mean(told) <= 0.04  # 0.01 are expected; R-hat of 1.05 would tell of all
-        assert all(within_rhat(x).max() > 1.05 for x in runs[:30])
+        assert np.mean(told) <= 0.04  # 0.01 is expected
+        assert all(within_rhat(x).max() > 1.05 for x in runs[:30])  # a limit of 1.05 would warn
 
 
 def test_blocks_of_values_are_named_right(monkeypatch):

@@ -18,7 +18,7 @@ POINTS = jnp.linspace(0.0, 1.0, 20)
 
 
 def cliff(edge=1.0):
-    """Two normals; the density of the first by name is NaN beyond the edge."""
+    """Two normals; the density is NaN where `a` is beyond the edge."""
     numpyro.sample("b", dist.Normal(0.0, 3.0).expand([2]).to_event(1))
     a = numpyro.sample("a", dist.Normal(0.0, 1.0))
     numpyro.factor("edge", jnp.where(a < edge, 0.0, jnp.nan) * a)
@@ -59,11 +59,11 @@ def test_chains_that_start_nowhere_start_beside_others(kernel):
     with pytest.raises(
         ValueError, match="1 of 64 chains start .* not finite: 0. Leave init_params"
     ):
-        kernel(cliff).init(keys, 10, beyond(1)(keys[0], CHAINS))  # what a user gives stays
+        kernel(cliff).init(keys, 10, beyond(1)(keys[0], CHAINS))  # a user's start is not replaced
 
 
 def two_wells():
-    """A normal, and beside it a well of hardly any mass that no chain leaves."""
+    """A normal, and beside it a well that holds hardly any mass and that no chain leaves."""
     x = numpyro.sample("x", dist.Normal(0.0, 1.0))
     well = -1e6 * (x + 1.5) ** 2 - 1e5
     numpyro.factor("well", jnp.where(x < -1.0, well, 0.0))
@@ -80,7 +80,7 @@ def test_searches_that_end_hopelessly_are_dropped():
 
 
 def far_and_tiny():
-    """A normal at -20, and a mode that holds exp(-20) of it where the searches begin."""
+    """A normal at -20, and where the searches begin a mode with exp(-20) of the normal's mass."""
     modes = dist.Normal(jnp.array([-20.0, 1.0]), jnp.array([1.0, 0.05]))
     numpyro.sample("z", dist.MixtureSameFamily(dist.Categorical(logits=MODES), modes))
     numpyro.sample("at", dist.Normal(0.0, 1.0))
@@ -97,13 +97,13 @@ def test_a_mode_of_good_density_that_holds_nothing_is_dropped():
 
 
 def test_searches_are_compared_by_density_times_volume():
-    """The neck of a funnel of 50 widths is 600 higher in log density, without more mass."""
+    """The neck of a funnel of 50 widths has a log density higher by 600, but no more mass."""
     log_density = jnp.tile(jnp.array([0.0, 600.0, 590.0]), 4)
     volumes = jnp.array([0.0, -600.0, -700.0])
     dropped, behind, lowest = _compared(log_density, volumes, 50)
     np.testing.assert_array_equal(dropped, np.tile([False, False, True], 4))
     assert lowest == 0.0 and behind[2] == 110.0
-    dropped, *_ = _compared(log_density, 0.0 * volumes, 50)  # by density alone
+    dropped, *_ = _compared(log_density, 0.0 * volumes, 50)  # compared by density alone
     np.testing.assert_array_equal(dropped, np.tile([True, False, False], 4))
 
 

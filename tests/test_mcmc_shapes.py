@@ -15,7 +15,7 @@ from numpyro_ensemble.mcmc.positions import Coordinates
 
 KERNELS = [MEADS, ChEES, MAMS, MCLMC]
 CHAINS, DRAWS = 64, 40
-TOTAL = 6.5  # what is seen of the sum of two sites
+TOTAL = 6.5  # the observed sum of two sites
 
 
 def model(total):
@@ -46,12 +46,12 @@ def z_scores(draws, mean):
 
 
 def near_the_prior(rng):
-    """Return unconstrained starts; NumPyro's draws of shares and factors are slow to compile."""
+    """Return unconstrained starts: NumPyro's draws of shares and factors are slow to compile."""
     starts = {n: rng.normal(size=(CHAINS, *s)) for n, s in zip(ORDER, SHAPES, strict=True)}
     return starts | {"zeta": 4.0 * starts["zeta"], "alpha": -2.0 + 0.2 * starts["alpha"]}
 
 
-@pytest.mark.promotes_ranks  # NumPyro's LKJCholesky and Dirichlet do
+@pytest.mark.promotes_ranks  # NumPyro's LKJCholesky and Dirichlet promote
 @pytest.mark.parametrize(
     "kernel", [MEADS, *(pytest.param(kernel, marks=pytest.mark.long) for kernel in (ChEES, MAMS))]
 )
@@ -70,7 +70,7 @@ def test_sites_of_every_shape(kernel):
     shapes = {"zeta": (), "one": (1,), "weights": (3, 2), "block": (2, 1, 3), "empty": (0,)}
     for name, shape in shapes.items():
         assert draws[name].shape == (CHAINS, DRAWS, *shape), name
-    each = TOTAL / 13.0  # twelve standard normals and the noise share what is seen
+    each = TOTAL / 13.0  # each of twelve standard normals and the noise has this mean
     correlation = jnp.einsum("...ij,...kj->...ik", draws["factor"], draws["factor"])[..., 1, 0]
     steps = jnp.diff(draws["cuts"], axis=-1)
     expected = {
@@ -87,11 +87,11 @@ def test_sites_of_every_shape(kernel):
     }
     for name, (values, mean) in expected.items():
         assert (z_scores(values, mean) < 4.5).all(), name
-    # the prior alone, the mode of a lognormal, and an LKJ of concentration 1
+    # wrong means: the prior's, the mode of a lognormal, and an LKJ's of concentration 1
     assert (z_scores(draws["weights"], 0.0) > 6).all()
     assert (z_scores(steps, np.exp(-0.25)) > 6).all()
     assert z_scores(correlation**2, 1.0 / 4.0) > 6
-    # coordinates have the model's order: the first is the widest, and that of alpha the narrowest
+    # coordinates have the model's order: the first is the widest, those of alpha the narrowest
     adapted = mcmc.last_state.adapt_state
     scale = adapted.scale[0] if kernel is MEADS else adapted.metric.sigma[0]
     assert scale.shape == (27,) and jnp.argmax(scale) == 0
@@ -101,7 +101,7 @@ def test_sites_of_every_shape(kernel):
 def test_coordinates_follow_the_model():
     rng = np.random.default_rng(0)
     z = {name: rng.normal(size=(5, *s)) for name, s in zip(ORDER, SHAPES, strict=True)}
-    coordinates = Coordinates(jax.tree.map(jnp.asarray, z), ORDER)  # whose keys come back sorted
+    coordinates = Coordinates(jax.tree.map(jnp.asarray, z), ORDER)  # sorts the keys
     rows = coordinates.rows(z)
     expected = np.concatenate([z[name].reshape(5, -1 if z[name].size else 0) for name in ORDER], 1)
     np.testing.assert_array_equal(rows, expected)
@@ -128,14 +128,14 @@ def first_steps(kernel, shape):
 
     def normals(edge):
         z = numpyro.sample("z", dist.Normal(10.0, 1.0).expand(shape).to_event(len(shape)))
-        beyond = jnp.where(jnp.max(z) > edge, jnp.nan, 0.0)  # whose gradient is not a number too
+        beyond = jnp.where(jnp.max(z) > edge, jnp.nan, 0.0)  # its gradient is NaN too
         numpyro.factor("edge", beyond * z.sum())
 
     keys = jax.random.split(jax.random.key(0), CHAINS)
     near = jnp.linspace(9.0, 11.0, CHAINS).reshape(CHAINS, *(1,) * len(shape))
     start = jax.random.permutation(keys[0], near) * jnp.ones((CHAINS, *shape))
     start += 0.1 * jax.random.normal(keys[1], start.shape)
-    # several leapfrog steps of ChEES: the first step beyond the edge makes the later ones NaN
+    # ChEES takes several leapfrog steps: after the first one beyond the edge, the others are NaN
     options = {MEADS: {}, MAMS: {"step_size": 0.02, "metric": "diagonal"}}
     sampler = kernel(normals, **options.get(kernel, {"step_size": 0.02}))
     state = sampler.init(keys, 50, {"z": start}, (np.inf,))
@@ -173,11 +173,12 @@ def test_a_chain_that_diverges_takes_its_share_alone(kernel, shape):
 
 
 def adapted_numbers(kernel, state):
-    """Return step size, spread, and what the time between draws is learned from."""
+    """Return step size, spread, and the number by which the time between draws is adapted."""
     adapted = state.adapt_state
     if kernel is MEADS:
         return adapted.step_size, adapted.scale, adapted.damping
     if kernel is MAMS:
         return adapted.step_size, adapted.metric.sigma**2, adapted.trajectory_length
-    gradient = jnp.sqrt(adapted.inner.optim_state[0].nu)  # of ChEES, by Adam's memory
+    # the size of ChEES's gradients, kept by Adam
+    gradient = jnp.sqrt(adapted.inner.optim_state[0].nu)
     return adapted.step_size, adapted.metric.sigma**2, gradient

@@ -23,7 +23,7 @@ def log_density(z):
 
 
 def of_row(row):
-    """The same of one chain's row."""
+    """Return the log density of one chain's row."""
     return log_density({"a": row[0], "b": row[1:]})
 
 
@@ -38,7 +38,7 @@ def positions(key):
 
 
 def ours(key, start, scheme):
-    """Drive the pure step with the keys that BlackJAX makes of its one."""
+    """Run the pure step with the keys that BlackJAX splits from its one key."""
     init_key, adapt_key = jax.random.split(key)
     chains = jax.vmap(lambda z, k: ghmc.init(z, of_row, k))(
         in_rows(start), jax.random.split(init_key, NUM_CHAINS)
@@ -71,7 +71,7 @@ def theirs(key, start, scheme):
     return states, parameters
 
 
-@pytest.mark.promotes_ranks  # BlackJAX does
+@pytest.mark.promotes_ranks  # BlackJAX promotes
 @pytest.mark.parametrize(
     "scheme",
     [
@@ -107,7 +107,7 @@ def test_the_step_is_blackjax(key, scheme):
         np.testing.assert_allclose(ours_.lam, metric.lam, rtol=1e-6)
         np.testing.assert_allclose(ours_.sigma, metric.sigma, rtol=1e-6)
         np.testing.assert_allclose(abs(ours_.U.T @ metric.U), np.eye(2), atol=1e-6)
-        assert low.number[0] == NUM_CHAINS * (NUM_STEPS - 4)  # from a fifth of warm-up on
+        assert low.number[0] == NUM_CHAINS * (NUM_STEPS - 4)  # counted from a fifth of warm-up on
 
 
 @pytest.mark.long
@@ -130,7 +130,8 @@ def test_draws_are_made_with_averages_over_the_last_half(key):
         jax.random.split(key, NUM_STEPS)
     )
     first, number = NUM_STEPS // 2, NUM_STEPS - NUM_STEPS // 2
-    late = jax.tree.map(lambda x: x[first:-1], after)  # all but the last, after which all is set
+    # without the last, which sets the final values
+    late = jax.tree.map(lambda x: x[first:-1], after)
     before, last = (jax.tree.map(lambda x, i=i: x[i], after) for i in (-2, -1))
     np.testing.assert_allclose(before.sums.curvature, (late.step_size**-2).sum(axis=0), rtol=1e-5)
     np.testing.assert_allclose(before.sums.scale, late.scale.sum(axis=0), rtol=1e-5)

@@ -20,7 +20,7 @@ OPTIONS = {"progress_bar": False}
 
 
 def regression(width, tables, y):
-    """Take a number of the member, rows that are shared, and rows of the member, in plates."""
+    """Regress on a width and rows of the member's own, and on shared rows, in plates."""
     slope = numpyro.sample("slope", dist.Normal(0.0, width).expand([2]).to_event(1))
     base = numpyro.sample("base", dist.Normal(0.0, width))
     with numpyro.plate("kinds", 2, dim=-2), numpyro.plate("rows", len(y), dim=-1):
@@ -34,7 +34,7 @@ def tables(offset):
 
 
 def own_rows():
-    """Give two columns of rows to each of three members."""
+    """Return two columns of rows for each of three members."""
     return np.stack([OWN, OWN + 1.0], axis=-1)
 
 
@@ -42,14 +42,14 @@ def own_rows():
 @pytest.mark.parametrize("shared", [True, pytest.param(False, marks=pytest.mark.long)])
 def test_a_member_with_rows_of_its_own_is_a_single_run_on_them(shared, key):
     keys, y = jax.random.split(key, 3), own_rows()
-    how = {"batch_size": 3, "shared_batches": shared, **OPTIONS}  # 3, 3, and a ragged 2 of 8 rows
+    how = {"batch_size": 3, "shared_batches": shared, **OPTIONS}  # batches of 3, 3 and 2 of 8 rows
     runner = EnsembleMAP(regression, ADAM, ensemble_size=3)
     result = runner.run(key, 7, WIDTHS, tables(Y), y, member_args=["width", "y"], **how)
     single = EnsembleMAP(regression, ADAM, ensemble_size=1)
 
     def alone(e, rows):
         state = single.init(keys[e : e + 1], WIDTHS[e], tables(Y), rows)
-        order = key if shared else keys[e : e + 1]  # what the batches' order is derived from
+        order = key if shared else keys[e : e + 1]  # the key that orders the batches
         return single.run(
             order,
             7,
@@ -79,7 +79,7 @@ def test_batches_of_rows_that_agree_are_those_of_shared_rows(key):
 
 
 def test_what_batch_args_leave_out_stays_whole(key):
-    """Each member has two centres: as many as there are members, and rows in a batch."""
+    """Each member has two centres. There are also two members, and two rows in a batch."""
 
     def model(centres, y):
         scale = numpyro.sample("scale", dist.HalfNormal(1.0))

@@ -29,7 +29,7 @@ Y = np.where(np.arange(12) < 7, 5.2, 5.0 * (1.0 + X)) + np.tile([-0.3, 0.1, 0.2,
 
 
 def model(x, y=None):
-    """A level of two modes, in each of which its posterior is normal, beside a matrix."""
+    """A level with two modes, in each of which the posterior is normal, beside a matrix."""
     w = numpyro.sample("w", dist.Normal(0.0, 1.0).expand([2, 2]).to_event(2))
     kinds = dist.Categorical(jnp.array([0.5, 0.5]))
     prior = dist.MixtureSameFamily(kinds, dist.Normal(jnp.array([-5.0, 5.0]), 0.5))
@@ -106,7 +106,8 @@ def test_each_chain_samples_the_mode_of_its_member(run):
         mean, variance = conditional(sign, np.arange(12))
         level = np.asarray(draws["level"])[signs == sign]
         assert abs(level.mean() - mean) < 0.2 * variance**0.5
-        assert abs(level.var() / variance - 1.04) < 0.25  # the prior's is 13 times as large
+        # the prior's variance is 13 times as large
+        assert abs(level.var() / variance - 1.04) < 0.25
     assert abs(draws["w"].var() - 1.04) < 0.2
     # other kernels are meant to mix, and would warn that these draws have not mixed
     with pytest.warns(UserWarning, match="chains of MEADS have not mixed: .*'level'"):
@@ -124,7 +125,7 @@ def data(run):
 
 
 @pytest.mark.long
-@pytest.mark.promotes_ranks  # as ArviZ's adapter does
+@pytest.mark.promotes_ranks  # ArviZ's adapter promotes
 def test_arviz_data_tells_the_member_of_each_chain(run, data):
     members, mcmc = run
     for group in ("posterior", "posterior_predictive", "log_likelihood", "sample_stats"):
@@ -142,13 +143,14 @@ def test_arviz_data_tells_the_member_of_each_chain(run, data):
     for name, value in theirs.data_vars.items():
         assert_allclose(data["posterior"][name], value)
     if not makes_inference_data():
-        numbers = np.unique(data["posterior"]["member"], return_inverse=True)[1]  # without gaps
+        # numbers without gaps
+        numbers = np.unique(data["posterior"]["member"], return_inverse=True)[1]
         nested = az.rhat_nested(data, superchain_ids=numbers)
         assert_allclose(nested["level"], rhat_nested(draws, members)["level"])
 
 
 @pytest.mark.long
-@pytest.mark.filterwarnings("ignore")  # ArviZ says where LOO is not to be trusted
+@pytest.mark.filterwarnings("ignore")  # ArviZ warns where LOO is unreliable
 def test_a_failed_chain_takes_its_member_along(run):
     members, mcmc = run
     draws = dict(mcmc.get_samples(group_by_chain=True))
@@ -182,9 +184,9 @@ def test_what_members_may_not_be(fit, run):
         to_arviz(model, idle, X, Y)
 
 
-@pytest.mark.filterwarnings("ignore")  # ArviZ says where LOO is not to be trusted
+@pytest.mark.filterwarnings("ignore")  # ArviZ warns where LOO is unreliable
 def test_stacking_weighs_chains(run, data):
-    """Weights of the two modes are those of closed-form predictive densities."""
+    """Weights of the two modes are those by closed-form predictive densities."""
     _, mcmc = run
     densities = np.exp([left_out(1), left_out(-1)])
     grid = np.linspace(0.0, 1.0, 2001)
@@ -253,7 +255,7 @@ def plain_net(x):
 
 
 @pytest.mark.long
-@pytest.mark.promotes_ranks  # Flax and Equinox do
+@pytest.mark.promotes_ranks  # Flax and Equinox promote
 @pytest.mark.parametrize("net", [nnx_net, eqx_net, plain_net])
 def test_networks_are_sampled_from_every_member(net):
     def regression(x, y=None):

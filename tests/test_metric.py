@@ -75,14 +75,15 @@ def test_coordinates_are_those_of_dense_linear_algebra(key, rank):
 def test_what_is_pooled_forgets_the_start(key, rank):
     rows = normals(key, (30, 16, 3)) * WIDTHS * np.linspace(0.5, 1.0, 30)[:, None, None]
     metric = observed(jnp.asarray(rows), rank)
-    kept = np.array([s / (s + 3.0) for s in range(30)])  # of all before iteration s
+    # the share of earlier iterations that iteration s keeps
+    kept = np.array([s / (s + 3.0) for s in range(30)])
     weights = np.array([kept[s + 1 :].prod() for s in range(30)])
     np.testing.assert_allclose(metric.number, 16 * weights.sum(), rtol=1e-6)
     covariance = np.cov(rows.reshape(-1, 3).T, aweights=np.repeat(weights, 16), ddof=0)
     second = np.asarray(metric.pooled).ravel()[3 : 3 + (9 if rank else 3)] / metric.number[0]
     seen = covariance if rank else np.diag(covariance)
     np.testing.assert_allclose(second, seen.ravel(), rtol=0.05, atol=0.02 * second.max())
-    even = np.cov(rows.reshape(-1, 3).T, ddof=0)  # as if nothing were forgotten
+    even = np.cov(rows.reshape(-1, 3).T, ddof=0)  # without forgetting
     assert abs(even[2, 2] / covariance[2, 2] - 1.0) > 0.1
 
 
@@ -95,7 +96,8 @@ def test_eigenvalues_are_shrunk(key):
     assert sampled.max() > 1.5 and sampled.min() < 0.6
     np.testing.assert_allclose(shrunk_eigenvalues(jnp.asarray(sampled), ratio), 1.0, atol=0.4)
     assert np.median(abs(shrunk_eigenvalues(jnp.asarray(sampled), ratio) - 1.0)) == 0.0
-    few = shrunk_eigenvalues(jnp.array([0.0, 1e-12, 1.0, 5.0, 1000.0]), 2.0)  # more than draws
+    # more dimensions than draws
+    few = shrunk_eigenvalues(jnp.array([0.0, 1e-12, 1.0, 5.0, 1000.0]), 2.0)
     assert (few[:4] == 1.0).all() and abs(few[4] - 998.0) < 1.0
 
 
@@ -105,7 +107,7 @@ def test_a_low_rank_metric_takes_narrow_and_wide_directions(key):
     covariance = 0.1 * np.eye(size) + 0.9 * np.outer(np.ones(size), np.ones(size))
     covariance += 5.0 * np.outer(loading, loading)
     pair = np.eye(size)[0] - np.eye(size)[1]
-    covariance -= 0.0499 * np.outer(pair, pair)  # the narrowest direction has 0.0002
+    covariance -= 0.0499 * np.outer(pair, pair)  # the narrowest direction has variance 0.0002
     keys = jax.random.split(key, 2)
     rows = rows_of(keys[0], 5000, covariance, np.zeros(size))
     condition = {}
@@ -157,7 +159,8 @@ def draws_of(kernel, key):
     return np.asarray(mcmc.get_samples(group_by_chain=True)), mcmc
 
 
-FEW_STEPS = {"max_leapfrog_steps": 12}  # of ChEES, which makes up for its metric by longer ones
+# longer trajectories of ChEES would make up for a poor metric
+FEW_STEPS = {"max_leapfrog_steps": 12}
 SAMPLERS = [(MEADS, {}), (ChEES, FEW_STEPS)]
 
 

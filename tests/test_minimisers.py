@@ -45,7 +45,7 @@ def zoned(w, z):
 
 
 def objective(runner, *args):
-    """Give the loss and its gradient at one member's unconstrained parameters, by name."""
+    """Return the loss and its gradient at one member's unconstrained parameters, by name."""
     guide = AutoDelta(runner.model)
     svi = SVI(runner.model, guide, numpyro.optim.Adam(0.1), Trace_ELBO())
     svi.init(jax.random.key(0), *args)
@@ -58,7 +58,7 @@ def objective(runner, *args):
 
 
 def scipys(loss, start):
-    """Give SciPy's minimum of a loss over a dictionary."""
+    """Return SciPy's minimum of a loss over a dictionary."""
     flat, unravel = jax.flatten_util.ravel_pytree(start)
     both = jit_once(jax.value_and_grad(lambda x: loss(unravel(x))))
     options = {"maxiter": 5000, "maxfun": 20_000, "ftol": 1e-15, "gtol": 1e-9, "maxls": 50}

@@ -30,7 +30,7 @@ def item_response(answers):
 
 
 def logistic(x, y):
-    """Two columns are nearly one."""
+    """A logistic regression with two columns that are nearly equal."""
     slopes = numpyro.sample("slopes", dist.Normal(0.0, 5.0).expand([5]).to_event(1))
     base = numpyro.sample("base", dist.Normal(0.0, 5.0))
     with numpyro.plate("row", len(y)):
@@ -111,8 +111,8 @@ def test_members_end_where_scipy_does(name, solver, key):
             lambda x: tuple(np.asarray(v, float) for v in both(x)),
             flat, jac=True, method="L-BFGS-B", options=options,
         )  # fmt: skip
-        assert both(flat)[0] > theirs.fun + 0.1  # a search that stays is no search
-        # conjugate gradients may stop on a slope: their criterion is the size of a step
+        assert both(flat)[0] > theirs.fun + 0.1  # no search starts at its minimum
+        # conjugate gradients may stop where the gradient is large: they compare the size of a step
         arrived = result.converged[e] and result.gradient_norm[e] < 1e-3
         assert arrived or not result.converged[e] or solver == "NonlinearCG"
         if arrived and np.linalg.norm(theirs.jac) < 1e-4:

@@ -74,7 +74,7 @@ def svi(model, guide, optim=ADAM):
 
 
 def close(ours, theirs):
-    for name, value in theirs.items():  # those of flows are trees
+    for name, value in theirs.items():  # values of flows are trees
         for mine, leaf in zip(jax.tree.leaves(ours[name]), jax.tree.leaves(value), strict=True):
             assert_allclose(mine, leaf, err_msg=name, rtol=1e-7, atol=1e-12)
 
@@ -91,7 +91,7 @@ def test_a_member_is_an_eager_svi_in_order_and_numbers(name, key):
     theirs = build(unsorted)
     single = svi(unsorted, theirs).run(keys[1], STEPS, 2.0, progress_bar=False)
     ours = build(unsorted)
-    for guide in (ours, theirs):  # one that was never called, and one that SVI has set up
+    for guide in (ours, theirs):  # a guide that was never called, and one that SVI has set up
         result = quiet(vi(unsorted, guide), keys, STEPS, 2.0)
         assert_allclose(result.losses[1], single.losses, rtol=1e-8)
         close(result.member(1).params, single.params)
@@ -105,7 +105,7 @@ def test_a_guide_that_a_jitted_svi_has_set_up_is_followed_in_its_order(key):
     guide, keys = autoguide.AutoMultivariateNormal(unsorted), jax.random.split(key, 2)
     single = svi(unsorted, guide)
     alone = jit_once(lambda k: single.run(k, STEPS, 2.0, progress_bar=False))(keys[1])
-    assert list(guide._init_locs) == ["a", "b", "w"]  # a transformation sorts
+    assert list(guide._init_locs) == ["a", "b", "w"]  # a transformation sorts the keys
     result = quiet(vi(unsorted, guide), keys, STEPS, 2.0)
     assert_allclose(result.losses[1], alone.losses, rtol=1e-8)
     close(result.member(1).params, alone.params)
@@ -126,7 +126,7 @@ def test_guides_set_up_by_seed_and_by_an_ensemble_have_the_models_order(key):
 
 @pytest.mark.long
 def test_an_svi_whose_first_start_failed_is_followed(key):
-    """NumPyro sorts the latents then, eagerly too."""
+    """After a failed start NumPyro sorts the latents, also without jit."""
 
     def model(y):
         w = numpyro.sample("w", dist.Normal(0, 1))
@@ -153,7 +153,7 @@ def svi_params(model, guide, state):
     return ADAM.get_params(state.optim_state)
 
 
-# What is made of a fit --------------------------------------------------------------------------
+# Draws and predictions of a fit ---------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -171,13 +171,13 @@ def fitted():
 
 
 def is_right(samples):
-    """The posterior: z is about 99.5 to 100, a about 0, and not the other way round."""
+    """Check that z is about 99.5 to 100 and a is about 0, not the other way round."""
     assert np.abs(np.mean(samples["z"]) - 100.0) < 3.0
     assert np.abs(np.mean(samples["a"])) < 3.0
 
 
 @pytest.mark.long
-@pytest.mark.promotes_ranks  # of NumPyro's quantiles
+@pytest.mark.promotes_ranks  # NumPyro's quantiles promote
 def test_draws_and_predictions_have_the_latents_in_their_places(fitted, key):
     guide, _, runner, result = fitted
     member = result.member(1).params

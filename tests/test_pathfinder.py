@@ -27,7 +27,7 @@ Y = X @ RNG.normal(size=6) + 0.7 + 0.5 * RNG.normal(size=40)
 
 
 def model(x, y=None):
-    """A posterior that is normal in unconstrained space, whose sites are in no order."""
+    """A posterior that is normal in unconstrained space, with sites in no alphabetical order."""
     zeta = numpyro.sample("zeta", dist.Normal(1.0, 2.0))
     weights = numpyro.sample("weights", dist.Normal(0.0, 1.0).expand([2, 3]).to_event(2))
     spread = numpyro.sample("spread", dist.LogNormal(0.3, 0.2))
@@ -39,7 +39,7 @@ def model(x, y=None):
 
 
 def truth(x, y):
-    """Give mean and covariance of zeta, weights, log spread and base."""
+    """Return mean and covariance of zeta, weights, log spread and base."""
     rows = len(y)
     design = np.column_stack([np.ones(rows), x, np.zeros(rows), np.ones(rows)])
     mean, scale = np.array([1.0, *[0.0] * 6, 0.3, -1.0]), np.array([2.0, *[1.0] * 6, 0.2, 0.5])
@@ -54,7 +54,7 @@ def flat(draws):
 
 
 def errors(draws, mean, covariance):
-    """Give the errors of means and of variances, in standard errors of so many draws."""
+    """Return the errors of means and of variances, in standard errors for this number of draws."""
     scaled = np.linalg.solve(np.linalg.cholesky(covariance), (draws - mean).T)
     spread = (scaled**2).mean(axis=1) - 1
     root = np.sqrt(len(draws))
@@ -76,7 +76,7 @@ def test_a_normal_posterior_is_found(result):
     mean, covariance = truth(X, Y)
     means, variances = errors(flat(result.samples), mean, covariance)
     assert means.max() < 5 and variances.max() < 5
-    swapped = flat(result.samples)[:, [8, *range(1, 8), 0]]  # latents of another order
+    swapped = flat(result.samples)[:, [8, *range(1, 8), 0]]  # latents in another order
     assert errors(swapped, mean, covariance)[0].max() > 50
     assert result.pareto_k < 0.7
     samples = result.samples
@@ -141,7 +141,7 @@ def gaussian(z):
 
 
 def differences(points, gradients, history):
-    """Give alpha and the last differences along a path, one after the other."""
+    """Return alpha and the last differences along a path, one after the other."""
     alpha, pairs = jnp.ones(points.shape[1]), []
     for step, turn in zip(np.diff(points, axis=0), np.diff(gradients, axis=0), strict=True):
         alpha, fits = lbfgs.lbfgs_recover_alpha(alpha, step, turn)
@@ -191,7 +191,7 @@ def test_an_approximation_is_that_of_dense_algebra(paths, number):
     assert_allclose(covariance_of(normal), inverse, rtol=1e-6, atol=1e-8 * np.abs(inverse).max())
     mean = points[-1] - inverse @ gradients[-1]
     assert_allclose(normal.mean, mean, rtol=1e-6)
-    # with the sign of BlackJAX's `approximate`, the mean is wrong
+    # the mean with the sign of BlackJAX's `approximate` is wrong
     assert np.abs(normal.mean - (points[-1] + inverse @ gradients[-1])).max() > 0.1
     draws, log_q = draw(normal, RNG.normal(size=(7, SIZE)))
     exact = stats.multivariate_normal(mean, inverse).logpdf(draws)
@@ -226,12 +226,12 @@ def test_paths_with_all_their_history_are_exact():
     assert np.linalg.eigvalsh(relative).min() > 0.5 and np.linalg.eigvalsh(relative).max() < 2
     assert np.abs(np.linalg.solve(root, normal.mean - CENTRE)).max() < 1e-2
     diagonal = np.linalg.solve(root, np.linalg.solve(root, np.diag(alpha)).T)
-    assert np.linalg.eigvalsh(diagonal).max() > 2  # without its factors
+    assert np.linalg.eigvalsh(diagonal).max() > 2  # the diagonal alone, without low-rank factors
 
 
 @pytest.mark.long
 def test_factors_are_those_of_blackjax():
-    """Along a path of `approximate`, with steps that are long enough for BlackJAX's factors."""
+    """The path is that of `approximate`; its steps are long enough for BlackJAX's factors."""
     with jax.numpy_rank_promotion("allow"):
         _, info = theirs.approximate(
             jax.random.key(0), gaussian, STARTS[0], 10, maxiter=12, maxcor=6, ftol=0.0
@@ -271,7 +271,7 @@ def schools(sigma, y):
 
 
 def quadrature():
-    """Give means and standard deviations of mu, log tau and the effects, integrated out."""
+    """Return means and standard deviations of mu, log tau and the effects, by integration."""
     mu, log_tau = np.meshgrid(np.linspace(-25, 35, 601), np.linspace(-12, 7, 801), indexing="ij")
     tau = np.exp(log_tau)
     log_p = -0.5 * (mu / 5) ** 2 - np.log1p((tau / 5) ** 2) + log_tau
@@ -301,14 +301,14 @@ def test_eight_schools_agree_with_quadrature():
     for name, values in draws.items():
         assert abs(values.mean() - means[name]) < 4 * error * sds[name], name
     assert_allclose(result.samples["theta"].mean(axis=0), effects, atol=4 * error * 8)
-    # draws of the paths without weights, which are too near to the starts of the searches
+    # draws of the paths without weights are too near to the starts of the searches
     plain = np.asarray(result.pool["mu"][:4000]).mean()
     assert abs(plain - means["mu"]) > 10 * error * sds["mu"]
     assert abs(psis_again(finder, result) - result.pareto_k) < 0.1
 
 
 def psis_again(finder, result):
-    """Give ArviZ's k of the same weights, whose smoothing hardly changes the tail."""
+    """Return ArviZ's k of the weights: they are smoothed already, which hardly changes the tail."""
     return float(psis(result.pool_log_weights)[1])
 
 
@@ -316,7 +316,7 @@ def psis_again(finder, result):
 @pytest.mark.filterwarnings("ignore:Pathfinder's samples are not the posterior")
 @pytest.mark.parametrize("num_refits", [0, 4])
 def test_paths_alone_are_off_and_say_so(num_refits):
-    """Without refits, the paper's algorithm is off on this posterior, and k tells."""
+    """Without refits, the paper's algorithm is inaccurate on this posterior, and k is above 0.7."""
     means, sds, _ = quadrature()
     finder, off, ks = Pathfinder(schools, num_refits=num_refits), [], []
     for seed in range(6):
@@ -338,7 +338,7 @@ def test_twenty_dimensions_of_condition_1000():
     means, variances = errors(np.asarray(result.samples["z"]), CENTRE, COVARIANCE)
     assert result.pareto_k < 0.7
     assert means.max() < 5 and variances.max() < 5
-    plain = np.asarray(result.pool["z"][:4000])  # six differences do not know 20 dimensions
+    plain = np.asarray(result.pool["z"][:4000])  # six differences do not span 20 dimensions
     assert errors(plain, CENTRE, COVARIANCE)[1].max() > 20
 
 
@@ -361,7 +361,7 @@ def test_draws_as_they_come_have_weights(key):
     weights = np.exp(result.log_weights)
     assert_allclose(weights.sum(), 1, rtol=1e-6)
     assert np.ptp(weights) > 0
-    assert len(np.unique(result.samples["zeta"])) == 300  # none is chosen twice
+    assert len(np.unique(result.samples["zeta"])) == 300  # no draw is chosen twice
     assert np.abs(weights @ flat(result.samples) - mean).max() < 0.5
 
 
@@ -433,7 +433,7 @@ def test_no_path_says_how_each_ended(finder, result, key):
         finder.run(key, X, Y * np.nan, num_samples=400)
 
 
-# What else takes its samples --------------------------------------------------------------------
+# Other functions that take its samples ----------------------------------------------------------
 
 
 @pytest.mark.long
@@ -471,7 +471,7 @@ def test_chains_start_at_its_draws(result):
     }  # fmt: skip
     mean, covariance = truth(X, Y)
     rows = flat({**values, "spread": np.exp(values["spread"])})
-    assert len(np.unique(rows, axis=0)) == 64  # chains differ
+    assert len(np.unique(rows, axis=0)) == 64  # no two chains start alike
     assert errors(rows, mean, covariance)[0].max() < 5
     with pytest.raises(ValueError, match="num_chains=9000, and the result has .* num_samples=9000"):
         starts.from_pathfinder(jax.random.key(1), result, 9000)
@@ -490,14 +490,14 @@ def test_a_kernel_starts_by_pathfinder(key):
     mcmc.run(key, X, Y)
     mean, covariance = truth(X, Y)
     means, _ = errors(flat(mcmc.get_samples()), mean, covariance)
-    assert means.max() < 8  # draws of one chain resemble each other
+    assert means.max() < 8  # draws of one chain are correlated
     nuts = MCMC(NUTS(model), num_warmup=100, num_samples=10, num_chains=2,
                 chain_method="vectorized", progress_bar=False)  # fmt: skip
     nuts.run(key, X, Y, init_params=starts.from_pathfinder(key, model, 2, X, Y, num_paths=2))
     assert nuts.get_samples()["weights"].shape == (20, 2, 3)
 
 
-# What a review has found --------------------------------------------------------------------------
+# Cases that were once wrong ---------------------------------------------------------------------
 
 
 @pytest.mark.core
@@ -555,7 +555,7 @@ def test_weighted_draws_reach_arviz_by_their_weights(key):
     exported = np.asarray(data.posterior["x"])
     near = 6 * weighted / np.sqrt(2 * 4000)
     assert abs(exported.std() - weighted) < near
-    assert abs(plain.std() - weighted) > near  # without the weights it would be wrong
+    assert abs(plain.std() - weighted) > near  # plain draws are wrong without the weights
 
 
 def test_a_result_takes_no_options_of_a_search(result):

@@ -26,7 +26,7 @@ Y = np.array([0.3, 0.9, 1.4])
 
 
 def model(top, y=None):
-    """Have sites in no order, and a support that depends on an argument."""
+    """A model with sites in no alphabetical order and a support that depends on an argument."""
     w = numpyro.sample("w", dist.Uniform(0.0, top))
     b = numpyro.sample("b", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
     a = numpyro.sample("a", dist.LogNormal(0.0, 1.0))
@@ -44,7 +44,7 @@ def fitted(guide, key, of=model):
 
 
 def answers(runner, result, key):
-    """Give what can be asked of a runner and its result."""
+    """Return what a runner's methods answer about a result."""
     state = result.state
     found = {
         "params": runner.get_params(state),

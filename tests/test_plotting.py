@@ -49,12 +49,13 @@ def test_calibration_and_weights():
     assert len(ax.lines[1].get_xdata()) == 19
     plotting.plot_calibration(np.tile(np.linspace(-1, 1, 101)[:, None], 7), X, ax=ax)
     first, second = ax.lines[1:]
-    assert first.get_marker() != second.get_marker()  # and one diagonal for both
+    assert first.get_marker() != second.get_marker()  # and the diagonal is drawn once
     with pytest.raises(ValueError, match="weights takes numbers"):
         plotting.plot_weights([[0.5], [0.5]])
     bars = plotting.plot_weights([0.2, 0.8])
     assert [bar.get_height() for bar in bars.patches] == [0.2, 0.8]
-    assert all(float(tick).is_integer() for tick in bars.get_xticks())  # members have no halves
+    # members are counted in integers
+    assert all(float(tick).is_integer() for tick in bars.get_xticks())
 
 
 def test_failed_members_are_marked():

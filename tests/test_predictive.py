@@ -25,7 +25,7 @@ def fit(runner, key, *args, num_steps=3):
 
 
 def line(x, y=None):
-    """Have a parameter of the model's own, a latent, and a deterministic site."""
+    """A model with a parameter of its own, a latent, and a deterministic site."""
     slope = numpyro.param("slope", lambda key: jax.random.normal(key))
     w = numpyro.sample("w", dist.Normal(0.0, 1.0))
     mean = numpyro.deterministic("mean", slope * x + w)
@@ -88,7 +88,7 @@ def test_modules_and_mutable_state_are_per_member(name, key):
     case = CASES[name]
     runner = EnsembleMAP(case.model, ADAM, ensemble_size=2)
     starts = None
-    if name in ("nnx_net", "eqx_net"):  # these come with weights
+    if name in ("nnx_net", "eqx_net"):  # these modules come with weights
         with pytest.warns(UserWarning, match="start at the same values"):
             form = runner.get_params(runner.init(key, *case.args))
         starts = jax.tree.map(lambda a: jnp.stack([a[0], a[0] + 1.0]), form)
@@ -169,13 +169,14 @@ def test_weights_resample_the_members(key):
     drawn = EnsemblePredictive(ridge_free, samples, weights=weights, **options)(key)["w"]
     assert drawn.shape == (6,)
     members = np.asarray(drawn) // 10
-    assert (members == 0).sum() in (1, 2) and (members == 2).sum() in (4, 5)  # strata of 1 / 6
+    # a draw from each stratum of 1 / 6
+    assert (members == 0).sum() in (1, 2) and (members == 2).sum() in (4, 5)
     even = EnsemblePredictive(ridge_free, samples, weights=np.ones(3), **options)(key)["w"]
-    assert_array_equal(np.sort(even), np.sort(samples["w"].ravel()))  # each draw once
+    assert_array_equal(np.sort(even), np.sort(samples["w"].ravel()))  # each draw is used once
     with jax.enable_x64(False):  # single precision rounds a draw of a million to the next member
         two = {"w": jnp.array([0.0, 1.0])}
         many = EnsemblePredictive(ridge_free, two, num_samples=500_000, weights=[1.0, 0.0])
-        # with this key the last place is 0.99 of its stratum
+        # with this key the last place is at 0.99 of its stratum
         assert np.max(many.places(jax.random.key(79)).member) == 0
     result = fit(vi_on_ridge(), key, X, Y)
     one = EnsemblePredictive(
@@ -186,7 +187,7 @@ def test_weights_resample_the_members(key):
         weights=[0.0, 1.0],
         return_sites=["w"],
     )(key, X, None)["w"]
-    assert len(np.unique(one[:, 0])) == 400  # all anew
+    assert len(np.unique(one[:, 0])) == 400  # every draw is new
     assert_allclose(one.mean(0), result.params["w_auto_loc"][1], atol=0.05)
 
 
@@ -349,7 +350,7 @@ def test_a_member_that_ended_badly_is_left_out(key):
         result = EnsembleMAP(model, ADAM, ensemble_size=2).run(
             key, 3, 2.0, init_params=starts, stable_update=True, progress_bar=False
         )
-    assert np.isfinite(result.params["mu"]).all()  # frozen at its start
+    assert np.isfinite(result.params["mu"]).all()  # the failed member keeps its start
     with pytest.raises(ValueError, match="1 of 2 members are not finite: 1"):
         EnsemblePredictive(model, result, on_failed="raise")
     with pytest.raises(ValueError, match="rng_key takes one key"):

@@ -36,7 +36,7 @@ def close(loose=1e-4):
 
 
 def joint(params, x, y):
-    """Write ridge regression by hand."""
+    """Return the log likelihood and the log prior of ridge regression, written by hand."""
     log_likelihood = -0.5 * jnp.square((y - x @ params["w"]) / 0.5).sum()
     return log_likelihood, -0.5 * jnp.square(params["w"] / 2.0).sum()
 
@@ -95,14 +95,14 @@ def test_ridge_regression_is_the_solved_system(prior_weight, wrong):
         assert np.abs(fitted - solution(wrong)).max() > 100 * atol
     log_likelihood, log_prior = joint({"w": solution(prior_weight)}, X, Y)
     assert_allclose(losses[:, -1], -(log_likelihood + prior_weight * log_prior), rtol=1e-5)
-    assert np.ptp(losses[:, 0]) > 0.1  # the members started apart
+    assert np.ptp(losses[:, 0]) > 0.1  # members start at different values
 
 
 @pytest.mark.parametrize("through", ["log_joint", "log_density"])
 def test_a_numpyro_model_is_a_log_joint(through):
     if through == "log_joint":
         step = stepper(log_joint(ridge), SGD)
-    else:  # a density in one piece counts as likelihood
+    else:  # a log density that is not split counts as likelihood
         whole = lambda params, x, y: (log_density(ridge, (x, y), {}, params)[0], jnp.nan)  # noqa: E731
         step = stepper(whole, SGD, prior_weight=0)
     state, losses = loop(step, start(optimizer=SGD), 100, X, Y)
@@ -257,7 +257,7 @@ def test_a_python_zero_drops_the_prior_exactly():
     loss = ensemble_loss(broken, prior_weight=0)
     assert jax.value_and_grad(loss)(1.0, 3.0) == (4.0, -4.0)
     traced = jax.jit(lambda v: ensemble_loss(broken, prior_weight=v)(1.0, 3.0))
-    assert np.isnan(traced(0.0))  # which only multiplies
+    assert np.isnan(traced(0.0))  # a traced weight only multiplies
     slope = jax.grad(lambda v: ensemble_loss(joint, prior_weight=v)({"w": jnp.ones(2)}, X, Y))(1.0)
     assert_allclose(slope, 0.25, rtol=1e-6)
 
@@ -521,7 +521,7 @@ def test_other_shared_leaves_are_another_structure():
     assert structure(size=3) == structure(size=3)
     assert structure(size=3) != structure(size=4)
     assert structure(act=jnp.tanh) != structure(act=jnp.exp)
-    assert structure(n=np.array(3)) == structure(n=np.array(4))  # an array is no structure
+    assert structure(n=np.array(3)) == structure(n=np.array(4))  # arrays are leaves, not structure
 
 
 def test_a_case_of_the_zoo_trains_through_its_log_joint():

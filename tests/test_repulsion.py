@@ -1,4 +1,4 @@
-"""Members that push each other apart, beside NumPyro's SVGD, closed forms and members left out."""
+"""Repulsion between members, against NumPyro's SVGD, closed forms and runs of fewer members."""
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +28,7 @@ BY_PARAMETERS = Repulsion()
 
 
 def model(x, y=None):
-    """Have a matrix, a positive scalar and a vector in a plate, with names in no order."""
+    """A model with a matrix, a positive scalar and a vector in a plate; names are in no order."""
     w = numpyro.sample("w", dist.Normal(0, 1).expand([3, 1]).to_event(2))
     noise = numpyro.sample("noise", dist.HalfNormal(1.0))
     with numpyro.plate("halves", 2):
@@ -48,7 +48,7 @@ def fit(runner, *args, steps=STEPS, key=KEYS, **options):
 
 @pytest.fixture(scope="module")
 def pushed():
-    """A runner, and what it finds."""
+    """A runner and the result of its fit."""
     ensemble = runner()
     return ensemble, fit(ensemble)
 
@@ -64,7 +64,7 @@ def close(result, other, rtol=1e-8):
 
 
 def by_hand(places, gradients, *, mixes, weight=1.0, bandwidth=None):
-    """Return what members follow, (E, D), pair by pair and with JAX's own slopes."""
+    """Return the members' forces (E, D), summed pair by pair with JAX's own gradients."""
     if bandwidth is None:
         distances = np.linalg.norm(places[:, None] - places[None], axis=-1)
         bandwidth = np.median(distances) ** 2 / np.log(len(places))
@@ -99,7 +99,7 @@ def joined(tree):
 @pytest.mark.parametrize("method", ["svgd", "wgd"])
 @pytest.mark.parametrize("options", [{}, {"weight": 0.3, "bandwidth": 2.0}])
 def test_forces_are_those_of_the_papers(method, options):
-    """Far from the origin, where differences of squared positions lose all digits."""
+    """Members are far from the origin, where differences of squared positions lose all digits."""
     gradients = jnp.asarray(RNG.normal(size=(5, 5)))
     around = jnp.asarray(RNG.normal(size=(5, 5)))
     found, push = pushing(
@@ -128,7 +128,7 @@ def test_a_member_that_fails_is_left_out_of_the_forces(method):
         assert_array_equal(found[2], arrays[1][2])
     found = joined(pushing(repulsion, a_pull(places, gradients + bad[:, None], losses))[0])
     assert np.isfinite(found[rest]).all() and np.isnan(found[2]).all()
-    if method == "svgd":  # the others of "wgd" do not follow its gradient
+    if method == "svgd":  # under "wgd" the others do not use its gradient, so it still repels them
         assert_allclose(found[rest], alone, rtol=tolerance, atol=tolerance)
 
 
@@ -147,7 +147,7 @@ def test_members_at_one_place_stay_together():
     [(ADAM, STEPS), pytest.param(numpyro.optim.SGD(1e-3), 1, marks=pytest.mark.long)],
 )
 def test_steps_are_those_of_numpyro(optim, steps):
-    """NumPyro repels on the density over constrained values, in unconstrained space."""
+    """NumPyro repels in unconstrained space, by the density over constrained values."""
     svgd = SVGD(
         model, optim, RBFKernel(), num_stein_particles=SIZE,
         guide_kwargs={"init_loc_fn": init_to_uniform},
@@ -169,7 +169,7 @@ def test_steps_are_those_of_numpyro(optim, steps):
         assert np.abs(value - first[name]).max() > 1e-4
 
 
-# What is sampled ---------------------------------------------------------------------------------
+# Draws of the posterior --------------------------------------------------------------------------
 
 
 def rate(y):
@@ -220,7 +220,7 @@ def test_members_in_another_order_are_the_same(pushed):
     other = fit(ensemble, key=KEYS[order])
     for name, value in result.params.items():
         assert_allclose(other.params[name], value[order], rtol=1e-8)
-    assert result.gradient_norm is None  # no member ends where its own loss is lowest
+    assert result.gradient_norm is None  # a member does not end where its own loss is lowest
 
 
 @pytest.mark.long  # in groups, members repel by a function below
@@ -281,7 +281,7 @@ def at_grid(params):
     "options",
     [
         {"site": "f", "inputs": GRID},
-        {"site": "y", "inputs": {"x": GRID}},  # by its mean
+        {"site": "y", "inputs": {"x": GRID}},  # by the mean of y
         {"site": "y", "inputs": (GRID, Y[:4])},
         {"function": at_grid},
     ],
@@ -305,7 +305,7 @@ def test_members_repel_by_values_of_a_site(compile_count):
 
 @pytest.mark.long
 def test_a_push_on_a_function_goes_through_its_slopes():
-    """From a density: its whole members, of which some leaves are no arrays."""
+    """The function of a log joint takes whole members, some of whose leaves are no arrays."""
     matrix = jnp.asarray(GRID)
 
     def log_joint(params, y):
@@ -406,7 +406,7 @@ def test_a_setting_takes_a_repulsion(pushed):
 @pytest.mark.long
 @pytest.mark.parametrize("repulsion", [Repulsion(), Repulsion(method="wgd")])
 def test_a_member_far_from_the_others_spoils_no_push(repulsion):
-    """In single precision, at any place in the array."""
+    """The push on the others is exact in single precision, at any place in the array."""
     near = 1e-3 * np.random.default_rng(0).normal(size=(6, 40))
     expected, *found = (
         pushed_beside(np.concatenate(parts), repulsion, dtype)
@@ -422,7 +422,7 @@ def test_a_member_far_from_the_others_spoils_no_push(repulsion):
 
 
 def pushed_beside(places, repulsion, dtype):
-    """Return what members follow whose own gradients are 0."""
+    """Return the forces on members whose own gradients are 0."""
     places = jnp.asarray(places, dtype)
     loss = jnp.zeros(len(places), dtype)
     pulls = Pull(None, loss, {"w": 0 * places}, {"w": places}, jnp.zeros(len(places), int))

@@ -15,7 +15,7 @@ NAN, INF = float("nan"), float("inf")
 
 
 def result(losses, params=None, mutable_state=None):
-    """Make a result by hand, with a parameter that tells its members apart."""
+    """Build a result by hand, with a parameter that differs between its members."""
     losses = jnp.asarray(losses)
     size = losses.shape[0]
     members = jnp.arange(1.0, size + 1.0)
@@ -38,7 +38,7 @@ def test_finite_members_end_with_a_finite_loss():
     }
     losses, expected = zip(*ended.values(), strict=True)
     assert list(result(losses).finite) == list(expected)
-    # the wrong answer, the last column, takes every early stop for a failure
+    # by the last column alone, every early stop would count as a failure
     assert list(np.isfinite(losses)[:, -1]) != list(expected)
 
 
@@ -64,9 +64,9 @@ def test_what_is_shared_says_nothing_of_a_member():
 
 def test_members_are_ranked_by_their_last_finite_losses():
     steps = np.arange(150)
-    late = np.where(steps < 50, 50.0, 1.0)  # its last 100 are the best
+    late = np.where(steps < 50, 50.0, 1.0)  # the mean of its last 100 is the lowest
     early = np.where(steps < 100, 2.0, NAN)
-    spoilt = np.where(steps < 50, -50.0, 3.0)  # its mean over all would be the best
+    spoilt = np.where(steps < 50, -50.0, 3.0)  # the mean of all its losses would be the lowest
     failed = np.full(150, -9.0)
     failed[-1] = INF
     stumbled = np.full(150, 2.5)

@@ -21,7 +21,7 @@ from numpyro_ensemble.predict.assembly import makes_inference_data
 MANY = 4000
 MU, SD = np.array([0.0, 1.0, -2.0]), np.array([1.0, 0.5, 2.0])
 SEEN = np.array([0.3, 1.4, -6.0])
-# the quantiles of each normal, so that there is no noise
+# the quantiles of each normal, which have no sampling noise
 DRAWS = scipy.stats.norm.ppf((np.arange(MANY)[:, None] + 0.5) / MANY) * SD + MU
 
 
@@ -38,7 +38,7 @@ def test_crps_of_a_gaussian():
     ours = scoring.crps(DRAWS, SEEN, pointwise=True)
     assert_allclose(ours, exact, rtol=2e-3)
     assert_allclose(scoring.crps(DRAWS, SEEN), exact.mean(), rtol=2e-3)
-    assert np.abs(np.abs(SEEN - MU) - exact).min() > 0.02  # the mean's absolute error is another
+    assert np.abs(np.abs(SEEN - MU) - exact).min() > 0.02  # the mean's absolute error differs
     slope = jax.grad(lambda m: scoring.crps(jnp.asarray(DRAWS) + m, SEEN))(0.0)
     step = (scoring.crps(DRAWS + 1e-3, SEEN) - scoring.crps(DRAWS - 1e-3, SEEN)) / 2e-3
     assert_allclose(slope, step, rtol=1e-2)
@@ -105,7 +105,7 @@ def test_nll_of_a_mixture(key):
     terms = scipy.stats.norm.logpdf(SEEN, MU + np.arange(4)[:, None], SD)
     exact = -np.log(np.exp(terms).mean(0))
     assert_allclose(scoring.nll(terms, pointwise=True), exact, rtol=1e-6)
-    assert np.abs(exact - -terms.mean(0)).min() > 0.1  # the mean of the log scores is another
+    assert np.abs(exact - -terms.mean(0)).min() > 0.1  # the mean of the log scores differs
     weights = np.array([1.0, 0.0, 3.0, 0.0])
     wanted = -np.log((weights[:, None] * np.exp(terms)).sum(0) / 4.0).mean()
     assert_allclose(scoring.nll(terms, weights=weights), wanted, rtol=1e-6)
@@ -137,7 +137,7 @@ def test_coverage_calibration_and_pit(key):
     error = 4 * np.sqrt(0.25 / 5000)
     assert_allclose(shares, levels, atol=error)
     narrow = scoring.coverage(draws / 2, y, (0.5, 0.95))
-    assert (np.array([0.5, 0.95]) - narrow > 2 * error).all()  # half the spread is seen
+    assert (np.array([0.5, 0.95]) - narrow > 2 * error).all()  # half the spread is noticed
     values = scoring.pit(draws, y)
     assert scipy.stats.kstest(values, "uniform").pvalue > 0.01
     assert scipy.stats.kstest(scoring.pit(draws / 2, y), "uniform").pvalue < 1e-6
@@ -167,7 +167,7 @@ POSTERIOR = (DATA.sum() / 6, 6**-0.5)
 
 @pytest.fixture(scope="module")
 def fits():
-    """Give fits of which one member is the posterior, one is too narrow, and one is off."""
+    """Return fits of which one member is the posterior, one is too narrow, and one is off."""
     runner = EnsembleVI(
         conjugate, AutoNormal(conjugate), numpyro.optim.SGD(1e-12), Trace_ELBO(), ensemble_size=3
     )
@@ -199,7 +199,7 @@ def test_scores_read_arviz_data(fits):
 
 def test_khat_tells_good_members_from_bad(fits):
     members, mixture = scoring.khat(fits[2])
-    assert members[0] < 0.5  # the posterior itself: its ratios are constant but for rounding
+    assert members[0] < 0.5  # the posterior itself: its ratios are constant up to rounding
     assert members[1] > 0.7 and members[2] > 0.5
     assert mixture < 0.5  # a mixture with the posterior in it: the ratio is at most 3
 
@@ -222,7 +222,7 @@ def test_members_in_one_mode_do_not_count_twice(guide, key):
     runner = EnsembleVI(
         two_modes, guide(two_modes), numpyro.optim.SGD(1e-12), Trace_ELBO(), ensemble_size=4
     )
-    if guide is AutoIAFNormal:  # one dimension has no flow: its density needs an inverse only
+    if guide is AutoIAFNormal:  # NumPyro's flow needs more than one dimension
         with pytest.raises(ValueError, match="latent dim = 1"):
             runner.run(key, 1, progress_bar=False)
         return
@@ -235,7 +235,7 @@ def test_members_in_one_mode_do_not_count_twice(guide, key):
     assert scoring.khat(data).mixture < 0.5
     drawn = scoring.importance_resample(key, data)["z"]
     assert abs((drawn < 0).mean() - 0.5) < 0.05
-    assert (data["posterior"]["z"].values < 0).mean() == 0.75  # as pooled draws would have it
+    assert (data["posterior"]["z"].values < 0).mean() == 0.75  # the share among pooled draws
 
 
 @pytest.mark.long
@@ -273,7 +273,8 @@ def test_psis_is_arvizs_own(key):
 
 def test_ratios_that_are_all_the_same_are_trusted():
     noise = np.random.default_rng(0).normal(size=400)
-    rounded = np.asarray(300.0 + 1e-5 * noise, np.float32)  # as single precision leaves them
+    # equal but for single-precision rounding
+    rounded = np.asarray(300.0 + 1e-5 * noise, np.float32)
     rows = np.stack([np.zeros(400), rounded, 1e-16 * noise, noise])
     log_weights, shapes = scoring.psis(rows)
     assert_allclose(np.exp(log_weights[:3]), 1 / 400, rtol=1e-3)
@@ -302,7 +303,7 @@ def test_resampling_goes_to_the_posterior(key):
     assert drawn.shape == (8000,)
     assert_allclose(drawn.mean(), mean, atol=4 * spread / np.sqrt(4000))
     assert_allclose(drawn.std(), spread, rtol=0.05)
-    assert abs(raw.std() / spread - 1) > 0.3  # the draws as they were
+    assert abs(raw.std() / spread - 1) > 0.3  # the draws before resampling
 
 
 def elpd(data):
@@ -311,7 +312,7 @@ def elpd(data):
 
 
 @pytest.mark.promotes_ranks
-@pytest.mark.filterwarnings("ignore")  # ArviZ says where LOO is not to be trusted
+@pytest.mark.filterwarnings("ignore")  # ArviZ warns where LOO is unreliable
 def test_weights_are_those_of_loo_and_go_on_to_scores(fits, key):
     samples = {"mu": np.array([[1.5], [0.9], [1.1]]) + 0.3 * jax.random.normal(key, (3, 200))}
     data, *single = (
@@ -322,7 +323,7 @@ def test_weights_are_those_of_loo_and_go_on_to_scores(fits, key):
     exact = np.exp(scores - scores.max()) / np.exp(scores - scores.max()).sum()
     weights = scoring.member_weights(data, "pseudo-bma")
     assert_allclose(weights, exact, rtol=1e-3)
-    assert np.ptp(weights) > 0.01  # even weights are another thing
+    assert np.ptp(weights) > 0.01  # the weights are not even
     stacked = scoring.member_weights(data, "stacking")
     terms = data["log_likelihood"]["y"].values
     assert stacked.argmax() in scores.argsort()[1:]
@@ -349,7 +350,7 @@ def test_weights_of_members_that_failed_are_zero(key):
     assert np.isfinite(scoring.crps(data, weights=weights))
 
 
-@pytest.mark.filterwarnings("ignore")  # ArviZ says where LOO is not to be trusted
+@pytest.mark.filterwarnings("ignore")  # ArviZ warns where LOO is unreliable
 @pytest.mark.parametrize("method", ["stacking", "pseudo-bma", "elbo", "uniform"])
 def test_weights_of_members(fits, method):
     weights = scoring.member_weights(fits[2], method)

@@ -29,12 +29,12 @@ from numpyro_ensemble.mcmc.sgmcmc_scheme import (
 CHAINS, ROWS = 64, 400
 rng = np.random.default_rng(0)
 X = rng.normal(size=(ROWS, 3))
-X[:, 1] += 2.0 * X[:, 0]  # correlated, and slopes of unequal scale
+X[:, 1] += 2.0 * X[:, 0]  # correlated columns, and slopes of unequal scale
 Y = X @ np.array([1.0, -0.5, 0.0]) + 0.3 + rng.normal(size=ROWS)
 
 
 def regression(x, y, batch=20):
-    """A vector before a scalar, in no order, and a deterministic site of some rows."""
+    """A vector before a scalar, in no alphabetical order, and a deterministic site of some rows."""
     w = numpyro.sample("w", dist.Normal(0.0, 1.0).expand([3]).to_event(1))
     b = numpyro.sample("a", dist.Normal(0.0, 1.0))
     numpyro.deterministic("twice", 2 * b)
@@ -55,7 +55,7 @@ def sampler(kernel, draws=100, warmup=100, **options):
 
 
 def start(seed=0, widths=2.0):
-    """Return starts that are off by two standard deviations, and twice too wide."""
+    """Return starts that are off by two standard deviations, with twice the posterior's width."""
     mean, covariance = posterior()
     factor = widths * np.linalg.cholesky(covariance)
     z = mean + (np.random.default_rng(seed).normal(size=(CHAINS, 4)) + 1.0) @ factor.T
@@ -63,7 +63,7 @@ def start(seed=0, widths=2.0):
 
 
 def two_plates(counts, x, columns=2, rows=3):
-    """Plates that cross, of which both take some rows, around counts of integers."""
+    """Counts around an expectation, in two crossed plates that both take some rows."""
     rate = numpyro.sample("rate", dist.Gamma(2.0, 1.0).expand([2]).to_event(1))
     bias = numpyro.sample("bias", dist.Normal(0.0, 1.0))
     columns = numpyro.plate("columns", 3, subsample_size=columns, dim=-1)
@@ -81,7 +81,7 @@ def test_every_row_is_drawn_as_often(size, number):
     places = jnp.array(list(itertools.product(range(size), repeat=number)))
     rows = jax.vmap(lambda p: rows_at(p, size))(places)
     assert (np.bincount(rows.ravel(), minlength=size) * size == rows.size).all()
-    assert (jnp.diff(rows, axis=1) >= 0).all()  # a stratum each
+    assert (jnp.diff(rows, axis=1) >= 0).all()  # each row is from a later stratum
     if size % number == 0:
         assert (jnp.diff(rows, axis=1) > 0).all()
 
@@ -178,7 +178,7 @@ def test_a_start_on_some_rows_is_moved_to_all_of_them(key):
     off = (moved.mean(axis=0) - mean) / np.sqrt(np.diag(covariance))
     assert abs(off).max() < 0.5
     np.testing.assert_allclose(moved - moved[:1], rows - rows[:1], atol=1e-10)
-    assert jnp.isnan(search(rows.at[0, 0].set(jnp.nan))[0, 0])  # and the search ends
+    assert jnp.isnan(search(rows.at[0, 0].set(jnp.nan))[0, 0])  # the search still ends
 
 
 @pytest.mark.core
@@ -207,7 +207,7 @@ def test_the_step_is_blackjax(key):
 @pytest.mark.parametrize("step_size", [0.05, 0.25, 0.5])
 @pytest.mark.parametrize("noise", [0.0, 1.5, 3.0])
 def test_a_normal_density_keeps_its_scale(step_size, noise):
-    """The stationary covariance of one coordinate's step, which is linear, is solved for."""
+    """The step of one coordinate is linear, so its stationary covariance is solved for."""
     temperature, alpha, beta = map(float, thermal(step_size, jnp.asarray(noise)))
 
     def scale(temperature, alpha, beta):
@@ -221,7 +221,7 @@ def test_a_normal_density_keeps_its_scale(step_size, noise):
     x, p = scale(temperature, alpha, beta)
     np.testing.assert_allclose([x, p], [1.0, temperature], rtol=1e-6)
     assert abs(scale(1.0, 1.0, noise)[0] - 1.0) > 0.9 * step_size**2 / 4
-    if noise:  # which nobody took into account
+    if noise:  # the scale without a correction for the noise
         assert scale(temperature, alpha, 0.0)[0] - 1.0 > 0.4 * step_size * noise
 
 
@@ -247,11 +247,11 @@ def errors(mcmc, mean, covariance):
 def test_draws_are_near_the_posterior(fitted):
     off, spread = errors(fitted, *posterior())
     assert abs(off).max() < 0.1 and abs(spread - 1.0).max() < 0.15
-    # the posterior of 20 rows, from gradients without their scale
+    # wrong: the posterior of 20 rows, from gradients without their scale
     few = errors(fitted, posterior()[0], ROWS / 20 * posterior()[1])
     assert abs(few[1] - 1.0).min() > 0.9
     draws = fitted.get_samples(group_by_chain=True)
-    assert set(draws) == {"w", "a", "twice"}  # and no mean of rows
+    assert set(draws) == {"w", "a", "twice"}  # `mean`, which has rows, is left out
     assert draws["w"].shape == (CHAINS, 100, 3)
     fields = fitted.get_extra_fields(group_by_chain=True)
     assert abs(fields["adapt_state.xi"].mean() - 1.0) < 0.1
@@ -264,7 +264,7 @@ def test_draws_are_near_the_posterior(fitted):
 
 @pytest.mark.long
 def test_a_state_goes_on_with_other_data(fitted):
-    """The gradient of all rows at the centre is that of the data that a run is given."""
+    """The gradient of all rows at the centre is computed for the data that a run is given."""
     last = fitted.post_warmup_state = fitted.last_state
     other = Y + 0.02
     fitted.run(last.rng_key, X, other)
@@ -277,7 +277,7 @@ def test_a_state_goes_on_with_other_data(fitted):
 
 @pytest.mark.core
 def test_chains_draw_rows_of_their_own(fitted):
-    """From equal states, one step leads to equal positions; each chain draws other rows."""
+    """From equal states one step leads to equal positions, although chains draw different rows."""
     kernel = SGMCMC(regression, steps_per_draw=1)
     last = fitted.last_state
     alike = {"z": last.z, "r": last.r, "potential_energy": last.potential_energy}
@@ -330,7 +330,7 @@ def test_rows_that_are_asked_for():
         assert abs(density(z, jax.random.key(0)) - full) > 1.0
         if number:
             assert sizes[-1] == number
-    # in a plate sorted by its data, the rows of a stratum are alike
+    # where the data of a plate are sorted, the rows of a stratum are alike
     ordered = np.sort(Y)
     flat = SGMCMC(regression, batch_size=100)._rows.density_of_rows((0.0 * X, ordered), {})
     values = jax.jit(jax.vmap(flat, (None, 0)))(z, jax.random.split(jax.random.key(0), 50))

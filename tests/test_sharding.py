@@ -31,7 +31,7 @@ def model(y):
     "size", [pytest.param(n, marks=[pytest.mark.long] * (n != 2)) for n in (1, 2, 5, 9)]
 )
 def test_groups_of_members_are_the_members(size):
-    """Five members are groups of 1; 2, 2 and 1; 5; 5."""
+    """Five members are run in groups of 1; of 2, 2 and 1; and in one group."""
 
     def run(**options):
         runner = EnsembleVI(
@@ -50,7 +50,7 @@ def test_groups_of_members_are_the_members(size):
 
 @pytest.mark.long
 def test_groups_of_one_program():
-    """Modes, states and steps of a runner whose groups are of two, in an unusual order."""
+    """Modes, states and steps agree for groups of two, with the calls in an unusual order."""
     plain, grouped = (EnsembleMAP(model, ensemble_size=5, **o) for o in ({}, GROUPS))
     state = plain.init(KEY, Y[0])
     np.testing.assert_allclose(grouped.evaluate(state, Y[1]), plain.evaluate(state, Y[1]))
@@ -58,7 +58,7 @@ def test_groups_of_one_program():
     np.testing.assert_allclose(stepped[1], same[1])
     for name, leaf in plain.get_params(same[0]).items():
         np.testing.assert_allclose(grouped.get_params(stepped[0])[name], leaf, rtol=1e-10)
-    grouped.member_batch_size = None  # a setting holds from the next call on
+    grouped.member_batch_size = None  # the setting takes effect in the next call
     np.testing.assert_allclose(grouped.evaluate(state, Y[1]), plain.evaluate(state, Y[1]))
     with pytest.raises(ValueError, match="member_batch_size"):
         grouped.member_batch_size = 0
@@ -75,7 +75,7 @@ def found():
 
 @pytest.fixture(scope="module")
 def found_long():
-    """Return what it finds where it has more time."""
+    """Return what the long run of `mesh_runs` has found."""
     return run_on_a_mesh("long")
 
 
@@ -130,7 +130,7 @@ def test_runs_go_on_from_states_of_a_mesh(found_long, how):
 @pytest.mark.long
 @pytest.mark.parametrize("label", ["plain", "sharded"])
 def test_a_hundred_of_a_thousand_that_fail(found_long, label):
-    """By data, by a rate that explodes, by a start: the others have the same bits."""
+    """Members fail by data, an exploding rate or a start; the others have the same bits."""
     assert found_long[f"poison, {label}, same"]
     assert found_long[f"poison, {label}, named"]
     said = found_long[f"poison, {label}, said"]

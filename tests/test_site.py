@@ -85,7 +85,7 @@ def test_the_reference_has_each_public_name_once():
             listed.append(f"{module}.{match[1]}")
     assert len(listed) == len(set(listed))
     names = set(public_names())
-    # kernels stand under `gp`
+    # the reference lists kernels under `gp`
     twice = {name for name in names if name.replace(".kernels", "") in names - {name}}
     kernels = {name for name in twice if ".kernels." in name}
     assert set(listed) == names - kernels
@@ -93,7 +93,7 @@ def test_the_reference_has_each_public_name_once():
 
 @pytest.mark.parametrize("name", public_names())
 def test_each_page_of_the_reference_has_an_example(name: str):
-    """A record that a function returns names the function whose example makes one."""
+    """A record that a function returns may name, instead, the function whose example makes one."""
     module, _, own = name.rpartition(".")
     found = getattr(importlib.import_module(module), own)
     text = inspect.getdoc(found) or ""

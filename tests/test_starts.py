@@ -50,7 +50,7 @@ def check(z, chains):
 
 
 @pytest.mark.long
-@pytest.mark.promotes_ranks  # NumPyro's guides do
+@pytest.mark.promotes_ranks  # NumPyro's guides promote
 def test_starts_from_ensembles(key):
     optim = numpyro.optim.Adam(0.05)
     fits = EnsembleMAP(model, optim, ensemble_size=3)
@@ -65,7 +65,7 @@ def test_starts_from_ensembles(key):
     z = starts.from_ensemble(jax.random.key(3), vi, result, X, Y, num_chains=64)
     check(z, 64)
     few = {name: values[:4] for name, values in z.items()}
-    for kernel, start in ((MEADS(model), z), (NUTS(model), few)):  # for both alike
+    for kernel, start in ((MEADS(model), z), (NUTS(model), few)):  # the starts serve both
         mcmc = run(kernel, start, len(start["s"]), warmup=20, draws=10)
         assert abs(distances(mcmc.get_samples())).mean() < 3
     broken = result._replace(params={k: v * jnp.nan for k, v in result.params.items()})
@@ -79,7 +79,7 @@ def test_the_kernel_finds_its_start(compile_count):
     keys = jax.random.split(jax.random.key(1), 64)
     check(kernel.init(keys, 80, None, (X, Y)).z, 64)
     prior = initial(Target(model), keys[0], 64, (X, Y), {})
-    assert distances(prior).std() > 10  # what "init" alone gives
+    assert distances(prior).std() > 10  # the spread of starts by "init" alone
     with compile_count() as compilations:
         kernel.init(keys, 80, None, (X + 0.1, Y))  # other data of the same shape
     assert compilations.count == 0, compilations.names

@@ -72,7 +72,7 @@ def test_what_comes_back_is_what_was_saved(fitted, tmp_path):
     assert_array_equal(back.finite, fitted.finite)
     assert_array_equal(back.ranking(), fitted.ranking())
     same(back.best().params, fitted.best().params)
-    assert [path.name for path in tmp_path.iterdir()] == ["fit"]  # nothing else is left
+    assert [path.name for path in tmp_path.iterdir()] == ["fit"]  # no temporary file is left
     again = tmp_path / "again"
     back.save(again)
     same(EnsembleResult.load(again).state[:3], back.state[:3])
@@ -89,7 +89,7 @@ def test_numpy_reads_it_without_the_model(fitted, tmp_path):
 
 @pytest.mark.long
 def test_a_new_process_uses_it(fitted, tmp_path):
-    """A runner, and a guide, that have never been called."""
+    """A loaded result is used by runners and guides that were never called."""
     fitted.save(tmp_path / "fit")
     back = EnsembleResult.load(tmp_path / "fit")
     key = jax.random.key(1)
@@ -169,13 +169,13 @@ def test_bad_files(fitted, tmp_path):
     path = tmp_path / "fit"
     fitted.save(path)
     whole = path.read_bytes()
-    for number in (100, len(whole) // 2, len(whole) - 10):  # cut short
+    for number in (100, len(whole) // 2, len(whole) - 10):  # the file is cut short
         path.write_bytes(whole[:number])
         with pytest.raises(ValueError, match="fit is damaged, or no file that save wrote"):
             EnsembleResult.load(path)
     place = whole.index(np.asarray(fitted.params["auto_loc"]).tobytes())
     path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
-    with pytest.raises(ValueError, match="damaged"):  # one bit
+    with pytest.raises(ValueError, match="damaged"):  # one bit is flipped
         EnsembleResult.load(path)
     path.write_text("no archive")
     with pytest.raises(ValueError, match="no file that save wrote"):

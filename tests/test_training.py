@@ -62,7 +62,7 @@ def test_the_weighted_mean_gradient_of_an_epoch_is_the_full_gradient(batch_size,
     full_loss = [negative_log_joint(w, X, Y) for w in starts["w"]]
     assert_allclose(mean_loss, full_loss, rtol=1e-4)
     full = np.asarray(full)[None]
-    assert np.abs(gradients - full).max() > 1.0  # a single batch is another gradient
+    assert np.abs(gradients - full).max() > 1.0  # single batches have other gradients
     assert batch_size == 2 or np.abs(gradients.mean(0) - full).max() > 0.1
 
 
@@ -85,7 +85,8 @@ def test_epochs_are_whole_without_replacement_and_reshuffled(key):
     seen.clear()
     quiet(runner, key, 9, rows, Y, batch_size=3)
     jax.effects_barrier()
-    batches = [b.ravel() for b in seen][-12:-3]  # the last three are of the gradient at the end
+    # the last three batches are for the gradient at the end
+    batches = [b.ravel() for b in seen][-12:-3]
     assert [len(b) for b in batches] == [3, 3, 2] * 3
     epochs = [np.concatenate(batches[i : i + 3]) for i in (0, 3, 6)]
     for epoch in epochs:
@@ -104,7 +105,8 @@ def test_halves_equal_the_whole_with_batches(shared, key):
     assert_array_equal(jnp.concatenate([first.losses, second.losses], 1), whole.losses)
     assert_array_equal(second.params["w"], whole.params["w"])
     other = quiet(runner, jax.random.key(9), 4, X, Y, init_state=first.state, **options)
-    assert np.abs(other.losses - second.losses).max() > 1e-3  # the key orders the batches
+    # the order of batches depends on the key
+    assert np.abs(other.losses - second.losses).max() > 1e-3
 
 
 def test_a_member_with_its_own_batches_is_a_single_run(key):
@@ -260,7 +262,7 @@ def test_halves_equal_the_whole_with_batches_and_failed_steps(key):
 
 
 def stops(losses, patience, min_delta, window):
-    """Return after how many steps the rule stops, in plain Python."""
+    """Return the number of steps after which the rule stops, computed in plain Python."""
     best, stale = np.inf, 0
     for end in range(window, len(losses) + 1, window):
         mean = np.mean(losses[end - window : end])
@@ -352,7 +354,7 @@ def test_bad_stopping_rules_are_refused(rule, error, message, key):
 
 
 def flaky(y):
-    """Fail at random steps, in the loss."""
+    """A model whose loss is NaN at random steps."""
     mu = numpyro.sample("mu", dist.Normal(0, 1))
     noise = numpyro.prng_key()
     chance = 0.0 if noise is None else jax.random.uniform(noise)
@@ -386,7 +388,7 @@ def test_stable_update_skips_failed_steps_as_svi_does(key):
 
 
 def counting(y):
-    """Carry a mutable number that fails at random steps, with the loss unharmed."""
+    """A model with a mutable number that is NaN at random steps, while the loss is finite."""
     mu = numpyro.sample("mu", dist.Normal(0, 1))
     held = mutable("held", {"value": jnp.zeros(())})
     noise = numpyro.prng_key()

@@ -22,7 +22,7 @@ MODULES = ["numpyro_ensemble"] + [
 
 
 def strictly(path: Path, cache: Path) -> str:
-    """Check a file as a user would who has the package installed, and return what mypy says."""
+    """Check a file as for a user who has the package installed, and return mypy's output."""
     command = [sys.executable, "-m", "mypy", "--strict", "--follow-imports=silent"]
     command += ["--config-file=", "--cache-dir", str(cache), str(path)]
     here = {} if "site-packages" in PACKAGE.parts else {"MYPYPATH": str(PACKAGE.parent)}

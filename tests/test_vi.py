@@ -110,7 +110,7 @@ GUIDES = {
     "AutoDelta, dependent support": (
         autoguide.AutoDelta, CASES["dependent_support"].model, (Y,),
     ),
-    # jit(SVI.run) sorts the latents of joint guides: `test_order` has models of several
+    # jit(SVI.run) sorts the latents of joint guides; `test_order` has models of several latents
     "AutoDiagonalNormal": (autoguide.AutoDiagonalNormal, ridge, (X, Y)),
     "AutoMultivariateNormal": (autoguide.AutoMultivariateNormal, ridge, (X, Y)),
     "AutoLowRankMultivariateNormal": (autoguide.AutoLowRankMultivariateNormal, ridge, (X, Y)),
@@ -137,7 +137,7 @@ GUIDES = {
 
 
 QUICK = {"AutoNormal", "empty guide"}
-# started under jit and vmap; the others are traced so (below there is a test for AutoNormal)
+# started under jit and vmap; the others are only traced so (AutoNormal has a test below)
 TRANSFORMED = {"AutoLaplaceApproximation", "AutoBNAFNormal", "AutoGuideList"}
 
 
@@ -164,7 +164,7 @@ def tracers(value, met=None):
 
 
 def keeps_the_contract(runner, key, args, result, compile_count, transformed=True):
-    """Run twice, in two halves, and start under jit and vmap; `test_contract` does the rest."""
+    """Run twice, run in two halves, and start under jit and vmap; `test_contract` does the rest."""
     with compile_count() as count:
         again = quiet(runner, key, STEPS, *args)
         first = quiet(runner, key, 1, *args)
@@ -174,7 +174,7 @@ def keeps_the_contract(runner, key, args, result, compile_count, transformed=Tru
     assert_allclose(rest.losses, result.losses[:, 1:], rtol=1e-9)
 
     start = jit_once(jax.vmap(lambda k: runner.get_params(runner.init(k, *args))))
-    if not transformed:  # leaks show when it is traced
+    if not transformed:  # tracing is enough to show leaks
         start.trace(key[None])
         return
     starts = start(key[None])
@@ -190,7 +190,7 @@ def test_a_member_is_a_single_svi_for_every_autoguide(name, key, compile_count):
     runner = EnsembleVI(model, guide, ADAM, Trace_ELBO(), ensemble_size=2)
     result = quiet(runner, key, STEPS, *args)
     assert tracers(guide) == []
-    assert guide.prototype_trace is not None  # set up, as by SVI.init
+    assert guide.prototype_trace is not None  # SVI.init sets guides up too
 
     svi = SVI(model, build(model), ADAM, Trace_ELBO())
     single = jit_once(lambda k: svi.run(k, STEPS, *args, progress_bar=False))
@@ -198,7 +198,7 @@ def test_a_member_is_a_single_svi_for_every_autoguide(name, key, compile_count):
     assert_allclose(result.losses[1], alone.losses, rtol=1e-6)
     close(result.member(1).params, alone.params, rtol=1e-5, atol=1e-9)
 
-    # the guide is set up by now
+    # from here on the guide is set up
     keeps_the_contract(runner, key, args, result, compile_count, name in TRANSFORMED)
     fresh = EnsembleVI(model, guide, ADAM, Trace_ELBO(), ensemble_size=2)
     starts = fresh.get_params(fresh.init(jax.random.key(5), *args))
@@ -326,7 +326,7 @@ PAIRS = {
 def test_a_member_is_a_single_svi_for_guides_and_losses(name, key, compile_count):
     model, guide, loss, optim = PAIRS[name]
     runner = EnsembleVI(model, guide, optim, loss, ensemble_size=2)
-    alike = any(part in name for part in ("constant", "NNX", "Equinox"))  # they bring weights
+    alike = any(part in name for part in ("constant", "NNX", "Equinox"))  # these have start values
     with pytest.warns(UserWarning, match="start at the same") if alike else nullcontext():
         result = quiet(runner, key, STEPS, X, Y)
     svi = SVI(model, guide, optim, loss)
@@ -373,7 +373,7 @@ def test_no_call_depends_on_what_was_called_on_the_guide_before(key):
     guide = autoguide.AutoNormal(ridge)
     runner = EnsembleVI(ridge, guide, ADAM, Trace_ELBO(), ensemble_size=2)
     jax.jit(lambda k: runner.init(k, X, Y).optim_state)(key)
-    assert guide.prototype_trace is None  # inside a transformation it is left as it was
+    assert guide.prototype_trace is None  # a transformation leaves the guide as it was
     first = runner.get_params(runner.init(key, X, Y))
     assert guide.prototype_trace is not None
     held = copy.copy(vars(guide))
@@ -452,7 +452,7 @@ def test_code_written_against_svi_runs(key):
 
 @pytest.mark.promotes_ranks
 def test_a_member_goes_to_arviz(key):
-    if not hasattr(az, "from_numpyro_svi"):  # ArviZ below 1.0 has no such thing
+    if not hasattr(az, "from_numpyro_svi"):  # ArviZ below 1.0 lacks it
         assert int(az.__version__.partition(".")[0]) < 1
         return
     guide = autoguide.AutoNormal(ridge)
@@ -582,7 +582,8 @@ def test_full_rank_finds_a_correlation_that_mean_field_cannot(key):
     scale = quiet(EnsembleVI(correlated, diagonal, optim, loss, ensemble_size=2), key, 1500).params[
         "auto_scale"
     ]
-    assert_allclose(scale, np.sqrt(1 - 0.9**2), rtol=0.1)  # the conditional, not the marginal, sd
+    # the sd given the other, not the marginal one
+    assert_allclose(scale, np.sqrt(1 - 0.9**2), rtol=0.1)
     assert (np.abs(np.asarray(scale) - 1.0) > 0.3).all()
 
 
@@ -702,8 +703,8 @@ def test_why_the_score_term_refuses_a_weight(key):
         lambda logit: loss.loss(key, {"logit": logit}, discrete_model, discrete_guide, X, Y)
     )(0.3)
     weight = 1.0
-    assert_allclose(plain, -jax.grad(bound)(0.3), atol=0.1)  # the estimator itself is right
-    assert abs(estimate - exact) > 0.3  # under a weight it is not
+    assert_allclose(plain, -jax.grad(bound)(0.3), atol=0.1)  # correct without a weight
+    assert abs(estimate - exact) > 0.3  # wrong with a weight
 
 
 def test_discrete_sites_keep_numpyros_own_message(key):
@@ -731,14 +732,14 @@ def test_bad_input_names_argument_and_remedy(key):
 def test_batches_rescale_the_likelihood_alone(key):
     loss = TraceMeanField_ELBO()
     runner = EnsembleVI(ridge, random_guide, optax.sgd(1e-12), loss, ensemble_size=2)
-    given = {"scale": np.full(2, 1e-9)}  # draws do not matter
+    given = {"scale": np.full(2, 1e-9)}  # so narrow that draws are constant
     full = quiet(runner, key, 1, X, Y, init_params=given).losses[:, 0]
     batches = quiet(runner, key, 4, X, Y, batch_size=2, init_params=given).losses
     assert_allclose(batches.mean(1), full, rtol=1e-5)
 
 
 def test_parameters_without_a_value_of_their_own(key):
-    """As SVI: shared with the guide, or given at the start."""
+    """As in SVI, such a parameter is shared with the guide, or given at the start."""
 
     def model():
         shared = numpyro.param("shared")
@@ -787,7 +788,7 @@ def test_several_particles_leave_mutable_state_alone(key):
 @pytest.mark.long
 @pytest.mark.promotes_ranks
 def test_a_step_with_other_data_is_a_step_of_the_same_fit(key):
-    """As after `SVI.init`: guide and constraints are those of the start, for any later data."""
+    """As after `SVI.init`, later data change neither the guide nor the start's constraints."""
 
     def model(n, x):
         top = numpyro.sample("top", dist.Uniform(0.0, np.max(np.abs(x))))
@@ -800,7 +801,7 @@ def test_a_step_with_other_data_is_a_step_of_the_same_fit(key):
         state = runner.init(key, x=x)
         svi = SVI(model, build(model), ADAM, Trace_ELBO(), n=8)
         alone = svi.init(jax.random.split(key, 2)[1], x=x)
-        for part in (x[:4] + 1.0, x[4:] + 1.0):  # where another start would find a wider support
+        for part in (x[:4] + 1.0, x[4:] + 1.0):  # here another start would find a wider support
             state, loss = runner.update(state, x=part)
             alone, expected = svi.update(alone, x=part)
             assert_allclose(loss[1], expected, rtol=1e-9)

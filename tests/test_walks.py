@@ -1,6 +1,6 @@
 """Seeded random walks: every result equals that of the same call on another runner, bit for bit.
 
-The other runner is a reference for one kind of call: it has never been called in another way.
+The other runner is a reference for one kind of call: no other kind of call was made on it.
 """
 
 import functools
@@ -89,7 +89,7 @@ CALLS = {  # (runner, key, y, state, result) -> answer
     "jit": lambda r, key, y, state, result: jitted_update(r)(state, y),
     "jitted run": lambda r, key, y, state, result: jitted_run(r)(key, y),
 }
-TRACED = {"batches", "members", "jit", "jitted run"}  # no values can be looked at
+TRACED = {"batches", "members", "jit", "jitted run"}  # the model sees no concrete values
 COMPILED = {"batches", "concrete", "export", "jit", "jitted run", "members"}
 HELD = {"init", "run", "go on", "concrete", "batches"}
 
@@ -101,7 +101,7 @@ def make(kind, model, guide):
 
 
 def names_of_calls(kind, model, quick):
-    """Return what a walk chooses from: calls that take long stand there once or not at all."""
+    """Return the names that a walk chooses from: slow calls are listed once or not at all."""
     unfit = TRACED if model is looks_at_values else set()
     unfit = unfit | (COMPILED - {"jit"} if quick else set())
     names = sorted(set(CALLS) - unfit - ({"sample"} if kind == "map" else set()))
@@ -109,7 +109,7 @@ def names_of_calls(kind, model, quick):
 
 
 def arrays(answer):
-    """Return the arrays of an answer, keys as numbers."""
+    """Return the arrays of an answer, with keys as numbers."""
     if hasattr(answer, "groups") or hasattr(answer, "children"):
         return [np.asarray(v) for v in answer["posterior"].data_vars.values()]
     return [
@@ -121,7 +121,7 @@ def arrays(answer):
 def answer_or_message(call, runner, given):
     try:
         return call(runner, *given)
-    except ValueError as error:  # data outside the support that a state has
+    except ValueError as error:  # the data are outside the state's support
         return str(error)
 
 
@@ -143,7 +143,7 @@ class Walker:
         self.quick = quick
         self.references = {}
         self.runners = [make(kind, self.model, self.guide) for kind in self.kinds]
-        self.held = [(None, None), (None, None)]  # a state and a result of each
+        self.held = [(None, None), (None, None)]  # the last state and result of each runner
 
     def reference(self, kind, name):
         if (kind, name) not in self.references:
@@ -164,8 +164,9 @@ class Walker:
             self.held[which] = (answer, result) if name == "init" else (answer.state, answer)
 
 
-WALKS = int(os.environ.get("WALKS", "12"))  # of each pair of runners
-QUICK = (follows_latent, ("vi", "vi"), AutoNormal, True)  # of one kind: half the references
+WALKS = int(os.environ.get("WALKS", "12"))  # the number for each pair of runners
+# two runners of one kind need half the references
+QUICK = (follows_latent, ("vi", "vi"), AutoNormal, True)
 WALKERS = [
     (follows_argument, ("vi", "vi"), AutoNormal, False),
     (follows_argument, ("map", "vi"), AutoMultivariateNormal, False),
@@ -176,11 +177,11 @@ WALKERS = [
 
 
 @pytest.mark.long
-@pytest.mark.filterwarnings("ignore::UserWarning")  # of data that do not suit a state
+@pytest.mark.filterwarnings("ignore::UserWarning")  # data may not suit a state
 @pytest.mark.parametrize(("model", "kinds", "guide", "quick"), [QUICK, *WALKERS])
 def test_no_answer_depends_on_what_was_called_before(model, kinds, guide, quick):
     walker = Walker(model, kinds, guide(model), quick)
-    for seed in range(4 if quick else WALKS):  # each goes on with the runners of the one before it
+    for seed in range(4 if quick else WALKS):  # each walk goes on with the same runners
         choose = random.Random(seed)
         for number in range(CALLS_OF_A_WALK):
             walker.step(choose, f"call {number} of walk {seed}")

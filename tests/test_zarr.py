@@ -38,7 +38,7 @@ SAMPLES = {
 
 
 def counts(x, y=None):
-    """Have a scalar below a vector, a latent that is drawn, and counts of two outputs a row."""
+    """A model with a scalar below a vector, a drawn latent, and counts of two outputs a row."""
     w = numpyro.sample("w", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
     a = numpyro.sample("a", dist.HalfNormal(1.0))
     numpyro.deterministic("twice", 2.0 * a)
@@ -75,7 +75,8 @@ def by_rows(predictive, store, *args, **options):
 
 def test_cut_by_draws_the_numbers_are_those_of_the_call(predictive, in_memory, tmp_path):
     data = write(predictive, tmp_path / "store", X)
-    assert data.attrs["blocks"] == data.attrs["blocks_written"] == 6  # of 3 and 2 draws of each
+    # of 2, 2 and 1 draws of each member
+    assert data.attrs["blocks"] == data.attrs["blocks_written"] == 6
     for name, value in in_memory.items():
         assert_array_equal(data[name.replace("/", ".")], value)
     assert data["y"].dtype == in_memory["y"].dtype and data["late"].dtype == in_memory["late"].dtype
@@ -187,7 +188,7 @@ def test_latents_of_single_rows_are_drawn_by_guides():
 
 
 def walk(x, y=None):
-    """Have steps in time, of all rows side by side."""
+    """A random walk in time, with all rows side by side."""
 
     def step(level, _):
         with numpyro.plate("rows", len(x)):
@@ -205,7 +206,7 @@ def test_what_is_drawn_in_a_scan_over_time_is_drawn_for_each_block():
 
 
 def looks(x, y=None):
-    """Look at the values of an argument."""
+    """A model that looks at the values of an argument."""
     shift = 1.0 if np.asarray(x).dtype.kind == "f" and bool(x[0, 0] > -9.0) else 0.0
     numpyro.deterministic("mu", x[:, 0] + shift)
 
@@ -215,7 +216,7 @@ def test_a_model_that_looks_at_values():
     assert_allclose(data["mu"][0, 0], X[:, 0] + 1.0)
 
 
-# Going on -------------------------------------------------------------------------------------
+# Continuation --------------------------------------------------------------------------------
 
 
 class StoppedError(Exception):
@@ -266,7 +267,7 @@ def test_a_call_that_was_stopped_goes_on(predictive, tmp_path, monkeypatch, numb
 
 @pytest.fixture(scope="module")
 def stopped(predictive, tmp_path_factory):
-    """A store of four blocks."""
+    """Return a store whose writing has stopped after four blocks."""
     store = tmp_path_factory.mktemp("stopped")
     with pytest.MonkeyPatch.context() as patch:
         stop_after(patch, 4)
@@ -348,7 +349,7 @@ def test_without_zarr(predictive, monkeypatch):
         write(predictive, "nowhere", X)
 
 
-# What is refused ------------------------------------------------------------------------------
+# Refused calls -------------------------------------------------------------------------------
 
 
 def gaussian_process(x, y=None):
@@ -523,7 +524,7 @@ def test_arguments_of_unequal_lengths():
         write(discrete, MemoryStore(), X, np.ones(N), row_args=["x", "z"])
 
 
-# Processes that end ---------------------------------------------------------------------------
+# Killed processes ----------------------------------------------------------------------------
 
 
 def blocks_in(folder):
@@ -536,7 +537,7 @@ def blocks_in(folder):
 @pytest.mark.long
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
 def test_a_process_that_is_killed_again_and_again(tmp_path):
-    """A call that was killed anywhere ends with the numbers of an uninterrupted call."""
+    """However often a call was killed, its numbers are those of an uninterrupted call."""
     script = Path(killed_store.__file__)
     environment = {**os.environ, "PYTHONPATH": str(script.parents[1])}
     folder, rng, seen = tmp_path / "store", random.Random(1), [0]

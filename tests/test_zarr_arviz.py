@@ -35,7 +35,7 @@ SAMPLES = {
 
 
 def local(x, seen, y=None):
-    """Have latents of rows, a mask, a scale, terms of rows and of none, and a site without rows."""
+    """A model with latents of rows, a mask, a scale, factors with and without rows, and `level`."""
     w = numpyro.sample("w", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
     scale = numpyro.sample("scale", dist.HalfNormal(1.0))
     numpyro.factor("a", -(scale**2))

@@ -21,13 +21,13 @@ from numpyro_ensemble.streaming.store import BlockStore
 X = inputs(12, 1, width=5.0)
 Y = np.sin(X[:, 0])
 GRID = np.linspace(0.0, 6.0, 17)[:, None]
-NEW = np.concatenate([GRID, GRID[3:7], GRID[3:7]])  # repeated inputs have noise of their own
+NEW = np.concatenate([GRID, GRID[3:7], GRID[3:7]])  # repeated inputs have their own noise
 KEY = jax.random.key(5)
 SAMPLES = {"width": np.array([[0.8, 1.0, 1.3]]), "noise": np.full((1, 3), 0.01)}
 
 
 def board(X, y=None):
-    """Have two copies of a noisy process, and a mean that closes over a latent."""
+    """Two copies of a noisy process, whose mean closes over a latent."""
     noise = numpyro.sample("noise", dist.LogNormal(-3.0, 0.5))
     width = numpyro.sample("width", dist.LogNormal(0.0, 0.5))
     numpyro.deterministic("twice", 2 * width)
@@ -106,7 +106,7 @@ def test_it_goes_on(pathwise, in_memory, tmp_path, monkeypatch):
 
 
 def counted(X, y=None):
-    """Have counts on top of a latent process, and a number that no row has."""
+    """Counts on top of a latent process, and a number that belongs to no row."""
     width = numpyro.sample("width", dist.LogNormal(0.0, 0.5))
     f = numpyro.sample("f", GaussianProcess(RBF(1.0, width), X))
     numpyro.sample("late", dist.Normal(width, 1.0), obs=None if y is None else 0.3)

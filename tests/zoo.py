@@ -34,7 +34,7 @@ Y = (X @ np.array([1.0, -1.0]) + 0.3 * RNG.normal(size=8)).round(2)
 GROUP = np.array([0, 0, 1, 1, 2, 2, 2, 0])
 
 
-# for programs that run once: half the compilation, the same numbers to rounding
+# for programs that run once: compilation takes half as long, and numbers agree to rounding
 jit_once = partial(jax.jit, compiler_options={"xla_backend_optimization_level": "0"})
 
 
@@ -42,7 +42,7 @@ PROMOTES = ("correlation", "local_latents")  # NumPyro's LKJCholesky and Dirichl
 
 
 def chosen(names, quick=None):
-    """Parametrise by names, in their order; all but the quick ones are left to `make long`."""
+    """Parametrise by names, in their order; names that are not quick are left to `make long`."""
     return [
         pytest.param(
             name,
@@ -54,7 +54,7 @@ def chosen(names, quick=None):
 
 
 class Case(NamedTuple):
-    """A model and what to call it with."""
+    """A model and the arguments that it is called with."""
 
     model: Callable
     args: tuple
@@ -69,13 +69,13 @@ def ridge(x, y):
 
 @cache
 def map_on_ridge():
-    """Return the runner that tests share where any would do: it compiles once in a process."""
+    """Return a runner that many tests share, so that it compiles once in a process."""
     return EnsembleMAP(ridge, numpyro.optim.Adam(0.1), ensemble_size=2)
 
 
 @cache
 def vi_on_ridge():
-    """Return the same with a guide."""
+    """Return a shared runner with a guide."""
     guide, optim = AutoNormal(ridge), numpyro.optim.Adam(0.05)
     return EnsembleVI(ridge, guide, optim, Trace_ELBO(), ensemble_size=2)
 
@@ -124,7 +124,7 @@ def dependent_support(y):
 def hierarchy(group, y):
     mu = numpyro.sample("mu", dist.Normal(0.0, 1.0))
     tau = numpyro.sample("tau", dist.HalfNormal(1.0))
-    with numpyro.plate("groups", len(np.unique(group))):  # looks at the values of its data
+    with numpyro.plate("groups", len(np.unique(group))):  # reads the values of its data
         a = numpyro.sample("a", dist.Normal(mu, tau))
         b = numpyro.sample(
             "b",
@@ -205,7 +205,7 @@ def with_param(x, y):
 
 
 class Linen(linen.Module):
-    """A small Flax network, with batch normalisation if wanted."""
+    """A small Flax network, with batch normalisation on request."""
 
     normalise: bool = False
 

@@ -1,4 +1,4 @@
-"""Check the links of a built site: `python links.py FOLDER` finds those to nothing in it."""
+"""Check the links of a built site: `python links.py FOLDER` finds links to missing targets."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from urllib.parse import unquote, urlsplit
 
 
 class Page(HTMLParser):
-    """The places in a page that links can name, and what it links to."""
+    """The anchors of a page, and the targets of its links."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -23,12 +23,13 @@ class Page(HTMLParser):
         for name, value in attrs:
             if name == "id" or (tag == "a" and name == "name"):
                 self.anchors.add(value or "")
-            elif name in {"href", "src"} and value and tag != "use":  # icons name parts of a page
+            # icons refer to parts of a page
+            elif name in {"href", "src"} and value and tag != "use":
                 self.targets.append(value)
 
 
 def dead_links(site: Path) -> Iterator[tuple[str, str]]:
-    """Yield the page and the target of each link to a page, file or place that is not there."""
+    """Yield the page and the target of each link to a page, file or anchor that does not exist."""
     pages = {path: Page(path.read_text(encoding="utf-8")) for path in sorted(site.rglob("*.html"))}
     for path, page in pages.items():
         for target in page.targets:

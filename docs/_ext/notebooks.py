@@ -1,4 +1,4 @@
-"""The cache of what pages printed, and each page that has code as a notebook with its outputs."""
+"""The cache of the pages' outputs, and each page that has code as a notebook with its outputs."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from jupyter_cache import get_cache
 from plain import plain_markdown
 from sphinx.application import Sphinx
 
-# The header that all pages have, and the same in full, on as many lines.
+# The header of all pages, and the full header, which has as many lines.
 HEADER = "kernelspec:\n  name: python3\n---\n"
 FULL_HEADER = "kernelspec:\n  {name: python3, display_name: Python 3, language: python}\n---\n"
-KEPT_CACHES = 4  # of earlier states of the package, so that branches can be changed
+KEPT_CACHES = 4  # caches of earlier states of the package are kept, so that branches can be changed
 
 
 def prepare_cache(app: Sphinx) -> None:
-    """Make the cache before processes that read pages do, and drop the oldest ones."""
+    """Make the cache before several processes read pages, and drop the oldest caches."""
     if app.config.nb_execution_mode == "cache":
         folder = Path(app.config.nb_execution_cache_path)
-        assert get_cache(folder).db is not None  # two processes would make it at once
+        assert get_cache(folder).db is not None  # created here, not by two processes at once
         folder.touch()
         by_age = sorted(folder.parent.iterdir(), key=lambda path: path.stat().st_mtime)
         for old in by_age[:-KEPT_CACHES]:
@@ -31,18 +31,18 @@ def prepare_cache(app: Sphinx) -> None:
 
 
 def name_language(app: Sphinx, page: str, source: list[str]) -> None:
-    """Name the language of the code, which is known otherwise only after it was executed."""
+    """Name the language of the code, which is otherwise known only after execution."""
     source[0] = source[0].replace(HEADER, FULL_HEADER, 1)
 
 
 def link(app: Sphinx, page: str, template: str, context: dict[str, Any], doctree: Any) -> None:
-    """Tell the template of a page where its notebook is."""
+    """Give a page's template the address of its notebook."""
     if _has_code(app, page):
         context["notebook"] = posixpath.basename(page) + ".ipynb"
 
 
 def write(app: Sphinx, exception: Exception | None) -> None:
-    """Write the notebooks beside the pages; those of pages that were not executed lack outputs."""
+    """Write the notebooks beside the pages; pages that were not executed get no outputs."""
     if exception is not None or app.builder.name != "html":
         return
     cache = get_cache(app.config.nb_execution_cache_path)

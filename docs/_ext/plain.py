@@ -1,4 +1,4 @@
-"""Markdown that every notebook shows, made from what only MyST knows."""
+"""Markdown that every notebook viewer shows, made from MyST."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 
 def plain_markdown(text: str, page: str, titles: Mapping[str, str]) -> str:
-    """Replace what only MyST knows, and links to other pages, by what every notebook shows."""
+    """Replace MyST's own syntax and links to other pages by Markdown that all notebooks show."""
 
     def title_of(target: str) -> str:
         other = posixpath.normpath(posixpath.join(posixpath.dirname(page), target))

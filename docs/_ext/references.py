@@ -40,10 +40,10 @@ def drop_old_pages(app: Sphinx) -> None:
 
 
 class CodeRole(SphinxRole):
-    """Code in single backticks, which links where it is the name of something documented."""
+    """Code in single backticks, which is a link where it names a documented object."""
 
     def run(self) -> tuple[list[nodes.Node], list[nodes.system_message]]:
-        """Return a reference for a name, and code for everything else."""
+        """Return a reference for a name, and a code literal for everything else."""
         if re.fullmatch(r"[A-Za-z_][\w.]*\w", self.text):
             role = self.env.domains.python_domain.role("obj")
             assert role is not None
@@ -54,7 +54,7 @@ class CodeRole(SphinxRole):
 def resolve(
     app: Sphinx, env: BuildEnvironment, node: pending_xref, contnode: nodes.TextElement
 ) -> nodes.Node | None:
-    """Link a name that is written without its module, or with the module that defines it."""
+    """Link a name that lacks its module, or that has the module of its definition."""
     if node.get("refdomain") != "py":
         return None
     head, _, rest = node["reftarget"].partition(".")
@@ -75,12 +75,12 @@ def resolve(
 
 
 def _documented(env: BuildEnvironment) -> Iterator[tuple[str, str, str, str, str, int]]:
-    """Yield the objects of the reference, without second names of one object."""
+    """Yield the objects of the reference; an object with several names comes once."""
     return (item for item in env.domains.python_domain.get_objects() if item[5] != -1)
 
 
 def _means(target: str, name: str, kind: str) -> bool:
-    """Return whether a name as it is written means the object of this full name and kind."""
+    """Return whether the name in the text means the object of this full name and kind."""
     if target == name:
         return True
     written, full = target.split("."), name.split(".")
@@ -93,7 +93,7 @@ def _means(target: str, name: str, kind: str) -> bool:
 
 
 def name_public_bases(app: Sphinx, name: str, obj: Any, options: Any, bases: list[Any]) -> None:
-    """Replace base classes that have no page by theirs."""
+    """Replace base classes that have no page by those of their own bases that have one."""
     spaces = [importlib.import_module(PACKAGE + suffix) for suffix in NAMESPACES]
 
     def public(classes: Any) -> Iterator[Any]:
@@ -108,7 +108,7 @@ def name_public_bases(app: Sphinx, name: str, obj: Any, options: Any, bases: lis
 
 
 def shorten(app: Sphinx, domain: str, kind: str, content: nodes.Element) -> None:
-    """Leave out that a class has no bases, and write `ArrayLike` where autodoc has its parts."""
+    """Remove "Bases: object", and write `ArrayLike` where autodoc writes its parts."""
     for paragraph in list(content.findall(nodes.paragraph)):
         if paragraph.astext() == "Bases: object":
             paragraph.parent.remove(paragraph)
@@ -122,7 +122,7 @@ def shorten(app: Sphinx, domain: str, kind: str, content: nodes.Element) -> None
 def setup(app: Sphinx) -> dict[str, Any]:
     """Register the role and the hooks."""
     app.add_role("code-or-link", CodeRole())
-    app.connect("builder-inited", drop_old_pages, priority=100)  # autosummary adds the new ones
+    app.connect("builder-inited", drop_old_pages, priority=100)  # before autosummary adds pages
     app.connect("missing-reference", resolve)
     app.connect("autodoc-process-bases", name_public_bases)
     app.connect("object-description-transform", shorten, priority=100)

@@ -1,4 +1,4 @@
-"""Which pages a build executes, and which results of earlier builds it takes."""
+"""Which pages a build executes, and which results of earlier builds it reuses."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ TURNS = 4
 
 
 def turn_of(page: str) -> int:
-    """Return the turn, 0 to 3, that executes a page, from its path in the documentation."""
+    """Return the turn, 0 to 3, that executes a page; it depends on the page's path in `docs`."""
     return zlib.crc32(page.encode()) % TURNS
 
 
@@ -26,7 +26,7 @@ def pages_left_out(docs: Path, turn: str | None) -> list[str]:
         raise ValueError(f"DOCS_TURN={turn}: it is a number from 0 to {TURNS - 1}.")
     pages = sorted(path for path in docs.rglob("*.md") if not _is_hidden(path.relative_to(docs)))
     return [
-        glob.escape(path.as_posix())  # a whole path, for a name alone matches in every folder
+        glob.escape(path.as_posix())  # the whole path: a name alone would match in every folder
         for path in pages
         if turn_of(path.relative_to(docs).as_posix()) != int(turn)
     ]

@@ -11,17 +11,17 @@ from pathlib import Path
 
 import matplotlib
 
-matplotlib.use("Agg")  # before the pages import pyplot
+matplotlib.use("Agg")  # has to come before the pages import pyplot
 
 import matplotlib.pyplot as plt
 from PIL import Image
 
 GALLERY = Path(__file__).parent
 CELL = re.compile(r"^```\{code-cell\}[^\n]*\n(.*?)^```", re.DOTALL | re.MULTILINE)
-OPTION = re.compile(r"^:\w+:.*\n", re.MULTILINE)  # `:tags: [remove-stderr]` is for Sphinx alone
+OPTION = re.compile(r"^:\w+:.*\n", re.MULTILINE)  # `:tags: [remove-stderr]` is for Sphinx
 WIDTH, HEIGHT = 320, 200  # pixels of a thumbnail
 INCHES = 4.8, 3.0  # narrower than figures of the pages, so that text stays readable
-COLOURS = 64, 32, 16, 8  # the first that is small enough is taken
+COLOURS = 64, 32, 16, 8  # the first palette that makes the file small enough is used
 MAX_BYTES = 15_000
 
 
