@@ -224,7 +224,7 @@ class FitCall:
         return self.cut_state(new), home(self.cut(losses))
 
     def chunk(self, capacity: int, options: RunOptions, *, consume: bool = True) -> Callable:
-        """Return the compiled loop of `training.make_chunk`, which may consume its carry."""
+        """Return the compiled loop of `loop.make_chunk`, which may consume its carry."""
         stable, forward = options.stable_update, options.forward_mode_differentiation
         rule, programs = options.early_stopping, self.programs
         size = self.problem.places

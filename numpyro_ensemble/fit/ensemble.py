@@ -161,7 +161,7 @@ class Ensemble:
 
         Raises:
             ValueError: for a state that does not hold its constraints: NumPyro's own, or one that
-                was pickled.
+                was pickled without its model.
         """
         check_size(state, self.ensemble_size)
         return self._cache.params(self.problem(), state)
