@@ -79,11 +79,11 @@ test: $(call ready,test) ## check format, lint, types and doctests, and run all 
 	XLA_FLAGS="$(QUICK)" JAX_CHECK_TRACER_LEAKS=1 $(PYTEST) --junitxml=$(CACHE)/reports/leaks.xml -m leaks $(LEAKS)
 	@$(BIN)/python -c "$$count_tests" $(CACHE)/reports/*.xml
 
-# LONG_TURN=0 to LONG_TURN=15 take one sixteenth of the long tests each, and QUICK_TURN=0 to 3 one quarter
+# LONG_TURN=0 to LONG_TURN=23 take one twenty-fourth of the long tests each, and QUICK_TURN=0 to 5 one sixth
 # of those that `make test` runs.
 long: $(call ready,test) ## run what `make test` leaves out: long tests, the core in float64, processes in float32
 	XLA_FLAGS="$(QUICK)" $(PYTEST) -m "(core or long) and not single and not leaks"
-	XLA_FLAGS="$(QUICK)" JAX_ENABLE_X64=0 $(PYTEST) -m "long and (core or single)" || [ $$? -eq 5 ] # a sixteenth may have none
+	XLA_FLAGS="$(QUICK)" JAX_ENABLE_X64=0 $(PYTEST) -m "long and (core or single)" || [ $$? -eq 5 ] # a part may have none
 	XLA_FLAGS="$(QUICK)" JAX_ENABLE_X64=0 $(PYTEST) -m "not core and not long" $(addprefix tests/test_gp_,$(addsuffix .py,calls features paths))
 
 # NumPyro's examples are tested where NUMPYRO_CHECKOUT names a checkout of its tag. Each model goes

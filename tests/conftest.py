@@ -59,11 +59,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def _has_its_turn(item: pytest.Item) -> bool:
     """Return whether this run includes a test.
 
-    `LONG_TURN` selects a sixteenth of the long tests, and `QUICK_TURN` a quarter of the others.
+    `LONG_TURN` selects one of 24 parts of the long tests, and `QUICK_TURN` one of 6 of the others.
     All cases of a test belong to the same turn.
     """
     is_long = item.get_closest_marker("long") is not None
-    name, number = ("LONG_TURN", 16) if is_long else ("QUICK_TURN", 4)
+    name, number = ("LONG_TURN", 24) if is_long else ("QUICK_TURN", 6)
     turn = os.environ.get(name)
     place = zlib.crc32(getattr(item, "originalname", item.name).encode())
     return turn is None or place % number == int(turn)

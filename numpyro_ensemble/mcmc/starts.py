@@ -227,7 +227,8 @@ def from_microcanonical(
     Args:
         rng_key: one key.
         model: a NumPyro model.
-        num_chains: number of chains C to come, 64 or more.
+        num_chains: number of chains C to come. Means over chains decide when the walk ends, so more
+            chains end it more surely.
         *args: arguments of the model.
         max_steps: largest number of steps of each chain; each step costs one gradient.
         init_strategy: where the chains' walk begins.
