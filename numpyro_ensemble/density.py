@@ -96,6 +96,7 @@ class Site(NamedTuple):
     drawn_from: int | None = None  # of a plate that draws some of its rows: how many there are
     marked: bool = False  # infer={"enumerate": "parallel"}
     not_summed: str = ""  # why a discrete latent cannot be summed out
+    density_shape: tuple[int, ...] = ()  # of the log density of a sample site
 
 
 def is_subsampled(site: dict[str, Any]) -> bool:
@@ -181,10 +182,12 @@ def _describe(site: dict[str, Any], seen: Collection[str], prior_sites: Collecti
     kind, distribution = site["type"], ""
     role: Role | None = None
     plates: tuple[tuple[str, int], ...] = ()
+    density_shape: tuple[int, ...] = ()
     if kind == "sample":
         role = site_role(site, seen, prior_sites)
         plates = tuple((frame.name, frame.size) for frame in site["cond_indep_stack"])
         distribution = type(unwrapped(site["fn"])).__name__
+        density_shape = _density_shape(site)
         if site["is_observed"]:
             kind = "factor" if is_factor(site) else "observed"
         else:
@@ -208,7 +211,16 @@ def _describe(site: dict[str, Any], seen: Collection[str], prior_sites: Collecti
         drawn_from,
         is_marked(site),
         why_not_summed(site) if kind == "discrete" else "",
+        density_shape,
     )
+
+
+def _density_shape(site: dict[str, Any]) -> tuple[int, ...]:
+    fn, shape = site["fn"], np.shape(site["value"])
+    try:
+        return jnp.broadcast_shapes(fn.batch_shape, shape[: len(shape) - fn.event_dim])
+    except ValueError:  # of data that do not fit their plate, which other checks report
+        return fn.batch_shape
 
 
 def fill_model(

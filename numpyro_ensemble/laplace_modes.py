@@ -279,9 +279,9 @@ def _check_fit(runner: EnsembleVI, result: EnsembleResult, tolerance: float) -> 
         )
     setup = setup_of(result.state)
     template = None if setup is None else setup.template
-    if template is not None and template.member_labels:
+    if template is not None and template.member_ranks:
         raise ValueError(
-            f"members were fitted to data of their own ({list(template.member_labels)}, by "
+            f"members were fitted to data of their own ({list(template.member_ranks)}, by "
             f"member_args), so that each has a density of its own, and modes of its own."
         )
     if template is not None and template.guide_forms.supports:

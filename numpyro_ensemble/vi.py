@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+import functools
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,13 +13,14 @@ from numpyro import handlers
 from numpyro.infer import Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO
 from numpyro.infer.autoguide import AutoGuide, AutoLaplaceApproximation
 
-from numpyro_ensemble.calls.arguments import has_tracers
+from numpyro_ensemble.calls.arguments import arrange, has_tracers
 from numpyro_ensemble.calls.identity import closure_fingerprint, may_differ
 from numpyro_ensemble.calls.keywords import checked_keywords
 from numpyro_ensemble.calls.programs import Programs
+from numpyro_ensemble.fit.batches import first_member
 from numpyro_ensemble.fit.ensemble import Ensemble
 from numpyro_ensemble.fit.guides import is_set_up
-from numpyro_ensemble.fit.member_guides import MemberGuides
+from numpyro_ensemble.fit.member_guides import MemberGuides, check_members
 from numpyro_ensemble.fit.optimisers import choose_optimizer
 from numpyro_ensemble.fit.problem import Problem
 from numpyro_ensemble.fit.setup import SetupTemplate
@@ -195,6 +197,7 @@ class EnsembleVI(Ensemble):
         *args: Any,
         num_samples: int = 1,
         group_by_member: bool = False,
+        member_args: Iterable[str | int] | None = None,
         **kwargs: Any,
     ) -> dict[str, jax.Array]:
         """Draw from all members' guides at once, with the model's deterministic sites.
@@ -205,13 +208,14 @@ class EnsembleVI(Ensemble):
             *args: arguments of the model and guide.
             num_samples: number of draws from each member.
             group_by_member: return `(E, num_samples, ...)` instead of `(E * num_samples, ...)`.
+            member_args: names or positions of arguments with a leading `(E,)`, as in `run`.
             **kwargs: keyword arguments of the model and guide.
 
         Returns:
             Draws by site name. Sites of the model that the guide lacks are drawn too, and
             deterministic sites are computed from the same draws.
         """
-        samples, _ = self.draws(rng_key, result, num_samples, args, kwargs)
+        samples, _ = self.draws(rng_key, result, num_samples, args, kwargs, member_args=member_args)
         if group_by_member:
             return samples
         total = self.ensemble_size * num_samples
@@ -225,6 +229,7 @@ class EnsembleVI(Ensemble):
         args: tuple,
         kwargs: dict,
         with_density: bool = False,
+        member_args: Iterable[str | int] | None = None,
     ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
         """Draw `(E, num_samples, ...)` from the guides, then run the model on the draws.
 
@@ -238,19 +243,27 @@ class EnsembleVI(Ensemble):
         rng_key = one_key(rng_key)
         check_count("num_samples", num_samples)
         check_size(result.state, self.ensemble_size)
-        template, values = self._setup_of(result, args, kwargs)
+        if member_args is not None:
+            member_args = [member_args] if isinstance(member_args, str | int) else member_args
+            member_args = tuple(member_args)
+        arrange_members = functools.partial(
+            arrange, self.model, member_args=member_args or (), placed=False
+        )
+        given = arrange_members(args, kwargs)
+        template, values = self._setup_of(result, *given.rebuild(first_member(given.dynamic)))
         kwargs = {**kwargs, **self.static_kwargs}
+        check_members(arrange_members(args, kwargs), member_args, template, self.ensemble_size)
         moving = isinstance(self.guide, AutoGuide) and template.guide_forms.supports
         size, with_density = self.ensemble_size, with_density and not moving
 
         def draw(call: tuple, *inputs: Any) -> tuple:
-            args, kwargs = call
-            guides = MemberGuides(self.model, template, size, args, kwargs, with_density)
+            guides = MemberGuides(self.model, template, size, arrange_members(*call), with_density)
             return guides.draw(num_samples, *inputs)
 
         params = {**result.params, **(result.state.mutable_state or {})}
         inputs = (rng_key, params, values)
-        how = (template, closure_fingerprint(template.guide), size, num_samples, with_density)
+        form = closure_fingerprint(template.guide)
+        how = (template, form, size, num_samples, with_density, member_args)
         samples, densities, known = self._drawing.call(draw, inputs, self.model, args, kwargs, *how)
         if "log_q_mixture" in densities and not has_tracers(known) and not bool(known):
             del densities["log_q_mixture"]
@@ -278,7 +291,7 @@ class EnsembleVI(Ensemble):
             self.init(jax.random.key(0), *args, **kwargs)
         nothing = GuideValues([], [], [])
         return SetupTemplate(
-            object(), self.model, self.guide, nothing, None, (), {}, {}, ()
+            object(), self.model, self.guide, nothing, None, (), {}, {}, {}
         ), nothing
 
 

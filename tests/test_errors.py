@@ -291,6 +291,25 @@ def test_a_scale_that_the_model_computes_is_seen(key):
         quiet(runner, key, 2, Y, jnp.array(8.0), batch_size=4)
 
 
+@pytest.mark.promotes_ranks
+def test_a_scale_wider_than_the_density_is_seen(key):
+    """Weights of all members that `member_args` does not name would be summed over members."""
+
+    def model(y, weight):
+        mu = numpyro.sample("mu", dist.Normal(0, 1))
+        with numpyro.handlers.scale(scale=weight):
+            numpyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+
+    runner = EnsembleMAP(model, ADAM, ensemble_size=2)
+    weights = np.ones((2, len(Y)))
+    with pytest.warns(UserWarning, match=r"'y', of shape \(8,\), by numbers of shape \(2, 8\)"):
+        quiet(runner, key, 2, Y, weights)
+    with pytest.raises(ValueError, match=r"by numbers of shape \(8, 2\): give one number"):
+        quiet(runner, key, 2, Y, weights.T)
+    quiet(runner, key, 2, Y, weights, member_args=["weight"])
+    quiet(runner, key, 2, Y, weights[:1])
+
+
 def test_arguments_of_the_constructor_are_checked():
     with pytest.raises(TypeError, match="init_loc_fn takes a NumPyro strategy, got 3"):
         EnsembleMAP(ridge, ADAM, init_loc_fn=3)

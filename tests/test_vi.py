@@ -621,6 +621,42 @@ def test_sample_posterior_draws_from_all_members(key):
     assert_allclose(grouped["nu"].mean(1), 2 * result.params["loc"], atol=1e-4)
 
 
+@pytest.mark.promotes_ranks
+def test_draws_see_the_data_of_their_member(key):
+    """Guide and deterministic site of a member read its own rows and its own number."""
+
+    def model(y, top, unit):
+        mu = numpyro.sample("mu", dist.Normal(0.0, 1.0))
+        numpyro.deterministic("scaled", mu * unit + y.sum() + top["of"])
+        with numpyro.plate("data", len(y)):
+            numpyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+
+    def guide(y, top, unit):
+        slope = numpyro.param("slope", 0.1)
+        numpyro.sample("mu", dist.Normal(slope * y.mean() + 10 * unit, 1e-6))
+
+    rows, units, top = np.stack([Y, 2 * Y, 3 * Y]), np.array([1.0, 0.0, 2.0]), {"of": 100.0}
+    runner = EnsembleVI(model, guide, ADAM, Trace_ELBO(), ensemble_size=3)
+    own = {"member_args": ["y", 2]}
+    result = quiet(runner, key, 2, rows, top, units, **own)
+    shape = {"num_samples": 5, "group_by_member": True}
+    draws = runner.sample_posterior(key, result, rows, top, units, **shape, **own)
+    slope, unit = np.asarray(result.params["slope"]), units[:, None]
+    assert_allclose(
+        draws["mu"], (slope * rows.mean(1))[:, None] + 10 * unit + 0 * draws["mu"], atol=1e-4
+    )
+    assert_allclose(draws["scaled"], draws["mu"] * unit + rows.sum(1)[:, None] + 100, rtol=1e-6)
+    shared = runner.sample_posterior(key, result, rows[1], top, 0.0, **shape)
+    assert_allclose(shared["mu"][1], draws["mu"][1], rtol=1e-9)
+    assert_allclose(shared["scaled"] - rows[1].sum() - 100, 0, atol=1e-9)
+    with pytest.raises(
+        ValueError, match=r"'y' has shape \(3, 8\), and in the fit it held the data"
+    ):
+        runner.sample_posterior(key, result, rows, top, 1.0)
+    with pytest.raises(ValueError, match="'y' of shape .*leading length must be ensemble_size=3"):
+        runner.sample_posterior(key, result, rows[:2], top, units, **own)
+
+
 @pytest.mark.long
 @pytest.mark.promotes_ranks
 def test_a_blocked_autoguide_with_deterministic_sites_fits(key):

@@ -47,6 +47,15 @@ class Arguments(NamedTuple):
         triples = zip(self.labels, self.leaves, self.kinds, strict=True)
         return [(label, leaf) for label, leaf, kind in triples if kind in kinds]
 
+    def check_members(self, ensemble_size: int) -> None:
+        """Raise a ValueError for leaves of the members whose number is not the ensemble size."""
+        for label, leaf in self.labelled(MEMBER, MEMBER_BATCH):
+            if np.shape(leaf)[0] != ensemble_size:
+                raise ValueError(
+                    f"member_args names {label!r} of shape {np.shape(leaf)}; its leading length "
+                    f"must be ensemble_size={ensemble_size}."
+                )
+
     def holding_nan(self) -> list[str]:
         """Return the user's names of the arrays that hold a NaN."""
         return [
@@ -59,6 +68,10 @@ class Arguments(NamedTuple):
     def dynamic(self) -> dict[str, list[Any]]:
         """Return the leaves that a compiled program takes as its inputs."""
         return {kind: self.select(kind) for kind in MEMBER_AXES}
+
+    def of_member(self, leaves: Sequence[Any]) -> tuple[tuple, dict]:
+        """Return `(args, kwargs)` of one member, whose own leaves are given."""
+        return self.rebuild({**self.dynamic, MEMBER: leaves})
 
     def rebuild(self, dynamic: Mapping[str, Sequence[Any]]) -> tuple[tuple, dict]:
         """Put `(args, kwargs)` together again, with the given values of the dynamic leaves."""

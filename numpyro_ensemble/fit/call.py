@@ -11,6 +11,8 @@ import jax.numpy as jnp
 from numpyro.infer.svi import SVIState
 
 from numpyro_ensemble.calls.arguments import (
+    MEMBER,
+    MEMBER_BATCH,
     Arguments,
     CallForm,
     has_tracers,
@@ -113,7 +115,8 @@ class FitCall:
         if not has_tracers((state, values, first)):
             check_kept(inside)
             self._set_up_guide(home(first))
-            if self.problem.ensemble_size > 1 and bool(alike):
+            shared_data = not self.arguments.labelled(MEMBER, MEMBER_BATCH)
+            if self.problem.ensemble_size > 1 and shared_data and bool(alike):
                 warn(
                     f"All {self.problem.ensemble_size} members start at the same values: pass "
                     f"init_params= with a leading axis of {self.problem.ensemble_size}, or a "

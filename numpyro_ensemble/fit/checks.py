@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
@@ -32,8 +33,12 @@ from numpyro_ensemble.density import Site, filled_trace, model_sites
 from numpyro_ensemble.fit.batches import Batches, check_follows, first_member, first_rows, rescaled
 from numpyro_ensemble.fit.guides import check_hidden
 from numpyro_ensemble.fit.problem import Problem
-from numpyro_ensemble.handlers import is_zero
+from numpyro_ensemble.handlers import is_zero, warn
 
+_OWN_SCALE = (
+    "give one number for each row. If the first axis has numbers for each member, name the "
+    "argument in run(..., member_args=[...])."
+)
 _TRACED_BY = {BATCH: "batch_size", MEMBER: "member_args", MEMBER_BATCH: "member_args"}
 
 
@@ -110,6 +115,7 @@ def checked_sites(
     supply = _Supply(starts)
     full = _trace(problem, arguments, None, supply)
     problem.check_model(full)
+    _check_widths(full)
     if isinstance(problem.guide, AutoGuide):
         _check_plates(full)
     if is_zero(problem.prior_weight) and not any(s.role == "likelihood" for s in full.values()):
@@ -150,6 +156,25 @@ def _check_plates(sites: dict[str, Site]) -> None:
                     f"plate {plate!r} has size {before} around {name!r} and {size} around "
                     f"{site.name!r}: give plates of different sizes different names."
                 )
+
+
+def _check_widths(sites: dict[str, Site]) -> None:
+    """Warn of scales of more numbers than the log density has, whose terms they repeat."""
+    for name, site in sites.items():
+        scale, density = getattr(site.scale, "shape", ()), site.density_shape
+        try:
+            scaled = jnp.broadcast_shapes(scale, density)
+        except ValueError:
+            raise ValueError(
+                f"handlers.scale multiplies the log density of site {name!r}, of shape {density}, "
+                f"by numbers of shape {scale}: {_OWN_SCALE}"
+            ) from None
+        if math.prod(scaled) > math.prod(density):
+            warn(
+                f"handlers.scale multiplies the log density of site {name!r}, of shape {density}, "
+                f"by numbers of shape {scale}, so its sum has some terms more than once: "
+                f"{_OWN_SCALE}"
+            )
 
 
 def _check_scales(

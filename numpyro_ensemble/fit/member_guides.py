@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from numpyro_ensemble.calls.arguments import FIXED, MEMBER, TRACED, Arguments
 from numpyro_ensemble.density import fill_model
 from numpyro_ensemble.fit.draws import Density, density_at, draw_latents, draw_with_density
 from numpyro_ensemble.fit.setup import SetupTemplate
@@ -23,8 +24,7 @@ class MemberGuides(NamedTuple):
     model: Callable
     template: SetupTemplate
     ensemble_size: int
-    args: tuple
-    kwargs: dict[str, Any]
+    arguments: Arguments
     with_density: bool
 
     def draw(
@@ -36,9 +36,9 @@ class MemberGuides(NamedTuple):
         """
         size = self.ensemble_size
         keys = jax.random.split(key, (size, number))
-        axes = (0, None, None), (0, 0, VALUE_AXES.guide)
+        axes = (0, None, None, None), (0, 0, VALUE_AXES.guide, 0)
         many = jax.vmap(jax.vmap(self._latents, in_axes=axes[0]), in_axes=axes[1])
-        latents, density = many(keys, params, values)
+        latents, density = many(keys, params, values, self.arguments.select(MEMBER))
         samples = self._filled(keys, params, latents)
         if density is None:
             return samples, {}, jnp.asarray(True)
@@ -49,23 +49,24 @@ class MemberGuides(NamedTuple):
         return samples, densities, known
 
     def _latents(
-        self, key: jax.Array, params: dict, values: GuideValues
+        self, key: jax.Array, params: dict, values: GuideValues, own: list[Any]
     ) -> tuple[dict[str, Any], Density | None]:
         guide = filled_guide(self.template, values)
         key = jax.random.split(key)[0]
+        call = self.arguments.of_member(own)
         if self.with_density:
-            return draw_with_density(guide, key, params, self.args, self.kwargs)
-        return draw_latents(guide, key, params, self.args, self.kwargs), None
+            return draw_with_density(guide, key, params, *call)
+        return draw_latents(guide, key, params, *call), None
 
     def _filled(self, keys: jax.Array, params: dict, latents: dict) -> dict[str, Any]:
         """Run the model on the draws, as many at once as memory allows."""
-        model = self.model
+        model, own = self.model, self.arguments.select(MEMBER)
 
         def one(where: tuple) -> dict[str, Any]:
             key, e, s = where
             known = {**pick(params, e), **pick(latents, e, s)}
             key = jax.random.split(key)[1]
-            trace = fill_model(model, key, known, self.args, self.kwargs)
+            trace = fill_model(model, key, known, *self.arguments.of_member(pick(own, e)))
             return {
                 name: site["value"]
                 for name, site in trace.items()
@@ -84,18 +85,39 @@ class MemberGuides(NamedTuple):
             lambda x: x.reshape(size * number, *x.shape[2:]), (latents, density.values)
         )
 
-        def under(params: dict, values: GuideValues) -> tuple[jax.Array, jax.Array]:
+        def under(params: dict, values: GuideValues, own: list) -> tuple[jax.Array, jax.Array]:
             guide = filled_guide(self.template, values)
+            call = self.arguments.of_member(own)
 
             def at(draw: tuple) -> tuple[jax.Array, jax.Array]:
-                return density_at(guide, draw[0], draw[1], params, self.args, self.kwargs)
+                return density_at(guide, draw[0], draw[1], params, *call)
 
             return map_draws(at, flat)
 
         try:
-            every = jax.vmap(under, in_axes=(0, VALUE_AXES.guide))
-            log_q, same = every(params, values)
+            every = jax.vmap(under, in_axes=(0, VALUE_AXES.guide, 0))
+            log_q, same = every(params, values, self.arguments.select(MEMBER))
         except NotImplementedError:  # flows that cannot be inverted
             return None
         mixture = jax.nn.logsumexp(log_q, axis=0) - np.log(size)
         return mixture.reshape(size, number), same.all()
+
+
+def check_members(
+    arguments: Arguments, member_args: Any, template: SetupTemplate, ensemble_size: int
+) -> None:
+    """Check the arguments of a call, of which `member_args` names those of the members.
+
+    Raises:
+        ValueError: if a leading length is not the ensemble size, or if `member_args` is left out
+            and an argument has the data of all members, as in the fit.
+    """
+    arguments.check_members(ensemble_size)
+    for label, leaf in () if member_args is not None else arguments.labelled(TRACED, FIXED):
+        rank = template.member_ranks.get(label)
+        if np.ndim(leaf) == rank and np.shape(leaf)[0] == ensemble_size:
+            raise ValueError(
+                f"argument {label!r} has shape {np.shape(leaf)}, and in the fit it held the data "
+                f"of each member. Give member_args here too, or arguments that all members share, "
+                f"such as those of one member."
+            )

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpyro.infer.svi import SVIState
 
-from numpyro_ensemble.calls.arguments import MEMBER, MEMBER_BATCH, ROW_AXES, Arguments
+from numpyro_ensemble.calls.arguments import MEMBER_BATCH, ROW_AXES, Arguments
 from numpyro_ensemble.checkpoint import Checkpoint
 from numpyro_ensemble.fit.batches import Batches
 from numpyro_ensemble.fit.stopping import EarlyStopping
@@ -69,12 +69,7 @@ class RunOptions(NamedTuple):
             ValueError: if numbers of rows differ, or leading lengths of member_args are not the
                 ensemble size.
         """
-        for label, leaf in arguments.labelled(MEMBER, MEMBER_BATCH):
-            if np.shape(leaf)[0] != ensemble_size:
-                raise ValueError(
-                    f"member_args names {label!r} of shape {np.shape(leaf)}; its leading length "
-                    f"must be ensemble_size={ensemble_size}."
-                )
+        arguments.check_members(ensemble_size)
         if self.batch_size is None:
             return None
         lengths = {

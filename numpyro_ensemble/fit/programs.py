@@ -111,7 +111,7 @@ class FitPrograms:
         start = self.start_program(None, axes or None, True)
         traced = start.trace(call, keys, self.undeclared or None, arguments.dynamic)
         state, values, _, structure, *_ = traced.out_info
-        labels = tuple(label for label, _ in arguments.labelled(MEMBER, MEMBER_BATCH))
+        member_ranks = {x: np.ndim(leaf) for x, leaf in arguments.labelled(MEMBER, MEMBER_BATCH)}
         guide, forms, transforms, leaves = structure.value
         note_alike(self.problem.guide, guide)
         template = SetupTemplate(
@@ -123,7 +123,7 @@ class FitPrograms:
             leaves,
             self.sites,
             self.undeclared,
-            labels,
+            member_ranks,
         )
         with TRACING:  # the first thread's, where several have come this far
             if self.template is None:

@@ -28,7 +28,7 @@ class SetupTemplate:
         leaves: leaves of that tree, None for those in `SetupValues.constraints`.
         sites: the model's sites.
         undeclared: shapes of the parameters that are declared without a value.
-        member_labels: names of the arguments that each member has its own of.
+        member_ranks: number of axes, by name, of the arguments with a leading member axis.
     """
 
     def __init__(
@@ -41,12 +41,12 @@ class SetupTemplate:
         leaves: tuple[Any, ...],
         sites: dict[str, Site],
         undeclared: dict[str, Any],
-        member_labels: tuple[str, ...],
+        member_ranks: dict[str, int],
     ) -> None:
         self.key = key
         self.model, self.guide, self.guide_forms = model, guide, guide_forms
         self.transforms, self.leaves = transforms, leaves
-        self.sites, self.undeclared, self.member_labels = sites, undeclared, member_labels
+        self.sites, self.undeclared, self.member_ranks = sites, undeclared, member_ranks
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, SetupTemplate) and self.key == other.key
@@ -59,7 +59,7 @@ class SetupTemplate:
         leaves = [_HOLE if leaf is None else leaf for leaf in self.leaves]
         transforms = jax.tree.unflatten(self.transforms, leaves)
         fields = (self.model, self.guide, self.guide_forms, transforms)
-        return _template, (*fields, self.sites, self.undeclared, self.member_labels)
+        return _template, (*fields, self.sites, self.undeclared, self.member_ranks)
 
     def fill_values(self, values: GuideValues) -> GuideValues:
         """Return a value for each slot: zeros where only the shape is ever read."""

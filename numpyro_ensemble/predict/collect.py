@@ -104,7 +104,7 @@ def _check_fit(runner: Ensemble, result: EnsembleResult, args: tuple, kwargs: di
     setup = setup_of(result.state)
     if setup is None or setup.template is None:
         return
-    own = setup.template.member_labels
+    own = setup.template.member_ranks
     if own:
         raise ValueError(
             f"each member was fitted to its own data, member_args={list(own)}: make ArviZ data of "
