@@ -35,7 +35,7 @@ _LOCK = "in_use"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Where and how often a run is saved, so that the same call made again goes on from there.
+    """Folder and interval of a run's checkpoints; the same call made again goes on from them.
 
     A resumed run ends with the numbers of a run that was never stopped. They are equal bit for bit
     on the same machine with the same `PYTHONHASHSEED`: otherwise NumPyro's ELBO adds its terms in

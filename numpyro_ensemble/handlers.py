@@ -73,10 +73,10 @@ class reweight(Messenger):
     """Multiply the log density of prior sites by one weight and of observed sites by another.
 
     It composes with `plate` subsampling, `scale`, `mask`, reparameterisations and `scope`.
-    Condition a model before it is reweighted: a site counts as observed when it is observed below
-    this handler. NumPyro's Jacobian factors (`_{site}_log_det`) are never weighted; any other
-    `factor` is likelihood, unless it is named in `prior_sites` or stems from `CircularReparam` or
-    `NeuTraReparam`.
+    Condition a model before it is reweighted: a site is likelihood if the model that this
+    handler gets observes it. NumPyro's Jacobian factors (`_{site}_log_det`) are never weighted. Any
+    other `factor` is likelihood, unless it is named in `prior_sites` or stems from `CircularReparam`
+    or `NeuTraReparam`.
 
     Args:
         fn: the model.

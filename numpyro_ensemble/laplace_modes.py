@@ -51,7 +51,7 @@ class LaplaceMixture(NamedTuple):
     """Draws from the mixture of Laplace approximations at all modes, each counted once.
 
     Attributes:
-        samples: draws by site name, constrained, deterministic sites too; they lead with `(S,)`.
+        samples: constrained draws by site name, `(S, ...)`, with those of deterministic sites.
         modes: the modes and their weights in the mixture.
         part: `(S,)`, the mode that each draw comes from.
         log_ratios: `(S,)`, log density of the posterior less log density of the mixture.

@@ -24,8 +24,8 @@ _SPARE = 4  # draws that resampling chooses from, for each that is asked for
 class Pathfinder:
     """Draws from a posterior in the time of a few optimisations (Zhang et al. 2022).
 
-    Each path is an L-BFGS search for a mode. The curvature that it has met gives a normal
-    approximation at each of its points, and the one with the highest evidence lower bound is kept.
+    Each path is an L-BFGS search for a mode. Each of its points has a normal approximation,
+    from the curvature so far. The one with the highest evidence lower bound is kept.
     Draws of all paths are weighed as draws of their mixture, so that paths that agree do not count
     twice. Further rounds draw from a t distribution with the mean and the covariance of the
     weighted draws, and weigh all draws together. Samples are chosen from these by weight.

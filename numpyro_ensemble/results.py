@@ -46,11 +46,11 @@ class EnsembleResult(_Fields):
         params: fitted values by name, each leaf `(E,) + shape`.
         state: the last `SVIState`, to go on from with `init_state=`.
         losses: `(E, num_steps)`; NaN after a member's early stop.
-        stopped: which members `(E,)` stopped early, None where that is no longer known.
-        gradient_norm: length `(E,)` of each member's gradient of the loss, in unconstrained space
-            and over all the data, of `EnsembleMAP`; None of other runners, and under `jit`.
+        stopped: which members `(E,)` stopped early; None if the result does not know.
+        gradient_norm: for `EnsembleMAP`, the length `(E,)` of each member's gradient of the loss
+            over all data, in unconstrained space. None for other runners, and under `jit`.
         completed_steps: how many of the steps were taken before the run ended; None under `jit`.
-        seconds: how long the run took, compilation included, None where that is not known.
+        seconds: how long the run took, compilation included; None if the result does not know.
 
     The example of `EnsembleVI` makes one.
     """
@@ -183,10 +183,10 @@ class EnsembleResult(_Fields):
 
 
 class PathfinderResult(NamedTuple):
-    """What `Pathfinder.run` has found.
+    """Draws, weights and paths of a run of `Pathfinder`.
 
     Attributes:
-        samples: draws by site name, constrained, deterministic sites too; they lead with `(S,)`.
+        samples: constrained draws by site name, `(S, ...)`, with those of deterministic sites.
         pareto_k: shape of the tail of the importance ratios of all draws. Above 0.7 the samples
             are not the posterior.
         elbo: `(P,)`, the evidence lower bound of the best approximation on each path, minus
@@ -196,8 +196,8 @@ class PathfinderResult(NamedTuple):
         path: `(S,)`, the path that each sample is from, -1 for draws of refits.
         num_points: `(P,)`, the number of points on each path.
         converged: `(P,)`, whether a path has come to a mode.
-        pool: all N draws, that the samples were chosen from: unconstrained values by site name,
-            which lead with `(N,)`.
+        pool: all N draws, from which the samples were chosen: unconstrained values by site name,
+            `(N, ...)`.
         pool_log_weights: `(N,)`, logarithms of their weights, smoothed by PSIS.
 
     The example of `Pathfinder` makes one.

@@ -214,7 +214,7 @@ def test_a_model_that_looks_at_traced_values(options, named, key):
         ridge(x, y / np.asarray(y).std())
 
     runner = EnsembleMAP(model, ADAM, ensemble_size=2)
-    with pytest.raises(ValueError, match=f"looks at the values.*{named}.*beforehand"):
+    with pytest.raises(ValueError, match=f"reads the values.*{named}.*beforehand"):
         quiet(runner, key, 3, X, Y, **options)
 
 

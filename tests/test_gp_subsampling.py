@@ -125,7 +125,9 @@ def test_a_process_observed_in_the_plate_of_its_data_is_refused():
     for batch in (4, None):
         with (
             pytest.warns(UserWarning, match="copies of a Gaussian process at as many inputs"),
-            pytest.raises(ValueError, match=r"'c': .* copies of .*stands outside a plate of the"),
+            pytest.raises(
+                ValueError, match=r"'c': .* copies of .*sample the process outside the plate of the"
+            ),
         ):
             Pathwise(observed_in_its_plate, WIDTHS, X, Y, batch, **SMALL)
 

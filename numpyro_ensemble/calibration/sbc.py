@@ -77,7 +77,7 @@ def sbc(
     """Simulate data from the prior, fit all of them, and rank the true values among the draws.
 
     If the fits are exact, the ranks are uniform (Talts et al., 2018). If draws are too narrow, true
-    values are too often at both ends of them; if draws are shifted, at one end.
+    values too often rank lowest or highest. If draws are shifted, they gather at one end.
 
     Args:
         model: a NumPyro model.

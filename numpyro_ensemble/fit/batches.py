@@ -193,7 +193,7 @@ def _check_observed(whole: Site, piece: Site, batches: Batches) -> None:
             raise ValueError(
                 f"observed site {whole.name!r} ({whole.distribution}) has shape {whole.shape} with "
                 f"all {batches.total} rows and {piece.shape} with batch_size={batches.size}: its "
-                f"values depend on several rows at once, which batches would tear apart. Leave "
+                f"values depend on several rows at once, which batches would separate. Leave "
                 f"batch_size out."
             )
 

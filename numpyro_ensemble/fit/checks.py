@@ -58,7 +58,7 @@ def looks_at(arguments: Arguments, error: Exception) -> ValueError:
             f"step, which are traced in every fit: {error} Use jnp.where or jax.lax.cond there."
         )
     return ValueError(
-        f"the model looks at the values of an argument that is traced ({', '.join(named)}): "
+        f"the model reads the values of an argument that is traced ({', '.join(named)}): "
         f"{error} Compute what it needs beforehand and pass that as an argument of its own that is "
         f"no array; or leave out the option or transformation that traces it."
     )

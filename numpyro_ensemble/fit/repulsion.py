@@ -112,8 +112,9 @@ class Repulsion:
             )
         if self.in_function_space and self.method == "svgd":
             raise ValueError(
-                "method='svgd' does not go with site or function: its pushes would need the slopes "
-                "of all members' functions at all pairs. Leave method out, which is 'wgd' there."
+                "method='svgd' does not go with site or function: it would need the "
+                "Jacobian of every member's function for every pair. Leave method out, which is "
+                "'wgd' there."
             )
 
     @property

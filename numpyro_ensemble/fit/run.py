@@ -226,8 +226,8 @@ def _warn_steep(ended: np.ndarray, optim: Any, result: EnsembleResult) -> None:
     if steep.any():
         warn(
             f"{steep.sum()} of {steep.size} members have met the criterion of {optim!r} where the "
-            f"gradient is up to {slope[steep].max():.0e} long: {name_members(steep)}. Its steps "
-            f"have become too short there, and these are no modes. See result.gradient_norm; try "
+            f"gradient is up to {slope[steep].max():.0e} long: {name_members(steep)}. The "
+            f"minimiser's steps became too short before a mode. See result.gradient_norm; try "
             f"optimistix.LBFGS or other starts."
         )
 

@@ -16,7 +16,8 @@ class EarlyStopping(NamedTuple):
     """Stop a member when its mean loss no longer falls.
 
     Losses are averaged over windows of steps, since a single stochastic loss is mostly noise. A
-    member that has stopped no longer changes. The run ends after the chunk in which all have.
+    member that has stopped no longer changes. The run ends after the chunk in which the last
+    member stops.
 
     Attributes:
         patience: number of windows without improvement after which a member stops.

@@ -26,8 +26,8 @@ def check_sums(sites: Mapping[str, Site]) -> None:
         if site.not_summed or not site.marked:
             raise ValueError(
                 f"latent site {site.name!r} is discrete ({site.distribution}), and EnsembleMAP "
-                f"climbs continuous latents only: {site.not_summed or _MARK}. Or sum it out of the "
-                f"model (MixtureSameFamily, for example), observe it, or use EnsembleVI with "
+                f"optimises continuous latents only: {site.not_summed or _MARK}. Or sum it out "
+                f"of the model (MixtureSameFamily, for example), observe it, or use EnsembleVI with "
                 f"TraceEnum_ELBO."
             )
     if not discrete:

@@ -130,8 +130,8 @@ def check_copies(copies: tuple[int, ...], events: tuple[int, ...], shape: tuple[
     if copies and shape[-len(copies) - 1 : -1] != copies:
         raise ValueError(
             f"{copies} copies of a Gaussian process take values {(*copies, *events)}, got {shape}. "
-            f"A process is one event, of all its inputs: it stands outside a plate of the data, "
-            f"and inside one of independent copies."
+            f"The values at all inputs are one event: sample the process outside the plate of the "
+            f"data, and inside a plate only for independent copies."
         )
 
 

@@ -90,7 +90,7 @@ def from_ensemble(
         result: what the runner's `run` returned. Members that are not finite are left out with a
             warning.
         *args: arguments of the model, those of the fit.
-        num_chains: number of chains C to come.
+        num_chains: number of chains C of the later run.
         jitter: scale of the noise; None is 0.1 for draws of a guide and 1 for modes.
         **kwargs: keyword arguments of the model.
 

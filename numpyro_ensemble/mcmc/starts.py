@@ -59,7 +59,7 @@ def from_nuts(
     Args:
         rng_key: one key.
         model: a NumPyro model.
-        num_chains: number of chains C to come.
+        num_chains: number of chains C of the later run.
         *args: arguments of the model.
         num_starts: number of NUTS chains S. Chain c starts at a draw of NUTS chain `c % S`.
         num_warmup: warm-up iterations of NUTS.
@@ -98,7 +98,7 @@ def from_pathfinder(
     Args:
         rng_key: one key.
         model: a NumPyro model, or the result of a `Pathfinder`, which needs no further arguments.
-        num_chains: number of chains C to come.
+        num_chains: number of chains C of the later run.
         *args: arguments of the model.
         num_paths: number of paths of L-BFGS.
         max_steps: largest number of evaluations on each path.
@@ -227,8 +227,8 @@ def from_microcanonical(
     Args:
         rng_key: one key.
         model: a NumPyro model.
-        num_chains: number of chains C to come. Means over chains decide when the walk ends, so more
-            chains end it more surely.
+        num_chains: number of chains C of the later run. Means over chains decide when the
+            walk ends, so more chains make its end more reliable.
         *args: arguments of the model.
         max_steps: largest number of steps of each chain; each step costs one gradient.
         init_strategy: where the chains' walk begins.

@@ -74,7 +74,7 @@ def to_arviz(
         constant_data: the group of that name.
         coords: coordinates by dimension.
         dims: dimensions by site; those of plates and `infer={"event_dims": ...}` are known.
-        on_failed: "warn" leaves members that are not finite out with a warning, "raise" raises.
+        on_failed: "warn" leaves out members that are not finite and warns, "raise" raises an error.
         members: the member `(E,)` that each chain of samples or of an `MCMC` started at, from
             `mcmc.starts.chain_members`. It becomes the coordinate `member` of `chain`.
         store: a path, or a store of Zarr's, to write to block by block. The returned data reads

@@ -43,13 +43,14 @@ class EnsemblePredictive:
         return_sites: names of the sites to return (default: the model's sample sites that were not
             given, and its deterministic ones).
         group_by_member: return `(E, num_samples, ...)`.
-        weights: mixture weights `(E,)`: members are resampled by them, with as many draws in all.
+        weights: mixture weights `(E,)`: members are resampled by these weights, and the total
+            number of draws stays the same.
         batch_size: draws made at once (default: as many as fit into a quarter of a gigabyte).
         parallel: True makes all draws at once, False one at a time.
         batch_ndims: number of leading axes of the samples, 0 (one member), 1 or 2.
         infer_discrete: as in `Predictive`.
         condition_deterministic: as in `Predictive`.
-        on_failed: "warn" leaves members that are not finite out with a warning, "raise" raises.
+        on_failed: "warn" leaves out members that are not finite and warns, "raise" raises an error.
         mesh: devices that predictions are spread over: a `jax.sharding.Mesh` with an axis "member",
             or "all".
 

@@ -26,7 +26,7 @@ _METHODS = {
 
 
 class Comparison(NamedTuple):
-    """What each model predicts, and how to mix them.
+    """Scores of several models, and the weights that mix their predictions.
 
     Attributes:
         table: the pandas frame of `az.compare`, the best model first, with two more columns:
