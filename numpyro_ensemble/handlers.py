@@ -74,9 +74,9 @@ class reweight(Messenger):
 
     It composes with `plate` subsampling, `scale`, `mask`, reparameterisations and `scope`.
     Condition a model before it is reweighted: a site is likelihood if the model that this
-    handler gets observes it. NumPyro's Jacobian factors (`_{site}_log_det`) are never weighted. Any
-    other `factor` is likelihood, unless it is named in `prior_sites` or stems from `CircularReparam`
-    or `NeuTraReparam`.
+    handler gets observes it. NumPyro's Jacobian factors (`_{site}_log_det`) are never weighted.
+    Any other `factor` is likelihood, unless it is named in `prior_sites`, or comes from
+    `CircularReparam` or `NeuTraReparam`.
 
     Args:
         fn: the model.

@@ -27,8 +27,8 @@ def check_sums(sites: Mapping[str, Site]) -> None:
             raise ValueError(
                 f"latent site {site.name!r} is discrete ({site.distribution}), and EnsembleMAP "
                 f"optimises continuous latents only: {site.not_summed or _MARK}. Or sum it out "
-                f"of the model (MixtureSameFamily, for example), observe it, or use EnsembleVI with "
-                f"TraceEnum_ELBO."
+                f"of the model (MixtureSameFamily, for example), observe it, or use EnsembleVI "
+                f"with TraceEnum_ELBO."
             )
     if not discrete:
         return
