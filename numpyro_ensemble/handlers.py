@@ -149,10 +149,17 @@ def warn(message: str) -> None:
     warnings.warn(message, stacklevel=level + 1)
 
 
+def shown(value: Any) -> str:
+    """Return a value as an error shows it: of a larger array only dtype and shape."""
+    if np.size(value) > 8 and hasattr(value, "dtype"):
+        return f"an array {value.dtype}{list(np.shape(value))}"
+    return repr(value)
+
+
 def check_count(name: str, value: Any) -> None:
     """Raise where an option is not an integer of at least 1."""
     if isinstance(value, bool) or not isinstance(value, int | np.integer):
-        raise TypeError(f"{name} takes an integer, got {value!r}.")
+        raise TypeError(f"{name} takes an integer, got {shown(value)}.")
     if value < 1:
         raise ValueError(f"{name} must be at least 1, got {value}.")
 
@@ -173,7 +180,7 @@ def one_key(rng_key: Any) -> jax.Array:
     rng_key = key_of(rng_key)
     if not is_prng_key(rng_key):
         raise ValueError(
-            f"rng_key takes one key, jax.random.key(0) say, or an integer; got {rng_key!r}."
+            f"rng_key takes one key, jax.random.key(0) say, or an integer; got {shown(rng_key)}."
         )
     return rng_key
 

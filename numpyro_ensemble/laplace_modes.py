@@ -196,7 +196,8 @@ def group_modes(found: Curvature, tolerance: float) -> Modes:
         best = np.nanmin(apart) if np.isfinite(apart).any() else np.nan
         raise ValueError(
             f"none of {size} members has come to a mode: the nearest one is {best:.3g} standard "
-            f"deviations away, and tolerance={tolerance}. Take more steps, or a minimiser "
+            f"deviations away, and tolerance={tolerance}. Pass the data of the fit, if these are "
+            f"others or hold NaN. Else take more steps, or a minimiser "
             f"(optimistix.LBFGS(rtol=1e-8, atol=1e-8))."
         )
     members, best = np.full(size, -1), []

@@ -75,8 +75,14 @@ def test_models_that_cannot_be_sampled(kernel):
         run(kernel(delta))
     with pytest.raises(ValueError, match="no latent site"):
         run(kernel(lambda: numpyro.sample("y", dist.Normal(0.0, 1.0), obs=0.5)))
-    with pytest.raises(RuntimeError, match="Cannot find valid initial parameters"):
+    with pytest.raises(RuntimeError, match="Cannot find valid initial.*The data hold NaN: y"):
         run(kernel(model, start="init"), data=(jnp.nan,))
+
+    def positive(y):
+        numpyro.sample("y", dist.Gamma(numpyro.sample("rate", dist.LogNormal()), 1.0), obs=y)
+
+    with pytest.raises(RuntimeError, match="Cannot find valid initial.*outside of their distrib"):
+        run(kernel(positive, start="init"), data=(-1.0,))
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -116,6 +122,8 @@ def test_an_adapted_state_needs_no_warm_up(key):
 @pytest.mark.long
 @pytest.mark.parametrize("kernel", FEW)
 def test_starts_that_cannot_be_used(kernel):
+    with pytest.raises(ValueError, match="64 of 64 chains start .*not finite.*data hold NaN: y"):
+        run(kernel(model), init_params=start(), data=(jnp.nan,))
     bad = start()["mu"].at[jnp.array([3, 7]), 0].set(jnp.nan)
     with pytest.raises(ValueError, match="2 of 64 chains start .*not finite: 3, 7. Leave"):
         run(kernel(model), init_params={"mu": bad})
@@ -130,6 +138,39 @@ def test_starts_that_cannot_be_used(kernel):
         run(kernel(model), init_params={"nu": bad})
     with pytest.raises(ValueError, match="potential_fn needs to be told"):
         run(kernel(potential_fn=lambda z: 0.5 * (z**2).sum()))
+
+
+def test_states_of_another_kernel_or_model(key):
+    """A state of another model was taken, and its sites were left out of the draws."""
+
+    def other(y=0.5):
+        numpyro.sample("tau", dist.LogNormal())
+
+    state = run(ChEES(model, start="init"), 10, start()).last_state
+    for kernel, message in (
+        (MAMS(model), "the state is of another kernel: it has ChEESAdaptation, and MAMS needs"),
+        (ChEES(other), r"of another model: it has the latent sites \['mu'\], and this.*\['tau'\]"),
+    ):
+        mcmc = MCMC(
+            kernel, num_warmup=0, num_samples=5, num_chains=CHAINS, chain_method="vectorized",
+            progress_bar=False,
+        )  # fmt: skip
+        mcmc.post_warmup_state = state
+        with pytest.raises(ValueError, match=message):
+            mcmc.run(key)
+
+
+def test_starts_of_another_precision(key):
+    """Starts that were saved in float32 are cast; without a cast a loop's types disagree."""
+    single = jax.tree.map(lambda x: x.astype(jnp.float32), start(16))
+    mcmc = run(ChEES(model), 5, single, num_chains=16)
+    assert mcmc.last_state.z["mu"].dtype == jnp.float64
+
+
+def test_chains_alone():
+    few = start(1)
+    with pytest.raises(ValueError, match="adapt='each'.*was given one chain.*two chains or more"):
+        run(MCLMC(model, adapt="each"), 50, few, num_chains=1)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

@@ -73,6 +73,23 @@ def test_starts_from_ensembles(key):
         starts.from_ensemble(key, vi, broken, X, Y)
 
 
+@pytest.mark.promotes_ranks
+def test_what_starts_from_ensembles_refuse(key):
+    """NaN starts were returned for data with NaN, and wrong arguments met Python's own errors."""
+    fits = EnsembleMAP(model, numpyro.optim.Adam(0.05), ensemble_size=3)
+    result = fits.run(jax.random.key(0), 5, X, Y, progress_bar=False)
+    with pytest.raises(ValueError, match="near the members is not finite. The data hold NaN: y"):
+        starts.from_ensemble(key, fits, result, X, np.where(np.arange(40) == 3, np.nan, Y))
+    with pytest.raises(ValueError, match=r"no values of the latent sites \['y'\]: pass the data"):
+        starts.from_ensemble(key, fits, result, X)
+    with pytest.raises(TypeError, match="runner takes an EnsembleMAP or EnsembleVI, got function"):
+        starts.from_ensemble(key, model, result, X, Y)
+    with pytest.raises(TypeError, match="result takes what the run of .* got EnsembleMAP"):
+        starts.chain_members(fits)
+    with pytest.raises(TypeError, match="num_chains takes an integer, got an array float64"):
+        starts.from_pathfinder(key, model, X, Y)
+
+
 @pytest.mark.long
 def test_the_kernel_finds_its_start(compile_count):
     kernel = MEADS(model)

@@ -96,6 +96,13 @@ class Arguments(NamedTuple):
         return (self.treedef, self.kinds, tuple(marks), self.order)
 
 
+def nan_remedy(named: Sequence[str]) -> str:
+    """Return what to do about arguments that hold NaN; an empty text if there are none."""
+    if not named:
+        return ""
+    return f"The data hold NaN: {', '.join(named)}. Leave these rows out, or mask them."
+
+
 NO_ARGUMENTS = Arguments(jax.tree.structure(((), {})), (), ())
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import tqdm
 from jax import lax
 
+from numpyro_ensemble.calls.arguments import nan_remedy
 from numpyro_ensemble.fit.batches import Batches, Order, draw
 from numpyro_ensemble.fit.stopping import (
     EarlyStopping,
@@ -242,8 +243,8 @@ def _check_start(
         failed &= np.asarray(flags[1]) > 0  # others had ended before this run
     size = losses.shape[1]
     remedy = "Give other starts by init_params= or the guide's init_loc_fn=, or check the data."
-    if failed.any() and (named := holding_nan()):
-        remedy = f"The data hold NaN: {', '.join(named)}. Leave these rows out, or mask them."
+    if failed.any():
+        remedy = nan_remedy(holding_nan()) or remedy
     if failed.all():
         raise ValueError(f"All {size} members start where the loss is not finite. {remedy}")
     if failed.any() and not stable:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
@@ -71,7 +71,12 @@ def survey(log_density: Any, rows: jax.Array, num_folds: int) -> tuple[jax.Array
 
 
 def check_start(
-    name: str, coordinates: Coordinates, found: Survey, remedy: str, alone: bool = False
+    name: str,
+    coordinates: Coordinates,
+    found: Survey,
+    remedy: str,
+    nan_in_data: Callable[[], str],
+    alone: bool = False,
 ) -> None:
     """Raise if chains cannot start at their positions, and warn if they would freeze there.
 
@@ -80,6 +85,7 @@ def check_start(
         coordinates: coordinates of the chains' positions.
         found: statistics of the start.
         remedy: the message's advice.
+        nan_in_data: returns the advice for data that hold NaN, or an empty text.
         alone: whether each chain is adapted alone, so that nothing depends on the chains' spread.
 
     Raises:
@@ -92,7 +98,7 @@ def check_start(
         wrong = np.flatnonzero(~finite)
         raise ValueError(
             f"{len(wrong)} of {len(finite)} chains start where the log density or its gradient is "
-            f"not finite: {listed(wrong)}. {remedy}"
+            f"not finite: {listed(wrong)}. {nan_in_data() or remedy}"
         )
     if alone:
         return
@@ -112,21 +118,26 @@ def check_start(
         )
 
 
-def check_values(init_params: Any, expected: dict[str, tuple[int, ...]]) -> None:
-    """Raise if unconstrained values have other names or shapes than the latent sites."""
+def checked_values(init_params: Any, expected: Mapping[str, Any]) -> dict[str, jax.Array]:
+    """Return unconstrained values in the dtypes of the latent sites.
+
+    Raises:
+        ValueError: if they have other names or shapes than the latent sites.
+    """
     if not isinstance(init_params, dict) or init_params.keys() != expected.keys():
         got = sorted(init_params) if isinstance(init_params, dict) else type(init_params).__name__
         raise ValueError(
             f"init_params takes unconstrained values by the names of the latent sites, "
             f"{sorted(expected)}; got {got}."
         )
-    for name, shape in expected.items():
+    for name, form in expected.items():
         given = jnp.shape(init_params[name])
-        if given != shape:
+        if given != form.shape:
             raise ValueError(
-                f"init_params[{name!r}] takes unconstrained values of shape {shape}, chains "
+                f"init_params[{name!r}] takes unconstrained values of shape {form.shape}, chains "
                 f"leading; got {given}."
             )
+    return {name: jnp.asarray(x, expected[name].dtype) for name, x in init_params.items()}
 
 
 def check_positive(name: str, value: Any) -> None:

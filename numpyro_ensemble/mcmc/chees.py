@@ -14,7 +14,13 @@ from numpyro.infer import init_to_uniform
 
 from numpyro_ensemble.handlers import check_count
 from numpyro_ensemble.mcmc.checks import Survey, check_positive
-from numpyro_ensemble.mcmc.chees_scheme import Scheme, chees_start, chees_step, first_metric
+from numpyro_ensemble.mcmc.chees_scheme import (
+    ChEESAdaptation,
+    Scheme,
+    chees_start,
+    chees_step,
+    first_metric,
+)
 from numpyro_ensemble.mcmc.counted import counted, largest_eigenvalue
 from numpyro_ensemble.mcmc.metric import check_metric
 from numpyro_ensemble.mcmc.progress import Progress
@@ -89,6 +95,7 @@ class ChEES(TrajectoryKernel):
             learning_rate, target_accept_prob, metric, max_leapfrog_steps=max_leapfrog_steps
         )
 
+    _adaptation = ChEESAdaptation
     _remedies = (
         "more warm-up (num_warmup=1000 or more); ChEES(model, target_accept_prob=0.95), for a "
         "density with narrow places"

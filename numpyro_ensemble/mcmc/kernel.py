@@ -18,7 +18,7 @@ from numpyro.util import is_prng_key
 from numpyro_ensemble.calls.arguments import arrange
 from numpyro_ensemble.checkpoint import describe, describe_all, describe_arguments
 from numpyro_ensemble.hosts import home
-from numpyro_ensemble.mcmc.checks import Survey, check_start, check_values, is_frozen, survey
+from numpyro_ensemble.mcmc.checks import Survey, check_start, checked_values, is_frozen, survey
 from numpyro_ensemble.mcmc.mixing import Advice, CollectedDraws, collected
 from numpyro_ensemble.mcmc.positions import Coordinates
 from numpyro_ensemble.mcmc.progress import Progress
@@ -146,13 +146,14 @@ class ManyChainKernel(MCMCKernel):
         if init_params is None:
             init_params = self._find_start(keys[0, 2], num_chains, args, kwargs)
         else:
-            self._check_values(init_params, num_chains, args, kwargs)
+            init_params = self._checked_values(init_params, num_chains, args, kwargs)
         first = partial(self._first, num_warmup)
         state, found = self._target.run(
             ("first", num_warmup), first, (init_params, keys), args, kwargs
         )
         coordinates = self._target.coordinates(state.z, args, kwargs)
-        check_start(name, coordinates, home(found), remedy, self._adapts_alone)
+        nan_in_data = partial(self._target.nan_in_data, args, kwargs)
+        check_start(name, coordinates, home(found), remedy, nan_in_data, self._adapts_alone)
         return state
 
     def _called_with(
@@ -197,7 +198,7 @@ class ManyChainKernel(MCMCKernel):
         if callable(self._start):
             start_key, move_key = jax.random.split(key)
             z = self._start(start_key, num_chains, *args, **kwargs)
-            self._check_values(z, num_chains, args, kwargs)
+            z = self._checked_values(z, num_chains, args, kwargs)
             return given(self._target, move_key, z, num_chains, args, kwargs)
         if self._target.model is None:
             raise ValueError(
@@ -206,9 +207,10 @@ class ManyChainKernel(MCMCKernel):
             )
         return STARTS[self._start](self._target, key, num_chains, args, kwargs)
 
-    def _check_values(self, z: Any, num_chains: int, args: tuple, kwargs: dict) -> None:
-        if self._target.model is not None:
-            check_values(z, self._target.shapes(num_chains, args, kwargs))
+    def _checked_values(self, z: Any, num_chains: int, args: tuple, kwargs: dict) -> Any:
+        if self._target.model is None:
+            return z
+        return checked_values(z, self._target.forms(num_chains, args, kwargs))
 
     def _first(
         self, num_warmup: int, call: tuple[tuple, dict], z: Any, keys: jax.Array
@@ -275,10 +277,11 @@ class ManyChainKernel(MCMCKernel):
         """Make one iteration of all chains: one step of the scheme in warm-up, else one draw.
 
         Raises:
-            ValueError: for a state of one chain.
+            ValueError: for a state of one chain, of another kernel or of another model.
         """
         if jnp.ndim(state.i) == 0:
             raise ValueError(self._alone())
+        self._check_state(state, model_args, model_kwargs)
         progress = state.adapt_state.progress
         coordinates = self._target.coordinates(state.z, model_args, model_kwargs)
         log_density = self._followed(model_args, model_kwargs, coordinates)
@@ -309,8 +312,24 @@ class ManyChainKernel(MCMCKernel):
         )
         return self.placement.settle(in_sites(new, coordinates), len(n))
 
+    def _check_state(self, state: ChainsState, args: tuple, kwargs: dict) -> None:
+        name, adapted = type(self).__name__, type(state.adapt_state)
+        if adapted is not self._adaptation:
+            raise ValueError(
+                f"the state is of another kernel: it has {adapted.__name__}, and {name} needs "
+                f"{self._adaptation.__name__}. Give {name} a warm-up of its own; it may start "
+                f"there, mcmc.run(..., init_params=state.z)."
+            )
+        names = self._target.latent_names(args, kwargs)
+        if names and state.z.keys() != set(names):
+            raise ValueError(
+                f"the state is of another model: it has the latent sites {sorted(state.z)}, and "
+                f"this model has {sorted(names)}."
+            )
+
     # For subclasses -----------------------------------------------------------------------
 
+    _adaptation: type  # of the states' `adapt_state`
     _num_folds = 1
     _remedies = ""  # advice for chains of this kernel that have not mixed
     _adapts_alone = False  # whether each chain is adapted alone, and may stay in its own mode

@@ -14,7 +14,13 @@ from numpyro.infer import init_to_uniform
 from numpyro_ensemble.handlers import check_count
 from numpyro_ensemble.mcmc.checks import Survey, check_positive
 from numpyro_ensemble.mcmc.counted import counted
-from numpyro_ensemble.mcmc.mams_scheme import Scheme, mams_start, mams_step, time_unit
+from numpyro_ensemble.mcmc.mams_scheme import (
+    MAMSAdaptation,
+    Scheme,
+    mams_start,
+    mams_step,
+    time_unit,
+)
 from numpyro_ensemble.mcmc.metric import SharedMetric, check_metric
 from numpyro_ensemble.mcmc.progress import Progress
 from numpyro_ensemble.mcmc.state import ChainsState
@@ -87,6 +93,7 @@ class MAMS(TrajectoryKernel):
         self._step_size, self._metric = step_size, metric
         self._scheme = Scheme(target_accept_prob, length_factor, max_steps)
 
+    _adaptation = MAMSAdaptation
     _remedies = (
         "more warm-up (num_warmup=1000 or more); MAMS(model, target_accept_prob=0.95), for a "
         "density with narrow places"

@@ -16,7 +16,7 @@ from numpyro_ensemble.handlers import check_count
 from numpyro_ensemble.mcmc.checks import Survey, check_positive
 from numpyro_ensemble.mcmc.kernel import ManyChainKernel
 from numpyro_ensemble.mcmc.mams_scheme import time_unit
-from numpyro_ensemble.mcmc.mclmc_scheme import Scheme, mclmc_start, mclmc_step
+from numpyro_ensemble.mcmc.mclmc_scheme import MCLMCAdaptation, Scheme, mclmc_start, mclmc_step
 from numpyro_ensemble.mcmc.metric import check_metric
 from numpyro_ensemble.mcmc.progress import Progress
 from numpyro_ensemble.mcmc.state import ChainsState
@@ -106,6 +106,7 @@ class MCLMC(ManyChainKernel):
         if adapt == "each":
             self._adapts_alone, self._remedies = True, _REMEDIES_ALONE
 
+    _adaptation = MCLMCAdaptation
     _remedies = (
         "more warm-up (num_warmup=1000 or more); more steps_per_draw; MAMS(model), which rejects "
         "steps that are too long"
@@ -138,6 +139,14 @@ class MCLMC(ManyChainKernel):
                 f"num_chains={num_chains} is too few for MCLMC(model, adapt='all'), which adapts "
                 f"over all chains. Run {_FEWEST} chains or more: 64, say; or give adapt='each'."
             )
+
+    def _alone(self) -> str:
+        if not self._scheme.each:
+            return super()._alone()
+        return (
+            "MCLMC(model, adapt='each') was given one chain alone, by num_chains=1 or another "
+            'chain_method. It needs two chains or more, and chain_method="vectorized".'
+        )
 
     def _first_adaptation(
         self, keys: jax.Array, state: ChainsState, progress: Progress, found: Survey

@@ -14,7 +14,7 @@ from numpyro_ensemble.handlers import check_count, warn
 from numpyro_ensemble.mcmc.checks import Survey, check_positive
 from numpyro_ensemble.mcmc.ghmc import first_momentum
 from numpyro_ensemble.mcmc.kernel import ManyChainKernel
-from numpyro_ensemble.mcmc.meads_scheme import Scheme, meads_start, meads_step
+from numpyro_ensemble.mcmc.meads_scheme import MEADSAdaptation, Scheme, meads_start, meads_step
 from numpyro_ensemble.mcmc.metric import check_metric
 from numpyro_ensemble.mcmc.progress import Progress
 from numpyro_ensemble.mcmc.state import ChainsState
@@ -91,6 +91,7 @@ class MEADS(ManyChainKernel):
         self._num_folds = num_folds
         self._steps_per_draw = steps_per_draw
 
+    _adaptation = MEADSAdaptation
     _remedies = (
         "more warm-up (num_warmup=1000 or more) and 64 chains or more; ChEES(model), which mixes "
         "where directions differ in width"

@@ -18,7 +18,8 @@ from numpyro_ensemble.density import unchecked_trace
 from numpyro_ensemble.handlers import check_count, one_key, warn
 from numpyro_ensemble.mapping import check_failed
 from numpyro_ensemble.mcmc.checks import check_scale
-from numpyro_ensemble.mcmc.target import Target
+from numpyro_ensemble.mcmc.target import Target, all_finite
+from numpyro_ensemble.results import EnsembleResult
 
 _PROBES = 32  # random directions in which the curvature is measured
 _FLATTEST = 1e-4  # smallest curvature that scales the noise
@@ -57,6 +58,11 @@ def chain_members(result: Any, num_chains: int | None = None) -> np.ndarray:
         >>> print(starts.chain_members(result), starts.chain_members(result, 5))
         [0 1 2] [0 1 2 0 1]
     """
+    if not isinstance(result, EnsembleResult):
+        raise TypeError(
+            f"result takes what the run of an EnsembleMAP or EnsembleVI returned, got "
+            f"{type(result).__name__}."
+        )
     finite = np.asarray(result.finite)
     if not finite.any():
         raise ValueError("No member of the result is finite, so that no chain can start at one.")
@@ -95,7 +101,7 @@ def from_ensemble(
         **kwargs: keyword arguments of the model.
 
     Raises:
-        ValueError: if no member is finite.
+        ValueError: if no member is finite, or the density is not finite near the members.
 
     Example:
         >>> import jax, numpyro, numpyro.distributions as dist
@@ -108,6 +114,11 @@ def from_ensemble(
         >>> starts.from_ensemble(jax.random.key(1), runner, result, num_chains=64)["x"].shape
         (64, 3)
     """
+    if not hasattr(runner, "ensemble_size"):
+        raise TypeError(
+            f"runner takes an EnsembleMAP or EnsembleVI, got {type(runner).__name__}: write "
+            f"from_ensemble(rng_key, runner, result, ...)."
+        )
     check_count("num_chains", num_chains)
     check_scale("jitter", 0.0 if jitter is None else jitter)
     rng_key = one_key(rng_key)
@@ -127,6 +138,11 @@ def from_ensemble(
         draws = jax.tree.map(lambda x: x[:, None], result.params)
     target = Target(runner.model)
     names = target.latent_names(args, kwargs)
+    if missing := sorted(set(names) - draws.keys()):
+        raise ValueError(
+            f"the result has no values of the latent sites {missing}: pass the data of the fit, "
+            f"which observe sites."
+        )
     draws = {name: draws[name] for name in names}
     scale = 0.1 if draws_guide else 1.0
     place = turn if draws_guide else np.zeros(num_chains, int)
@@ -135,7 +151,11 @@ def from_ensemble(
     kind = _Kind(draws_guide, exact)
     deal = partial(_around, target=target, kind=kind)
     inputs = noise_key, draws, chosen, place, jnp.asarray(jitter)
-    return target.run(("ensemble", kind), deal, inputs, args, kwargs)
+    starts = target.run(("ensemble", kind), deal, inputs, args, kwargs)
+    if not has_tracers(starts) and not all_finite(starts).all():
+        cause = target.nan_in_data(args, kwargs) or "Pass the data of the fit."
+        raise ValueError(f"The density near the members is not finite. {cause}")
+    return starts
 
 
 def _check_parameters(

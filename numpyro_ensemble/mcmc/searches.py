@@ -37,7 +37,7 @@ def search(
     """Find starts for a target's chains by one of the `_draw_...` functions below, compiled.
 
     Raises:
-        RuntimeError: if no start is valid, with NumPyro's message.
+        RuntimeError: if no start is valid, with NumPyro's message and the likely cause.
         ValueError: if too few starts are fit.
     """
     num_searches = options.get("num_starts", _NUM_STARTS) if draw is _draw_nuts else 0
@@ -52,7 +52,11 @@ def search(
     known = home(known)
     if not has_tracers(known):
         if not known.fit.any():  # outside a compiled program NumPyro raises a helpful error
-            target.initial(jax.random.split(key, _NUM_STARTS), args, kwargs)
+            try:
+                target.initial(jax.random.split(key, _NUM_STARTS), args, kwargs)
+            except RuntimeError as error:
+                cause = target.why_not_finite(z, args, kwargs)
+                raise RuntimeError(f"{str(error).rstrip('.')}. {cause}") from None
         report(known, partial(target.why_not_finite, z, args, kwargs), num_searches)
     return z
 

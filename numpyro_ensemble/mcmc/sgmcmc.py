@@ -20,6 +20,7 @@ from numpyro_ensemble.mcmc.positions import Coordinates
 from numpyro_ensemble.mcmc.progress import Progress
 from numpyro_ensemble.mcmc.sgmcmc_scheme import (
     Scheme,
+    SGMCMCAdaptation,
     Walkers,
     recentred,
     sgmcmc_start,
@@ -105,6 +106,7 @@ class SGMCMC(ManyChainKernel):
         self._scheme = Scheme(step_size, control_variates, metric)
         self._steps_per_draw = steps_per_draw
 
+    _adaptation = SGMCMCAdaptation
     _remedies = (
         "more warm-up (num_warmup=1000 or more); a larger batch_size; more steps_per_draw, or "
         "thinning; MCLMC(model) with all rows"

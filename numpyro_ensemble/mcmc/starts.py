@@ -202,10 +202,10 @@ def _checked(
     model: Callable, init_strategy: Callable, args: tuple, kwargs: dict, **counts: Any
 ) -> Target:
     """Return the target of a search, after checks of the model and of the counts."""
-    target = Target(model, init_strategy=init_strategy)
-    target.latent_names(args, kwargs)
     for name, value in counts.items():
         check_count(name, value)
+    target = Target(model, init_strategy=init_strategy)
+    target.latent_names(args, kwargs)
     return target
 
 

@@ -12,6 +12,7 @@ from numpyro import handlers
 from numpyro.infer import init_to_uniform
 from numpyro.infer.util import constrain_fn, initialize_model, potential_energy
 
+from numpyro_ensemble.calls.arguments import arrange, nan_remedy
 from numpyro_ensemble.calls.identity import closure_fingerprint
 from numpyro_ensemble.calls.programs import Programs
 from numpyro_ensemble.density import Site, model_sites, unchecked_trace
@@ -103,6 +104,8 @@ class Target:
             args: arguments of the model.
             kwargs: its keyword arguments.
         """
+        if remedy := self.nan_in_data(args, kwargs):
+            return remedy
         one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), z)
         single = all(x.dtype == jnp.float32 for x in jax.tree.leaves(one))
         density = lambda z: self.log_density(args, kwargs)(z)  # noqa: E731, all of it abstract
@@ -117,6 +120,10 @@ class Target:
             "priors that reach where the model overflows, or give another init_strategy, such as "
             "init_to_median or init_to_value."
         )
+
+    def nan_in_data(self, args: tuple, kwargs: dict) -> str:
+        """Return the advice for arguments that hold NaN; an empty text if there are none."""
+        return nan_remedy(arrange(self.model, args, kwargs, placed=False).holding_nan())
 
     def constrain(self, args: tuple, kwargs: dict) -> Callable[[Any], Any]:
         """Return the map to the model's sites, deterministic sites included.
@@ -241,11 +248,10 @@ class Target:
         """Return the deterministic sites without a value in draws: those of subsampled rows."""
         return set()
 
-    def shapes(self, num_chains: int, args: tuple, kwargs: dict) -> dict[str, tuple[int, ...]]:
-        """Return the shapes of the unconstrained values of all chains, by latent site."""
+    def forms(self, num_chains: int, args: tuple, kwargs: dict) -> dict[str, Any]:
+        """Return shapes and dtypes of the unconstrained values of all chains, by latent site."""
         keys = jax.random.split(jax.random.key(0), num_chains)
-        z, _ = jax.eval_shape(lambda keys: self.initial(keys, args, kwargs), keys)
-        return {name: x.shape for name, x in z.items()}
+        return jax.eval_shape(lambda keys: self.initial(keys, args, kwargs), keys)[0]
 
     def run(self, name: Any, fn: Callable, inputs: tuple, args: tuple, kwargs: dict) -> Any:
         """Run `fn((args, kwargs), *inputs)`, compiled once for all arguments of the same shapes."""
