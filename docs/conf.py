@@ -24,6 +24,7 @@ extensions = [
     "sphinx.ext.intersphinx",
     "sphinx.ext.napoleon",
     "sphinx_design",
+    "cards",
     "notebooks",
     "references",
 ]

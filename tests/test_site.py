@@ -1,4 +1,4 @@
-"""The documentation's machinery: turns, the cache's key, the reference, links and notebooks."""
+"""The documentation's machinery: turns, the cache, the reference, links, notebooks and figures."""
 
 import importlib
 import inspect
@@ -18,7 +18,8 @@ def extension(name: str) -> SimpleNamespace:
     return SimpleNamespace(**run_path(str(DOCS / "_ext" / f"{name}.py")))
 
 
-turns, links, plain = extension("turns"), extension("links"), extension("plain")
+turns, links = extension("turns"), extension("links")
+plain, cells = extension("plain"), extension("cells")
 
 
 def test_each_page_is_executed_in_one_turn():
@@ -135,6 +136,9 @@ def test_links_to_nothing_are_found(tmp_path: Path):
     assert links.main(tmp_path) == 1
 
 
+GLOSSARY = "**member**\n\nA fit.\n\n**key**\n\nA\nkey.\n"
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
@@ -150,7 +154,81 @@ def test_links_to_nothing_are_found(tmp_path: Path):
         ("```{code-block} python\nx\n```", "```python\nx\n```"),
         ("{math}`x^2`, {py:class}`~a.B`, {doc}`/modes`", "$x^2$, `a.B`, Modes"),
         ("{term}`chains <chain>`, {py:func}`f <a.f>`", "chains, `f`"),
+        ("```{toctree}\n:hidden:\n\nfirst\n```\nText.", "Text."),
+        ("```{image} a.png\n:alt: A line.\n```", "*A line.*"),
+        ("```{glossary}\nmember\n    A fit.\n\nkey\n    A\n    key.\n```", GLOSSARY),
+        ("```{eval-rst}\n.. autosummary::\n   :nosignatures:\n\n   f\n   g\n```", "- `f`\n- `g`"),
+        ("::::{grid} 1 2\n:gutter: 3\n:::{grid-item}\nText.\n:::\n::::\n", "Text.\n"),
     ],
 )
 def test_notebooks_say_what_pages_say(text: str, expected: str):
     assert plain.plain_markdown(text, "tutorials/first", {"modes": "Modes"}) == expected
+
+
+def is_executed(page: str) -> bool:
+    return (DOCS / page).read_text().startswith("---\nfile_format: mystnb\n")
+
+
+PAGES = sorted(
+    path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md") if "_build" not in path.parts
+)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if not is_executed(page)])
+def test_pages_that_are_not_executed_have_notebooks(page: str):
+    titles = {name.removesuffix(".md"): "Title" for name in PAGES}
+    kinds, sources = zip(*cells.cells_of_page(DOCS / page, page.removesuffix(".md")), strict=True)
+    assert ("code" in kinds) == (page.removesuffix(".md") in cells.RUNNING_PAGES)
+    text = "\n".join(
+        plain.plain_markdown(source, page.removesuffix(".md"), titles)
+        for kind, source in zip(kinds, sources, strict=True)
+        if kind == "markdown"
+    )
+    assert text.startswith("# ")
+    assert not re.search(r"^(:{3,}|`{3,}\{)", text, re.MULTILINE)  # syntax of MyST
+    for kind, source in zip(kinds, sources, strict=True):
+        if kind == "code":
+            compile(source, page, "exec")
+
+
+def test_notebooks_have_code_where_the_tests_run_it():
+    tested = (Path(__file__).parent / "test_readme.py").read_text()
+    assert set(re.findall(r"docs/(\w+)\.md", tested)) == cells.RUNNING_PAGES
+
+
+# Their figures have no alternative text yet.
+WITHOUT_TEXT = {
+    f"tutorials/{name}.md"
+    for name in ("runners", "many_chains", "from_map_to_samples", "decision", "pathwise_processes")
+} | {"tutorials/devices_and_failures.md"}
+FIGURE = re.compile(r"\bplt\.(figure|subplots)\(|\b(az|plotting)\.plot_\w+\(")
+CELL = re.compile(r"^```\{code-cell\}[^\n]*\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+
+
+@pytest.mark.parametrize("page", sorted({*filter(is_executed, PAGES)} - WITHOUT_TEXT))
+def test_figures_have_an_alternative_text(page: str):
+    for cell in filter(FIGURE.search, CELL.findall((DOCS / page).read_text())):
+        text = re.match(
+            r"---\n(?:tags:.*\n)?mystnb:\n  image:\n    alt: >-\n((?: {6}.+\n)+)---\n", cell
+        )
+        assert text is not None, cell
+        assert text[1].endswith(".\n")
+
+
+def test_a_new_alternative_text_does_not_execute_a_page(tmp_path: Path):
+    nbformat = pytest.importorskip("nbformat")
+    for module in ("jupyter_cache", "myst_nb"):
+        pytest.importorskip(module)
+    cache = extension("page_cache").PageCache(str(tmp_path))
+
+    def notebook(code: str, text: str, tags: tuple[str, ...] = ()) -> object:
+        metadata = {"mystnb": {"image": {"alt": text}}, "tags": list(tags)}
+        cell = nbformat.v4.new_code_cell(code, metadata=metadata)
+        return nbformat.v4.new_notebook(cells=[cell])
+
+    def key(*arguments: object) -> str:
+        return cache.create_hashed_notebook(notebook(*arguments))[1]
+
+    assert key("plot()", "A line.") == key("plot()", "A straight line.")
+    assert key("plot()", "A line.") != key("plot(x)", "A line.")
+    assert key("plot()", "A line.") != key("plot()", "A line.", ("skip-execution",))

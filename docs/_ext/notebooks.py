@@ -1,4 +1,4 @@
-"""The cache of the pages' outputs, and each page that has code as a notebook with its outputs."""
+"""The cache of the pages' outputs, and each page as a notebook, with outputs where it has code."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import nbformat
-from jupyter_cache import get_cache
+from cells import cells_of_page
+from page_cache import get_cache
 from plain import plain_markdown
 from sphinx.application import Sphinx
 
 # The header of all pages, and the full header, which has as many lines.
 HEADER = "kernelspec:\n  name: python3\n---\n"
 FULL_HEADER = "kernelspec:\n  {name: python3, display_name: Python 3, language: python}\n---\n"
+KERNEL = {"name": "python3", "display_name": "Python 3", "language": "python"}
 KEPT_CACHES = 4  # caches of earlier states of the package are kept, so that branches can be changed
 
 
@@ -37,7 +39,7 @@ def name_language(app: Sphinx, page: str, source: list[str]) -> None:
 
 def link(app: Sphinx, page: str, template: str, context: dict[str, Any], doctree: Any) -> None:
     """Give a page's template the address of its notebook."""
-    if _has_code(app, page):
+    if _has_notebook(app, page):
         context["notebook"] = posixpath.basename(page) + ".ipynb"
 
 
@@ -45,19 +47,43 @@ def write(app: Sphinx, exception: Exception | None) -> None:
     """Write the notebooks beside the pages; pages that were not executed get no outputs."""
     if exception is not None or app.builder.name != "html":
         return
-    cache = get_cache(app.config.nb_execution_cache_path)
     titles = {page: title.astext() for page, title in app.env.titles.items()}
-    for page in filter(lambda page: _has_code(app, page), app.env.found_docs):
-        source = Path(app.env.mystnb_config.output_folder, f"{page}.ipynb")
-        notebook = nbformat.read(source, as_version=4)
-        with suppress(KeyError):
-            _, notebook = cache.merge_match_into_notebook(notebook)
-        for key in ("file_format", "source_map"):
-            notebook.metadata.pop(key, None)
+    for page in filter(lambda page: _has_notebook(app, page), app.env.found_docs):
+        notebook = _executed(app, page) if _has_code(app, page) else _unexecuted(app, page)
         for cell in notebook.cells:
             if cell.cell_type == "markdown":
-                cell.source = plain_markdown(cell.source, page, titles)
-        nbformat.write(notebook, Path(app.outdir, f"{page}.ipynb"))
+                cell.source = plain_markdown(cell.source, page, titles).strip("\n")
+        notebook.cells = [cell for cell in notebook.cells if cell.source]
+        target = Path(app.outdir, f"{page}.ipynb")
+        nbformat.write(notebook, target)
+
+
+def _executed(app: Sphinx, page: str) -> nbformat.NotebookNode:
+    """Return the notebook that MyST-NB read, with the outputs of the cache where it has them."""
+    source = Path(app.env.mystnb_config.output_folder, f"{page}.ipynb")
+    notebook = nbformat.read(source, as_version=4)
+    with suppress(KeyError):
+        cache = get_cache(app.config.nb_execution_cache_path)
+        _, notebook = cache.merge_match_into_notebook(notebook)
+    for key in ("file_format", "source_map"):
+        notebook.metadata.pop(key, None)
+    return notebook
+
+
+def _unexecuted(app: Sphinx, page: str) -> nbformat.NotebookNode:
+    """Return the notebook of a page whose code, if any, is not executed."""
+    new = {"markdown": nbformat.v4.new_markdown_cell, "code": nbformat.v4.new_code_cell}
+    cells = [
+        # a random identifier would change the file in each build
+        new[kind](source, id=f"cell-{place}")
+        for place, (kind, source) in enumerate(cells_of_page(Path(app.env.doc2path(page)), page))
+    ]
+    return nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": KERNEL})
+
+
+def _has_notebook(app: Sphinx, page: str) -> bool:
+    """Return whether a page is written by hand: those of the reference's names are generated."""
+    return page in app.env.found_docs and not page.startswith("api/")
 
 
 def _has_code(app: Sphinx, page: str) -> bool:

@@ -29,8 +29,20 @@ def plain_markdown(text: str, page: str, titles: Mapping[str, str]) -> str:
     def directive(match: re.Match[str]) -> str:
         return f"**{match['title'] or match['kind'].capitalize()}**\n\n"
 
+    def glossary(match: re.Match[str]) -> str:
+        terms = re.sub(r"^(\S.*)$", r"**\1**\n", match["terms"], flags=re.MULTILINE)
+        return re.sub(r"^    ", "", terms, flags=re.MULTILINE)
+
+    def names(match: re.Match[str]) -> str:
+        return "\n".join(f"- `{name}`" for name in re.findall(r"^   (\w+)$", match["names"], re.M))
+
     rules = [
         (r"^\([\w-]+\)=\n", ""),
+        (r"^`{3}\{toctree\}\n(?:.*\n)*?`{3}$\n?", ""),
+        (r"^`{3}\{image\}.*\n:alt: (?P<alt>.*)\n`{3}$", r"*\g<alt>*"),
+        (r"^`{3}\{glossary\}\n(?P<terms>(?:.*\n)*?)`{3}$", glossary),
+        (r"^`{3}\{eval-rst\}\n(?P<names>(?:.*\n)*?)`{3}$", names),
+        (r"^:{3,}\{grid(?:-item)?\}.*\n(?:^:[\w-]+:.*\n)*", ""),
         (r"^:{3,}\{(?P<kind>[\w-]+)\}[ ]*(?P<title>.*)\n(?:^:[\w-]+:.*\n)*", directive),
         (r"^:{3,}[ ]*$\n?", ""),
         (r"^(`{3,})\{code-block\}[ ]*", r"\1"),

@@ -18,7 +18,8 @@ from PIL import Image
 
 GALLERY = Path(__file__).parent
 CELL = re.compile(r"^```\{code-cell\}[^\n]*\n(.*?)^```", re.DOTALL | re.MULTILINE)
-OPTION = re.compile(r"^:\w+:.*\n", re.MULTILINE)  # `:tags: [remove-stderr]` is for Sphinx
+# Tags and alternative texts at the top of a cell are for Sphinx.
+OPTIONS = re.compile(r"\A---\n(?:.*\n)*?---\n|^:\w+:.*\n", re.MULTILINE)
 WIDTH, HEIGHT = 320, 200  # pixels of a thumbnail
 INCHES = 4.8, 3.0  # narrower than figures of the pages, so that text stays readable
 COLOURS = 64, 32, 16, 8  # the first palette that makes the file small enough is used
@@ -30,7 +31,7 @@ def last_figure(page: Path) -> plt.Figure:
     plt.close("all")
     names = {"__name__": "__main__"}
     for number, cell in enumerate(CELL.findall(page.read_text(encoding="utf-8")), 1):
-        exec(compile(OPTION.sub("", cell), f"{page.name}, cell {number}", "exec"), names)
+        exec(compile(OPTIONS.sub("", cell), f"{page.name}, cell {number}", "exec"), names)
     if not plt.get_fignums():
         raise SystemExit(f"{page} makes no figure: a card of the gallery needs one.")
     return plt.figure(plt.get_fignums()[-1])
