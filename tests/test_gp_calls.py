@@ -63,7 +63,7 @@ def test_a_process_in_a_plate_of_its_data_is_refused():
 
     with (
         pytest.warns(UserWarning, match="12 copies of a Gaussian process at as many inputs"),
-        pytest.raises(ValueError, match="one event, of all its inputs: it stands outside"),
+        pytest.raises(ValueError, match="one event: sample the process outside"),
     ):
         numpyro.infer.util.log_density(counted, (X, Y), {}, {})
     copies = GaussianProcess(RBF(), X, 0.1).expand([3])

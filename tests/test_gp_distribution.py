@@ -229,6 +229,8 @@ def test_expected_likelihoods_are_means_over_latents():
     assert bernoulli.sample(jax.random.key(0), (7,)).shape == (7, 3)
     slope = jax.grad(lambda v: ExpectedLikelihood(normal.likelihood, m, v).log_prob(y).sum())
     assert np.isfinite(slope(jnp.zeros(3))).all()
+    traced = jax.jit(lambda v: ExpectedLikelihood(normal.likelihood, m, v).log_prob(y))
+    assert np.isnan(traced(-v)).all()  # mean and variance in the wrong order
 
 
 @pytest.mark.parametrize(
@@ -262,6 +264,10 @@ def test_expected_likelihoods_are_means_over_latents():
         (
             lambda: ExpectedLikelihood(lambda f: dist.Normal(f, 1.0), np.ones(3), np.ones(4)),
             r"m has shape \(3,\), and v",
+        ),
+        (
+            lambda: ExpectedLikelihood(lambda f: dist.Normal(f, 1.0), np.ones(3), -np.ones(3)),
+            "has 3 negative values: write .*mean, variance",
         ),
     ],
 )  # fmt: skip

@@ -175,6 +175,23 @@ HOLE = np.where(X > 4.0, np.nan, X)
         (lambda key: functions(num_bases=0), "num_bases must be at least 1"),
         (lambda key: functions(obs_mask), "takes no obs_mask"),
         (
+            lambda key: functions(samples={**SCALES, "y": np.ones((2, 12))}),
+            "the samples and the data both have values of 'y'",
+        ),
+        (
+            lambda key: draw_paths(key, RBF(), X, np.where(Y > 0.9, np.nan, Y), observed=Y < 0.99),
+            "values has .* not finite, at",
+        ),
+        (lambda key: draw_paths(key, RBF(), X[:0], Y[:0]), "points has no row"),
+        (
+            lambda key: draw_paths(key, RBF(), Z, Z[:, 0], covariance=np.tri(4)),
+            "not symmetric: pass the covariance itself, L @ L.T",
+        ),
+        (
+            lambda key: draw_paths(key, RBF(), Z, Z[:, 0], covariance=-np.eye(4)),
+            "covariance has the eigenvalue -1, and none may be negative",
+        ),
+        (
             lambda key: functions(in_a_plate, y=np.stack([Y, Y]))(key, X_NEW, tasks=3),
             r"\(3,\) copies in this call, and had \(2,\)",
         ),

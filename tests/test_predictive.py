@@ -258,6 +258,15 @@ def test_sites_that_were_not_fitted_are_named(key):
         EnsemblePredictive(more, result)(key, INPUT)
 
 
+def test_misspelt_samples_are_named(key):
+    """As in NumPyro, the site would be drawn from its prior without a word."""
+    misspelt, extra = {"w_": jnp.ones(3)}, {"w": jnp.ones(3), "unrelated": jnp.ones(3)}
+    params = {"slope": jnp.ones(3)}
+    with pytest.warns(UserWarning, match="the samples have 'w_', which is no site .* lack 'w'"):
+        EnsemblePredictive(line, misspelt, params=params)(key, INPUT)
+    EnsemblePredictive(line, extra, params=params)(key, INPUT)
+
+
 def test_failed_members_are_left_out(key):
     broken = {"w": jnp.array([1.0, jnp.nan, 0.5])}
     with pytest.warns(UserWarning, match="1 of 3 members are not finite: 1. They are left out"):

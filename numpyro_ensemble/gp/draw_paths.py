@@ -113,9 +113,14 @@ def draw_paths(
     rng_key = one_key(rng_key)
     check_kernel(kernel, jitter)
     check_options(num_paths, num_bases, num_features, solver)
-    if observed is None:
-        check_values("values", values)
-    points, values = as_inputs(points, "points"), jnp.asarray(values)
+    points = as_inputs(points, "points")
+    if not len(points):
+        raise ValueError(
+            "points has no row, and paths go through one observation or more. For functions of the "
+            "prior use the features of draw_features, with normal weights."
+        )
+    check_values("values", values, observed)
+    values = jnp.asarray(values)
     if values.shape not in ((len(points),), (num_paths, len(points))):
         raise ValueError(
             f"values take shape ({len(points)},), one for each point, or ({num_paths}, "
@@ -135,7 +140,8 @@ def draw_paths(
         key_values, rng_key = jax.random.split(rng_key)
         prior = covariance_of(kernel, points, jnp.broadcast_to(extra, len(points)), None)
         S = jnp.asarray(covariance, prior.dtype)
-        drawn, whitened = _draw_latents(key_values, values, S, prior, num_paths)
+        drawn, whitened, least, most = _draw_latents(key_values, values, S, prior, num_paths)
+        _check_widths(least, most)
         moved = {"whitened": whitened, "noise": jnp.zeros(len(points))}  # noise of data: unknown
         values = jnp.asarray(drawn)
     elif latent is None:
@@ -179,15 +185,30 @@ def _check_covariance(covariance: ArrayLike, mean: jax.Array, exact: bool) -> No
             "observed out, and give the noise of observations to Paths.update."
         )
     check_finite("covariance", covariance)
+    if has_tracers(covariance):
+        return
+    given = np.asarray(covariance)
+    if not np.allclose(given, given.T, rtol=0.0, atol=1e-4 * np.abs(given).max(initial=0.0)):
+        raise ValueError(
+            "covariance is not symmetric: pass the covariance itself, L @ L.T, not its Cholesky "
+            "factor L."
+        )
+
+
+def _check_widths(least: jax.Array, most: jax.Array) -> None:
+    """Raise a ValueError for the least eigenvalue of a covariance, if it is negative."""
+    if not has_tracers((least, most)) and least < -np.sqrt(jnp.finfo(least.dtype).eps) * abs(most):
+        raise ValueError(f"covariance has the eigenvalue {least:.3g}, and none may be negative.")
 
 
 @partial(jax.jit, static_argnames="number")
 def _draw_latents(
     rng_key: jax.Array, mean: jax.Array, covariance: jax.Array, prior: jax.Array, number: int
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """Draw latent values `(number, N)`.
 
-    Return also `L^-1 covariance L^-T`, where `L L'` is the prior covariance.
+    Return also `L^-1 covariance L^-T`, where `L L'` is the prior covariance, and the least and the
+    largest eigenvalue of the covariance.
     """
     width, directions = jnp.linalg.eigh(covariance)  # the covariance may be singular
     normal = jax.random.normal(rng_key, (number, len(mean)), covariance.dtype)
@@ -195,7 +216,7 @@ def _draw_latents(
     values = mean[None, :] + jnp.matmul(scaled, directions.T, precision=EXACT)
     L = jnp.linalg.cholesky(prior)
     half = solve_triangular(L, covariance, lower=True)
-    return values, solve_triangular(L, half.T, lower=True)
+    return values, solve_triangular(L, half.T, lower=True), width[0], width[-1]
 
 
 @partial(jax.jit, static_argnames=("num_paths", "num_features", "num_bases", "copies", "solver"))

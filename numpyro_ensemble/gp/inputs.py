@@ -86,8 +86,15 @@ def check_finite(name: str, values: ArrayLike) -> None:
         )
 
 
-def check_values(name: str, value: ArrayLike) -> None:
-    """Raise a ValueError for non-finite values of a process, unless they are traced."""
+def check_values(name: str, value: ArrayLike, observed: ArrayLike | None = None) -> None:
+    """Raise a ValueError for non-finite values of a process, unless they are traced.
+
+    Values that the mask `observed` leaves out may be anything.
+    """
+    if observed is not None and not has_tracers((value, observed)):
+        value = np.where(np.asarray(observed), np.asarray(value), 0.0)
+    elif observed is not None:
+        return
     try:
         check_finite(name, value)
     except ValueError as error:

@@ -14,9 +14,27 @@ import numpyro.distributions as dist
 from jax.typing import ArrayLike
 from numpyro.distributions import constraints
 
+from numpyro_ensemble.calls.arguments import has_tracers
+
 _MOST_PRODUCTS = 640  # largest number of Gauss-Hermite points over all dimensions
 _NUM_SOBOL = 1024
 _MOST_NUMBERS = 2**20  # largest number of latent values computed at once
+
+
+def _checked_variance(v: ArrayLike) -> jax.Array:
+    """Return variances, of which negative ones are an error, or NaN if they are traced.
+
+    Values that are negative by rounding become 0.
+    """
+    v = jnp.asarray(v)
+    rounding = jnp.sqrt(jnp.finfo(jnp.result_type(v, float)).eps) * jnp.abs(v).max(initial=0.0)
+    negative = v < -rounding
+    if not has_tracers(negative) and negative.any():
+        raise ValueError(
+            f"v, the variance of the latents, has {int(negative.sum())} negative values: write "
+            f"ExpectedLikelihood(likelihood, mean, variance)."
+        )
+    return jnp.where(negative, jnp.nan, jnp.where(v < 0, 0, v))
 
 
 class ExpectedLikelihood(dist.Distribution):
@@ -66,7 +84,7 @@ class ExpectedLikelihood(dist.Distribution):
             )
         if jnp.shape(m) != jnp.shape(v):
             raise ValueError(f"m has shape {jnp.shape(m)}, and v has {jnp.shape(v)}.")
-        self.likelihood, self.m, self.v = likelihood, jnp.asarray(m), jnp.asarray(v)
+        self.likelihood, self.m, self.v = likelihood, jnp.asarray(m), _checked_variance(v)
         given = likelihood(self.m)
         several = self.m.ndim > 1 and given.batch_shape == self.m.shape[1:]
         several = several and not self._takes_rows()

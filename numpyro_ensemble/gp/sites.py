@@ -154,9 +154,13 @@ class _Gather(Messenger):
             check_copies(msg["fn"].batch_shape, process.event_shape, jnp.shape(value))
         except ValueError as error:
             raise ValueError(f"{name!r}: {error}") from None
-        if msg["is_observed"] and process.observed is None:
-            check_values(f"{name!r}", value)
+        if msg["is_observed"] and name in self.known:
+            raise ValueError(
+                f"the samples and the data both have values of {name!r}: leave {name!r} out of the "
+                f"samples, or leave the data out of the call."
+            )
         if msg["is_observed"]:
+            check_values(f"{name!r}", value, process.observed)
             weight = site_weight(msg, self.rows.sizes)
             process = weighted_likelihood(name, _masked(name, msg["fn"], process), weight)
         elif self.parts is None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+import difflib
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
-from numpyro_ensemble.density import model_sites
+from numpyro_ensemble.density import Site, model_sites, unchecked_trace
 from numpyro_ensemble.fit.draws import check_guide
 from numpyro_ensemble.fit.slots import filled_guide
 from numpyro_ensemble.fit.state import Setup
@@ -45,6 +46,8 @@ def check_model(predictive: Any, args: tuple, kwargs: dict) -> None:
                 f"with batch_ndims={predictive.given.ndims}: batch_ndims is the number of leading "
                 f"axes of the samples, 1 for members, 2 for members and draws."
             )
+    if not predictive.given.fitted and predictive.guide is None:
+        _warn_of_misspelt(predictive, sites, args, kwargs)
     known = predictive.given.known
     if known is not None:
         new = [n for n, s in sites.items() if s.kind in _DRAWN and n not in known]
@@ -68,6 +71,26 @@ def check_model(predictive: Any, args: tuple, kwargs: dict) -> None:
         warn(
             f"{observed} are observed in this call, so that what is returned for them is the "
             f"data. For predictions leave the observed arguments out, y=None for example."
+        )
+
+
+def _warn_of_misspelt(
+    predictive: Any, sites: Mapping[str, Site], args: tuple, kwargs: dict
+) -> None:
+    """Warn of samples whose name is none of the model's, and nearly that of a site without any.
+
+    Other names without a site are no sign of an error, as in samples of a larger model.
+    """
+    given = set(predictive.given.samples) | set(predictive.given.params)
+    missing = [n for n, site in sites.items() if site.kind in _DRAWN and n not in given]
+    meant = {n: difflib.get_close_matches(n, missing, 1) for n in sorted(given - sites.keys())}
+    if not any(meant.values()):
+        return
+    known = unchecked_trace(predictive.model, args, kwargs).keys()  # deterministic sites too
+    for name, (near,) in [(n, near) for n, near in meant.items() if near and n not in known]:
+        warn(
+            f"the samples have {name!r}, which is no site of the model, and lack {near!r}, which "
+            f"is drawn from its prior. If {name!r} is meant to be {near!r}, rename it."
         )
 
 
