@@ -86,6 +86,22 @@ def test_what_starts_from_ensembles_refuse(key):
         starts.from_ensemble(key, model, result, X, Y)
     with pytest.raises(TypeError, match="result takes what the run of .* got EnsembleMAP"):
         starts.chain_members(fits)
+    chosen = starts.from_ensemble(
+        key, fits, result, X, Y, num_chains=5, members=np.array([2, 0]), jitter=0.0
+    )
+    np.testing.assert_allclose(chosen["w"], result.params["w"][np.array([2, 0, 2, 0, 2])])
+    np.testing.assert_array_equal(starts.chain_members(result, 3, [2, 0]), [2, 0, 2])
+    np.testing.assert_array_equal(starts.chain_members(result, members=[1]), [1])
+    for wrong, message in (
+        ([3], r"members names \[3\], and the result has members 0 to 2"),
+        (np.array([True, False, True]), "takes numbers of members, np.flatnonzero"),
+        ([], "takes numbers of members"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            starts.chain_members(result, members=wrong)
+    broken = {name: value.at[1].set(jnp.nan) for name, value in result.params.items()}
+    with pytest.raises(ValueError, match=r"members names \[1\], which are not finite"):
+        starts.chain_members(result._replace(params=broken), members=[0, 1])
     with pytest.raises(TypeError, match="num_chains takes an integer, got an array float64"):
         starts.from_pathfinder(key, model, X, Y)
 

@@ -10,12 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
+from jax.typing import ArrayLike
 from numpyro.infer.util import unconstrain_fn
 
 from numpyro_ensemble.calls.arguments import has_tracers
 from numpyro_ensemble.calls.keywords import checked_keywords
 from numpyro_ensemble.density import unchecked_trace
-from numpyro_ensemble.handlers import check_count, one_key, warn
+from numpyro_ensemble.handlers import check_count, one_key, shown, warn
 from numpyro_ensemble.mapping import check_failed
 from numpyro_ensemble.mcmc.checks import check_scale
 from numpyro_ensemble.mcmc.target import Target, all_finite
@@ -32,20 +33,24 @@ class _Kind(NamedTuple):
     exact: bool  # without noise
 
 
-def chain_members(result: Any, num_chains: int | None = None) -> np.ndarray:
+def chain_members(
+    result: Any, num_chains: int | None = None, members: ArrayLike | None = None
+) -> np.ndarray:
     """Return the number of the member that each chain of `from_ensemble` starts at.
 
-    Chain c starts at member `c % E` of the E finite members. Members keep their numbers.
+    Chain c starts at member `c % E` of the E finite members, or of those that `members` names.
+    Members keep their numbers.
 
     Args:
         result: what the `run` of an `EnsembleMAP` or `EnsembleVI` returned.
-        num_chains: number of chains C (default: one for each finite member).
+        num_chains: number of chains C (default: one for each of these members).
+        members: numbers of the members to start at, all of them finite (default: the finite ones).
 
     Returns:
         Numbers `(C,)`, as `to_arviz(model, mcmc, ..., members=)` and `rhat_nested` take them.
 
     Raises:
-        ValueError: if no member is finite.
+        ValueError: if no member is finite, or one of `members` is not.
 
     Example:
         >>> import jax, numpyro, numpyro.distributions as dist
@@ -66,11 +71,26 @@ def chain_members(result: Any, num_chains: int | None = None) -> np.ndarray:
     finite = np.asarray(result.finite)
     if not finite.any():
         raise ValueError("No member of the result is finite, so that no chain can start at one.")
-    members = np.flatnonzero(finite)
+    chosen = np.flatnonzero(finite) if members is None else np.asarray(members)
+    if members is not None:
+        _check_members(chosen, finite)
     if num_chains is None:
-        return members
+        return chosen
     check_count("num_chains", num_chains)
-    return members[np.arange(num_chains) % members.size]
+    return chosen[np.arange(num_chains) % chosen.size]
+
+
+def _check_members(members: np.ndarray, finite: np.ndarray) -> None:
+    if members.ndim != 1 or not members.size or not np.issubdtype(members.dtype, np.integer):
+        raise ValueError(
+            f"members takes numbers of members, np.flatnonzero(...) say; got {shown(members)}."
+        )
+    out = sorted({int(e) for e in members if not 0 <= e < finite.size})
+    if out:
+        raise ValueError(f"members names {out}, and the result has members 0 to {finite.size - 1}.")
+    failed = sorted({int(e) for e in members if not finite[e]})
+    if failed:
+        raise ValueError(f"members names {failed}, which are not finite: leave them out.")
 
 
 @checked_keywords
@@ -80,15 +100,16 @@ def from_ensemble(
     result: Any,
     *args: Any,
     num_chains: int = 64,
+    members: ArrayLike | None = None,
     jitter: float | None = None,
     **kwargs: Any,
 ) -> dict[str, jax.Array]:
     """Start at the members of an ensemble of MAP or variational fits.
 
-    Chain c starts at member `c % E` of the E finite members: at a draw of the member's guide, or at
-    its mode. Normal noise is added. It is scaled by the standard deviation of the guide or, at a
-    mode, by the width of the density from its curvature. `chain_members` returns the member of each
-    chain.
+    Chain c starts at member `c % E` of the E finite members, or of those that `members` names: at a
+    draw of the member's guide, or at its mode. Normal noise is added. It is scaled by the standard
+    deviation of the guide or, at a mode, by the width of the density from its curvature.
+    `chain_members` returns the member of each chain.
 
     Args:
         rng_key: one key.
@@ -97,6 +118,7 @@ def from_ensemble(
             warning.
         *args: arguments of the model, those of the fit.
         num_chains: number of chains C of the later run.
+        members: numbers of the members to start at, all of them finite (default: the finite ones).
         jitter: scale of the noise; None is 0.1 for draws of a guide and 1 for modes.
         **kwargs: keyword arguments of the model.
 
@@ -123,11 +145,12 @@ def from_ensemble(
     check_scale("jitter", 0.0 if jitter is None else jitter)
     rng_key = one_key(rng_key)
     draw_key, noise_key = jax.random.split(rng_key)
-    chosen = chain_members(result, num_chains)
-    finite = np.asarray(result.finite)
-    check_failed(finite, "warn")
+    taken = chain_members(result, None, members)
+    if members is None:
+        check_failed(np.asarray(result.finite), "warn")
+    turn, place = np.divmod(np.arange(num_chains), taken.size)
+    chosen = taken[place]
     _check_parameters(runner.model, result, chosen, args, kwargs)
-    turn = np.arange(num_chains) // finite.sum()
     draws_guide = hasattr(runner, "sample_posterior")
     if draws_guide:
         number = max(int(turn[-1]) + 1, _PROBES)
