@@ -15,7 +15,7 @@ import jax
 import numpy as np
 import optax
 from blackjax.adaptation.chees_adaptation import chees_adaptation
-from common import clocked, timed
+from common import clocked, difference, timed
 from mcmc import figures
 from mcmc_problems import PROBLEMS
 from numpyro.infer import MCMC
@@ -123,11 +123,13 @@ def layout(*problems):
                 if repeat > 1:
                     times[label].append(100.0 * seconds)
         each = {label: statistics.median(t) for label, t in times.items()}
-        ratio = each["laid out"] / each["at once"]
-        print(f"{problem:11} {each} ms, ratio {ratio:.2f}", flush=True)
+        ratios = [a / b for a, b in zip(times["laid out"], times["at once"], strict=True)]
+        print(f"{problem:11} {each} ms, ratio {statistics.median(ratios):.2f}", flush=True)
         sides = ([1e-3 * t for t in times[label]] for label in ("laid out", "at once"))
         pairs = dict(zip(("ours", "theirs"), sides, strict=True))
-        note(f"{problem}: gradients of {CHAINS} chains, laid out / at once", **pairs, ratio=ratio)
+        name = f"{problem}: gradients of {CHAINS} chains, laid out / at once"
+        apart = difference(*(programs[label](z)[1] for label in ("laid out", "at once")))
+        note(name, **pairs, ratio=ratios, **apart)
 
 
 if __name__ == "__main__":

@@ -37,10 +37,13 @@ def timed(function, *args, **options):
 
 
 class Pairs(list):
-    """Pairs of wall-clock seconds; `processor` has the pairs of processor seconds."""
+    """Pairs of wall-clock seconds.
+
+    `processor` has the pairs of processor seconds, `values` what both functions returned last.
+    """
 
     def __init__(self):
-        self.processor = []
+        self.processor, self.values = [], []
 
 
 def in_turns(ours, theirs, repeats):
@@ -49,11 +52,15 @@ def in_turns(ours, theirs, repeats):
     for i in range(repeats):
         key = jax.random.key(i)
         pair = [(ours, 0), (theirs, 1)]
-        times, processor = [0.0, 0.0], [0.0, 0.0]
+        times, processor, values = [0.0, 0.0], [0.0, 0.0], [None, None]
         for function, place in pair if i % 2 else reversed(pair):
-            _, times[place], processor[place] = clocked(function, key)
+            value, times[place], processor[place] = clocked(function, key)
+            if i + 1 == repeats:  # earlier values would only take memory
+                values[place] = value
+            del value
         pairs.append(times)
         pairs.processor.append(processor)
+        pairs.values = values
     return pairs
 
 
@@ -67,18 +74,37 @@ def cold(fit):
     return fresh
 
 
+def difference(ours, theirs):
+    """Return the largest difference of two trees of arrays, over the largest number of theirs."""
+
+    def flat(tree):
+        return jnp.concatenate([jnp.ravel(jnp.asarray(leaf)) for leaf in jax.tree.leaves(tree)])
+
+    ours, theirs = flat(ours), flat(theirs)
+    return {"largest_relative_difference": float(abs(ours - theirs).max() / abs(theirs).max())}
+
+
+def final_losses(ours, theirs):
+    """Return the final losses of both sides: means of 100 steps, medians over fits `(..., S)`."""
+    each = (float(jnp.median(losses[..., -100:].mean(axis=-1))) for losses in (ours, theirs))
+    return dict(zip(("final_loss", "final_loss_instead"), each, strict=True))
+
+
 def report(name, pairs, target=None, **figures):
-    """Print and record the medians of both, and the ratios of the pairs."""
+    """Print and record the medians of both, the ratios of the pairs, and other figures."""
     ratios = sorted(a / b for a, b in pairs)
     ours, theirs = (statistics.median(column) for column in zip(*pairs, strict=True))
     goal = f" (target {target})" if target else ""
     print(
         f"{name:44} {ours:8.3f} s / {theirs:8.3f} s, ratio {statistics.median(ratios):.3f} "
         f"[{ratios[0]:.3f}, {ratios[-1]:.3f}]{goal}",
+        *(f"{key.replace('_', ' ')} {value:.4g}" for key, value in figures.items()),
+        sep=", ",
         flush=True,
     )
     by_processor = [a / b for a, b in getattr(pairs, "processor", ()) if b > 0.0]
     if by_processor:
         figures["ratio_by_processor"] = by_processor
     columns = dict(zip(("ours", "theirs"), zip(*pairs, strict=True), strict=True))
-    note(name.strip(), ratio=ratios, target=target, peak_gib=peak(), **columns, **figures)
+    figures["peak_gib_of_the_whole_process"] = peak()
+    note(name.strip(), ratio=ratios, target=target, **columns, **figures)

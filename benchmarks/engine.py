@@ -1,7 +1,8 @@
 """Costs of a fit besides its arithmetic: new data, single steps, loops over batches, memory.
 
 Run `python benchmarks/engine.py` for all, or with the names of some: `other`, `update`, `loop`,
-`unknown`, `memory`. Ratios are measured in one process, in turns.
+`unknown`, `single`, `memory`. Ratios are measured in one process, in turns. `single` compares 16
+members with one fit by `SVI`, both warm and in a compiled loop.
 """
 
 import collections
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
-from common import in_turns, report, timed
+from common import difference, final_losses, in_turns, report, timed
 from numpyro.infer import SVI, Trace_ELBO
 from numpyro.infer.autoguide import AutoNormal
 from records import note, saved, sized
@@ -65,11 +66,9 @@ def other():
         return runner.run(KEY, 1000, x, y, progress_bar=False).losses
 
     timed(run, *next(turns))
-    report(
-        "run on other data / on the same data, warm",
-        in_turns(lambda _: run(*next(turns)), lambda _: run(*data[0]), sized(15, 5)),
-        "<= 1.0",
-    )
+    pairs = in_turns(lambda _: run(*next(turns)), lambda _: run(*data[0]), sized(15, 5))
+    name = "run on other data / on the same data, warm"
+    report(name, pairs, "<= 1.0", **final_losses(*pairs.values))
 
 
 def update():
@@ -80,13 +79,10 @@ def update():
     start, step = by_hand(x, y)
     timed(runner.update, state, x, y)
     timed(step, start, x, y)
-    report(
-        "update on 320 MB / jit(vmap(SVI.update))",
-        in_turns(
-            lambda _: runner.update(state, x, y)[1], lambda _: step(start, x, y)[1], sized(7, 3)
-        ),
-        "<= 1.2",
+    pairs = in_turns(
+        lambda _: runner.update(state, x, y)[1], lambda _: step(start, x, y)[1], sized(7, 3)
     )
+    report("update on 320 MB / jit(vmap(SVI.update))", pairs, "<= 1.2")
 
 
 def steps(step, state, batches):
@@ -106,15 +102,14 @@ def loop():
         start, step = by_hand(*batches[0], members=16)
         for warm in (runner.update, step):
             timed(warm, start if warm is step else state, *batches[0])
-        report(
-            f"1,000 updates over batches of {rows} x {columns} / by hand",
-            in_turns(
-                lambda _: steps(runner.update, state, batches),  # noqa: B023
-                lambda _: steps(step, start, batches),  # noqa: B023
-                sized(5, 3),
-            ),
-            "<= 1.2",
+        pairs = in_turns(
+            lambda _: steps(runner.update, state, batches),  # noqa: B023
+            lambda _: steps(step, start, batches),  # noqa: B023
+            sized(5, 3),
         )
+        name = f"1,000 updates over batches of {rows} x {columns} / by hand"
+        last = (losses[:, None] for losses in pairs.values)
+        report(name, pairs, "<= 1.2", **final_losses(*last))
 
 
 def unknown():
@@ -133,10 +128,47 @@ def unknown():
 
     for runner in runners:
         timed(run, runner)
-    report(
-        "run of a model that reads a deque / of one that reads a number, warm",
-        in_turns(lambda _: run(runners[0]), lambda _: run(runners[1]), sized(7, 3)),
-    )
+    pairs = in_turns(lambda _: run(runners[0]), lambda _: run(runners[1]), sized(7, 3))
+    name = "run of a model that reads a deque / of one that reads a number, warm"
+    report(name, pairs, **difference(*pairs.values))
+
+
+def network(x, y):
+    """A network with a hidden layer of 100 units, and 10,000 weights for 99 columns."""
+    inner = numpyro.sample("inner", dist.Normal(0.0, 0.1).expand([x.shape[1], 100]).to_event(2))
+    outer = numpyro.sample("outer", dist.Normal(0.0, 0.1).expand([100]).to_event(1))
+    with numpyro.plate("rows", len(y)):
+        numpyro.sample("y", dist.Normal(jnp.tanh(x @ inner) @ outer, 1.0), obs=y)
+
+
+SINGLE = {
+    "10 parameters, 100 rows": (regression, 100, 9, 2000),
+    "10 parameters, 10,000 rows": (regression, 10_000, 9, 2000),
+    "10,000 parameters, 100 rows": (network, 100, 99, 200),
+}
+
+
+def single():
+    """Compare 16 members with one fit by `SVI`, when nothing is compiled."""
+    for name, (model, rows, columns, number) in SINGLE.items():
+        data = table(rows, columns)
+        runner = EnsembleVI(model, AutoNormal(model), ADAM, Trace_ELBO(), ensemble_size=16)
+        svi = SVI(model, AutoNormal(model), ADAM, Trace_ELBO())
+        svi.init(KEY, *data)  # sets the guide up with concrete values
+
+        @jax.jit
+        def one(key, x, y, svi=svi, number=number):
+            step = lambda state, _: svi.update(state, x, y)  # noqa: E731
+            return jax.lax.scan(step, svi.init(key, x, y), length=number)[1]
+
+        def sixteen(key, runner=runner, number=number, data=data):
+            return runner.run(key, number, *data, progress_bar=False).losses
+
+        for fit in (sixteen, lambda key: one(key, *data)):  # noqa: B023
+            timed(fit, KEY)
+        pairs = in_turns(sixteen, lambda key: one(key, *data), sized(7, 5))  # noqa: B023
+        figures = final_losses(*pairs.values)
+        report(f"16 members / ONE SVI, warm, {number} steps, {name}", pairs, **figures)
 
 
 def resident():
@@ -158,7 +190,7 @@ def memory():
             note(f"memory in use after {run} runs on 10 MB each", mib=resident())
 
 
-TASKS = {f.__name__: f for f in (other, update, loop, unknown, memory)}
+TASKS = {f.__name__: f for f in (other, update, loop, unknown, single, memory)}
 
 if __name__ == "__main__":
     with saved("engine"):

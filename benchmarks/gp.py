@@ -1,7 +1,8 @@
 """Posterior functions of Gaussian processes: accuracy, speed and memory.
 
 Run `python benchmarks/gp.py basis` for the error of the random basis, `speed` for drawing and
-evaluating paths (in turns with GPJax and BoTorch where they are installed), `reference` for a whole
+evaluating paths (in turns with exact algebra, and with GPJax and BoTorch where they are installed),
+`reference` for a whole
 `Pathwise` call against Python loops, `large` for conjugate gradients, `co2` for Mauna Loa, `hsgp`
 for a baseline of another kind.
 """
@@ -16,6 +17,16 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 from common import clocked, in_turns, report, timed
+from gp_others import (
+    Hilbert,
+    botorch_rows,
+    draw_exactly,
+    error,
+    error_of_means,
+    exact_posterior,
+    gpjax_paths,
+    gpjax_rows,
+)
 from numpyro.infer import MCMC, NUTS
 from records import note, peak, saved
 
@@ -45,6 +56,12 @@ def implied(features, kernel, X, X_new, noise):
     return M @ M.T + noise * A @ A.T
 
 
+def errors(pairs, mean, covariance):
+    """Return the errors of both sides' last means over paths."""
+    mine, other = (error_of_means(v, mean, jnp.diag(covariance)) for v in pairs.values)
+    return {"error_of_means_in_sd": mine, "error_of_means_in_sd_instead": other}
+
+
 class PlainRBF(RBF):
     """An RBF kernel whose frequencies are drawn from the spectral density itself."""
 
@@ -62,36 +79,39 @@ class PlainMatern52(Matern52):
 
 
 def basis():
-    """Print the relative error of the posterior covariance, N = 512, D = 2, 1,024 features."""
+    """Print the relative error of the posterior covariance, N = 512, D = 2, 1,024 features.
+
+    The alternative is NumPyro's Hilbert-space basis of as many functions, which is not random.
+    """
     numpyro.enable_x64()
-    X, X_new, noise = points(512), points(100, seed=1), 0.01
+    X, X_new, noise = points(512) - 0.5, points(100, seed=1) - 0.5, 0.01
     for family in (RBF, PlainRBF, Matern52, PlainMatern52):
         kernel = family(1.0, 0.25)
-        A = jnp.linalg.solve(kernel(X) + noise * jnp.eye(512), kernel(X, X_new)).T
-        exact = kernel(X_new) - A @ kernel(X, X_new)
+        exact = exact_posterior(kernel, X, X[:, 0], X_new, noise)[1]
         each = [
             implied(draw_features(jax.random.key(s), kernel, 1024, X), kernel, X, X_new, noise)
-            for s in range(8)
+            for s in range(12)
         ]
-        four = [sum(each[i : i + 4]) / 4 for i in (0, 4)]
-        one, several = (
-            np.mean([jnp.linalg.norm(S - exact) / jnp.linalg.norm(exact) for S in some])
-            for some in (each, four)
-        )
-        print(f"{type(kernel).__name__}: one basis {one:.3f}, four {several:.3f}")
-        name = f"{type(kernel).__name__}: error of the posterior covariance"
-        note(name, one_basis=float(one), four_bases=float(several))
+        one = [error(S, exact) for S in each]
+        four = [error(sum(each[i : i + 4]) / 4, exact) for i in (0, 4, 8)]
+        smoothness = None if isinstance(kernel, RBF) else 2.5
+        theirs = error(Hilbert(0.25, smoothness).covariance(X, X_new, noise), exact)
+        print(f"{type(kernel).__name__}: one basis {np.median(one):.3f}, four "
+              f"{np.median(four):.3f}, Hilbert-space basis {theirs:.3g}")  # fmt: skip
+        note(f"{type(kernel).__name__}: error of the posterior covariance", one_basis=one,
+             one_basis_instead=theirs, four_bases=four)  # fmt: skip
 
 
 def speed(bits="64", repeats="7"):
     """Time drawing 256 paths of 512 points and evaluating them at 1,000; BoTorch uses 64 bits."""
     numpyro.enable_x64(int(bits) == 64)
+    noise = 0.01
     X, X_new = jnp.asarray(points(512)), jnp.asarray(points(1000, seed=1))
     y = jnp.sin(6 * X.sum(axis=1))
     kernel = RBF(1.0, 0.25)
 
     def ours(bases):
-        options = {"noise": 0.01, "num_paths": 256, "num_bases": bases}
+        options = {"noise": noise, "num_paths": 256, "num_bases": bases}
         return draw_paths(jax.random.key(1), kernel, X, y, **options)
 
     rows = {}
@@ -109,45 +129,30 @@ def speed(bits="64", repeats="7"):
     for name, seconds in times.items():
         print(f"{name:20} {np.median(seconds):.3f} s [{min(seconds):.3f}, {max(seconds):.3f}]")
         side = "theirs" if name.endswith(("GPJax", "BoTorch")) else "ours"
-        note(f"256 paths: {name}, warm", **{side: seconds}, peak_gib=peak())
+        note(f"256 paths: {name}, warm", **{side: seconds})
+    beside_algebra(kernel, X, y, X_new, noise, int(repeats))
     print(f"peak {peak():.2f} GiB")
 
 
-def gpjax_paths(X, y, number, variance, lengthscale, noise):
-    """Draw paths by GPJax with as many columns as ours; return None where it is not installed."""
-    try:
-        import gpjax
-    except ImportError:
-        return None
-    dim = X.shape[1]
-    kernel = gpjax.kernels.RBF(lengthscale=lengthscale, variance=variance, n_dims=dim)
-    prior = gpjax.gps.Prior(mean_function=gpjax.mean_functions.Zero(), kernel=kernel)
-    joint = prior * gpjax.likelihoods.Gaussian(obs_stddev=noise**0.5)
-    data = gpjax.Dataset(X=X, y=y[:, None])
-    return joint.sample_approx(number, data, jax.random.key(0), num_features=512)
+def beside_algebra(kernel, X, y, X_new, noise, repeats):
+    """Time 256 paths at the new points against exact draws there, which have no paths elsewhere."""
 
+    @jax.jit
+    def exactly(key, X, y, X_new):
+        return draw_exactly(key, kernel, X, y, X_new, noise, 256)
 
-def gpjax_rows(X, y, X_new):
-    draw = partial(gpjax_paths, X, y, 256, 1.0, 0.25, 0.01)
-    if draw() is None:
-        return {}
+    def ours(key):
+        return draw_paths(key, kernel, X, y, noise=noise, num_paths=256, num_bases=4)(X_new)
 
-    sample = draw()
-    return {"draw, GPJax": lambda: draw()(X_new[:1]), "evaluate, GPJax": lambda: sample(X_new)}
+    def theirs(key):
+        return exactly(key, X, y, X_new)
 
-
-def botorch_rows(X, y, X_new):
-    try:
-        import torch
-        from botorch.models import SingleTaskGP
-        from botorch.sampling.pathwise import draw_matheron_paths
-    except ImportError:
-        return {}
-    X, y, X_new = (torch.tensor(np.asarray(a)).double() for a in (X, y, X_new))
-    model = SingleTaskGP(X, y[:, None], torch.full_like(y[:, None], 0.01))
-    draw = lambda: draw_matheron_paths(model, torch.Size([256]))  # noqa: E731
-    sample = draw()
-    return {"draw, BoTorch": draw, "evaluate, BoTorch": lambda: sample(X_new).detach().numpy()}
+    for fn in (ours, theirs):
+        timed(fn, jax.random.key(9))
+    pairs = in_turns(ours, theirs, repeats)
+    exact = exact_posterior(kernel, X, y, X_new, noise)
+    report("256 paths: draw and evaluate / exact draws by dense algebra, warm", pairs,
+           **errors(pairs, *exact))  # fmt: skip
 
 
 def reference_model(X, y=None):
@@ -188,7 +193,8 @@ def reference(repeats="7"):
     first = timed(lambda: pathwise(jax.random.key(1), grid))
     loop(cached)
     pairs = in_turns(lambda key: pathwise(key, grid), lambda key: loop(cached), int(repeats))
-    report("warm Pathwise / loop over a cached function", pairs, 1.1)
+    figures = mixture_errors(samples, X, y, grid, *pairs.values)
+    report("warm Pathwise / loop over a cached function", pairs, 1.1, **figures)
     if gpjax_paths(X[:, None], y, 8, 1.0, 1.0, 0.1) is not None:
 
         def gpjax_loop():
@@ -205,6 +211,24 @@ def reference(repeats="7"):
     )
     name = "first call of Pathwise / a loop that compiles at each draw, from 5 of 120 draws"
     note(name, ours=first, theirs=anew, ratio=first / anew)
+
+
+def mixture_errors(samples, X, y, grid, ours, theirs):
+    """Return the errors of both sides' means over all draws and paths, in standard deviations."""
+
+    def one(draw):
+        kernel = RBF(draw["variance"], draw["lengthscale"])
+        mean, covariance = exact_posterior(kernel, X, y, grid, draw["noise"])
+        return mean, jnp.diag(covariance)
+
+    means, variances = jax.vmap(one)(samples)
+    variance = variances.mean(axis=0) + means.var(axis=0)
+    both = (ours["y_f"], jnp.stack(theirs))
+    mine, other = (
+        error_of_means(values.reshape(-1, len(grid)), means.mean(axis=0), variance)
+        for values in both
+    )
+    return {"error_of_means_in_sd": mine, "error_of_means_in_sd_instead": other}
 
 
 def large(number=15_000):
@@ -243,8 +267,9 @@ def large(number=15_000):
             f"RMSE {rmse:.5f}, NLL {nll:.4f}, largest residual {float(paths.residuals.max()):.1e}",
             flush=True,
         )
-        note(f"{number} points, {label}, cold", ours=seconds, peak_gib=peak(), rmse=float(rmse),
-             nll=float(nll))  # fmt: skip
+        side = "theirs" if label == "Cholesky" else "ours"
+        note(f"{number} points, {label}, cold", **{side: seconds}, rmse=float(rmse),
+             nll=float(nll), peak_gib_of_the_whole_process=peak())  # fmt: skip
         return values
 
     ours = show("cg, 1e-3", partial(drawn, solver="cg", tolerance=1e-3))
@@ -311,41 +336,23 @@ def co2(every=1):
 
 def hsgp(repeats="7"):
     """Compare with NumPyro's Hilbert-space approximation, whose basis is fixed on a box."""
-    from numpyro.contrib.hsgp.laplacian import eigenfunctions
-    from numpyro.contrib.hsgp.spectral_densities import diag_spectral_density_squared_exponential
-
     numpyro.enable_x64()
     X, X_new, noise = jnp.asarray(points(512)) - 0.5, jnp.asarray(points(1000, seed=1)) - 0.5, 0.01
     kernel, y = RBF(1.0, 0.25), jnp.sin(6 * X.sum(axis=1))
-    density = diag_spectral_density_squared_exponential(1.0, 0.25, 0.75, 32, 2)
-
-    def columns(X):
-        return eigenfunctions(X, 0.75, 32) * jnp.sqrt(density)[None, :]
-
-    def precision():
-        A = columns(X)
-        return A.T @ A / noise + jnp.eye(A.shape[1])
-
-    @jax.jit
-    def theirs(key):
-        """Draw 256 functions from the posterior of the weights, and evaluate them."""
-        L = jnp.linalg.cholesky(precision())
-        mean = jax.scipy.linalg.cho_solve((L, True), columns(X).T @ y / noise)
-        z = jax.random.normal(key, (len(L), 256))
-        weights = mean[:, None] + jax.scipy.linalg.solve_triangular(L.T, z)
-        return columns(X_new) @ weights
+    basis = Hilbert(0.25)
+    theirs = jax.jit(lambda key: basis.draw(key, X, y, X_new, noise, 256))
 
     def ours(key):
         return draw_paths(key, kernel, X, y, noise=noise, num_paths=256)(X_new)
 
-    A = jnp.linalg.solve(kernel(X) + noise * jnp.eye(512), kernel(X, X_new)).T
-    exact = kernel(X_new) - A @ kernel(X, X_new)
-    at = columns(X_new)
-    error = jnp.linalg.norm(at @ jnp.linalg.solve(precision(), at.T) - exact)
-    print(f"Hilbert-space basis, 32 x 32: error {error / jnp.linalg.norm(exact):.4f}")
+    mean, exact = exact_posterior(kernel, X, y, X_new, noise)
+    print(
+        f"Hilbert-space basis, 32 x 32: error {error(basis.covariance(X, X_new, noise), exact):.4f}"
+    )
     for fn in (ours, theirs):
         jax.block_until_ready(fn(jax.random.key(0)))
-    report("draw and evaluate / Hilbert-space basis", in_turns(ours, theirs, int(repeats)))
+    pairs = in_turns(ours, theirs, int(repeats))
+    report("draw and evaluate / Hilbert-space basis", pairs, **errors(pairs, mean, exact))
 
 
 if __name__ == "__main__":

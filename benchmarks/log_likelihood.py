@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpyro
 import numpyro.distributions as dist
-from common import in_turns, report
+from common import difference, in_turns, report, timed
 from numpyro.infer import log_likelihood
 from records import peak, saved
 
@@ -45,16 +45,23 @@ def main(number, rows):
         return data["log_likelihood"]["y"].values
 
     def one_by_one(key):
-        return log_likelihood(model, flat, x, y)
+        return log_likelihood(model, flat, x, y)["y"]
 
     def at_once(key):
-        return log_likelihood(model, flat, x, y, parallel=True)
+        return log_likelihood(model, flat, x, y, parallel=True)["y"]
 
     print(f"{MEMBERS} members, {number} draws, {rows} observations")
-    report("to_arviz, density and likelihood / one by one", in_turns(ours, one_by_one, 3))
+    timed(ours, jax.random.key(9))
+    timed(one_by_one, jax.random.key(9))
+    pairs = in_turns(ours, one_by_one, 3)
+    name = "to_arviz, density and likelihood / one by one, warm"
+    report(name, pairs, **difference(*pairs.values))
     outcome = MEMBERS * number * rows * 4 / 2**30
     print(f"peak memory so far {peak():.2f} GiB; one outcome is {outcome:.2f}")
-    report("to_arviz, density and likelihood / all at once", in_turns(ours, at_once, 3))
+    timed(at_once, jax.random.key(9))
+    pairs = in_turns(ours, at_once, 3)
+    name = "to_arviz, density and likelihood / all at once, warm"
+    report(name, pairs, **difference(*pairs.values))
     print(f"peak memory {peak():.2f} GiB")
 
 

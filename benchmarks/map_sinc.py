@@ -11,7 +11,18 @@ import jax
 import jax.numpy as jnp
 import numpyro
 import optax
-from common import X, Y, clocked, cold, in_turns, report, timed, uniform_start
+from common import (
+    X,
+    Y,
+    clocked,
+    cold,
+    difference,
+    final_losses,
+    in_turns,
+    report,
+    timed,
+    uniform_start,
+)
 from numpyro.infer import SVI, Trace_ELBO, init_to_uniform
 from numpyro.infer.autoguide import AutoDelta
 from quickstart import NOISE, STEPS, model, network
@@ -40,7 +51,7 @@ def hand_written(members, steps):
 
         weights = uniform_start(key)
         (weights, _), losses = jax.lax.scan(step, (weights, adam.init(weights)), length=steps)
-        return weights, losses
+        return losses, weights
 
     compiled = jax.jit(jax.vmap(fit))
     return lambda key: compiled(jax.random.split(key, members))
@@ -58,14 +69,14 @@ def run(ensemble, key, **options):
 
 def ours_cold(key):
     """Make one cold run of the ensemble."""
-    return run(runner(), key).params
+    return run(runner(), key)
 
 
 def svi_cold(key):
     """Make one cold run of a single SVI with AutoDelta."""
     guide = AutoDelta(model, init_loc_fn=init_to_uniform)
     svi = SVI(model, guide, numpyro.optim.Adam(5e-3), Trace_ELBO())
-    return svi.run(key, STEPS, X, Y, progress_bar=False).params
+    return svi.run(key, STEPS, X, Y, progress_bar=False)
 
 
 def memory(members):
@@ -86,15 +97,20 @@ def main():
     by_hand = hand_written(16, STEPS)
     for fit in (by_hand, lambda key: run(sixteen, key), lambda key: run(many, key)):
         timed(fit, jax.random.key(99))
-    report("warm run / hand-written vmap + scan",
-           in_turns(lambda key: run(sixteen, key), by_hand, sized(15, 5)), "<= 1.05")  # fmt: skip
-    report("with progress bar / without",
-           in_turns(lambda key: run(sixteen, key, progress_bar=True),
-                    lambda key: run(sixteen, key), sized(15, 5)), "<= 1.02")  # fmt: skip
-    report("256 members / 16 members, warm",
-           in_turns(lambda key: run(many, key), lambda key: run(sixteen, key), 3))  # fmt: skip
-    report("cold run of 16 / cold run of ONE SVI",
-           in_turns(cold(ours_cold), cold(svi_cold), sized(5, 2)), "<= 0.6")  # fmt: skip
+    pairs = in_turns(lambda key: run(sixteen, key), by_hand, sized(15, 5))
+    ours, (theirs, _) = pairs.values
+    figures = final_losses(ours.losses, theirs)
+    report("warm run / hand-written vmap + scan", pairs, "<= 1.05", **figures)
+    pairs = in_turns(lambda key: run(sixteen, key, progress_bar=True),
+                     lambda key: run(sixteen, key), sized(15, 5))  # fmt: skip
+    figures = difference(*(result.losses for result in pairs.values))
+    report("with progress bar / without", pairs, "<= 1.02", **figures)
+    pairs = in_turns(lambda key: run(many, key), lambda key: run(sixteen, key), 3)
+    figures = final_losses(*(result.losses for result in pairs.values))
+    report("256 members / 16 members, warm", pairs, **figures)
+    pairs = in_turns(cold(ours_cold), cold(svi_cold), sized(5, 3))
+    figures = final_losses(*(result.losses for result in pairs.values))
+    report("cold run of 16 / cold run of ONE SVI", pairs, "<= 0.6", **figures)
     subprocess.run([sys.executable, __file__, sized("1000", "100")], check=True)
 
 

@@ -75,7 +75,8 @@ def line(label, draws, wall, cpu):
         f"{bulk / wall:6.1f} a second; processor {cpu:6.1f} s: {bulk / cpu:6.1f}",
         flush=True,
     )
-    note(f"{label}, cold", ours=wall, processor=cpu, rhat=rhat, bulk=bulk, tail=tail)
+    side = "theirs" if "NUTS" in label else "ours"
+    note(f"{label}, cold", **{side: wall}, processor=cpu, rhat=rhat, bulk=bulk, tail=tail)
     return bulk / wall, bulk / cpu
 
 
@@ -93,8 +94,11 @@ def speed(problem="irt", repeats="2", *names):
         print(f"{name} / NUTS: {wall:.2f} by the clock, {cpu:.2f} by the processor")
         if name != "NUTS":
             rate, rate_cpu = (list(column) for column in ratios.T)
-            note(f"{problem}: effective draws a second of {name}, over NUTS", peak_gib=peak(),
-                 rate_ratio=rate, rate_ratio_by_processor=rate_cpu)  # fmt: skip
+            each, instead = ([1.0 / a for a, _ in rates[side]] for side in (name, "NUTS"))
+            note(f"{problem}: an effective draw by {name} / NUTS, cold", ours=each, theirs=instead,
+                 ratio=[1.0 / value for value in rate], rate_ratio=rate,
+                 rate_ratio_by_processor=rate_cpu,
+                 peak_gib_of_the_whole_process=peak())  # fmt: skip
 
 
 def chains(problem="irt", *names):

@@ -21,7 +21,7 @@ from blackjax.mcmc import mclmc
 from blackjax.mcmc.integrators import IntegratorState, isokinetic_velocity_verlet
 from blackjax.sgmcmc import diffusions
 from blackjax.util import generate_unit_vector
-from common import clocked, timed
+from common import clocked, in_turns, report
 from numpyro.diagnostics import effective_sample_size
 from numpyro.infer import MCMC
 from records import note, saved
@@ -239,20 +239,26 @@ def compare_kernels(rows, batch, *names):
 
 
 def time_draws(rows, batch):
-    """Print how long 64 chains take to draw rows, by NumPyro and by this package."""
+    """Compare how long 64 chains take to draw rows, by NumPyro and by this package.
+
+    The standard deviation of a batch's mean is about `batch ** -0.5` where batches are random.
+    """
 
     def theirs(key):
         with numpyro.handlers.seed(rng_seed=key):
             return numpyro.plate("data", rows, subsample_size=batch)._indices
 
     keys = jax.random.split(jax.random.key(0), 64)
-    for name, draw in {"NumPyro": theirs, "strata": lambda k: drawn_rows(k, rows, batch)}.items():
-        run = jax.jit(jax.vmap(draw))
-        timed(run, keys)
-        times = [timed(run, keys) for _ in range(5)]
-        print(f"{name}: {np.mean(times) * 1e3:.2f} ms")
-        side = {"theirs" if name == "NumPyro" else "ours": times}
-        note(f"{batch} of {rows} rows for 64 chains, {name}, warm", **side)
+    draws = (lambda key: drawn_rows(key, rows, batch)), theirs
+    values = jnp.asarray(np.random.default_rng(0).normal(size=rows))
+    programs = [jax.jit(jax.vmap(draw)) for draw in draws]
+    figures = {}
+    for program, side in zip(programs, ("", "_instead"), strict=True):
+        means = [values[program(jax.random.split(keys[i], 64))].mean(axis=1) for i in range(10)]
+        figures["sd_of_a_mean" + side] = float(jnp.concatenate(means).std())
+    ours, theirs = (lambda key, run=run: run(jax.random.split(key, 64)) for run in programs)
+    name = f"{batch} of {rows} rows for 64 chains, strata / NumPyro, warm"
+    report(name, in_turns(ours, theirs, 5), **figures)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import sys
 
 import jax
 import jax.numpy as jnp
-from common import in_turns, report, uniform_start
+from common import difference, in_turns, report, uniform_start
 from numpyro.infer import Predictive
 from quickstart import model
 from records import peak, saved, sized
@@ -40,7 +40,9 @@ def main(number, rows):
     for name, ours in (("first call", first), ("second call", second)):
         for how, label in ((False, "one by one"), (True, "all at once")):
             pairs = in_turns(ours, lambda key, how=how: plain[how](key, x), sized(5, 3))
-            report(f"{name} / Predictive, {label}", pairs)
+            ours_y, theirs_y = (values["y"] for values in pairs.values)  # draws of the same key
+            figures = difference(ours_y, theirs_y)
+            report(f"{name} / Predictive, {label}", pairs, **figures)
             print(f"peak memory so far {peak():.2f} GiB")
 
 

@@ -1,9 +1,10 @@
 """Records of benchmarks: rows with the versions and the machine that they were measured on.
 
 `with saved("engine"):` around a script's work writes the rows that `note` adds as JSON, with
-versions, machine, date, command and peak memory, to `.cache/bench/engine.json`, or to the folder
-that `RESULTS` names. Processes that the script starts add to the same record. `BENCH_SMALL=1` makes
-`sized` choose the small setting. This module imports JAX only when a record is made.
+versions, commit, machine, date, command and peak memory, to `.cache/bench/engine.json`, or to the
+folder that `RESULTS` names. Processes that the script starts add to the same record.
+`BENCH_SMALL=1` makes `sized` choose the small setting. This module imports JAX only when a record
+is made.
 """
 
 import datetime
@@ -12,6 +13,7 @@ import os
 import platform
 import resource
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -43,6 +45,7 @@ def note(name, **figures):
     """Add a row to the benchmark's record: numbers, words, or lists of repeated measurements.
 
     `ours` and `theirs` are seconds. `ratio` is ours over theirs unless the row says otherwise.
+    A row whose seconds are from a single call says so.
     """
     record = os.environ.get("BENCH_RECORD")
     if record is None:
@@ -52,6 +55,9 @@ def note(name, **figures):
         for key, value in figures.items()
         if value is not None
     }
+    times = [figures[side] for side in ("ours", "theirs") if figures.get(side) is not None]
+    if any(not isinstance(value, list | tuple) or len(value) == 1 for value in times):
+        row["measured"] = "in one run"
     with open(record, "a") as file:
         file.write(json.dumps({"name": name, **row}, default=float) + "\n")
 
@@ -67,25 +73,59 @@ def option(words, name, default):
 
 
 def versions(packages=PACKAGES):
-    """Return Python's version and those of the packages that are installed."""
+    """Return Python's version, the packages' versions, and the commit of this package."""
+    import numpyro_ensemble
+
     found = {"python": platform.python_version()}
     for name in packages:
         try:
             found[name] = version(name)
         except PackageNotFoundError:
             continue
-    return found
+    # The package may be imported from a folder without being installed, or beside an installed one.
+    found["numpyro_ensemble"] = numpyro_ensemble.__version__
+    at = commit(Path(numpyro_ensemble.__file__).parent)
+    return found if at is None else found | {"commit": at}
+
+
+def commit(folder):
+    """Return the short hash of a package's commit, None outside a git checkout.
+
+    "+changes" follows where the package, the examples or the benchmarks differ from the commit.
+    Records may differ: each benchmark changes its own.
+    """
+
+    def git(*words):
+        call = subprocess.run(["git", "-C", folder, *words], capture_output=True, text=True)
+        return call.stdout.strip() if call.returncode == 0 else ""
+
+    try:
+        if not git("ls-files", "__init__.py"):  # an installed package below some other checkout
+            return None
+        compared = (":/numpyro_ensemble", ":/examples", ":/benchmarks", ":!/benchmarks/results")
+        changes = git("status", "--porcelain", "--", *compared)
+        return git("rev-parse", "--short", "HEAD") + "+changes" * bool(changes)
+    except FileNotFoundError:  # git is not installed
+        return None
+
+
+def processor():
+    """Return the name of the processor's model, or its architecture where the name is not known."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0]}, {platform.machine()}" if names and names[0] else platform.machine()
 
 
 def machine():
-    """Return cores, memory, processor and JAX's device."""
+    """Return cores, memory, processor, JAX's device, and the load of the last minute."""
     import jax
 
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     return {
         "cores": len(os.sched_getaffinity(0)),
         "memory_gib": round(memory, 1),
-        "processor": platform.machine(),
+        "processor": processor(),
         "platform": jax.devices()[0].platform,
         "device": jax.devices()[0].device_kind,
         "load_before": round(os.getloadavg()[0], 1),

@@ -10,8 +10,9 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import optax
-from common import X, Y, in_turns, report, timed
+from common import X, Y, clocked, difference, in_turns, report, timed
 from numpyro.infer import Trace_ELBO
 from numpyro.infer.autoguide import AutoNormal
 from quickstart import model
@@ -47,16 +48,18 @@ def in_process(call, devices=None):
 def many(size, groups):
     """Fit many members for a few steps, and print and record memory and time."""
     ensemble = runner(size, member_batch_size=groups)
-    seconds = timed(fit, ensemble, jax.random.key(0), 20)
+    losses, seconds, _ = clocked(fit, ensemble, jax.random.key(0), 20)
+    last = float(jnp.median(losses[:, -1]))  # the same for groups of any size
     leaves = jax.tree.leaves(ensemble.init(jax.random.key(0), X, Y).optim_state)
     state = sum(leaf.nbytes for leaf in leaves) / 2**30
     print(
         f"{size} members, {groups or 'all'} at a time: peak {peak():.2f} GiB (room {ROOM}), of "
-        f"which {state:.2f} are parameters and Adam's; 20 steps cold {seconds:.1f} s",
+        f"which {state:.2f} are parameters and Adam's; 20 steps cold {seconds:.1f} s, "
+        f"median of the last losses {last:.7g}",
         flush=True,
     )
     note(f"{size} members, {groups or 'all'} at a time, 20 steps, cold", ours=seconds,
-         peak_gib=peak(), state_gib=state)  # fmt: skip
+         peak_gib=peak(), state_gib=state, last_loss=last)  # fmt: skip
 
 
 def memory():
@@ -71,7 +74,8 @@ def one_against_two(repeats, members=16, steps=1500):
     for ensemble in (one, two):
         fit(ensemble, jax.random.key(9), steps)
     pairs = in_turns(lambda key: fit(one, key, steps), lambda key: fit(two, key, steps), repeats)
-    report(f"one device / {jax.device_count()}, {members} members", pairs, ">= 1.6")
+    name = f"one device / {jax.device_count()}, {members} members"
+    report(name, pairs, ">= 1.6", **difference(*pairs.values))
 
 
 def devices(repeats=7):
@@ -114,7 +118,7 @@ def bar(steps=1500):
             )
         finally:
             sys.stderr = errors
-    report("with a progress bar / without", pairs, "<= 1.02")
+    report("with a progress bar / without", pairs, "<= 1.02", **difference(*pairs.values))
 
 
 if __name__ == "__main__":

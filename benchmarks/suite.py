@@ -2,10 +2,10 @@
 
 Run `python benchmarks/suite.py [names]` for all benchmarks, or for the named ones. Each runs in a
 process of its own, without JAX's cache of compiled programs. It prints its measurements and writes
-a record with versions and machine (see records.py). A table of all records follows. A benchmark
-that fails is named at the end; the others still run. `--table [folder]` prints the table of the
-records in a folder. `--page` writes the tables of `docs/benchmarks.md` from the records that are
-kept in `benchmarks/results`: measure them by `RESULTS=benchmarks/results make bench BENCH=...`.
+a record with versions, commit and machine (see records.py). A table of all records follows. A
+benchmark that fails is named at the end; the others still run. `--table [folder]` prints the table
+of the records in a folder. `--page` writes the tables of `docs/benchmarks.md` from the records that
+are kept in `benchmarks/results`: measure them by `RESULTS=benchmarks/results make bench BENCH=...`.
 """
 
 import json
@@ -18,7 +18,7 @@ from records import ROOT, renew_page, results_folder
 
 # Each command's record has a name that begins with the benchmark's.
 SMALL = {
-    "engine": ["engine.py other loop unknown"],
+    "engine": ["engine.py other loop unknown single"],
     "map_sinc": ["map_sinc.py"],
     "vi_sinc": ["vi_sinc.py 1"],
     "quasi_newton": ["quasi_newton.py logistic network --no-adam"],
@@ -26,13 +26,13 @@ SMALL = {
     "predictive": ["predictive.py 50 500"],
     "log_likelihood": ["log_likelihood.py 100 2000"],
     "folds": ["folds.py 2"],
-    "sbc": ["sbc.py 1"],
+    "sbc": ["sbc.py 3"],
     "gp": ["gp.py basis", "gp.py speed 64 3", "gp.py reference 3", "gp.py hsgp 3"],
     "mcmc": ["mcmc.py speed radon 1 ChEES"],
     "chees": ["chees.py layout irt radon"],
     "minibatches": ["minibatches.py draws 100000"],
     "scaling": ["scaling.py bar"],
-    "to_zarr": ["to_zarr.py 20000 40 2"],
+    "to_zarr": ["to_zarr.py 20000 40 3"],
     "uci": ["uci.py --shipped diabetes"],
 }
 LEFT_OUT = {
@@ -82,13 +82,25 @@ def number(value, factor=1):
 
 
 def others(row):
-    """Return a row's other figures: accuracy, memory, or what a ratio of rates compares."""
+    """Return a row's other figures: accuracy, memory, or what a ratio of rates compares.
+
+    `loss_instead` is the alternative's figure where `loss` is ours: "loss 1.2, instead 1.3".
+    """
     named = (
-        (key.replace("_", " ").replace("gib", "GiB").replace("mib", "MiB"), value)
+        (key, f"{spelled(key)} {number(value)}")
         for key, value in row.items()
         if key not in OWN_COLUMNS
+        and not (key.endswith("_instead") and key.removesuffix("_instead") in row)
     )
-    return "; ".join(f"{key} {number(value)}" for key, value in named)
+    return "; ".join(
+        f"{text}, instead {number(row[f'{key}_instead'])}" if f"{key}_instead" in row else text
+        for key, text in named
+    )
+
+
+def spelled(key):
+    """Return a figure's key as words."""
+    return key.replace("_", " ").replace("gib", "GiB").replace("mib", "MiB")
 
 
 def table(record):
@@ -109,7 +121,7 @@ def setting(record):
         f"`{small}{record['command']}`, {record['float']}, {where['cores']} cores "
         f"({where['processor']}, {where['device']}), {where['memory_gib']:.0f} GiB, load "
         f"{where['load_before']} before, {record['seconds']:.0f} s in all, peak "
-        f"{record['peak_gib']:.2f} GiB, {record['date'][:10]}; {packages}"
+        f"{record['peak_gib']:.2f} GiB of the largest process, {record['date'][:10]}; {packages}"
     )
 
 

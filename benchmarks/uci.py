@@ -173,7 +173,7 @@ def measure(name, rows, rate):
         )
         note(
             f"{name}, {SPLITS} x {MEMBERS} fits, {label}, warm", cold=seconds,
-            cold_by_processor=cpu, peak_gib=peak(), rmse=rmse.mean(),
+            cold_by_processor=cpu, peak_gib_of_the_whole_process=peak(), rmse=rmse.mean(),
             rmse_error=rmse.std() / error, nll=nll.mean(), nll_error=nll.std() / error,
             **{"ours" if label == "one run" else "theirs": warm},
         )  # fmt: skip

@@ -9,7 +9,18 @@ import sys
 import jax
 import jax.numpy as jnp
 import optax
-from common import X, Y, cold, in_turns, report, timed, uniform_start
+from common import (
+    X,
+    Y,
+    clocked,
+    cold,
+    difference,
+    final_losses,
+    in_turns,
+    report,
+    timed,
+    uniform_start,
+)
 from numpyro.infer import SVI, Trace_ELBO
 from numpyro.infer.autoguide import AutoNormal
 from quickstart import NOISE, STEPS, model, network
@@ -51,7 +62,7 @@ def hand_written(members, steps):
         scale = jax.tree.map(lambda x: jnp.full(x.shape, jnp.log(jnp.expm1(0.1))), loc)
         params = {"loc": loc, "scale": scale}
         carry, losses = jax.lax.scan(step, (params, ADAM.init(params), key), length=steps)
-        return carry[0], losses
+        return losses, carry[0]
 
     compiled = jax.jit(jax.vmap(fit))
     return lambda key: compiled(jax.random.split(key, members))
@@ -64,21 +75,21 @@ def runner(members=16):
 
 def run(ensemble, key):
     """Fit by a runner of this package."""
-    return ensemble.run(key, STEPS, X, Y, progress_bar=False).params
+    return ensemble.run(key, STEPS, X, Y, progress_bar=False)
 
 
 def svi(key):
     """Make a single run of SVI with a new guide."""
     single = SVI(model, AutoNormal(model), ADAM, Trace_ELBO())
-    return single.run(key, STEPS, X, Y, progress_bar=False).params
+    return single.run(key, STEPS, X, Y, progress_bar=False)
 
 
 def first_and_second(key):
-    """Return the seconds of a new runner's second run, and of its first one."""
+    """Return the seconds of a new runner's second run and of its first, and what they differ by."""
     jax.clear_caches()
     ensemble = runner()
-    first = timed(run, ensemble, key)
-    return timed(run, ensemble, jax.random.fold_in(key, 1)), first
+    (one, first, _), (two, second, _) = (clocked(run, ensemble, key) for _ in range(2))
+    return (second, first), difference(two.losses, one.losses)
 
 
 def main(repeats):
@@ -87,21 +98,28 @@ def main(repeats):
     sixteen, by_hand = runner(), hand_written(16, STEPS)
     for fit in (by_hand, lambda key: run(sixteen, key)):
         timed(fit, jax.random.key(99))
-    report("warm run / hand-written vmap + scan",
-           in_turns(lambda key: run(sixteen, key), by_hand, 3 * repeats), "<= 1.1")  # fmt: skip
+    pairs = in_turns(lambda key: run(sixteen, key), by_hand, 3 * repeats)
+    ours, (theirs, _) = pairs.values
+    figures = final_losses(ours.losses, theirs)
+    report("warm run / hand-written vmap + scan", pairs, "<= 1.1", **figures)
     ours_cold, svi_cold = cold(lambda key: run(runner(), key)), cold(svi)
     pairs = in_turns(ours_cold, svi_cold, repeats)
-    report("cold run of 16 / cold run of ONE SVI", pairs, "<= 0.9")
-    twice = [first_and_second(jax.random.key(i)) for i in range(repeats)]
-    report("second run, same shapes / first", twice, "<= 0.6")
+    figures = final_losses(*(result.losses for result in pairs.values))
+    report("cold run of 16 / cold run of ONE SVI", pairs, "<= 0.9", **figures)
+    found = [first_and_second(jax.random.key(i)) for i in range(repeats)]
+    twice, values = zip(*found, strict=True)
+    report("second run, same shapes / first", twice, "<= 0.6", **values[-1])
 
     number = sized(16, 4)
 
     def many_svis(key):
         return [svi(member) for member in jax.random.split(key, number)]
 
-    report(f"cold run of 16 / {number} SVIs in turn",
-           in_turns(ours_cold, cold(many_svis), 1), "<= 0.1")  # fmt: skip
+    pairs = in_turns(ours_cold, cold(many_svis), 1)
+    ours, theirs = pairs.values
+    theirs = jnp.stack([result.losses for result in theirs])
+    figures = final_losses(ours.losses, theirs)
+    report(f"cold run of 16 / {number} SVIs in turn", pairs, "<= 0.1", **figures)
 
 
 if __name__ == "__main__":
