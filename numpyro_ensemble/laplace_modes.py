@@ -24,7 +24,7 @@ class Modes(NamedTuple):
         members: `(E,)`, the mode of each member, -1 for a member that has not reached one.
         counts: `(M,)`, number of members at each mode.
         best: `(M,)`, the member with the highest log density at each mode.
-        location: `(M, D)`, the modes in unconstrained space.
+        location: `(M, D)`, the modes in unconstrained space, the latents in the order of the model.
         log_density: `(M,)`, with the Jacobian of the constraints.
         precision: `(M, D, D)`, the negative Hessian.
         positive_definite: `(M,)`, whether the precision is positive definite; if not, the
