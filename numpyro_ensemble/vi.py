@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,9 @@ from numpyro_ensemble.calls.arguments import arrange, has_tracers
 from numpyro_ensemble.calls.identity import closure_fingerprint, may_differ
 from numpyro_ensemble.calls.keywords import checked_keywords
 from numpyro_ensemble.calls.programs import Programs
+from numpyro_ensemble.calls.tracing import NUMPY_WANTED
 from numpyro_ensemble.fit.batches import first_member
+from numpyro_ensemble.fit.checks import looks_at
 from numpyro_ensemble.fit.ensemble import Ensemble
 from numpyro_ensemble.fit.guides import is_set_up
 from numpyro_ensemble.fit.member_guides import MemberGuides, check_members
@@ -249,10 +252,12 @@ class EnsembleVI(Ensemble):
         arrange_members = functools.partial(
             arrange, self.model, member_args=member_args or (), placed=False
         )
-        given = arrange_members(args, kwargs)
-        template, values = self._setup_of(result, *given.rebuild(first_member(given.dynamic)))
-        kwargs = {**kwargs, **self.static_kwargs}
-        check_members(arrange_members(args, kwargs), member_args, template, self.ensemble_size)
+        own_keywords, kwargs = kwargs, {**kwargs, **self.static_kwargs}
+        arguments = arrange_members(args, kwargs)
+        first_args, first = arguments.rebuild(first_member(arguments.dynamic))
+        first = {name: first[name] for name in own_keywords}  # the runner adds the static ones
+        template, values = self._setup_of(result, first_args, first)
+        check_members(arguments, member_args, template, self.ensemble_size)
         moving = isinstance(self.guide, AutoGuide) and template.guide_forms.supports
         size, with_density = self.ensemble_size, with_density and not moving
 
@@ -264,7 +269,13 @@ class EnsembleVI(Ensemble):
         inputs = (rng_key, params, values)
         form = closure_fingerprint(template.guide)
         how = (template, form, size, num_samples, with_density, member_args)
-        samples, densities, known = self._drawing.call(draw, inputs, self.model, args, kwargs, *how)
+        try:
+            found = self._drawing.call(draw, inputs, self.model, args, kwargs, *how)
+        except NUMPY_WANTED as error:
+            if not member_args:
+                raise
+            raise looks_at(arguments, error) from error
+        samples, densities, known = found
         if "log_q_mixture" in densities and not has_tracers(known) and not bool(known):
             del densities["log_q_mixture"]
         return samples, densities
@@ -288,7 +299,9 @@ class EnsembleVI(Ensemble):
                 "that result."
             )
         if not is_set_up(self.guide):
-            self.init(jax.random.key(0), *args, **kwargs)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "All .* members start at the same values")
+                self.init(jax.random.key(0), *args, **kwargs)
         nothing = GuideValues([], [], [])
         return SetupTemplate(
             object(), self.model, self.guide, nothing, None, (), {}, {}, {}

@@ -309,6 +309,13 @@ def test_a_scale_wider_than_the_density_is_seen(key):
     quiet(runner, key, 2, Y, weights, member_args=["weight"])
     quiet(runner, key, 2, Y, weights[:1])
 
+    def plate_inside(y, weight):
+        mu = numpyro.sample("mu", dist.Normal(0, 1))
+        with numpyro.handlers.scale(scale=weight), numpyro.plate("rows", len(y)):
+            numpyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+
+    quiet(EnsembleMAP(plate_inside, ADAM, ensemble_size=2), key, 2, Y, weights[0])
+
 
 def test_arguments_of_the_constructor_are_checked():
     with pytest.raises(TypeError, match="init_loc_fn takes a NumPyro strategy, got 3"):

@@ -183,6 +183,7 @@ HOLE = np.where(X > 4.0, np.nan, X)
             "values has .* not finite, at",
         ),
         (lambda key: draw_paths(key, RBF(), X[:0], Y[:0]), "points has no row"),
+        (lambda key: draw_paths(key, RBF(), X, Y, observed=Y[:5] > 0), "observed takes shape"),
         (
             lambda key: draw_paths(key, RBF(), Z, Z[:, 0], covariance=np.tri(4)),
             "not symmetric: pass the covariance itself, L @ L.T",
@@ -217,6 +218,14 @@ def test_what_cannot_be_answered_is_an_error(call, message, key):
 
 
 @pytest.mark.long
+def test_covariances_of_single_precision_are_taken(key):
+    """Its least eigenvalue, 0 but for rounding, is further below 0 than double precision rounds."""
+    factor = np.random.default_rng(0).normal(size=(4, 2)).astype(np.float32)
+    covariance = factor @ factor.T
+    paths = draw_paths(key, RBF(), Z, Z[:, 0], covariance=covariance, num_paths=3, **OPTIONS)
+    assert np.isfinite(paths(Z)).all()
+
+
 def test_arguments_of_kernels_and_signatures(key):
     with pytest.raises(
         TypeError, match=r"RBF: got an unexpected .*'width'; it takes variance, len"

@@ -122,7 +122,9 @@ def test_an_adapted_state_needs_no_warm_up(key):
 @pytest.mark.long
 @pytest.mark.parametrize("kernel", FEW)
 def test_starts_that_cannot_be_used(kernel):
-    with pytest.raises(ValueError, match="64 of 64 chains start .*not finite.*data hold NaN: y"):
+    with pytest.raises(
+        ValueError, match="64 of 64 chains start .*not finite.*data hold NaN: y.*masked: Leave init"
+    ):
         run(kernel(model), init_params=start(), data=(jnp.nan,))
     bad = start()["mu"].at[jnp.array([3, 7]), 0].set(jnp.nan)
     with pytest.raises(ValueError, match="2 of 64 chains start .*not finite: 3, 7. Leave"):
@@ -146,10 +148,17 @@ def test_states_of_another_kernel_or_model(key):
     def other(y=0.5):
         numpyro.sample("tau", dist.LogNormal())
 
+    def wider(y=0.5):
+        numpyro.sample("mu", dist.Normal(0.0, 1.0).expand([3]).to_event(1))
+
     state = run(ChEES(model, start="init"), 10, start()).last_state
     for kernel, message in (
         (MAMS(model), "the state is of another kernel: it has ChEESAdaptation, and MAMS needs"),
-        (ChEES(other), r"of another model: it has the latent sites \['mu'\], and this.*\['tau'\]"),
+        (
+            ChEES(other),
+            r"of another model: .* \{'mu': \(2,\)\}, and this model has \{'tau': \(\)\}",
+        ),
+        (ChEES(wider), r"of another model: .* \{'mu': \(2,\)\}, and .* \{'mu': \(3,\)\}"),
     ):
         mcmc = MCMC(
             kernel, num_warmup=0, num_samples=5, num_chains=CHAINS, chain_method="vectorized",

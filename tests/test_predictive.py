@@ -260,11 +260,15 @@ def test_sites_that_were_not_fitted_are_named(key):
 
 def test_misspelt_samples_are_named(key):
     """As in NumPyro, the site would be drawn from its prior without a word."""
-    misspelt, extra = {"w_": jnp.ones(3)}, {"w": jnp.ones(3), "unrelated": jnp.ones(3)}
-    params = {"slope": jnp.ones(3)}
-    with pytest.warns(UserWarning, match="the samples have 'w_', which is no site .* lack 'w'"):
-        EnsemblePredictive(line, misspelt, params=params)(key, INPUT)
-    EnsemblePredictive(line, extra, params=params)(key, INPUT)
+
+    def model():
+        numpyro.sample("x_4", dist.Normal(numpyro.sample("weight", dist.Normal(0, 1)), 1))
+        numpyro.sample("theta_new", dist.Normal(0, 1))
+
+    with pytest.warns(UserWarning, match="the samples have 'wieght', which is .* lack 'weight'"):
+        EnsemblePredictive(model, {"wieght": jnp.ones(3)})(key)
+    others = {"weight": jnp.ones(3), "x_0": jnp.ones(3), "theta": jnp.ones(3)}
+    EnsemblePredictive(model, others)(key)
 
 
 def test_failed_members_are_left_out(key):

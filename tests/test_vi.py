@@ -649,12 +649,34 @@ def test_draws_see_the_data_of_their_member(key):
     shared = runner.sample_posterior(key, result, rows[1], top, 0.0, **shape)
     assert_allclose(shared["mu"][1], draws["mu"][1], rtol=1e-9)
     assert_allclose(shared["scaled"] - rows[1].sum() - 100, 0, atol=1e-9)
+    static = EnsembleVI(model, guide, ADAM, Trace_ELBO(), ensemble_size=3, y=rows)
+    named = {"top": top, "unit": units, "member_args": ["y", "unit"]}
+    assert_allclose(static.sample_posterior(key, result, **named, **shape)["mu"], draws["mu"])
     with pytest.raises(
         ValueError, match=r"'y' has shape \(3, 8\), and in the fit it held the data"
     ):
         runner.sample_posterior(key, result, rows, top, 1.0)
     with pytest.raises(ValueError, match="'y' of shape .*leading length must be ensemble_size=3"):
         runner.sample_posterior(key, result, rows[:2], top, units, **own)
+
+
+def test_models_that_read_values_draw_for_members(key):
+    def model(y, flag, reads=False):
+        mu = numpyro.sample("mu", dist.Normal(0.0, 1.0))
+        numpyro.deterministic("total", y.sum() if flag[0] > 0 else 0.0)
+        if reads and y.sum() > 0:
+            mu = 2 * mu
+        numpyro.sample("y", dist.Normal(mu, jnp.ones(len(y))).to_event(1), obs=y)
+
+    rows, flag = np.stack([Y, 2 * Y]), np.array([1.0])
+    runner = EnsembleVI(model, autoguide.AutoNormal(model), ADAM, Trace_ELBO(), ensemble_size=2)
+    result = quiet(runner, key, 2, rows, flag, member_args=["y"])
+    draws = runner.sample_posterior(key, result, rows, flag, num_samples=3, member_args="y")
+    assert_allclose(draws["total"], np.repeat(rows.sum(1), 3))
+    with pytest.raises(
+        ValueError, match="reads the values of an argument .*member_args traces 'y'"
+    ):
+        runner.sample_posterior(key, result, rows, flag, True, member_args="y")
 
 
 @pytest.mark.long

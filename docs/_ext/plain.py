@@ -47,7 +47,7 @@ def plain_markdown(text: str, page: str, titles: Mapping[str, str]) -> str:
         (r"^:{3,}[ ]*$\n?", ""),
         (r"^(`{3,})\{code-block\}[ ]*", r"\1"),
         (r"\[(?P<text>[^\]]*)\]\((?P<target>[\w/.-]*\.md)?(?:#[\w-]*)?\)", linked),
-        (r"\{(?P<role>[\w:-]+)\}`(?P<content>[^`]+)`", role),
+        (r"(?<!`)\{(?P<role>[\w:-]+)\}`(?P<content>[^`]+)`", role),
     ]
     for pattern, replacement in rules:
         text = re.sub(pattern, replacement, text, flags=re.MULTILINE)

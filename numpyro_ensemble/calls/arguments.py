@@ -96,11 +96,12 @@ class Arguments(NamedTuple):
         return (self.treedef, self.kinds, tuple(marks), self.order)
 
 
-def nan_remedy(named: Sequence[str]) -> str:
-    """Return what to do about arguments that hold NaN; an empty text if there are none."""
+def with_nan(named: Sequence[str], remedy: str) -> str:
+    """Return advice that names the arguments with NaN first; they may be masked already."""
     if not named:
-        return ""
-    return f"The data hold NaN: {', '.join(named)}. Leave these rows out, or mask them."
+        return remedy
+    rows = f"The data hold NaN: {', '.join(named)}. Leave these rows out, or mask them."
+    return f"{rows} If they are masked: {remedy}"
 
 
 NO_ARGUMENTS = Arguments(jax.tree.structure(((), {})), (), ())

@@ -161,6 +161,8 @@ def _check_plates(sites: dict[str, Site]) -> None:
 def _check_widths(sites: dict[str, Site]) -> None:
     """Warn of scales of more numbers than the log density has, whose terms they repeat."""
     for name, site in sites.items():
+        if site.role is None:  # a plate or a parameter, without a density
+            continue
         scale, density = getattr(site.scale, "shape", ()), site.density_shape
         try:
             scaled = jnp.broadcast_shapes(scale, density)

@@ -13,7 +13,7 @@ import numpy as np
 import tqdm
 from jax import lax
 
-from numpyro_ensemble.calls.arguments import nan_remedy
+from numpyro_ensemble.calls.arguments import with_nan
 from numpyro_ensemble.fit.batches import Batches, Order, draw
 from numpyro_ensemble.fit.stopping import (
     EarlyStopping,
@@ -244,7 +244,7 @@ def _check_start(
     size = losses.shape[1]
     remedy = "Give other starts by init_params= or the guide's init_loc_fn=, or check the data."
     if failed.any():
-        remedy = nan_remedy(holding_nan()) or remedy
+        remedy = with_nan(holding_nan(), remedy)
     if failed.all():
         raise ValueError(f"All {size} members start where the loss is not finite. {remedy}")
     if failed.any() and not stable:

@@ -60,21 +60,34 @@ class MemberGuides(NamedTuple):
 
     def _filled(self, keys: jax.Array, params: dict, latents: dict) -> dict[str, Any]:
         """Run the model on the draws, as many at once as memory allows."""
-        model, own = self.model, self.arguments.select(MEMBER)
+        own = [jnp.asarray(leaf) for leaf in self.arguments.select(MEMBER)]
+        if not own:
+            shared = self.arguments.of_member([])
 
-        def one(where: tuple) -> dict[str, Any]:
-            key, e, s = where
-            known = {**pick(params, e), **pick(latents, e, s)}
-            key = jax.random.split(key)[1]
-            trace = fill_model(model, key, known, *self.arguments.of_member(pick(own, e)))
-            return {
-                name: site["value"]
-                for name, site in trace.items()
-                if site["type"] == "deterministic"
-                or (site["type"] == "sample" and not site["is_observed"])
-            }
+            def one(where: tuple) -> dict[str, Any]:
+                key, e, s = where
+                return self._sites(key, {**pick(params, e), **pick(latents, e, s)}, shared)
 
-        return map_member_draws(one, keys)
+            return map_member_draws(one, keys)
+
+        def of_member(inputs: tuple) -> dict[str, Any]:
+            keys, params, latents, own = inputs
+            call = self.arguments.of_member(own)  # read once, and not once for each draw
+            return map_draws(
+                lambda draw: self._sites(draw[0], {**params, **draw[1]}, call), (keys, latents)
+            )
+
+        return jax.lax.map(of_member, (keys, params, latents, own))
+
+    def _sites(self, key: jax.Array, known: dict, call: tuple[tuple, dict]) -> dict[str, Any]:
+        """Return the sites of the model with known values, but for its observations."""
+        trace = fill_model(self.model, jax.random.split(key)[1], known, *call)
+        return {
+            name: site["value"]
+            for name, site in trace.items()
+            if site["type"] == "deterministic"
+            or (site["type"] == "sample" and not site["is_observed"])
+        }
 
     def _mixture(
         self, latents: dict, density: Density, params: dict, values: GuideValues
@@ -85,9 +98,10 @@ class MemberGuides(NamedTuple):
             lambda x: x.reshape(size * number, *x.shape[2:]), (latents, density.values)
         )
 
-        def under(params: dict, values: GuideValues, own: list) -> tuple[jax.Array, jax.Array]:
+        call = self.arguments.of_member([])  # members with arguments of their own have no mixture
+
+        def under(params: dict, values: GuideValues) -> tuple[jax.Array, jax.Array]:
             guide = filled_guide(self.template, values)
-            call = self.arguments.of_member(own)
 
             def at(draw: tuple) -> tuple[jax.Array, jax.Array]:
                 return density_at(guide, draw[0], draw[1], params, *call)
@@ -95,8 +109,8 @@ class MemberGuides(NamedTuple):
             return map_draws(at, flat)
 
         try:
-            every = jax.vmap(under, in_axes=(0, VALUE_AXES.guide, 0))
-            log_q, same = every(params, values, self.arguments.select(MEMBER))
+            every = jax.vmap(under, in_axes=(0, VALUE_AXES.guide))
+            log_q, same = every(params, values)
         except NotImplementedError:  # flows that cannot be inverted
             return None
         mixture = jax.nn.logsumexp(log_q, axis=0) - np.log(size)
@@ -118,6 +132,6 @@ def check_members(
         if np.ndim(leaf) == rank and np.shape(leaf)[0] == ensemble_size:
             raise ValueError(
                 f"argument {label!r} has shape {np.shape(leaf)}, and in the fit it held the data "
-                f"of each member. Give member_args here too, or arguments that all members share, "
-                f"such as those of one member."
+                f"of each member. Pass what all members share, the data of one member say; "
+                f"sample_posterior also takes member_args."
             )

@@ -32,6 +32,8 @@ from numpyro_ensemble.gp.solvers import covariance as covariance_of
 from numpyro_ensemble.handlers import check_count, one_key
 from numpyro_ensemble.mapping import pick
 
+_ROUNDING = 1e-4  # of a covariance from single precision, relative to its largest number
+
 
 def check_options(num_paths: int, num_bases: int, num_features: int, solver: str) -> None:
     """Raise an error for invalid options."""
@@ -119,7 +121,6 @@ def draw_paths(
             "points has no row, and paths go through one observation or more. For functions of the "
             "prior use the features of draw_features, with normal weights."
         )
-    check_values("values", values, observed)
     values = jnp.asarray(values)
     if values.shape not in ((len(points),), (num_paths, len(points))):
         raise ValueError(
@@ -130,6 +131,7 @@ def draw_paths(
         observed = jnp.asarray(observed, bool)
         if observed.shape != (len(points),):
             raise ValueError(f"observed takes shape ({len(points)},), got {observed.shape}.")
+    check_values("values", values, observed)
     kernel.check_inputs(points)
     mean_fn = as_mean(mean_fn)
     extra = default_jitter(kernel, points) if jitter is None else jnp.asarray(jitter)
@@ -188,7 +190,7 @@ def _check_covariance(covariance: ArrayLike, mean: jax.Array, exact: bool) -> No
     if has_tracers(covariance):
         return
     given = np.asarray(covariance)
-    if not np.allclose(given, given.T, rtol=0.0, atol=1e-4 * np.abs(given).max(initial=0.0)):
+    if not np.allclose(given, given.T, rtol=0.0, atol=_ROUNDING * np.abs(given).max(initial=0.0)):
         raise ValueError(
             "covariance is not symmetric: pass the covariance itself, L @ L.T, not its Cholesky "
             "factor L."
@@ -197,7 +199,7 @@ def _check_covariance(covariance: ArrayLike, mean: jax.Array, exact: bool) -> No
 
 def _check_widths(least: jax.Array, most: jax.Array) -> None:
     """Raise a ValueError for the least eigenvalue of a covariance, if it is negative."""
-    if not has_tracers((least, most)) and least < -np.sqrt(jnp.finfo(least.dtype).eps) * abs(most):
+    if not has_tracers((least, most)) and least < -_ROUNDING * abs(most):
         raise ValueError(f"covariance has the eigenvalue {least:.3g}, and none may be negative.")
 
 

@@ -75,7 +75,7 @@ def check_start(
     coordinates: Coordinates,
     found: Survey,
     remedy: str,
-    nan_in_data: Callable[[], str],
+    with_nan: Callable[[str], str],
     alone: bool = False,
 ) -> None:
     """Raise if chains cannot start at their positions, and warn if they would freeze there.
@@ -85,7 +85,7 @@ def check_start(
         coordinates: coordinates of the chains' positions.
         found: statistics of the start.
         remedy: the message's advice.
-        nan_in_data: returns the advice for data that hold NaN, or an empty text.
+        with_nan: adds the arguments with NaN to the advice.
         alone: whether each chain is adapted alone, so that nothing depends on the chains' spread.
 
     Raises:
@@ -98,7 +98,7 @@ def check_start(
         wrong = np.flatnonzero(~finite)
         raise ValueError(
             f"{len(wrong)} of {len(finite)} chains start where the log density or its gradient is "
-            f"not finite: {listed(wrong)}. {nan_in_data() or remedy}"
+            f"not finite: {listed(wrong)}. {with_nan(remedy)}"
         )
     if alone:
         return

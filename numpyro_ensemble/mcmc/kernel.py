@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from jax.tree_util import keystr
 from numpyro.infer import init_to_uniform
 from numpyro.infer.mcmc import MCMCKernel
 from numpyro.util import is_prng_key
@@ -26,6 +27,13 @@ from numpyro_ensemble.mcmc.searches import STARTS, given
 from numpyro_ensemble.mcmc.state import ChainsState, in_rows, in_sites
 from numpyro_ensemble.mcmc.target import Target
 from numpyro_ensemble.sharding import Placement, as_mesh
+
+
+def form_of(z: Any) -> tuple:
+    """Return the paths to unconstrained values, with the shape of each chain's values."""
+    leaves = jax.tree.leaves_with_path(z)
+    return tuple((keystr(path, simple=True, separator="."), jnp.shape(x)[1:]) for path, x in leaves)
+
 
 _REMEDIES = (  # advice for chains of any kernel
     "hierarchical effects that are decentred (LocScaleReparam), and latents with scales near 1; "
@@ -56,6 +64,7 @@ class ManyChainKernel(MCMCKernel):
                 f"mcmc.run(init_params=...)."
             )
         self._start = start
+        self._forms: set[tuple] = set()  # forms of states that have been checked
         # MCMC calls init in every run if this is missing; `sample` needs nothing but a state
         self._sample_fn = self.sample
 
@@ -152,8 +161,9 @@ class ManyChainKernel(MCMCKernel):
             ("first", num_warmup), first, (init_params, keys), args, kwargs
         )
         coordinates = self._target.coordinates(state.z, args, kwargs)
-        nan_in_data = partial(self._target.nan_in_data, args, kwargs)
-        check_start(name, coordinates, home(found), remedy, nan_in_data, self._adapts_alone)
+        with_nan = partial(self._target.with_nan, args=args, kwargs=kwargs)
+        check_start(name, coordinates, home(found), remedy, with_nan, self._adapts_alone)
+        self._forms.add(form_of(state.z))
         return state
 
     def _called_with(
@@ -320,12 +330,16 @@ class ManyChainKernel(MCMCKernel):
                 f"{self._adaptation.__name__}. Give {name} a warm-up of its own; it may start "
                 f"there, mcmc.run(..., init_params=state.z)."
             )
-        names = self._target.latent_names(args, kwargs)
-        if names and state.z.keys() != set(names):
+        form = form_of(state.z)
+        if self._target.model is None or form in self._forms:
+            return
+        needed = form_of(self._target.forms(len(state.i), args, kwargs))
+        if form != needed:
             raise ValueError(
-                f"the state is of another model: it has the latent sites {sorted(state.z)}, and "
-                f"this model has {sorted(names)}."
+                f"the state is of another model: its unconstrained values have the shapes "
+                f"{dict(form)}, and this model has {dict(needed)}."
             )
+        self._forms.add(form)
 
     # For subclasses -----------------------------------------------------------------------
 

@@ -176,7 +176,7 @@ def from_ensemble(
     inputs = noise_key, draws, chosen, place, jnp.asarray(jitter)
     starts = target.run(("ensemble", kind), deal, inputs, args, kwargs)
     if not has_tracers(starts) and not all_finite(starts).all():
-        cause = target.nan_in_data(args, kwargs) or "Pass the data of the fit."
+        cause = target.with_nan("Pass the data of the fit.", args, kwargs)
         raise ValueError(f"The density near the members is not finite. {cause}")
     return starts
 

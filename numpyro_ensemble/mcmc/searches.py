@@ -55,6 +55,8 @@ def search(
             try:
                 target.initial(jax.random.split(key, _NUM_STARTS), args, kwargs)
             except RuntimeError as error:
+                if type(error) is not RuntimeError:  # of JAX, out of memory for example
+                    raise
                 cause = target.why_not_finite(z, args, kwargs)
                 raise RuntimeError(f"{str(error).rstrip('.')}. {cause}") from None
         report(known, partial(target.why_not_finite, z, args, kwargs), num_searches)

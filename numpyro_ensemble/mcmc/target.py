@@ -12,7 +12,7 @@ from numpyro import handlers
 from numpyro.infer import init_to_uniform
 from numpyro.infer.util import constrain_fn, initialize_model, potential_energy
 
-from numpyro_ensemble.calls.arguments import arrange, nan_remedy
+from numpyro_ensemble.calls.arguments import arrange, with_nan
 from numpyro_ensemble.calls.identity import closure_fingerprint
 from numpyro_ensemble.calls.programs import Programs
 from numpyro_ensemble.density import Site, model_sites, unchecked_trace
@@ -104,8 +104,9 @@ class Target:
             args: arguments of the model.
             kwargs: its keyword arguments.
         """
-        if remedy := self.nan_in_data(args, kwargs):
-            return remedy
+        return self.with_nan(self._why_not_finite(z, args, kwargs), args, kwargs)
+
+    def _why_not_finite(self, z: Any, args: tuple, kwargs: dict) -> str:
         one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), z)
         single = all(x.dtype == jnp.float32 for x in jax.tree.leaves(one))
         density = lambda z: self.log_density(args, kwargs)(z)  # noqa: E731, all of it abstract
@@ -121,9 +122,9 @@ class Target:
             "init_to_median or init_to_value."
         )
 
-    def nan_in_data(self, args: tuple, kwargs: dict) -> str:
-        """Return the advice for arguments that hold NaN; an empty text if there are none."""
-        return nan_remedy(arrange(self.model, args, kwargs, placed=False).holding_nan())
+    def with_nan(self, remedy: str, args: tuple, kwargs: dict) -> str:
+        """Return advice that names the arguments with NaN first."""
+        return with_nan(arrange(self.model, args, kwargs, placed=False).holding_nan(), remedy)
 
     def constrain(self, args: tuple, kwargs: dict) -> Callable[[Any], Any]:
         """Return the map to the model's sites, deterministic sites included.

@@ -74,6 +74,13 @@ def check_model(predictive: Any, args: tuple, kwargs: dict) -> None:
         )
 
 
+def _nearest(name: str, names: Iterable[str]) -> list[str]:
+    """Return the name that is most like another one; names of a series do not count."""
+    stem = name.rstrip("0123456789")
+    others = [n for n in names if n.rstrip("0123456789") != stem]
+    return difflib.get_close_matches(name, others, 1, cutoff=0.8)
+
+
 def _warn_of_misspelt(
     predictive: Any, sites: Mapping[str, Site], args: tuple, kwargs: dict
 ) -> None:
@@ -83,7 +90,7 @@ def _warn_of_misspelt(
     """
     given = set(predictive.given.samples) | set(predictive.given.params)
     missing = [n for n, site in sites.items() if site.kind in _DRAWN and n not in given]
-    meant = {n: difflib.get_close_matches(n, missing, 1) for n in sorted(given - sites.keys())}
+    meant = {n: _nearest(n, missing) for n in sorted(given - sites.keys())}
     if not any(meant.values()):
         return
     known = unchecked_trace(predictive.model, args, kwargs).keys()  # deterministic sites too
