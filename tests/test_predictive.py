@@ -265,8 +265,8 @@ def test_misspelt_samples_are_named(key):
         numpyro.sample("x_4", dist.Normal(numpyro.sample("weight", dist.Normal(0, 1)), 1))
         numpyro.sample("theta_new", dist.Normal(0, 1))
 
-    with pytest.warns(UserWarning, match="the samples have 'wieght', which is .* lack 'weight'"):
-        EnsemblePredictive(model, {"wieght": jnp.ones(3)})(key)
+    with pytest.warns(UserWarning, match="the samples have 'wegiht', which is .* lack 'weight'"):
+        EnsemblePredictive(model, {"wegiht": jnp.ones(3)})(key)
     others = {"weight": jnp.ones(3), "x_0": jnp.ones(3), "theta": jnp.ones(3)}
     EnsemblePredictive(model, others)(key)
 
