@@ -48,22 +48,21 @@ def write(app: Sphinx, exception: Exception | None) -> None:
     if exception is not None or app.builder.name != "html":
         return
     titles = {page: title.astext() for page, title in app.env.titles.items()}
+    cache = get_cache(app.config.nb_execution_cache_path)
     for page in filter(lambda page: _has_notebook(app, page), app.env.found_docs):
-        notebook = _executed(app, page) if _has_code(app, page) else _unexecuted(app, page)
+        notebook = _executed(app, page, cache) if _has_code(app, page) else _unexecuted(app, page)
         for cell in notebook.cells:
             if cell.cell_type == "markdown":
                 cell.source = plain_markdown(cell.source, page, titles).strip("\n")
         notebook.cells = [cell for cell in notebook.cells if cell.source]
-        target = Path(app.outdir, f"{page}.ipynb")
-        nbformat.write(notebook, target)
+        nbformat.write(notebook, Path(app.outdir, f"{page}.ipynb"))
 
 
-def _executed(app: Sphinx, page: str) -> nbformat.NotebookNode:
+def _executed(app: Sphinx, page: str, cache: Any) -> nbformat.NotebookNode:
     """Return the notebook that MyST-NB read, with the outputs of the cache where it has them."""
     source = Path(app.env.mystnb_config.output_folder, f"{page}.ipynb")
     notebook = nbformat.read(source, as_version=4)
     with suppress(KeyError):
-        cache = get_cache(app.config.nb_execution_cache_path)
         _, notebook = cache.merge_match_into_notebook(notebook)
     for key in ("file_format", "source_map"):
         notebook.metadata.pop(key, None)

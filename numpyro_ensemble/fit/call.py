@@ -11,8 +11,6 @@ import jax.numpy as jnp
 from numpyro.infer.svi import SVIState
 
 from numpyro_ensemble.calls.arguments import (
-    MEMBER,
-    MEMBER_BATCH,
     Arguments,
     CallForm,
     has_tracers,
@@ -115,7 +113,7 @@ class FitCall:
         if not has_tracers((state, values, first)):
             check_kept(inside)
             self._set_up_guide(home(first))
-            shared_data = not self.arguments.labelled(MEMBER, MEMBER_BATCH)
+            shared_data = not self.template.member_ranks
             if self.problem.ensemble_size > 1 and shared_data and bool(alike):
                 warn(
                     f"All {self.problem.ensemble_size} members start at the same values: pass "

@@ -127,7 +127,9 @@ def check_members(
             and an argument has the data of all members, as in the fit.
     """
     arguments.check_members(ensemble_size)
-    for label, leaf in () if member_args is not None else arguments.labelled(TRACED, FIXED):
+    if member_args is not None or not template.member_ranks:
+        return
+    for label, leaf in arguments.labelled(TRACED, FIXED):
         rank = template.member_ranks.get(label)
         if np.ndim(leaf) == rank and np.shape(leaf)[0] == ensemble_size:
             raise ValueError(

@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jax.tree_util import keystr
 from numpyro.infer import init_to_uniform
 from numpyro.infer.mcmc import MCMCKernel
 from numpyro.util import is_prng_key
@@ -27,13 +26,6 @@ from numpyro_ensemble.mcmc.searches import STARTS, given
 from numpyro_ensemble.mcmc.state import ChainsState, in_rows, in_sites
 from numpyro_ensemble.mcmc.target import Target
 from numpyro_ensemble.sharding import Placement, as_mesh
-
-
-def form_of(z: Any) -> tuple:
-    """Return the paths to unconstrained values, with the shape of each chain's values."""
-    leaves = jax.tree.leaves_with_path(z)
-    return tuple((keystr(path, simple=True, separator="."), jnp.shape(x)[1:]) for path, x in leaves)
-
 
 _REMEDIES = (  # advice for chains of any kernel
     "hierarchical effects that are decentred (LocScaleReparam), and latents with scales near 1; "
@@ -163,7 +155,7 @@ class ManyChainKernel(MCMCKernel):
         coordinates = self._target.coordinates(state.z, args, kwargs)
         with_nan = partial(self._target.with_nan, args=args, kwargs=kwargs)
         check_start(name, coordinates, home(found), remedy, with_nan, self._adapts_alone)
-        self._forms.add(form_of(state.z))
+        self._forms.add(Coordinates(state.z).form)
         return state
 
     def _called_with(
@@ -330,10 +322,10 @@ class ManyChainKernel(MCMCKernel):
                 f"{self._adaptation.__name__}. Give {name} a warm-up of its own; it may start "
                 f"there, mcmc.run(..., init_params=state.z)."
             )
-        form = form_of(state.z)
+        form = Coordinates(state.z).form
         if self._target.model is None or form in self._forms:
             return
-        needed = form_of(self._target.forms(len(state.i), args, kwargs))
+        needed = Coordinates(self._target.forms(len(state.i), args, kwargs)).form
         if form != needed:
             raise ValueError(
                 f"the state is of another model: its unconstrained values have the shapes "

@@ -36,6 +36,11 @@ class Coordinates:
         self.num_chains = jnp.shape(leaves[0])[0]
 
     @property
+    def form(self) -> tuple[tuple[str, tuple[int, ...]], ...]:
+        """Return the name and the shape of each leaf, without the chain axis."""
+        return tuple(zip(self._names, self._shapes, strict=True))
+
+    @property
     def size(self) -> int:
         """The number D of coordinates."""
         return self._ends[-1]

@@ -74,11 +74,11 @@ def check_model(predictive: Any, args: tuple, kwargs: dict) -> None:
         )
 
 
-def _nearest(name: str, names: Iterable[str]) -> list[str]:
+def _nearest(name: str, names: Iterable[str]) -> str | None:
     """Return the name that is most like another one; names of a series do not count."""
     stem = name.rstrip("0123456789")
     others = [n for n in names if n.rstrip("0123456789") != stem]
-    return difflib.get_close_matches(name, others, 1, cutoff=0.8)
+    return next(iter(difflib.get_close_matches(name, others, 1, cutoff=0.8)), None)
 
 
 def _warn_of_misspelt(
@@ -94,11 +94,12 @@ def _warn_of_misspelt(
     if not any(meant.values()):
         return
     known = unchecked_trace(predictive.model, args, kwargs).keys()  # deterministic sites too
-    for name, (near,) in [(n, near) for n, near in meant.items() if near and n not in known]:
-        warn(
-            f"the samples have {name!r}, which is no site of the model, and lack {near!r}, which "
-            f"is drawn from its prior. If {name!r} is meant to be {near!r}, rename it."
-        )
+    for name, near in meant.items():
+        if near is not None and name not in known:
+            warn(
+                f"the samples have {name!r}, which is no site of the model, and lack {near!r}, "
+                f"which is drawn from its prior. If {name!r} is meant to be {near!r}, rename it."
+            )
 
 
 def _first_guide(setup: Setup) -> Any:
